@@ -1,0 +1,80 @@
+"""The base of every packed format, and the registry that finds a format by its id."""
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+from vqllm_kernels.layout import TensorLayout
+
+_FORMATS: dict[str, type["FormatSpec"]] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatSpec(ABC):
+    """A packed format: which tensors are stored for a linear, and what they mean.
+
+    A subclass is a frozen dataclass whose fields are JSON values; two linears with equal specs are
+    decoded by the same code. Sizes are those of the linear itself: a format pads to whole tiles
+    in its tensors and crops when it decodes.
+    """
+
+    format_id: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def tile(self) -> tuple[int, int]:
+        """(rows, cols) of the matrix coded together."""
+
+    @abstractmethod
+    def layout(self, rows: int, cols: int) -> dict[str, TensorLayout]:
+        """The stored tensors of a linear of `rows` x `cols`."""
+
+    @abstractmethod
+    def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Tensor:
+        """The weights, float32 [rows, cols], in the transformed basis."""
+
+    def grid(self, rows: int, cols: int) -> tuple[int, int]:
+        """Tile rows and tile columns of a linear, padding included."""
+        tile_rows, tile_cols = self.tile
+        return -(-rows // tile_rows), -(-cols // tile_cols)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, with the format's id under "format"."""
+        return {"format": self.format_id, **asdict(self)}
+
+    @classmethod
+    def _from_fields(cls, values: dict[str, Any]) -> Self:
+        known = {f.name for f in fields(cls)}
+        if set(values) != known:
+            raise ValueError(
+                f"format {cls.format_id}: fields {sorted(values)}, expected {sorted(known)}"
+            )
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def register(spec: type[FormatSpec]) -> type[FormatSpec]:
+    """Class decorator: makes a format known to readers under its `format_id`."""
+    _FORMATS[spec.format_id] = spec
+    return spec
+
+
+def known_formats() -> list[str]:
+    """The ids of all formats that this version reads."""
+    _load_all()
+    return sorted(_FORMATS)
+
+
+def from_dict(values: dict[str, Any]) -> FormatSpec:
+    """The spec that `to_dict` described. ValueError for an unknown format or wrong fields."""
+    _load_all()
+    rest = dict(values)
+    format_id = rest.pop("format", None)
+    if format_id not in _FORMATS:
+        raise ValueError(f"unknown format {format_id!r}; known: {', '.join(sorted(_FORMATS))}")
+    return _FORMATS[format_id]._from_fields(rest)
+
+
+def _load_all() -> None:
+    from vqllm_kernels import e8p, lut, residual, uniform  # noqa: F401 - importing registers

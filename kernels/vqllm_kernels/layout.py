@@ -1,0 +1,35 @@
+"""What tensors a packed linear consists of: the vocabulary shared by formats, readers and writers."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """Shape and dtype of one stored tensor, and what it holds for the size accounting."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: Literal["codes", "codebook", "side"]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def check(tensors: dict[str, torch.Tensor], layout: dict[str, TensorLayout], what: str) -> None:
+    """Raise ValueError if `tensors` are not exactly those of `layout` (names, shapes, dtypes)."""
+    if set(tensors) != set(layout):
+        raise ValueError(
+            f"{what}: found tensors {sorted(tensors)}, expected {sorted(layout)}"
+        )
+    for name, want in layout.items():
+        got = tensors[name]
+        if tuple(got.shape) != want.shape or got.dtype != want.dtype:
+            raise ValueError(
+                f"{what}: {name} is {got.dtype} {tuple(got.shape)}, "
+                f"expected {want.dtype} {want.shape}"
+            )

@@ -1,0 +1,175 @@
+"""The run-time side of transforms: what is stored, and what is done to x, y and W.
+
+A transform acts on one side. With the matrix A of the transform (invertible):
+
+    side "in":   W' = W A⁻¹   H' = A H Aᵀ   x' = A x
+    side "out":  W' = A W                    y  = A⁻¹ y'
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vqllm_kernels.bitpack import pack_bits, packed_bytes, unpack_bits
+from vqllm_kernels.hadamard import reference as hadamard
+from vqllm_kernels.layout import TensorLayout
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformSpec(ABC):
+    """One transform of one side of a linear, with its `size` (features of that side)."""
+
+    kind: ClassVar[str]
+    side: Literal["in", "out"]
+    size: int
+
+    @abstractmethod
+    def layout(self) -> dict[str, TensorLayout]:
+        """The stored tensors."""
+
+    @abstractmethod
+    def apply(self, v: Tensor, tensors: Tensors) -> Tensor:
+        """A v along the last axis."""
+
+    @abstractmethod
+    def apply_inverse(self, v: Tensor, tensors: Tensors) -> Tensor:
+        """A⁻¹ v along the last axis."""
+
+    @abstractmethod
+    def apply_inverse_transpose(self, v: Tensor, tensors: Tensors) -> Tensor:
+        """A⁻ᵀ v along the last axis: what side "in" does to the rows of W."""
+
+    @abstractmethod
+    def apply_transpose(self, v: Tensor, tensors: Tensors) -> Tensor:
+        """Aᵀ v along the last axis: the inverse of `apply_inverse_transpose`."""
+
+    def input(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """x' from x, any leading axes (side "in")."""
+        return self.apply(x, tensors)
+
+    def output(self, y: Tensor, tensors: Tensors) -> Tensor:
+        """y from y', any leading axes (side "out")."""
+        return self.apply_inverse(y, tensors)
+
+    def forward(self, W: Tensor, tensors: Tensors) -> Tensor:
+        """W' from W."""
+        if self.side == "in":
+            return self.apply_inverse_transpose(W, tensors)
+        return self.apply(W.T, tensors).T
+
+    def forward_hessian(self, H: Tensor, tensors: Tensors) -> Tensor:
+        """H' = A H Aᵀ (side "in"; side "out" leaves H alone)."""
+        if self.side == "out":
+            return H
+        return self.apply(self.apply(H, tensors).T, tensors)
+
+    def inverse(self, W: Tensor, tensors: Tensors) -> Tensor:
+        """W from W'."""
+        if self.side == "in":
+            return self.apply_transpose(W, tensors)
+        return self.apply_inverse(W.T, tensors).T
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values without `size`, which the linear gives."""
+        values = {k: v for k, v in asdict(self).items() if k != "size"}
+        return {"kind": self.kind, **values}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HadamardSpec(TransformSpec):
+    """A = Q diag(s): random signs s, then an orthonormal Hadamard transform Q.
+
+    Q is block diagonal with blocks of `block` features (None: one block, the full transform); how
+    a block is built from its order is fixed by `vqllm_kernels.hadamard.matrices`.
+    Stored: `signs`, one bit a feature (1 means −1), packed as in `bitpack`.
+    """
+
+    kind: ClassVar[str] = "hadamard"
+    block: int | None = None
+
+    def layout(self) -> dict[str, TensorLayout]:
+        return {"signs": TensorLayout((packed_bytes(self.size, 1),), torch.uint8, "side")}
+
+    @staticmethod
+    def pack_signs(signs: Tensor) -> Tensors:
+        """The stored form of a vector of ±1."""
+        return {"signs": pack_bits(signs < 0, 1)}
+
+    def _signs(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        return 1 - 2 * unpack_bits(tensors["signs"], 1, self.size).to(dtype)
+
+    def apply(self, v: Tensor, tensors: Tensors) -> Tensor:
+        return hadamard.transform(v * self._signs(tensors, v.dtype), self.block or self.size)
+
+    def apply_inverse(self, v: Tensor, tensors: Tensors) -> Tensor:
+        Qt_v = hadamard.transform(v, self.block or self.size, transpose=True)
+        return Qt_v * self._signs(tensors, v.dtype)
+
+    # A is orthogonal, so A⁻ᵀ = A and Aᵀ = A⁻¹.
+    apply_inverse_transpose = apply
+    apply_transpose = apply_inverse
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleSpec(TransformSpec):
+    """A = diag(d) on side "in" (x' = d x, W' = W / d); A = diag(1/d) on side "out" (y = d y').
+
+    Stored: `scale` = d, float16 [size].
+    """
+
+    kind: ClassVar[str] = "scale"
+
+    def layout(self) -> dict[str, TensorLayout]:
+        return {"scale": TensorLayout((self.size,), torch.float16, "side")}
+
+    def _diagonal(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        d = tensors["scale"].float()
+        return (d if self.side == "in" else 1 / d).to(dtype)
+
+    def apply(self, v: Tensor, tensors: Tensors) -> Tensor:
+        return v * self._diagonal(tensors, v.dtype)
+
+    def apply_inverse(self, v: Tensor, tensors: Tensors) -> Tensor:
+        d = tensors["scale"].float()
+        return v * (1 / d if self.side == "in" else d).to(v.dtype)
+
+    apply_inverse_transpose = apply_inverse
+    apply_transpose = apply
+
+
+@dataclass(frozen=True, kw_only=True)
+class PermutationSpec(TransformSpec):
+    """A v = v[p]. Stored: `permutation` = p, int32 [size]."""
+
+    kind: ClassVar[str] = "permutation"
+
+    def layout(self) -> dict[str, TensorLayout]:
+        return {"permutation": TensorLayout((self.size,), torch.int32, "side")}
+
+    def apply(self, v: Tensor, tensors: Tensors) -> Tensor:
+        return v[..., tensors["permutation"].long()]
+
+    def apply_inverse(self, v: Tensor, tensors: Tensors) -> Tensor:
+        return v[..., torch.argsort(tensors["permutation"].long())]
+
+    apply_inverse_transpose = apply
+    apply_transpose = apply_inverse
+
+
+_KINDS: dict[str, type[TransformSpec]] = {
+    spec.kind: spec for spec in (HadamardSpec, ScaleSpec, PermutationSpec)
+}
+
+
+def from_dict(values: dict[str, Any], size: int) -> TransformSpec:
+    """The spec that `to_dict` described, for a side of `size` features."""
+    rest = dict(values)
+    kind = rest.pop("kind", None)
+    if kind not in _KINDS:
+        raise ValueError(f"unknown transform {kind!r}; known: {', '.join(sorted(_KINDS))}")
+    return _KINDS[kind](size=size, **rest)

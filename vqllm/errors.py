@@ -1,0 +1,34 @@
+"""Errors that a user can act on. Each message says what came, what is allowed and what to do."""
+
+
+class VqllmError(Exception):
+    """Base of every error caused by input, environment or data. The command line prints its message
+    without a traceback and exits with code 2."""
+
+
+class RecipeError(VqllmError):
+    """A recipe that cannot be read, has an unknown key, or whose parts do not fit together."""
+
+
+class ModelError(VqllmError):
+    """A model that cannot be found, read or quantized."""
+
+
+class CalibrationError(VqllmError):
+    """A calibration source that cannot be read or yields too little text."""
+
+
+class CheckpointError(VqllmError):
+    """A checkpoint that is missing, damaged, of a newer format, or belongs to another run."""
+
+
+class NumericalError(VqllmError):
+    """Non-finite weights, activations or Hessians, or a Hessian that stays singular."""
+
+
+class EvaluationError(VqllmError):
+    """An evaluation that cannot be run: unknown task, missing extra, text too short."""
+
+
+class OutOfSpaceError(VqllmError):
+    """The disk is full. What was finished stays and the run can be resumed."""

@@ -1,0 +1,151 @@
+"""The protocols that the parts of a recipe implement, and the records that pass between them.
+
+Shape suffixes, here and in every codec, transform and rounding rule:
+
+    R, C   rows and columns of a weight matrix W (out_features, in_features)
+    I, J   rows and columns of the grid of tiles; a tile is (tile_rows, tile_cols) of W
+    E      elements of a tile, tile_rows · tile_cols, row-major inside the tile
+    M      integer symbols that code one tile
+    N      tokens
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from vqllm.bits import BitCount, count
+from vqllm_kernels.formats import FormatSpec
+from vqllm_kernels.transforms import TransformSpec
+
+State = dict[str, Tensor]
+"""What `fit` learned: named tensors, never changed in place."""
+
+
+class Part(BaseModel):
+    """A frozen, validated piece of a recipe. An unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: str
+
+
+class Codec(Part, ABC):
+    """How a tile of weights becomes integer symbols, and back. Knows nothing of H, layers or files.
+
+    The grid of tiles is explicit (X_IJE, codes_IJM), because scales and codebooks may depend on
+    the place of a tile: `col` is the grid column of the first tile that is passed, so that a
+    rounding rule can code a stripe of columns at a time.
+    """
+
+    weighted: ClassVar[bool] = False
+    """Whether `encode` makes use of `weight_E`."""
+
+    @property
+    @abstractmethod
+    def tile(self) -> tuple[int, int]:
+        """(rows, cols) of W that are coded together."""
+
+    @abstractmethod
+    def spec(self) -> FormatSpec:
+        """The packed format: joins this codec, its stored tensors and its kernels."""
+
+    @property
+    def format_id(self) -> str:
+        return self.spec().format_id
+
+    @abstractmethod
+    def fit(
+        self, X_IJE: Tensor, weight_IJE: Tensor | None, generator: torch.Generator
+    ) -> State:
+        """Learn codebooks and scales.
+
+        Args:
+            X_IJE: weights, float32.
+            weight_IJE: importance of each element (broadcastable to X_IJE), or None for equal.
+            generator: the only source of randomness.
+        """
+
+    @abstractmethod
+    def encode(
+        self, X_IJE: Tensor, state: State, col: int = 0, weight_E: Tensor | None = None
+    ) -> Tensor:
+        """The codes of the nearest reproduction of each tile: int32 [I, J, M], deterministic.
+
+        "Nearest" is in the Euclidean norm, or with squared errors weighted by `weight_E` [E] where
+        `weighted` says that the codec can.
+        """
+
+    @abstractmethod
+    def decode(self, codes_IJM: Tensor, state: State, col: int = 0) -> Tensor:
+        """The reproduction of the codes, float32 [I, J, E]: the definition of the code."""
+
+    @abstractmethod
+    def pack(self, codes_IJM: Tensor, state: State) -> dict[str, Tensor]:
+        """The stored tensors, exactly those of `spec().layout`. Lossless."""
+
+    @abstractmethod
+    def unpack(self, tensors: dict[str, Tensor], rows: int, cols: int) -> tuple[Tensor, State]:
+        """Inverse of `pack` for a linear of `rows` x `cols` (before padding to whole tiles)."""
+
+    def bits(self, rows: int, cols: int) -> BitCount:
+        """Exact bits of the stored tensors."""
+        return count(self.spec().layout(rows, cols))
+
+
+class Transform(Part, ABC):
+    """An invertible change of one side of W (and of H), undone on the activations at run time.
+
+    side "in" acts on the columns of W and on x, and is shared by the linears of an input group;
+    side "out" acts on the rows of W and on y.
+    """
+
+    side: Literal["in", "out"]
+
+    @abstractmethod
+    def spec(self, size: int) -> TransformSpec:
+        """What run time needs to know, for a side of `size` features."""
+
+    @abstractmethod
+    def forward(
+        self, W_RC: Tensor, H_CC: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, State]:
+        """Transformed W and H, and the state that undoes it. H changes only on side "in"."""
+
+    def _size(self, W_RC: Tensor) -> int:
+        return W_RC.shape[1] if self.side == "in" else W_RC.shape[0]
+
+    def inverse(self, W_RC: Tensor, state: State) -> Tensor:
+        """The weights in the basis before `forward`."""
+        return self.spec(self._size(W_RC)).inverse(W_RC, state)
+
+    def wrap_input(self, x_NC: Tensor, state: State) -> Tensor:
+        """What inference does to x before the product with the transformed weights."""
+        return self.spec(x_NC.shape[-1]).input(x_NC, state) if self.side == "in" else x_NC
+
+    def wrap_output(self, y_NR: Tensor, state: State) -> Tensor:
+        """What inference does to y after the product with the transformed weights."""
+        return self.spec(y_NR.shape[-1]).output(y_NR, state) if self.side == "out" else y_NR
+
+
+class Rounding(Part, ABC):
+    """The rule that chooses codes, given H."""
+
+    @abstractmethod
+    def __call__(
+        self, W_RC: Tensor, H_CC: Tensor, codec: Codec, state: State
+    ) -> tuple[Tensor, State]:
+        """Codes [I, J, M] and the codec's state.
+
+        Args:
+            W_RC: transformed weights, float32, any size (padded to whole tiles inside).
+            H_CC: damped, positive definite E[x xᵀ] in the same basis, float32.
+        """
+
+    def check(self, codec: Codec) -> None:  # noqa: B027 - most rules serve every codec
+        """Raise RecipeError if this rule cannot serve `codec`; called when a recipe is read."""
+
+
+JSON = dict[str, Any]
