@@ -2,11 +2,12 @@
 
 import difflib
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from vqllm.errors import RecipeError
 
 P = TypeVar("P")
+C = TypeVar("C")
 
 
 class Registry(Generic[P]):
@@ -14,12 +15,12 @@ class Registry(Generic[P]):
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self._parts: dict[str, type[P]] = {}
+        self._parts: dict[str, Any] = {}
 
-    def register(self, name: str) -> Callable[[type[P]], type[P]]:
+    def register(self, name: str) -> Callable[[type[C]], type[C]]:
         """Class decorator that makes a part available to recipes as `type: name`."""
 
-        def add(part: type[P]) -> type[P]:
+        def add(part: type[C]) -> type[C]:
             if name in self._parts:
                 raise ValueError(f"{self.kind} {name!r} is registered twice")
             self._parts[name] = part

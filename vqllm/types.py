@@ -29,7 +29,9 @@ class Part(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    type: str
+    type: Any
+    """The name in recipes: each class narrows it to `Literal[name]`, which no type but Any lets a
+    subclass do."""
 
 
 class Codec(Part, ABC):
@@ -57,9 +59,7 @@ class Codec(Part, ABC):
         return self.spec().format_id
 
     @abstractmethod
-    def fit(
-        self, X_IJE: Tensor, weight_IJE: Tensor | None, generator: torch.Generator
-    ) -> State:
+    def fit(self, X_IJE: Tensor, weight_IJE: Tensor | None, generator: torch.Generator) -> State:
         """Learn codebooks and scales.
 
         Args:
@@ -144,7 +144,7 @@ class Rounding(Part, ABC):
             H_CC: damped, positive definite E[x xᵀ] in the same basis, float32.
         """
 
-    def check(self, codec: Codec) -> None:  # noqa: B027 - most rules serve every codec
+    def check(self, codec: Codec) -> None:
         """Raise RecipeError if this rule cannot serve `codec`; called when a recipe is read."""
 
 

@@ -1,0 +1,1 @@
+"""The checkpoint format: its specification (`format`), writing, resuming and reading."""

@@ -1,0 +1,303 @@
+"""The three operations of a packed linear: matmul, decode, transform. What the run-time layer calls.
+
+    matmul     y = x Wᵀ, W packed, in the transformed basis
+    decode     W
+    transform  x' from x, or y from y' (the transforms on both sides of the product)
+
+    implementation  what it does                                       taken for
+    triton          decodes in registers, feeds the tensor cores       CUDA, up to 64 rows of x
+    dense           decodes W (with a kernel if there is one), then    CUDA, more rows, or a format
+                    torch's product in the dtype of x                  without a kernel
+    reference       the definition in torch, products in float32       every other device
+
+The limit of 64 rows is computed, not measured: on an H100 the small-batch kernels are bound by
+decoding (2 to 4 instructions a weight) up to about 50 rows and by the tensor cores from there on.
+
+Every operation is one operator of `torch.library`, so that `torch.compile` sees a single call and
+the choice happens inside it, and has a derivative with respect to the activations. The packed
+tensors are constants.
+"""
+
+import json
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from vqllm_kernels import formats, gpu, transforms
+from vqllm_kernels.choice import (
+    BATCH_BUCKETS,
+    Call,
+    Choice,
+    Implementation,
+    Operation,
+    bucket,
+    choices,
+    choose,
+    force,
+    forget,
+)
+from vqllm_kernels.formats import FormatSpec
+from vqllm_kernels.transforms import HadamardSpec, TransformSpec
+
+__all__ = ["Call", "Choice", "choices", "decode", "force", "forget", "matmul", "transform"]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def matmul(
+    x_NC: Tensor, tensors: dict[str, Tensor], spec: FormatSpec, rows: int, cols: int
+) -> Tensor:
+    """x Wᵀ in the transformed basis, without bias.
+
+    Args:
+        x_NC: activations [..., cols].
+        tensors: the stored tensors of the format under their own names.
+        rows, cols: size of W.
+
+    Returns:
+        [..., rows] in the dtype of x; float32 accumulation.
+    """
+    packed = [tensors[name] for name in spec.layout(rows, cols)]
+    return torch.ops.vqllm_kernels.matmul(x_NC, packed, _text(spec), rows, cols)
+
+
+def decode(
+    tensors: dict[str, Tensor],
+    spec: FormatSpec,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The weights [rows, cols] in the transformed basis, rounded once to `dtype`."""
+    packed = [tensors[name] for name in spec.layout(rows, cols)]
+    return torch.ops.vqllm_kernels.decode(packed, _text(spec), rows, cols, dtype)
+
+
+def transform(v: Tensor, spec: TransformSpec, tensors: dict[str, Tensor], direction: str) -> Tensor:
+    """One transform of activations along the last axis.
+
+    Args:
+        v: [..., size].
+        tensors: the stored tensors of the transform under their own names.
+        direction: "input" gives x' from x, "output" gives y from y'.
+    """
+    if direction not in ("input", "output"):
+        raise ValueError(f"direction {direction!r}; allowed are 'input' and 'output'")
+    if not isinstance(spec, HadamardSpec):
+        # A product or an index: left to torch, which fuses it with its neighbours.
+        return spec.input(v, tensors) if direction == "input" else spec.output(v, tensors)
+    packed = [tensors[name] for name in spec.layout()]
+    text = _text(spec)
+    return torch.ops.vqllm_kernels.transform(v, packed, text, spec.size, direction)
+
+
+# Text is what an operator can take in place of a spec. Both directions are cached, because they
+# stand in the path of every call.
+
+
+@torch.compiler.assume_constant_result
+def _text(spec: FormatSpec | TransformSpec) -> str:
+    return _text_cached(spec)
+
+
+@cache
+def _text_cached(spec: FormatSpec | TransformSpec) -> str:
+    return json.dumps(spec.to_dict())
+
+
+@cache
+def _format(text: str) -> FormatSpec:
+    return formats.from_dict(json.loads(text))
+
+
+@cache
+def _transform(text: str, size: int) -> TransformSpec:
+    return transforms.from_dict(json.loads(text), size)
+
+
+def _order(device: torch.device, operation: Operation) -> tuple[str, ...]:
+    if device.type != "cuda":
+        return ("reference",)
+    return ("triton", "dense") if operation == "matmul" else ("triton", "reference")
+
+
+def _never(call: Call) -> str | None:
+    return None
+
+
+def _triton_declines(call: Call) -> str | None:
+    if call.dtype not in FLOATS:
+        return f"{call.dtype} is none of float16, bfloat16, float32"
+    if call.batch > BATCH_BUCKETS[-1]:
+        return f"more than {BATCH_BUCKETS[-1]} rows"
+    reason = gpu.declines(call.device)
+    if reason is not None:
+        return reason
+    kernels = gpu.module(call.spec)
+    return "the format has no kernel" if kernels is None else kernels.declines(call)
+
+
+def _triton_matmul(
+    x_NC: Tensor, tensors: dict[str, Tensor], spec: FormatSpec, rows: int, cols: int
+) -> Tensor:
+    kernels = gpu.module(spec)
+    assert kernels is not None
+    return kernels.matmul(x_NC, tensors, spec, rows, cols, x_NC.dtype)
+
+
+def _dense_matmul(
+    x_NC: Tensor, tensors: dict[str, Tensor], spec: FormatSpec, rows: int, cols: int
+) -> Tensor:
+    W_RC = _decode_as(tensors, spec, rows, cols, x_NC.dtype)
+    return x_NC @ W_RC.T
+
+
+def _reference_matmul(
+    x_NC: Tensor, tensors: dict[str, Tensor], spec: FormatSpec, rows: int, cols: int
+) -> Tensor:
+    W_RC = spec.decode(tensors, rows, cols)
+    wide = torch.promote_types(x_NC.dtype, torch.float32)
+    return (x_NC.to(wide) @ W_RC.to(wide).T).to(x_NC.dtype)
+
+
+def _triton_decode(
+    tensors: dict[str, Tensor], spec: FormatSpec, rows: int, cols: int, dtype: torch.dtype
+) -> Tensor:
+    kernels = gpu.module(spec)
+    assert kernels is not None
+    return kernels.decode(tensors, spec, rows, cols, dtype)
+
+
+def _reference_decode(
+    tensors: dict[str, Tensor], spec: FormatSpec, rows: int, cols: int, dtype: torch.dtype
+) -> Tensor:
+    return spec.decode(tensors, rows, cols).to(dtype)
+
+
+def _triton_transform(
+    v: Tensor, spec: TransformSpec, tensors: dict[str, Tensor], direction: str
+) -> Tensor:
+    kernels = gpu.module(spec)
+    assert kernels is not None
+    return kernels.transform(v, spec, tensors, direction)
+
+
+def _reference_transform(
+    v: Tensor, spec: TransformSpec, tensors: dict[str, Tensor], direction: str
+) -> Tensor:
+    wide = v.to(torch.promote_types(v.dtype, torch.float32))
+    out = spec.input(wide, tensors) if direction == "input" else spec.output(wide, tensors)
+    return out.to(v.dtype)
+
+
+_MATMULS = {
+    "triton": Implementation(run=_triton_matmul, declines=_triton_declines),
+    "dense": Implementation(run=_dense_matmul, declines=_never),
+    "reference": Implementation(run=_reference_matmul, declines=_never),
+}
+_DECODES = {
+    "triton": Implementation(run=_triton_decode, declines=_triton_declines),
+    "reference": Implementation(run=_reference_decode, declines=_never),
+}
+_TRANSFORMS = {
+    "triton": Implementation(run=_triton_transform, declines=_triton_declines),
+    "reference": Implementation(run=_reference_transform, declines=_never),
+}
+
+
+def _decode_as(
+    tensors: dict[str, Tensor], spec: FormatSpec, rows: int, cols: int, dtype: torch.dtype
+) -> Tensor:
+    device = next(iter(tensors.values())).device
+    call = Call(operation="decode", spec=spec, device=device, dtype=dtype)
+    return choose(call, _DECODES, _order(device, "decode")).run(tensors, spec, rows, cols, dtype)
+
+
+def _matmul_op(x: Tensor, packed: list[Tensor], text: str, rows: int, cols: int) -> Tensor:
+    spec = _format(text)
+    x_NC = x.reshape(-1, cols)
+    call = Call(
+        operation="matmul",
+        spec=spec,
+        device=x.device,
+        dtype=x.dtype,
+        batch=bucket(x_NC.shape[0]),
+    )
+    tensors = dict(zip(spec.layout(rows, cols), packed))
+    chosen = choose(call, _MATMULS, _order(x.device, "matmul"))
+    return chosen.run(x_NC, tensors, spec, rows, cols).view(*x.shape[:-1], rows)
+
+
+def _decode_op(packed: list[Tensor], text: str, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    spec = _format(text)
+    return _decode_as(dict(zip(spec.layout(rows, cols), packed)), spec, rows, cols, dtype)
+
+
+def _transform_op(v: Tensor, packed: list[Tensor], text: str, size: int, direction: str) -> Tensor:
+    spec = _transform(text, size)
+    call = Call(operation="transform", spec=spec, device=v.device, dtype=v.dtype)
+    tensors = dict(zip(spec.layout(), packed))
+    chosen = choose(call, _TRANSFORMS, _order(v.device, "transform"))
+    return chosen.run(v, spec, tensors, direction)
+
+
+def _matmul_fake(x: Tensor, packed: list[Tensor], text: str, rows: int, cols: int) -> Tensor:
+    torch._check(x.shape[-1] == cols, lambda: f"x has {x.shape[-1]} features, W has {cols}")
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _decode_fake(
+    packed: list[Tensor], text: str, rows: int, cols: int, dtype: torch.dtype
+) -> Tensor:
+    return packed[0].new_empty(rows, cols, dtype=dtype)
+
+
+def _transform_fake(
+    v: Tensor, packed: list[Tensor], text: str, size: int, direction: str
+) -> Tensor:
+    torch._check(v.shape[-1] == size, lambda: f"v has {v.shape[-1]} features, not {size}")
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+def _matmul_context(ctx, inputs, output) -> None:
+    _, packed, ctx.text, ctx.rows, ctx.cols = inputs
+    ctx.save_for_backward(*packed)
+
+
+def _matmul_backward(ctx, grad):
+    packed = list(ctx.saved_tensors)
+    W_RC = torch.ops.vqllm_kernels.decode(packed, ctx.text, ctx.rows, ctx.cols, grad.dtype)
+    return grad @ W_RC, [None] * len(packed), None, None, None
+
+
+def _transform_context(ctx, inputs, output) -> None:
+    _, packed, ctx.text, ctx.size, ctx.direction = inputs
+    ctx.save_for_backward(*packed)
+
+
+def _transform_backward(ctx, grad):
+    # The transform is orthogonal: its transpose is its inverse.
+    packed = list(ctx.saved_tensors)
+    back = "output" if ctx.direction == "input" else "input"
+    v_grad = torch.ops.vqllm_kernels.transform(grad, packed, ctx.text, ctx.size, back)
+    return v_grad, [None] * len(packed), None, None, None
+
+
+# Library.define costs 7 us a call where torch.library.custom_op costs 28.
+_LIBRARY = torch.library.Library("vqllm_kernels", "DEF")
+_LIBRARY.define("matmul(Tensor x, Tensor[] packed, str spec, int rows, int cols) -> Tensor")
+_LIBRARY.define("decode(Tensor[] packed, str spec, int rows, int cols, ScalarType dtype) -> Tensor")
+_LIBRARY.define("transform(Tensor v, Tensor[] packed, str spec, int size, str direction) -> Tensor")
+_LIBRARY.impl("matmul", _matmul_op, "CompositeExplicitAutograd")
+_LIBRARY.impl("decode", _decode_op, "CompositeExplicitAutograd")
+_LIBRARY.impl("transform", _transform_op, "CompositeExplicitAutograd")
+torch.library.register_fake("vqllm_kernels::matmul", _matmul_fake, lib=_LIBRARY)
+torch.library.register_fake("vqllm_kernels::decode", _decode_fake, lib=_LIBRARY)
+torch.library.register_fake("vqllm_kernels::transform", _transform_fake, lib=_LIBRARY)
+torch.library.register_autograd(
+    "vqllm_kernels::matmul", _matmul_backward, setup_context=_matmul_context, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "vqllm_kernels::transform", _transform_backward, setup_context=_transform_context, lib=_LIBRARY
+)

@@ -1,0 +1,53 @@
+"""Formats e8p-v1 (2 bits a weight) and e81b-v1 (1 bit a weight); the bits are in `reference`."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vqllm_kernels.e8p import reference
+from vqllm_kernels.formats import FormatSpec, register
+from vqllm_kernels.layout import TensorLayout
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class E8PSpec(FormatSpec):
+    """Eight weights of a row in 16 bits: `codes` int16 (a bit pattern), one `scale`."""
+
+    format_id: ClassVar[str] = "e8p-v1"
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        return (1, 8)
+
+    def layout(self, rows: int, cols: int) -> dict[str, TensorLayout]:
+        return {
+            "codes": TensorLayout(self.grid(rows, cols), torch.int16, "codes"),
+            "scale": TensorLayout((1,), torch.float32, "side"),
+        }
+
+    def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Tensor:
+        return reference.decode(tensors, rows, cols)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class E81BSpec(FormatSpec):
+    """Eight weights of a row in 8 bits: `codes` uint8, one `scale`."""
+
+    format_id: ClassVar[str] = "e81b-v1"
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        return (1, 8)
+
+    def layout(self, rows: int, cols: int) -> dict[str, TensorLayout]:
+        return {
+            "codes": TensorLayout(self.grid(rows, cols), torch.uint8, "codes"),
+            "scale": TensorLayout((1,), torch.float32, "side"),
+        }
+
+    def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Tensor:
+        return reference.decode_e81b(tensors, rows, cols)

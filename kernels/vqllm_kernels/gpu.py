@@ -1,0 +1,69 @@
+"""Where the Triton kernels are, and when none of them can run."""
+
+import importlib.util
+import sys
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+from vqllm_kernels.formats import FormatSpec
+from vqllm_kernels.transforms import TransformSpec
+
+MIN_CAPABILITY = (8, 0)
+"""Oldest NVIDIA compute capability that the kernels are compiled for in the tests."""
+
+_MODULES = {
+    "e8p-v1": "vqllm_kernels.e8p.triton",
+    "e81b-v1": "vqllm_kernels.e8p.triton",
+    "lut-v1": "vqllm_kernels.lut.triton",
+    "residual-v1": "vqllm_kernels.residual.triton",
+    "hadamard": "vqllm_kernels.hadamard.triton",
+}
+
+
+def module(spec: FormatSpec | TransformSpec) -> ModuleType | None:
+    """The kernels of a format or transform, imported on first use; None if it has none."""
+    name = _MODULES.get(spec.format_id if isinstance(spec, FormatSpec) else spec.kind)
+    return import_module(name) if name else None
+
+
+@cache
+def declines(device: torch.device) -> str | None:
+    """Why no Triton kernel can run on `device`, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda":
+        return None if interpreted() else f"the tensors are on {device.type}, not on a CUDA device"
+    if torch.version.hip is not None:
+        return "the kernels are compiled and tested for NVIDIA devices only"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return f"compute capability {capability} is below {MIN_CAPABILITY}"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors that a launch can spread over; 1 where kernels are interpreted."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def triton_version() -> tuple[int, int]:
+    """(major, minor) of the installed triton; (0, 0) before it is imported."""
+    if "triton" not in sys.modules:
+        return (0, 0)
+    major, minor = sys.modules["triton"].__version__.split(".")[:2]
+    return int(major), int(minor)

@@ -1,0 +1,1 @@
+"""Orthonormal Hadamard-like transforms of every size."""

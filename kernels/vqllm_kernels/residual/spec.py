@@ -1,0 +1,54 @@
+"""Format residual-v1: two or more formats of the same tile, added; the bits are in `reference`."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+from vqllm_kernels import formats
+from vqllm_kernels.formats import FormatSpec, register
+from vqllm_kernels.layout import TensorLayout
+from vqllm_kernels.residual import reference
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class ResidualSpec(FormatSpec):
+    """The tensors of stage i are those of `stages[i]` under `s{i}_` + name."""
+
+    format_id: ClassVar[str] = "residual-v1"
+
+    stages: tuple[FormatSpec, ...]
+
+    def __post_init__(self) -> None:
+        tiles = [stage.tile for stage in self.stages]
+        if len(tiles) < 2 or len(set(tiles)) > 1:
+            raise ValueError(
+                f"{self.format_id}: stages with tiles {tiles}; needed are two or more stages of "
+                "the same tile"
+            )
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        return self.stages[0].tile
+
+    def layout(self, rows: int, cols: int) -> dict[str, TensorLayout]:
+        return {
+            f"s{i}_{name}": tensor
+            for i, stage in enumerate(self.stages)
+            for name, tensor in stage.layout(rows, cols).items()
+        }
+
+    def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Tensor:
+        return reference.decode(tensors, self.stages, rows, cols)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": self.format_id, "stages": [stage.to_dict() for stage in self.stages]}
+
+    @classmethod
+    def _from_fields(cls, values: dict[str, Any]) -> Self:
+        if set(values) != {"stages"}:
+            raise ValueError(
+                f"format {cls.format_id}: fields {sorted(values)}, expected ['stages']"
+            )
+        return cls(stages=tuple(formats.from_dict(stage) for stage in values["stages"]))

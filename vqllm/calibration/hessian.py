@@ -1,0 +1,43 @@
+"""H = E[x xᵀ] of an input group, accumulated in float32 over batches of tokens."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vqllm.errors import NumericalError
+
+
+@dataclass
+class Hessian:
+    """The running sum of x xᵀ over the tokens seen so far.
+
+    `matrix` is the mean, float32 [C, C]; it is not centred: E[x xᵀ] is what the error of a linear
+    map depends on, its mean included.
+    """
+
+    total_CC: Tensor
+    num_tokens: int = 0
+
+    @classmethod
+    def empty(cls, num_features: int, device: torch.device) -> "Hessian":
+        return cls(torch.zeros(num_features, num_features, dtype=torch.float32, device=device))
+
+    def add(self, x_NC: Tensor) -> None:
+        """Add a batch of tokens, any float dtype, [N, C]."""
+        x_NC = x_NC.float()
+        self.total_CC.addmm_(x_NC.T, x_NC)
+        self.num_tokens += x_NC.shape[0]
+
+    def matrix(self, name: str) -> Tensor:
+        """E[x xᵀ]. NumericalError if no token came or a value is not finite."""
+        if self.num_tokens == 0:
+            raise NumericalError(f"no calibration token reached {name}: it has no Hessian")
+        H = self.total_CC / self.num_tokens
+        if not bool(torch.isfinite(H).all()):
+            raise NumericalError(
+                f"the Hessian of {name} has {int((~torch.isfinite(H)).sum())} non-finite entries "
+                f"after {self.num_tokens} tokens: an activation overflowed. Run the model in "
+                "bfloat16 or float32 (--compute-dtype)."
+            )
+        return (H + H.T) / 2

@@ -1,0 +1,195 @@
+"""Format version 1 of a quantized checkpoint: its specification, and `quantization_config`.
+
+A checkpoint is an ordinary Hugging Face folder of safetensors and JSON, nothing else.
+
+Files
+    config.json                        the source model's, with the key `quantization_config` added
+    model-0000i-of-000NN.safetensors   i = 1 ... NN-1: decoder layer i-1; i = NN: everything else
+    model.safetensors.index.json       weight_map: {tensor name: file};
+                                       metadata.total_size: bytes of all tensors;
+                                       metadata.vqllm.sha256: {file: sha256 of the file, hex}
+    all others                         of the source, byte for byte (tokenizer, generation_config)
+
+    How tensors are spread over files carries no meaning: a reader follows weight_map, or takes
+    `model.safetensors` where there is no index. Copies that transformers writes (save_pretrained)
+    have neither the checksums nor the division by layers.
+
+Tensors
+    A quantized linear M (the full name of the module in the model) has no tensor `M.weight`. It
+    has `M.` + the name of each tensor that its specification asks for, and `M.bias`, unchanged, if
+    the source has one. Every other tensor has the name, shape and dtype that it has in the source.
+    Tied tensors are stored once. Integers are little-endian, as always in safetensors.
+
+quantization_config
+    quant_method     "vqllm"
+    format_version   1
+    specs            {id: {"rows": R, "cols": C, "codec": {...}, "transforms": [...]}}, each distinct
+                     specification once; an id is a decimal number as a string
+    modules          {M: id} for every quantized linear, W of R x C (out_features x in_features)
+    not_quantized    {module: reason}, optional, for people
+    recipe           what the checkpoint was made with, optional, for people
+    producer         {"vqllm": version}, optional, for people
+
+    Readers keep keys that they do not know, and refuse a larger format_version.
+
+The weights of M
+    1.  `codec` has the key "format", a format id, and the fields of that format. It gives names,
+        shapes and dtypes of the stored tensors, and W' [R, C] from them:
+
+        e8p-v1, e81b-v1   vqllm_kernels.e8p.reference
+        lut-v1            vqllm_kernels.lut.reference
+        uniform-v1        vqllm_kernels.uniform.reference
+        residual-v1       vqllm_kernels.residual.reference
+
+        Codes narrower than a byte are packed as vqllm_kernels.bitpack says: least significant bit
+        first, every row padded to a whole byte.
+    2.  `transforms`, in the order in which they were applied to W, so that W = T1⁻¹(T2⁻¹(... W')).
+        The tensors of transform i (counted from 0) carry the prefix `t{i}_`. Each has the key
+        "kind", a side and its options:
+
+        hadamard, scale, permutation   vqllm_kernels.transforms
+
+    All arithmetic of the definition is float32. A linear computes y = x Wᵀ + bias; equivalently,
+    the input-side transforms act on x in their order, then W', then the inverses of the output-side
+    transforms in reverse order.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vqllm.errors import CheckpointError
+from vqllm_kernels.linear import LinearSpec
+
+JSON = dict[str, Any]
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "vqllm"
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def shard_name(number: int, total: int) -> str:
+    """File name of shard `number`, counted from 1."""
+    return f"model-{number:05d}-of-{total:05d}.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationConfig:
+    """The contents of `quantization_config`.
+
+    `extra` holds keys that this version does not know; they are written back as they came.
+    """
+
+    specs: dict[str, JSON]
+    modules: dict[str, str]
+    format_version: int = FORMAT_VERSION
+    extra: JSON = field(default_factory=dict)
+
+    @classmethod
+    def build(
+        cls,
+        linears: Mapping[str, LinearSpec],
+        *,
+        recipe: JSON | None = None,
+        not_quantized: Mapping[str, str] | None = None,
+        producer: JSON | None = None,
+    ) -> "QuantizationConfig":
+        """Describe quantized linears. Ids depend on the specifications only, not on their order."""
+        texts = {name: _canonical(spec) for name, spec in linears.items()}
+        ids = {text: str(i) for i, text in enumerate(sorted(set(texts.values())))}
+        told = {"recipe": recipe, "not_quantized": not_quantized, "producer": producer}
+        return cls(
+            specs={id: json.loads(text) for text, id in ids.items()},
+            modules={name: ids[text] for name, text in texts.items()},
+            extra={key: value for key, value in told.items() if value is not None},
+        )
+
+    @classmethod
+    def parse(cls, values: JSON, origin: str) -> "QuantizationConfig":
+        """Read what `to_dict` wrote.
+
+        Args:
+            values: the JSON object under `quantization_config`.
+            origin: the file, for messages.
+
+        Raises:
+            CheckpointError: another method, a newer format, or contents that do not fit together.
+        """
+        rest = dict(values)
+        method = rest.pop("quant_method", None)
+        if method != QUANT_METHOD:
+            raise CheckpointError(
+                f"{origin} is quantized by {method!r}, not by {QUANT_METHOD!r}: load it with the "
+                "library that made it."
+            )
+        version = rest.pop("format_version", None)
+        if type(version) is not int or version < 1:
+            raise CheckpointError(
+                f"{origin}: format_version is {version!r}, expected a number from 1 to "
+                f"{FORMAT_VERSION}. Get an undamaged copy."
+            )
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{origin} has format version {version}; this vqllm reads versions up to "
+                f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade vqllm"
+            )
+        specs, modules = rest.pop("specs", None), rest.pop("modules", None)
+        if not isinstance(specs, dict) or not isinstance(modules, dict):
+            raise CheckpointError(
+                f"{origin}: `specs` and `modules` must be JSON objects, found "
+                f"{type(specs).__name__} and {type(modules).__name__}. Get an undamaged copy."
+            )
+        unknown = sorted(str(id) for id in modules.values() if id not in specs)
+        if unknown:
+            raise CheckpointError(
+                f"{origin}: modules name the specifications {', '.join(unknown)}, which `specs` "
+                "does not have. Get an undamaged copy."
+            )
+        return cls(specs=specs, modules=modules, format_version=version, extra=rest)
+
+    def to_dict(self) -> JSON:
+        """The JSON object that stands under `quantization_config`."""
+        return {
+            **self.extra,
+            "quant_method": QUANT_METHOD,
+            "format_version": self.format_version,
+            "specs": self.specs,
+            "modules": self.modules,
+        }
+
+    def linears(self) -> dict[str, LinearSpec]:
+        """The specification of every quantized linear by module name.
+
+        Raises:
+            CheckpointError: a specification that this version cannot decode.
+        """
+        built = {id: _linear_spec(id, values) for id, values in self.specs.items()}
+        return {name: built[id] for name, id in self.modules.items()}
+
+
+def spec_to_dict(spec: LinearSpec) -> JSON:
+    """The JSON object of a specification, size included."""
+    return {"rows": spec.rows, "cols": spec.cols, **spec.to_dict()}
+
+
+def spec_from_dict(values: JSON) -> LinearSpec:
+    """The specification that `spec_to_dict` described. ValueError for anything unknown."""
+    return LinearSpec.from_dict(values, values["rows"], values["cols"])
+
+
+def _canonical(spec: LinearSpec) -> str:
+    return json.dumps(spec_to_dict(spec), sort_keys=True)
+
+
+def _linear_spec(id: str, values: JSON) -> LinearSpec:
+    try:
+        return spec_from_dict(values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the checkpoint's layer specification {id!r} cannot be read: {error!r}. A newer vqllm "
+            "may know it (pip install --upgrade vqllm); otherwise get an undamaged copy."
+        ) from error

@@ -1,0 +1,76 @@
+"""What is in a checkpoint: recipe, layer specifications, exact sizes from the stored tensors."""
+
+from pathlib import Path
+
+import yaml
+
+from vqllm.bits import BitCount
+from vqllm.checkpoint.format import JSON
+from vqllm.checkpoint.reader import Checkpoint
+
+
+def inspect_checkpoint(folder: str | Path, verify: bool = True) -> JSON:
+    """Describe a checkpoint in JSON values. Unless `verify`, no weights are read.
+
+    Returns:
+        `linears`, one entry a quantized linear (name, rows, cols, codec, spec, the bits of its
+        stored tensors by what they hold, bits_per_weight, and proxy_loss if the run's report is
+        there); `bits_per_weight`, the three figures by label; `not_quantized`, reasons by module;
+        `recipe` and `recipe_yaml`; `producer`; `format_version`; `num_bytes` of all tensors.
+
+    Raises:
+        CheckpointError: not a vqllm checkpoint, a newer format, or damaged.
+    """
+    checkpoint = Checkpoint.open(folder, verify)
+    told = checkpoint.quantization.extra
+    bits = {name: checkpoint.bits(name) for name in checkpoint.linears}
+    recipe = told.get("recipe") or {}
+    return {
+        "folder": str(folder),
+        "format_version": checkpoint.quantization.format_version,
+        "producer": told.get("producer") or {},
+        "recipe": recipe,
+        "recipe_yaml": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
+        "linears": _linears(checkpoint, bits),
+        "not_quantized": told.get("not_quantized") or {},
+        "bits_per_weight": bits_per_weight(checkpoint),
+        "num_bytes": sum(tensor.num_bytes for tensor in checkpoint.tensors.values()),
+    }
+
+
+def bits_per_weight(checkpoint: Checkpoint) -> dict[str, float]:
+    """The three figures, always together.
+
+    The first two are over the weights of the quantized linears. The third is over the parameters of
+    the whole model, tied ones once, and counts every stored tensor.
+    """
+    total = sum((checkpoint.bits(name) for name in checkpoint.linears), BitCount())
+    num_weights = sum(spec.rows * spec.cols for spec in checkpoint.linears.values())
+    others = [checkpoint.tensors[name] for name in checkpoint.other_tensors()]
+    other_bits = 8 * sum(tensor.num_bytes for tensor in others)
+    num_parameters = num_weights + sum(tensor.numel for tensor in others)
+    return {
+        "codes only": total.codes / max(num_weights, 1),
+        "all of a quantized linear": total.total / max(num_weights, 1),
+        "whole checkpoint, embeddings included": (total.total + other_bits)
+        / max(num_parameters, 1),
+    }
+
+
+def _linears(checkpoint: Checkpoint, bits: dict[str, BitCount]) -> list[JSON]:
+    records = checkpoint.records()
+    return [
+        {
+            "name": name,
+            "rows": spec.rows,
+            "cols": spec.cols,
+            "codec": spec.format.format_id,
+            "spec": spec.to_dict(),
+            "bits_codes": bits[name].codes,
+            "bits_codebook": bits[name].codebook,
+            "bits_side": bits[name].side,
+            "bits_per_weight": bits[name].total / (spec.rows * spec.cols),
+            "proxy_loss": records.get(name, {}).get("proxy_loss"),
+        }
+        for name, spec in checkpoint.linears.items()
+    ]

@@ -1,0 +1,281 @@
+"""The journal of a run: what makes a killed run go on, and refuses to go on with another run.
+
+OUT/.vqllm/journal.jsonl has one JSON object a line. The first is the identity of the run:
+everything that could change a byte of the result. Each further line is a finished layer, written
+after its shard is on the disk. The folder `.vqllm` also stages files and is gone at the end.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+import vqllm
+from vqllm.checkpoint import atomic
+from vqllm.checkpoint.format import CONFIG, FORMAT_VERSION, JSON
+from vqllm.checkpoint.shards import sha256_of
+from vqllm.checkpoint.writer import copied_files
+from vqllm.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+WORK = ".vqllm"
+JOURNAL = "journal.jsonl"
+LOCK = "lock"
+
+NUM_SAMPLES = 64
+SAMPLE_BYTES = 4096
+"""Of each weight file, besides its header: 256 KB spread over a file of any size tell a retrained
+copy of a model, whose header and size are equal, in milliseconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedLayer:
+    """A line of the journal.
+
+    `linears` holds the specification of each quantized linear (`format.spec_to_dict`) by full
+    name, `records` the layer's lines of the report.
+    """
+
+    layer: int
+    shard: str
+    sha256: str
+    linears: dict[str, JSON]
+    records: list[JSON]
+
+
+def identity(
+    *, model: str, source: Path, recipe: JSON, settings: JSON, trust_remote_code: bool = False
+) -> JSON:
+    """Everything that could change a byte of the result.
+
+    Args:
+        model: the model as its user named it.
+        source: its folder.
+        recipe: the resolved recipe, every field present, the seed included.
+        settings: what else the caller knows to matter: dtypes, the kind of device.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": model,
+        "recipe": recipe,
+        "settings": {**settings, "trust_remote_code": trust_remote_code},
+        "source": fingerprint(source, trust_remote_code),
+        "versions": {
+            "vqllm": vqllm.__version__,
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        },
+    }
+
+
+def fingerprint(source: Path, trust_remote_code: bool = False) -> dict[str, str]:
+    """A short digest of every file of a model folder that goes into the result.
+
+    Small files are read whole, weights by size, header and samples.
+    """
+    digests = {
+        str(path): sha256_of(source / path)[:16] for path in copied_files(source, trust_remote_code)
+    }
+    digests[CONFIG] = sha256_of(source / CONFIG)[:16]
+    for path in source.glob("*.safetensors"):
+        digests[path.name] = _sampled_digest(path)
+    return dict(sorted(digests.items()))
+
+
+def _sampled_digest(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        digest.update(file.read(min(length, size)))
+        for i in range(NUM_SAMPLES):
+            file.seek(i * max(size - SAMPLE_BYTES, 0) // (NUM_SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+class Journal:
+    """The journal of one run, open for one process.
+
+    Attributes:
+        finished: the layers that need not be done again, each verified.
+        staging: an existing folder for files that are not finished.
+    """
+
+    def __init__(self, folder: Path, identity: JSON) -> None:
+        """Begin a run in `folder`, or go on with the one that stands there.
+
+        Raises:
+            CheckpointError: something else is in the folder, another process is at work in it, or
+                the run there is another one.
+        """
+        self._folder = folder
+        self.staging = folder / WORK
+        self._path = self.staging / JOURNAL
+        self.finished: list[FinishedLayer] = []
+        if not self._path.is_file():
+            _check_empty(folder)
+        self.staging.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.staging / LOCK)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise CheckpointError(
+                f"another process is writing to {folder}. Wait for it, stop it, or choose another "
+                "output folder."
+            ) from error
+        try:
+            self._begin(identity)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, identity: JSON) -> None:
+        if not self._path.is_file():
+            atomic.write_bytes(self._path, _line(identity), self.staging)
+            return
+        lines = _whole_lines(self._path)
+        _check_identity(lines[0] if lines else {}, identity, self._folder)
+        for number, values in enumerate(lines[1:]):
+            layer = FinishedLayer(**values)
+            problem = self._problem(number, layer)
+            if problem:
+                logger.warning("%s: layers from %d on are done again", problem, number)
+                break
+            self.finished.append(layer)
+        # Without the torn line of a killed process, and without layers that cannot be trusted.
+        kept = [_line(identity), *(_line(asdict(layer)) for layer in self.finished)]
+        atomic.write_bytes(self._path, b"".join(kept), self.staging)
+
+    def _problem(self, number: int, layer: FinishedLayer) -> str | None:
+        path = self._folder / layer.shard
+        if layer.layer != number:
+            return f"{self._path} has layer {layer.layer} where layer {number} is due"
+        if not path.is_file():
+            return f"{path} is missing"
+        if sha256_of(path) != layer.sha256:
+            return f"{path} does not have the sha256 that was recorded when it was written"
+        return None
+
+    def append(self, layer: FinishedLayer) -> None:
+        """Record a layer whose shard is on the disk."""
+        data = _line(asdict(layer))
+        size = self._path.stat().st_size
+        try:
+            with self._path.open("ab") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            os.truncate(self._path, size)
+            if atomic.is_out_of_space(error):
+                raise atomic.out_of_space(self._path, len(data)) from error
+            raise
+        self.finished.append(layer)
+
+    def complete(self) -> None:
+        """The checkpoint is whole: remove everything that only a running run needs.
+
+        The journal goes last, so that a process killed in here goes on to this point again.
+        """
+        for path in self.staging.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in (JOURNAL, LOCK):
+                path.unlink()
+        self._path.unlink()
+        self.close()
+        shutil.rmtree(self.staging, ignore_errors=True)
+        atomic.sync_folder(self._folder)
+
+    def close(self) -> None:
+        """Let another process go on with this run."""
+        self._lock.release()
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a run stands in `folder` that can go on."""
+    return (folder / WORK / JOURNAL).is_file()
+
+
+def _line(values: JSON) -> bytes:
+    return (json.dumps(values, sort_keys=True) + "\n").encode()
+
+
+def _whole_lines(path: Path) -> list[JSON]:
+    """The lines of a journal; one that a killed process did not finish is left out."""
+    lines = path.read_bytes().split(b"\n")
+    values = []
+    for number, line in enumerate(lines[:-1]):
+        try:
+            values.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines) - 2:
+                break
+            raise CheckpointError(
+                f"line {number + 1} of {path} is damaged: {error}. Delete the folder "
+                f"{path.parent.parent} and start again."
+            ) from error
+    return values
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; the output must be a new or an empty folder.")
+    found = sorted(p.name for p in folder.iterdir() if p.name != WORK) if folder.is_dir() else []
+    if not found:
+        return
+    if _is_finished(folder):
+        raise CheckpointError(
+            f"{folder} holds a finished checkpoint. Use it, or delete it or choose another output "
+            "folder to make a new one."
+        )
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    raise CheckpointError(
+        f"{folder} is not empty: {', '.join(found[:3])}{more}. The output must be a new or an empty "
+        "folder, or one in which this run was begun."
+    )
+
+
+def _is_finished(folder: Path) -> bool:
+    path = folder / CONFIG
+    return path.is_file() and b'"quantization_config"' in path.read_bytes()
+
+
+def _check_identity(old: JSON, new: JSON, folder: Path) -> None:
+    before, now = _flatten(old), _flatten(json.loads(json.dumps(new)))
+    lines = [
+        f"  {key}: {_shown(before, key)} → {_shown(now, key)}"
+        for key in sorted(before.keys() | now.keys())
+        if _shown(before, key) != _shown(now, key)
+    ]
+    if lines:
+        raise CheckpointError(
+            f"{folder} holds an unfinished run that differs (there → here):\n"
+            + "\n".join(lines)
+            + "\nTo go on with it, repeat the command that began it. To start over, delete the "
+            "folder or choose another one."
+        )
+
+
+def _flatten(values: object, prefix: str = "") -> dict[str, object]:
+    if isinstance(values, list):
+        values = dict(enumerate(values))
+    if not isinstance(values, dict):
+        return {prefix: values}
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _shown(values: dict[str, object], key: str) -> str:
+    return json.dumps(values[key], sort_keys=True) if key in values else "(absent)"

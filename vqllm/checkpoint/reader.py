@@ -1,0 +1,178 @@
+"""Reading a checkpoint without a model: its specifications, its tensors, its dense weights."""
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vqllm.bits import BitCount
+from vqllm.checkpoint.format import CONFIG, JSON, QUANT_METHOD, QuantizationConfig
+from vqllm.checkpoint.journal import is_unfinished
+from vqllm.checkpoint.shards import DAMAGED, StoredTensor, read_header, read_index, sha256_of
+from vqllm.errors import CheckpointError
+from vqllm_kernels import layout
+from vqllm_kernels.linear import LinearSpec
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    """Whether `folder` is a finished vqllm checkpoint, of any format version."""
+    try:
+        config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+        return config["quantization_config"]["quant_method"] == QUANT_METHOD
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+class Checkpoint:
+    """A quantized model's folder.
+
+    Attributes:
+        folder: where it is.
+        config: all of config.json.
+        quantization: its `quantization_config`.
+        linears: the specification of every quantized linear by full module name.
+        tensors: every stored tensor by full name.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: JSON,
+        quantization: QuantizationConfig,
+        files: dict[str, str],
+        tensors: dict[str, StoredTensor],
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.quantization = quantization
+        self.linears: dict[str, LinearSpec] = quantization.linears()
+        self.tensors = tensors
+        self._files = files
+
+    @classmethod
+    def open(cls, folder: str | Path, verify: bool = True) -> "Checkpoint":
+        """Open a checkpoint and check that it is whole.
+
+        Args:
+            folder: the checkpoint.
+            verify: compare every shard with the sha256 in the index (reads all bytes once).
+                Without it, files are still checked to be there, complete and consistent.
+
+        Raises:
+            CheckpointError: not a vqllm checkpoint, a newer format, or damaged; names the file.
+        """
+        folder = Path(folder)
+        config = _read_config(folder)
+        quantization = QuantizationConfig.parse(
+            config["quantization_config"], str(folder / CONFIG)
+        )
+        index = read_index(folder)
+        shards = sorted({*index.files.values(), *index.checksums})
+        if verify:
+            _verify(folder, index.checksums)
+        tensors: dict[str, StoredTensor] = {}
+        for shard in shards:
+            tensors |= read_header(folder / shard)
+        missing = sorted(index.files.keys() - tensors.keys())
+        if missing:
+            raise CheckpointError(
+                f"{folder}: the index names {len(missing)} tensors that no shard has, first "
+                f"{missing[0]}. {DAMAGED}"
+            )
+        checkpoint = cls(folder, config, quantization, index.files, tensors)
+        checkpoint._check_linears()
+        return checkpoint
+
+    def _check_linears(self) -> None:
+        for module, spec in self.linears.items():
+            for name in spec.layout():
+                if f"{module}.{name}" not in self._files:
+                    raise CheckpointError(
+                        f"{self.folder}: {module} is quantized, but its tensor {name!r} is in no "
+                        f"shard. {DAMAGED}"
+                    )
+
+    def read(self, name: str) -> Tensor:
+        """One stored tensor. CheckpointError when its file is damaged."""
+        path = self.folder / self._files[name]
+        try:
+            with safe_open(path, "pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}. {DAMAGED}") from error
+
+    def packed(self, module: str) -> dict[str, Tensor]:
+        """The stored tensors of a quantized linear under their own names, bias excluded."""
+        spec = self.linears[module]
+        tensors = {name: self.read(f"{module}.{name}") for name in spec.layout()}
+        try:
+            layout.check(tensors, spec.layout(), module)
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder}: {error}. {DAMAGED}") from error
+        return tensors
+
+    def dense(self, module: str) -> Tensor:
+        """The weights of a quantized linear, float32 [R, C], in the model's own basis."""
+        return self.linears[module].dequantize(self.packed(module))
+
+    def bits(self, module: str) -> BitCount:
+        """Exact bits of the stored tensors of a quantized linear, bias excluded."""
+        bits = {"codes": 0, "codebook": 0, "side": 0}
+        for name, tensor in self.linears[module].layout().items():
+            bits[tensor.kind] += 8 * self.tensors[f"{module}.{name}"].num_bytes
+        return BitCount(**bits)
+
+    def other_tensors(self) -> list[str]:
+        """Names of the tensors that are stored as they were in the source, biases included."""
+        packed = {f"{module}.{name}" for module, spec in self.linears.items() for name in spec.layout()}
+        return sorted(self._files.keys() - packed)
+
+    def records(self) -> dict[str, JSON]:
+        """The report's line of each quantized linear by name; empty where there is no report."""
+        return {record["name"]: record for record in self._report_lines()}
+
+    def _report_lines(self) -> Iterator[JSON]:
+        path = self.folder / "report.jsonl"
+        if not path.is_file():
+            return
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):  # the report is for people: a damaged line is no obstacle
+                record = json.loads(line)
+                if isinstance(record, dict) and record.get("name") in self.linears:
+                    yield record
+
+
+def _read_config(folder: Path) -> JSON:
+    path = folder / CONFIG
+    if is_unfinished(folder):
+        raise CheckpointError(
+            f"{folder} holds an unfinished run. Repeat the command that began it; it goes on from "
+            "the last finished layer."
+        )
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no checkpoint: it has no {CONFIG}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. {DAMAGED}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("quantization_config"), dict):
+        raise CheckpointError(
+            f"{folder} is no vqllm checkpoint: its {CONFIG} has no quantization_config. It may be "
+            "an ordinary model; quantize it first."
+        )
+    return config
+
+
+def _verify(folder: Path, checksums: dict[str, str]) -> None:
+    for shard, expected in sorted(checksums.items()):
+        path = folder / shard
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing. {DAMAGED}")
+        if sha256_of(path) != expected:
+            read_header(path)  # a truncated file gets the more telling message
+            raise CheckpointError(
+                f"{path} does not have the sha256 that the index records: it is damaged. {DAMAGED}"
+            )

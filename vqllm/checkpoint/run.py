@@ -1,0 +1,192 @@
+"""The output folder of a run: finished layers, what is to do, and how it becomes a checkpoint."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import vqllm
+from vqllm.checkpoint import atomic, writer
+from vqllm.checkpoint.format import (
+    JSON,
+    QuantizationConfig,
+    shard_name,
+    spec_from_dict,
+    spec_to_dict,
+)
+from vqllm.checkpoint.journal import FinishedLayer, Journal, identity
+from vqllm.checkpoint.source import SourceTensors
+from vqllm.errors import ModelError
+from vqllm_kernels.linear import LinearSpec
+
+
+RECORDS = "report.jsonl"
+
+
+class Packed(Protocol):
+    """A quantized linear, as far as it is written."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def spec(self) -> LinearSpec: ...
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
+    @property
+    def record(self) -> JSON: ...
+
+
+class CheckpointRun:
+    """Writes a checkpoint layer by layer; entering a folder with an unfinished run goes on with it.
+
+    A context manager: leaving it in any way lets go of the folder and keeps what is finished.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        source: Path,
+        model: str,
+        recipe: JSON,
+        settings: JSON,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self._output, self._source = output, source
+        self._recipe, self._trust_remote_code = recipe, trust_remote_code
+        # A model that cannot become a checkpoint is refused before anything is written.
+        writer.read_dense_config(source)
+        run = identity(
+            model=model,
+            source=source,
+            recipe=recipe,
+            settings=settings,
+            trust_remote_code=trust_remote_code,
+        )
+        self._journal = Journal(output, run)
+        self.scratch = self._journal.staging
+
+    def __enter__(self) -> "CheckpointRun":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._journal.close()
+
+    @property
+    def num_finished(self) -> int:
+        """Layers that need not be done again."""
+        return len(self._journal.finished)
+
+    @property
+    def quantized(self) -> dict[str, LinearSpec]:
+        """The linears of all finished layers."""
+        return {
+            name: spec_from_dict(values)
+            for layer in self._journal.finished
+            for name, values in layer.linears.items()
+        }
+
+    def keep(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors that are made once a run and read back when it goes on."""
+        path = self.scratch / f"{name}.safetensors"
+        if not path.is_file():
+            atomic.write_shard(path, make(), self.scratch)
+        return load_file(path)
+
+    def begin(self, model: nn.Module, layer_names: list[str]) -> None:
+        """Learn the model's layers, and check that its tensors are found and the disk has room.
+
+        Raises:
+            ModelError: the source has no tensors under the names that the model uses.
+            OutOfSpaceError: a checkpoint as large as the source would not fit.
+        """
+        self._tensors = SourceTensors(self._source, model)
+        self._layer_names = layer_names
+        if self.num_finished == 0:
+            # An upper bound: codes are smaller than what they replace.
+            atomic.check_space(self._output, self._tensors.num_bytes())
+
+    def write_layer(self, index: int, results: Sequence[Packed]) -> None:
+        """Write a finished layer's shard, then its line in the journal."""
+        tensors: dict[str, Tensor] = {}
+        replaced = set()
+        for result in results:
+            source_name = f"{result.name}.weight"
+            if source_name not in self._tensors:
+                raise ModelError(
+                    f"{self._source} stores no tensor {source_name}: its names differ from the "
+                    "model's. Load it with transformers and save_pretrained it once."
+                )
+            replaced.add(source_name)
+            tensors |= {f"{result.name}.{key}": value for key, value in result.tensors.items()}
+        prefix = f"{self._layer_names[index]}."
+        for name in self._tensors:
+            if name.startswith(prefix) and name not in replaced:
+                tensors[name] = self._tensors.read(name)
+        shard = self._shard(index)
+        digest = atomic.write_shard(self._output / shard, tensors, self.scratch)
+        self._journal.append(
+            FinishedLayer(
+                layer=index,
+                shard=shard,
+                sha256=digest,
+                linears={result.name: spec_to_dict(result.spec) for result in results},
+                records=[result.record for result in results],
+            )
+        )
+
+    def decoded(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        """The dense weights [R, C] of each quantized linear of a finished layer, float32."""
+        layer = self._journal.finished[index]
+        tensors = load_file(self._output / layer.shard)
+        for name, values in layer.linears.items():
+            spec = spec_from_dict(values)
+            yield name, spec.dequantize({key: tensors[f"{name}.{key}"] for key in spec.layout()})
+
+    def records(self, index: int) -> list[JSON]:
+        """The report lines of a finished layer."""
+        return self._journal.finished[index].records
+
+    def all_records(self) -> list[JSON]:
+        """The report lines of all finished layers."""
+        return [record for layer in self._journal.finished for record in layer.records]
+
+    def finish(self, not_quantized: dict[str, str]) -> None:
+        """Write everything outside the layers, the report's records, the index and config.json."""
+        linears = self.quantized
+        if not linears:
+            raise ModelError(
+                f"nothing in {self._source} was quantized. "
+                + "; ".join(f"{name}: {reason}" for name, reason in not_quantized.items())
+            )
+        inside = tuple(f"{name}." for name in self._layer_names)
+        rest = {n: self._tensors.read(n) for n in self._tensors if not n.startswith(inside)}
+        checksums = {layer.shard: layer.sha256 for layer in self._journal.finished}
+        last = self._shard(len(self._layer_names))
+        checksums[last] = atomic.write_shard(self._output / last, rest, self.scratch)
+        config = QuantizationConfig.build(
+            linears,
+            recipe=self._recipe,
+            not_quantized=not_quantized,
+            producer={"vqllm": vqllm.__version__},
+        )
+        lines = [json.dumps(record, sort_keys=True) + "\n" for record in self.all_records()]
+        atomic.write_bytes(self._output / RECORDS, "".join(lines).encode(), self.scratch)
+        writer.copy_files(self._source, self._output, self.scratch, self._trust_remote_code)
+        writer.write_index(self._output, checksums, self.scratch)
+        writer.write_config(self._source, self._output, self.scratch, config)
+
+    def complete(self) -> None:
+        """The run is over: remove what only a run needs."""
+        self._journal.complete()
+
+    def _shard(self, index: int) -> str:
+        return shard_name(index + 1, len(self._layer_names) + 1)

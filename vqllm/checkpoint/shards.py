@@ -1,0 +1,103 @@
+"""Safetensors files from the outside: headers, checksums, and which tensor is in which file."""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from vqllm.checkpoint.format import INDEX, JSON, SINGLE
+from vqllm.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+"""What safetensors itself accepts; a larger number is no header."""
+
+DAMAGED = "Get an undamaged copy, or make it again."
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the header of its file describes it; `dtype` is safetensors' name ("BF16")."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file, without reading them.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or not safetensors.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        tensors = {
+            name: StoredTensor(
+                info["dtype"],
+                tuple(info["shape"]),
+                info["data_offsets"][1] - info["data_offsets"][0],
+            )
+            for name, info in header.items()
+        }
+        expected = 8 + length + sum(tensor.num_bytes for tensor in tensors.values())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}. {DAMAGED}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}. {DAMAGED}") from error
+    if size != expected:
+        raise CheckpointError(
+            f"{path} has {size} bytes where its header announces {expected}: it is truncated or "
+            f"damaged. {DAMAGED}"
+        )
+    return tensors
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a whole file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Which file holds each tensor, and the checksums if they were recorded."""
+
+    files: dict[str, str]
+    checksums: dict[str, str]
+
+
+def read_index(folder: Path) -> ShardIndex:
+    """The index of a folder, or the contents of its only file.
+
+    Raises:
+        CheckpointError: neither is there, or the index is damaged.
+    """
+    path = folder / INDEX
+    if not path.is_file():
+        if not (folder / SINGLE).is_file():
+            raise CheckpointError(
+                f"{folder} has no {INDEX} and no {SINGLE}: its weights are missing. {DAMAGED}"
+            )
+        return ShardIndex(dict.fromkeys(read_header(folder / SINGLE), SINGLE), {})
+    try:
+        index: JSON = json.loads(path.read_text(encoding="utf-8"))
+        files = {str(name): str(file) for name, file in index["weight_map"].items()}
+        recorded = index.get("metadata", {}).get("vqllm", {}).get("sha256", {})
+        checksums = {str(file): str(digest) for file, digest in recorded.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error!r}. {DAMAGED}") from error
+    outside = sorted(file for file in {*files.values(), *checksums} if Path(file).name != file)
+    if outside:
+        raise CheckpointError(f"{path} names files outside its folder: {', '.join(outside)}.")
+    return ShardIndex(files, checksums)

@@ -1,0 +1,122 @@
+"""What makes a folder of shards a checkpoint: the index, config.json, and the source's other files."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from vqllm.checkpoint import atomic
+from vqllm.checkpoint.format import CONFIG, INDEX, JSON, QuantizationConfig
+from vqllm.checkpoint.shards import read_header
+from vqllm.errors import CheckpointError, ModelError
+from vqllm_kernels.linear import LinearSpec
+
+NOT_COPIED = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx",
+    ".onnx_data", ".pkl", ".pickle", ".joblib", ".npz", ".npy", ".tflite", ".mlmodel", ".zip",
+    ".tar", ".gz", ".part",
+}  # fmt: skip
+"""Weights in any format, and archives."""
+
+MAX_COPIED_BYTES = 256 << 20
+"""The largest tokenizer files in use have about 35 MB; a larger file is no small file."""
+
+TEMPLATES = "additional_chat_templates"
+"""The one subfolder that transformers' tokenizers read."""
+
+
+def packed_bytes(linears: Mapping[str, LinearSpec]) -> int:
+    """Bytes of the stored tensors of quantized linears, biases excluded."""
+    return sum(t.num_bytes for spec in linears.values() for t in spec.layout().values())
+
+
+def copied_files(source: Path, trust_remote_code: bool) -> list[Path]:
+    """The small files of a model folder that belong to every copy of it, relative to the folder.
+
+    Not weights, not config.json (which is patched), not the model card (a new one is written), no
+    hidden file, and Python files only if `trust_remote_code`.
+    """
+    return sorted(_small_files(source, trust_remote_code))
+
+
+def _small_files(source: Path, trust_remote_code: bool) -> Iterator[Path]:
+    for path in [*source.iterdir(), *(source / TEMPLATES).glob("*.jinja")]:
+        name = path.name
+        if not path.is_file() or name.startswith(".") or name in (CONFIG, "README.md"):
+            continue
+        if path.suffix.lower() in NOT_COPIED or name.endswith(".index.json"):
+            continue
+        if path.suffix == ".py" and not trust_remote_code:
+            continue
+        if path.stat().st_size <= MAX_COPIED_BYTES:
+            yield path.relative_to(source)
+
+
+def copy_files(source: Path, folder: Path, staging: Path, trust_remote_code: bool = False) -> None:
+    """Copy tokenizer, generation_config.json and the like byte for byte."""
+    for relative in copied_files(source, trust_remote_code):
+        (folder / relative).parent.mkdir(exist_ok=True)
+        atomic.write_bytes(folder / relative, (source / relative).read_bytes(), staging)
+
+
+def read_config(folder: Path) -> JSON:
+    """The folder's config.json. ModelError when it is missing or damaged."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error} Pass a folder with a model.") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} holds {type(config).__name__}, expected a JSON object.")
+    return config
+
+
+def read_dense_config(folder: Path) -> JSON:
+    """As `read_config`; ModelError also when the model is quantized already."""
+    config = read_config(folder)
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method")
+        raise ModelError(
+            f"{folder} is already quantized ({method!r}). Quantize the original model, or write a "
+            "dense copy first (for a vqllm checkpoint: vqllm dequantize)."
+        )
+    return config
+
+
+def write_config(
+    source: Path, folder: Path, staging: Path, quantization: QuantizationConfig
+) -> None:
+    """Write the source's config.json with `quantization_config` added and nothing else changed.
+
+    It is copied, not regenerated: a configuration that transformers writes lacks keys that other
+    versions need (without a top-level rope_theta, version 4.57 silently takes its default).
+    """
+    config = read_dense_config(source)
+    config["quantization_config"] = quantization.to_dict()
+    write_json(folder / CONFIG, config, staging)
+
+
+def write_index(folder: Path, checksums: Mapping[str, str], staging: Path) -> None:
+    """Write the index of finished shards.
+
+    Args:
+        checksums: sha256 of every shard by file name.
+
+    Raises:
+        CheckpointError: a tensor stands in two shards.
+    """
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    for shard in sorted(checksums):
+        for name, tensor in read_header(folder / shard).items():
+            if name in weight_map:
+                raise CheckpointError(f"{name} stands in {weight_map[name]} and in {shard}.")
+            weight_map[name] = shard
+            total_size += tensor.num_bytes
+    metadata = {"total_size": total_size, "vqllm": {"sha256": dict(checksums)}}
+    write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map}, staging)
+
+
+def write_json(path: Path, values: JSON, staging: Path) -> None:
+    """Write JSON with sorted keys, as transformers does."""
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    atomic.write_bytes(path, text.encode(), staging)

@@ -1,0 +1,249 @@
+"""The command line. Nothing else of the package knows of it."""
+
+import json
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vqllm.errors import VqllmError
+
+app = typer.Typer(
+    help="Post-training vector quantization of language-model weights.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run Python code found in the model's folder")
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", help="change a key of the recipe: key=value")
+]
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="demo, a hub id, a folder, or a .gguf file")],
+    output: Annotated[Path, typer.Option(help="folder of the quantized model")],
+    recipe: Annotated[str | None, typer.Option(help="a recipe's name, or a YAML file")] = None,
+    bits: Annotated[int | None, typer.Option(help="2, 3 or 4: the best recipe for it")] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(help="self, a text, jsonl or parquet file, a folder, or a datasets id"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="seed of everything random")] = None,
+    device: Device = None,
+    compute_dtype: Annotated[
+        str | None, typer.Option(help="dtype in which layers run: bfloat16, float16, float32")
+    ] = None,
+    changes: Changes = None,
+    eval_text: Annotated[
+        Path | None, typer.Option(help="text file to measure on (default: held-out sequences)")
+    ] = None,
+    evaluate: Annotated[
+        bool, typer.Option("--eval/--no-eval", help="measure the result against the original")
+    ] = True,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Quantize a model into a folder that transformers loads."""
+    from vqllm import api
+    from vqllm.progress_bar import progress_for
+
+    with progress_for(err) as progress:
+        summary = api.quantize(
+            model,
+            output,
+            recipe=recipe,
+            bits=bits,
+            calibration=calibration,
+            seed=seed,
+            changes=tuple(changes or ()),
+            device=device,
+            compute_dtype=compute_dtype,
+            evaluate=evaluate,
+            eval_text=eval_text,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            command=shlex.join(["vqllm", *sys.argv[1:]]),
+        )
+    _print_rows(summary.rows())
+
+
+@app.command("eval")
+def evaluate_(
+    model: Annotated[str, typer.Argument(help="a quantized folder, or anything quantize takes")],
+    baseline: Annotated[str | None, typer.Option(help="model to compare with")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="lm-eval tasks; names or comma-separated lists")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="text file or datasets id for perplexity")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(help="windows of the text to use (default: all)")
+    ] = None,
+    window_length: Annotated[int, typer.Option(help="tokens of a window")] = 2048,
+    data: Annotated[
+        Path | None, typer.Option(help="folder with local task files (default: $VQLLM_DATA)")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="items of each task")] = None,
+    device: Device = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write results here")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Perplexity, KL and top-1 agreement with a baseline, and lm-eval tasks."""
+    from vqllm import api
+
+    names = [name for item in tasks or [] for name in item.split(",") if name]
+    results = api.evaluate(
+        model,
+        baseline=baseline,
+        tasks=names,
+        text=text,
+        num_windows=windows,
+        window_length=window_length,
+        data=data,
+        limit=limit,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    _print_rows(api.result_rows(results))
+    if json_file:
+        json_file.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="a quantized folder, or anything quantize takes")],
+    prompt: Annotated[str, typer.Option(help="text to go on from")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    chat: Annotated[bool, typer.Option(help="wrap the prompt in the chat template")] = False,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Generate text greedily."""
+    from vqllm import api
+
+    text = api.generate(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        chat=chat,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    out.print(text, markup=False, highlight=False)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="a quantized folder")],
+    json_output: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    verify: Annotated[bool, typer.Option(help="check the sha256 of every shard")] = True,
+) -> None:
+    """What is in a checkpoint: recipe, and codec, exact bits and proxy loss of every linear."""
+    from vqllm.checkpoint.inspect import inspect_checkpoint
+
+    found = inspect_checkpoint(folder, verify=verify)
+    if json_output:
+        out.print_json(json.dumps(found))
+        return
+    out.print(found["recipe_yaml"], markup=False, highlight=False)
+    table = Table("linear", "shape", "codec", "bits per weight", "proxy loss")
+    for row in found["linears"]:
+        loss = "" if row["proxy_loss"] is None else f"{row['proxy_loss']:.4g}"
+        table.add_row(
+            row["name"],
+            f"{row['rows']} × {row['cols']}",
+            row["codec"],
+            f"{row['bits_per_weight']:.4f}",
+            loss,
+        )
+    out.print(table)
+    _print_rows([(label, f"{value:.4f}") for label, value in found["bits_per_weight"].items()])
+
+
+@app.command()
+def dequantize(
+    folder: Annotated[Path, typer.Argument(help="a quantized folder")],
+    output: Annotated[Path, typer.Option(help="folder of the ordinary model")],
+    dtype: Annotated[str, typer.Option(help="float16 or bfloat16")] = "float16",
+) -> None:
+    """Write an ordinary Hugging Face folder that any tool reads."""
+    from vqllm.checkpoint.dequantize import dequantize_checkpoint
+
+    dequantize_checkpoint(folder, output, dtype)
+    out.print(f"{output}: an ordinary {dtype} model")
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="print this recipe")] = None,
+) -> None:
+    """List the shipped recipes, or print one."""
+    from vqllm import recipe as recipes_
+
+    if name:
+        out.print(recipes_.load(name).to_yaml(), markup=False, highlight=False)
+        return
+    table = Table("recipe", "description")
+    for shipped in recipes_.available():
+        table.add_row(shipped, recipes_.load(shipped).description)
+    out.print(table)
+
+
+@app.command()
+def codecs() -> None:
+    """List codecs, transforms and rounding rules with their options."""
+    from vqllm.codecs import CODECS
+    from vqllm.recipe import fields_of
+    from vqllm.rounding import ROUNDINGS
+    from vqllm.transforms import TRANSFORMS
+
+    for registry in (CODECS, TRANSFORMS, ROUNDINGS):
+        table = Table(registry.kind, "option", "meaning")
+        for name in registry:
+            part: Any = registry.get(name)
+            options = list(fields_of(part).items()) or [("", "no options")]
+            for i, (option, meaning) in enumerate(options):
+                table.add_row(name if i == 0 else "", option, meaning)
+        out.print(table)
+
+
+@app.callback()
+def _common(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log more")] = False,
+) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("vqllm").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def _print_rows(rows: list[tuple[str, str]]) -> None:
+    table = Table(show_header=False)
+    for label, value in rows:
+        table.add_row(label, value)
+    out.print(table)
+
+
+def main() -> None:
+    """Entry point: a user's mistake ends in one message and exit code 2, without a traceback."""
+    try:
+        app()
+    except VqllmError as error:
+        err.print(f"vqllm: {error}", style="red", markup=False, highlight=False)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        err.print("vqllm: interrupted. Finished layers are kept: the same command goes on.")
+        raise SystemExit(130) from None

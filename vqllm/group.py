@@ -1,0 +1,152 @@
+"""Quantize the linears of one input group: transform, fit, round, pack, measure."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vqllm import linalg, metrics, rng
+from vqllm.bits import BitCount, count
+from vqllm.errors import NumericalError
+from vqllm.recipe import Recipe
+from vqllm.tiles import to_tiles
+from vqllm.types import JSON, State
+from vqllm_kernels.linear import LinearSpec
+from vqllm_kernels.transforms import TransformSpec
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """One packed linear.
+
+    `tensors` are the stored tensors of `spec`; `W_hat_RC` is what a reader decodes from them, in
+    the model's own basis, float32; `record` is its line of the report.
+    """
+
+    name: str
+    spec: LinearSpec
+    tensors: dict[str, Tensor]
+    W_hat_RC: Tensor
+    record: JSON
+
+
+@dataclass
+class _Transformed:
+    """A linear on its way through the transforms."""
+
+    W_RC: Tensor
+    specs: list[TransformSpec]
+    states: list[State]
+
+
+def quantize_group(
+    weights: Mapping[str, Tensor], H_CC: Tensor, num_tokens: int, recipe: Recipe
+) -> list[QuantizedLinear]:
+    """Quantize linears that read the same input. A pure function of its arguments.
+
+    Args:
+        weights: W [R, C] of each linear by full name, float32, all of the same C.
+        H_CC: E[x xᵀ] of their input, float32, not damped.
+        num_tokens: how many tokens H was measured on.
+        recipe: which transforms, codec and rounding.
+    """
+    for name, W_RC in weights.items():
+        _check_finite(name, W_RC)
+    linears, H_prime = _transform(weights, H_CC, recipe)
+    H_damped = linalg.damp(H_prime, recipe.hessian.damping)
+    results = []
+    for name, linear in linears.items():
+        start = time.perf_counter()
+        try:
+            tensors, mse = _encode(name, linear.W_RC, H_damped, recipe)
+        except NumericalError as error:
+            raise NumericalError(f"{name}: {error}") from error
+        for i, state in enumerate(linear.states):
+            tensors |= {f"t{i}_{key}": value for key, value in state.items()}
+        R, C = weights[name].shape
+        spec = LinearSpec(
+            rows=R, cols=C, format=recipe.codec.spec(), transforms=tuple(linear.specs)
+        )
+        W_hat_RC = spec.dequantize(tensors)
+        bits = count(spec.layout())
+        record = {
+            "name": name,
+            "rows": R,
+            "cols": C,
+            "group": list(weights),
+            "codec": recipe.codec.format_id,
+            **_bit_fields(bits, R * C),
+            "proxy_loss": metrics.proxy_loss(weights[name], W_hat_RC, H_CC),
+            "sqnr_db": metrics.sqnr_db(weights[name], W_hat_RC),
+            "gaussian_efficiency": metrics.gaussian_efficiency(mse, bits.codes / (R * C)),
+            "damping": recipe.hessian.damping,
+            "num_tokens": num_tokens,
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+        results.append(QuantizedLinear(name, spec, tensors, W_hat_RC, record))
+    return results
+
+
+def _transform(
+    weights: Mapping[str, Tensor], H_CC: Tensor, recipe: Recipe
+) -> tuple[dict[str, _Transformed], Tensor]:
+    """Apply the transforms in order: those of the input side once for the whole group (fitted on
+    all its rows), those of the output side to each linear."""
+    linears = {name: _Transformed(W_RC, [], []) for name, W_RC in weights.items()}
+    leader = next(iter(weights))
+    for i, transform in enumerate(recipe.transforms):
+        purpose = f"transform{i}"
+        if transform.side == "in":
+            stacked = torch.cat([linear.W_RC for linear in linears.values()])
+            generator = rng.generator(recipe.seed, leader, purpose)
+            stacked, H_CC, state = transform.forward(stacked, H_CC, generator)
+            parts = stacked.split([linear.W_RC.shape[0] for linear in linears.values()])
+            for linear, part in zip(linears.values(), parts):
+                linear.W_RC = part
+                linear.specs.append(transform.spec(part.shape[1]))
+                linear.states.append(state)
+        else:
+            for name, linear in linears.items():
+                generator = rng.generator(recipe.seed, name, purpose)
+                linear.W_RC, _, state = transform.forward(linear.W_RC, H_CC, generator)
+                linear.specs.append(transform.spec(linear.W_RC.shape[0]))
+                linear.states.append(state)
+    return linears, H_CC
+
+
+def _encode(
+    name: str, W_RC: Tensor, H_CC: Tensor, recipe: Recipe
+) -> tuple[dict[str, Tensor], float]:
+    """Packed tensors of a transformed linear, and its mean squared error at unit variance."""
+    codec = recipe.codec
+    tile = codec.tile
+    X_IJE = to_tiles(W_RC, tile)
+    importance_CC = torch.diagonal(H_CC).expand(W_RC.shape)
+    state = codec.fit(
+        X_IJE, to_tiles(importance_CC, tile), rng.generator(recipe.seed, name, "codec")
+    )
+    codes_IJM, state = recipe.rounding(W_RC, H_CC, codec, state)
+    tensors = codec.pack(codes_IJM, state)
+    W_hat_RC = codec.spec().decode(tensors, *W_RC.shape)
+    mse = float((W_hat_RC - W_RC).square().mean() / W_RC.square().mean().clamp_min(1e-30))
+    return tensors, mse
+
+
+def _bit_fields(bits: BitCount, numel: int) -> JSON:
+    return {
+        "bits_codes": bits.codes,
+        "bits_codebook": bits.codebook,
+        "bits_side": bits.side,
+        "bits_per_weight": round(bits.total / numel, 4),
+    }
+
+
+def _check_finite(name: str, W_RC: Tensor) -> None:
+    bad = int((~torch.isfinite(W_RC)).sum())
+    if bad:
+        raise NumericalError(
+            f"{name}: {bad} of {W_RC.numel()} weights are NaN or infinite in the source model. "
+            "Get an undamaged copy of it, or leave this linear out with a `skip` pattern."
+        )

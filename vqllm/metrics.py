@@ -1,0 +1,47 @@
+"""How far a quantized matrix is from the original: figures for reports and tests."""
+
+import math
+
+from torch import Tensor
+
+
+def proxy_loss(W_RC: Tensor, W_hat_RC: Tensor, H_CC: Tensor) -> float:
+    """tr((W−Ŵ) H (W−Ŵ)ᵀ) / tr(W H Wᵀ): the relative error of the linear's output.
+
+    0 for equal matrices, whatever H is; inf if only W H Wᵀ vanishes.
+    """
+    return _ratio(_weighted_energy(W_RC - W_hat_RC, H_CC), _weighted_energy(W_RC, H_CC))
+
+
+def sqnr_db(W_RC: Tensor, W_hat_RC: Tensor) -> float:
+    """10 log10(‖W‖² / ‖W−Ŵ‖²), decibels; inf for equal matrices."""
+    signal = float(W_RC.double().square().sum())
+    noise = float((W_RC.double() - W_hat_RC.double()).square().sum())
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def gaussian_efficiency(mse: float, bits: float) -> float:
+    """The share of the rate that a code makes use of: −½ log2(mse) / bits.
+
+    1 is the rate-distortion limit of a Gaussian source; E8P on Gaussian weights is at 0.86.
+
+    Args:
+        mse: mean squared error relative to the variance of what was coded.
+        bits: bits a weight that were spent.
+    """
+    if bits <= 0:
+        raise ValueError(f"the efficiency of a code of {bits} bits a weight is undefined")
+    return -0.5 * math.log2(mse) / bits if mse > 0 else math.inf
+
+
+def _weighted_energy(A_RC: Tensor, H_CC: Tensor) -> float:
+    """tr(A H Aᵀ)."""
+    return float(((A_RC @ H_CC).double() * A_RC).sum())
+
+
+def _ratio(error: float, signal: float) -> float:
+    if error == 0:
+        return 0.0
+    return error / signal if signal > 0 else math.inf

@@ -1,0 +1,160 @@
+"""Where a model comes from: what the user calls MODEL becomes a folder that transformers loads."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vqllm import demo, gguf_model
+from vqllm.errors import ModelError
+
+# What is fetched from the hub: weights that cannot hold code, configuration, tokenizer files.
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt")
+# Copies of the weights for other programs: subfolders, and the one-file form beside Mistral's.
+NOT_FROM_HUB = ("*/*", "consolidated*.safetensors")
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A model that is on this machine.
+
+    Attributes:
+        name: what the user called it.
+        path: an ordinary Hugging Face folder: config.json, safetensors, tokenizer.
+    """
+
+    name: str
+    path: Path
+
+
+def resolve(model: str | Path, *, trust_remote_code: bool = False) -> ResolvedModel:
+    """Find, fetch or convert a model.
+
+    Args:
+        model: "demo" (a folder of that name is `./demo`), a local folder, a `.gguf` file, or the
+            id of a repository on the Hugging Face hub.
+        trust_remote_code: whether Python files of the model may be fetched and executed.
+
+    Raises:
+        ModelError: there is no such model, or it is not one that can be loaded; says what to do.
+    """
+    name = str(model)
+    path = Path(model).expanduser()
+    if name == "demo":
+        path = demo.demo_folder()
+    elif path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"there is no file {path}.")
+        path = gguf_model.convert(path)
+    elif path.is_file():
+        raise ModelError(
+            f"{path} is a file. A model is a Hugging Face folder (pass the folder that holds "
+            "config.json), a .gguf file, a hub id, or `demo`."
+        )
+    elif not path.is_dir():
+        path = _from_hub(name, trust_remote_code)
+    check_folder(path, trust_remote_code=trust_remote_code)
+    return ResolvedModel(name, path)
+
+
+def _from_hub(name: str, trust_remote_code: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    choices = "A model is `demo`, a local folder, a .gguf file or a hub id such as org/name."
+    try:
+        folder = snapshot_download(
+            name,
+            allow_patterns=[*HUB_FILES, *(["*.py"] if trust_remote_code else [])],
+            ignore_patterns=list(NOT_FROM_HUB),
+        )
+    except HFValidationError as error:
+        raise ModelError(
+            f"there is no folder {name!r}, and it is no hub id either. {choices}"
+        ) from (error)
+    except GatedRepoError as error:
+        raise ModelError(
+            f"the hub gives {name!r} only to accounts that have accepted its terms: do so on its "
+            "page, then run `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"there is no folder {name!r} and no such model on the hub. {choices} A private model "
+            "needs `hf auth login`."
+        ) from error
+    except OSError as error:
+        raise ModelError(
+            f"there is no folder {name!r}, and as a hub id it is neither in the local cache nor "
+            f"can it be fetched ({_first_line(error)}). {choices} To use a hub id, run again with "
+            "a network and without HF_HUB_OFFLINE."
+        ) from error
+    return Path(folder)
+
+
+def check_folder(path: Path, *, trust_remote_code: bool = False) -> None:
+    """Raise ModelError unless `path` holds a model that can be loaded without executing its code
+    (or with, if `trust_remote_code`). Reads names and JSON only, no weights."""
+    config = _read_json(path / "config.json")
+    if config is None:
+        raise ModelError(
+            f"{path} is no model: it has no config.json. Pass a folder that "
+            "`AutoModelForCausalLM.from_pretrained` loads."
+        )
+    _check_code(path, config, trust_remote_code)
+    _check_weights(path)
+
+
+def _check_code(path: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
+    from transformers import __version__
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    model_type = config.get("model_type")
+    if model_type in CONFIG_MAPPING_NAMES or (trust_remote_code and "auto_map" in config):
+        return
+    if "auto_map" in config:
+        raise ModelError(
+            f"{path} brings its own Python code, which is executed only on request: read it, then "
+            "pass --trust-remote-code (in Python: trust_remote_code=True)."
+        )
+    if not isinstance(model_type, str):
+        raise ModelError(f"{path / 'config.json'} names no model_type, so it is no model's.")
+    raise ModelError(
+        f"{path} is of model type {model_type!r}, which transformers {__version__} does not have; "
+        "a newer one may."
+    )
+
+
+def _check_weights(path: Path) -> None:
+    index = _read_json(path / "model.safetensors.index.json")
+    if index is not None:
+        shards = sorted(set(index.get("weight_map", {}).values()))
+        missing = [name for name in shards if not (path / name).is_file()]
+        if missing or not shards:
+            raise ModelError(
+                f"{path} is incomplete: its index names {len(shards)} weight files, missing: "
+                f"{', '.join(missing) or 'all'}. Fetch the model again."
+            )
+    elif not any(path.glob("*.safetensors")):
+        if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
+            raise ModelError(
+                f"{path} has its weights as pickles, which can execute code and are not read. Load "
+                "them with transformers in a place you trust and `save_pretrained` once: that "
+                "writes safetensors."
+            )
+        raise ModelError(f"{path} has a config.json but no weights (*.safetensors).")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path} is damaged: {error}. Fetch the model again.") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} holds {type(values).__name__}, expected a JSON object.")
+    return values
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else repr(error)

@@ -1,0 +1,176 @@
+"""The quantization loop: one decoder layer at a time, from calibration to a written shard."""
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vqllm.calibration.layer import InputGroup, LayerCalibrator
+from vqllm.calibration.stream import LayerStream, linears_of
+from vqllm.calibration.tokens import calibration_sequences
+from vqllm.checkpoint.run import CheckpointRun
+from vqllm.group import QuantizedLinear, quantize_group
+from vqllm.progress import Progress
+from vqllm.recipe import Recipe
+from vqllm.survey import why_not_quantized
+from vqllm.types import JSON
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to do, to which model, where."""
+
+    source: Path
+    """an ordinary Hugging Face folder"""
+    model: str
+    """the model as its user named it"""
+    recipe: Recipe
+    output: Path
+    device: torch.device
+    compute_dtype: torch.dtype | None = None
+    """dtype in which layers run; None chooses by source dtype and device"""
+    trust_remote_code: bool = False
+    activation_budget: int = 4 << 30
+    """bytes of hidden states kept in memory; beyond, they go to a file in the output folder"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the loop produced beside the checkpoint itself."""
+
+    records: list[JSON]
+    not_quantized: dict[str, str]
+    seconds: dict[str, float]
+    held_out: Tensor
+    """int64 [S, L], sequences that nothing was calibrated on"""
+
+
+def open_run(job: Job) -> CheckpointRun:
+    """The job's output folder, new or with the finished layers of an earlier run of the same job.
+
+    Raises:
+        CheckpointError: something else is in the folder; a difference to the earlier run is shown.
+    """
+    settings = {"device": job.device.type, "compute_dtype": str(job.compute_dtype or "auto")}
+    return CheckpointRun(
+        job.output, job.source, job.model, job.recipe.to_dict(), settings, job.trust_remote_code
+    )
+
+
+def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
+    """Quantize a model into the checkpoint folder of `run`, from its first unfinished layer on.
+
+    Every finished layer is on disk before the next one begins; a run that is killed at any moment
+    and started again writes the same bytes as one that was not.
+    """
+    recipe, start = job.recipe, time.perf_counter()
+    progress.phase("calibration text")
+    sequences = run.keep("sequences", lambda: _sequences(job))
+    calibrated = time.perf_counter()
+    stream = LayerStream(
+        job.source, job.device, run.scratch / "offload", job.compute_dtype, job.trust_remote_code
+    )
+    run.begin(stream.model, stream.names)
+    calibrator = LayerCalibrator(
+        stream, sequences["calibration"], job.activation_budget, run.scratch
+    )
+    progress.layers(len(stream), run.num_finished)
+    unfinished = run.num_finished < len(stream)
+    for index, layer_name in enumerate(stream.names if unfinished else []):
+        with stream.layer(index) as layer:
+            linears = _chosen(linears_of(layer, layer_name), recipe)
+            weights = {name: linear.weight.data for name, linear in linears.items()}
+            layer.to(stream.compute_dtype)
+            if index < run.num_finished:
+                for name, W_hat_RC in run.decoded(index):
+                    _install(linears[name], W_hat_RC)
+            else:
+                results = _quantize_layer(index, linears, weights, calibrator, recipe, progress)
+                run.write_layer(index, results)
+            if index + 1 < len(stream):
+                calibrator.advance(index)
+        progress.layer(index, run.records(index))
+    calibrator.close()
+    progress.phase("writing the rest of the model")
+    kept = why_not_quantized(stream.model, stream.names, run.quantized, recipe.skip)
+    run.finish(kept)
+    seconds = {
+        "calibration text": calibrated - start,
+        "quantization": time.perf_counter() - calibrated,
+    }
+    return Outcome(run.all_records(), kept, seconds, sequences["held_out"])
+
+
+def _quantize_layer(
+    index: int,
+    linears: Mapping[str, nn.Linear],
+    weights: Mapping[str, Tensor],
+    calibrator: LayerCalibrator,
+    recipe: Recipe,
+    progress: Progress,
+) -> list[QuantizedLinear]:
+    """Quantize the linears of a loaded layer, and install the decoded weights in it.
+
+    With `refresh: group` the Hessian of each input group is measured after the groups that run
+    before it are quantized; with `refresh: layer` all are measured on the unquantized layer.
+    """
+    groups = calibrator.groups(index, linears)
+    stages = [[group] for group in groups] if recipe.hessian.refresh == "group" else [groups]
+    results: list[QuantizedLinear] = []
+    for stage in stages:
+        for quantized in _quantize_stage(index, stage, linears, weights, calibrator, recipe):
+            progress.linear(quantized.record)
+            results.append(quantized)
+    return results
+
+
+def _quantize_stage(
+    index: int,
+    groups: list[InputGroup],
+    linears: Mapping[str, nn.Linear],
+    weights: Mapping[str, Tensor],
+    calibrator: LayerCalibrator,
+    recipe: Recipe,
+) -> list[QuantizedLinear]:
+    results: list[QuantizedLinear] = []
+    for group, hessian in zip(groups, calibrator.hessians(index, linears, groups)):
+        if hessian.num_tokens == 0:
+            continue
+        W = {name: weights[name].float() for name in group.names}
+        H_CC = hessian.matrix(group.names[0])
+        results += quantize_group(W, H_CC, hessian.num_tokens, recipe)
+    for quantized in results:
+        quantized.record["layer"] = index
+        _install(linears[quantized.name], quantized.W_hat_RC)
+    return results
+
+
+def _install(linear: nn.Linear, W_hat_RC: Tensor) -> None:
+    """Let the layer run with the weights that a reader will decode."""
+    linear.weight.data = W_hat_RC.to(linear.weight.dtype)
+
+
+def _chosen(linears: dict[str, nn.Linear], recipe: Recipe) -> dict[str, nn.Linear]:
+    return {
+        name: linear
+        for name, linear in linears.items()
+        if not any(re.search(pattern, name) for pattern in recipe.skip)
+    }
+
+
+def _sequences(job: Job) -> dict[str, Tensor]:
+    calibration = job.recipe.calibration
+    sequences = calibration_sequences(
+        job.source,
+        calibration.source,
+        calibration.sequences,
+        calibration.length,
+        job.recipe.seed,
+        job.device,
+        job.trust_remote_code,
+    )
+    return {"calibration": sequences.calibration, "held_out": sequences.held_out}

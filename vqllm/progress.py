@@ -1,0 +1,88 @@
+"""What a long run tells whoever watches it."""
+
+import logging
+import time
+from typing import Protocol
+
+from vqllm.types import JSON
+
+logger = logging.getLogger("vqllm")
+
+
+class Progress(Protocol):
+    """Receives the events of a run, in order."""
+
+    def phase(self, text: str) -> None:
+        """A new phase of the run begins."""
+        ...
+
+    def layers(self, num_layers: int, num_finished: int) -> None:
+        """The loop over layers begins; some are finished from an earlier run."""
+        ...
+
+    def linear(self, record: JSON) -> None:
+        """A linear is quantized."""
+        ...
+
+    def layer(self, index: int, records: list[JSON]) -> None:
+        """A layer is written (or, on resume, passed over)."""
+        ...
+
+
+class LogProgress:
+    """One line per phase and per layer through `logging`; the default in Python."""
+
+    def __init__(self) -> None:
+        self._clock = Clock()
+
+    def phase(self, text: str) -> None:
+        logger.info(text)
+
+    def layers(self, num_layers: int, num_finished: int) -> None:
+        self._clock.start(num_layers, num_finished)
+
+    def linear(self, record: JSON) -> None:
+        pass
+
+    def layer(self, index: int, records: list[JSON]) -> None:
+        logger.info(layer_line(index, records, self._clock.finish_one(index)))
+
+
+class Clock:
+    """Time left, from the mean time of the layers done in this run."""
+
+    def start(self, num_layers: int, num_finished: int) -> None:
+        self._num_layers = num_layers
+        self._num_finished = num_finished
+        self._start = time.monotonic()
+
+    def finish_one(self, index: int) -> float:
+        """Seconds left after layer `index`."""
+        num_done = index + 1 - self._num_finished
+        if num_done <= 0:
+            return float("nan")
+        return (time.monotonic() - self._start) / num_done * (self._num_layers - index - 1)
+
+
+def layer_line(index: int, records: list[JSON], seconds_left: float) -> str:
+    """One line about a finished layer: mean proxy loss, its worst linear, time left."""
+    if not records:
+        return f"layer {index}: nothing quantized"
+    worst = max(records, key=lambda record: record["proxy_loss"])
+    mean = sum(record["proxy_loss"] for record in records) / len(records)
+    left = "" if seconds_left != seconds_left else f", {duration(seconds_left)} left"
+    name = ".".join(worst["name"].split(".")[-2:])
+    return (
+        f"layer {index}: {len(records)} linears, mean proxy loss {mean:.4g}, "
+        f"worst {name} {worst['proxy_loss']:.4g}{left}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the units that a person reads: 42s, 3m20s, 2h05m."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total}s"
+    if total < 3600:
+        return f"{total // 60}m{total % 60:02d}s"
+    return f"{total // 3600}h{total % 3600 // 60:02d}m"

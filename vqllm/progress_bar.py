@@ -1,0 +1,65 @@
+"""Progress on a terminal: a bar with layer, linear, proxy loss and time left."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from vqllm.progress import Clock, LogProgress, duration, layer_line
+from vqllm.progress import Progress as Watcher
+from vqllm.types import JSON
+
+
+@contextmanager
+def progress_for(console: Console) -> Iterator[Watcher]:
+    """A bar on a terminal, a line per layer elsewhere."""
+    if not console.is_terminal:
+        yield LogProgress()
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} layers"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    root = logging.getLogger()
+    handlers = root.handlers
+    # Log lines through the same console, above the bar instead of through it.
+    root.handlers = [RichHandler(console=console, show_time=False, show_path=False)]
+    try:
+        with Progress(*columns, console=console, transient=True) as bar:
+            yield BarProgress(bar)
+    finally:
+        root.handlers = handlers
+
+
+class BarProgress:
+    """A rich progress bar over the layers; a line for each layer stays above it."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._clock = Clock()
+        self._task: TaskID | None = None
+
+    def phase(self, text: str) -> None:
+        self._bar.console.print(text, highlight=False)
+
+    def layers(self, num_layers: int, num_finished: int) -> None:
+        self._clock.start(num_layers, num_finished)
+        self._task = self._bar.add_task("layers", total=num_layers, left="")
+
+    def linear(self, record: JSON) -> None:
+        assert self._task is not None, "layers() comes first"
+        name = ".".join(record["name"].split(".")[-3:])
+        self._bar.update(self._task, description=f"{name} {record['proxy_loss']:.4g}")
+
+    def layer(self, index: int, records: list[JSON]) -> None:
+        assert self._task is not None, "layers() comes first"
+        seconds_left = self._clock.finish_one(index)
+        left = "" if seconds_left != seconds_left else f"{duration(seconds_left)} left"
+        self._bar.update(self._task, completed=index + 1, left=left)
+        self._bar.console.print(layer_line(index, records, float("nan")), highlight=False)

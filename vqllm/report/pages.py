@@ -1,0 +1,103 @@
+"""The pages beside a checkpoint: report.jsonl, report.md, the model card, the plot."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vqllm.report.plot import plot_proxy_loss
+from vqllm.report.summary import Summary, worst
+from vqllm.types import JSON
+
+JSONL, PAGE, CARD, PLOT = "report.jsonl", "report.md", "README.md", "proxy_loss.png"
+
+
+def write_report(folder: Path, records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> None:
+    """Write the pages about a run into the checkpoint's folder (its records are there)."""
+    plot_proxy_loss(records, folder / PLOT)
+    (folder / PAGE).write_text(_page(records, summary, recipe_yaml), encoding="utf-8")
+    (folder / CARD).write_text(_card(summary, recipe_yaml), encoding="utf-8")
+
+
+def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
+    kinds: dict[str, list[JSON]] = {}
+    for record in records:
+        kinds.setdefault(record["name"].rsplit(".", 1)[-1], []).append(record)
+    by_kind = [
+        (
+            kind,
+            str(len(group)),
+            f"{sum(r['bits_per_weight'] * r['rows'] * r['cols'] for r in group) / _numel(group):.3f}",
+            f"{sum(r['proxy_loss'] for r in group) / len(group):.4g}",
+            f"{max(r['proxy_loss'] for r in group):.4g}",
+        )
+        for kind, group in kinds.items()
+    ]
+    worst_rows = [
+        (r["name"], f"{r['proxy_loss']:.4g}", f"{r['sqnr_db']:.2f}", str(r["num_tokens"]))
+        for r in worst(records)
+    ]
+    kept = [(name, reason) for name, reason in summary.not_quantized.items()]
+    return "\n".join(
+        [
+            f"# {summary.model}, {summary.recipe}",
+            "",
+            "    " + summary.command,
+            "",
+            _table(("", ""), summary.rows()),
+            f"![proxy loss by layer and kind of linear]({PLOT})",
+            "",
+            "## By kind of linear",
+            "",
+            _table(("kind", "linears", "bits", "mean proxy loss", "worst"), by_kind),
+            "## Worst linears",
+            "",
+            _table(("linear", "proxy loss", "SQNR dB", "tokens"), worst_rows),
+            "## Not quantized",
+            "",
+            _table(("module", "reason"), kept),
+            "## Recipe",
+            "",
+            f"```yaml\n{recipe_yaml}```",
+            "",
+        ]
+    )
+
+
+def _card(summary: Summary, recipe_yaml: str) -> str:
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            f"base_model: {summary.model}",
+            "tags: [vqllm, quantized]",
+            "---",
+            "",
+            f"# {Path(summary.model).name}, quantized with vqllm ({summary.recipe})",
+            "",
+            "```python",
+            "import vqllm  # registers the format with transformers",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("{summary.output.name}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{summary.output.name}")',
+            "```",
+            "",
+            _table(("", ""), summary.rows()),
+            "Made with",
+            "",
+            "    " + summary.command,
+            "",
+            f"```yaml\n{recipe_yaml}```",
+            "",
+            f"Every linear's line is in `{JSONL}`, the page about the run in `{PAGE}`.",
+            "",
+        ]
+    )
+
+
+def _numel(records: Sequence[JSON]) -> int:
+    return sum(record["rows"] * record["cols"] for record in records)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -1,0 +1,79 @@
+"""Sizes and quality of a finished run, in the one form that tables, pages and JSON share."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from vqllm.types import JSON
+
+NUM_WORST = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a run did, for the closing table and the pages beside the checkpoint."""
+
+    model: str
+    recipe: str
+    command: str
+    output: Path
+    bytes_before: int
+    bytes_after: int
+    """bytes of the weight files, embeddings included"""
+    bits_per_weight: dict[str, float]
+    """the three figures by label"""
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+    evaluation: JSON | None = None
+    not_quantized: dict[str, str] = field(default_factory=dict)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The closing table: label and value."""
+        rows = [
+            ("model", self.model),
+            ("recipe", self.recipe),
+            ("size", f"{_mb(self.bytes_before)} → {_mb(self.bytes_after)}"),
+        ]
+        rows += [
+            (f"bits per weight, {label}", f"{value:.3f}")
+            for label, value in self.bits_per_weight.items()
+        ]
+        rows += evaluation_rows(self.evaluation) if self.evaluation else []
+        rows += [
+            ("seconds", ", ".join(f"{name} {value:.0f}" for name, value in self.seconds.items())),
+            ("peak memory", _mb(self.peak_memory_bytes)),
+            ("load it with", self.load_line()),
+        ]
+        return rows
+
+    def load_line(self) -> str:
+        return f'import vqllm; AutoModelForCausalLM.from_pretrained("{self.output}")'
+
+    def to_dict(self) -> JSON:
+        values = asdict(self)
+        values["output"] = self.output.name
+        return values
+
+
+def evaluation_rows(evaluation: JSON) -> list[tuple[str, str]]:
+    """Perplexity, KL and agreement as label and value."""
+    text = evaluation["text"]
+    rows = [
+        (
+            f"perplexity on {text}",
+            f"{evaluation['baseline_perplexity']:.3f} → {evaluation['perplexity']:.3f} "
+            f"(× {evaluation['perplexity'] / evaluation['baseline_perplexity']:.3f})",
+        ),
+        ("KL divergence, nats per token", f"{evaluation['kl']:.4f}"),
+        ("top-1 agreement", f"{100 * evaluation['top1']:.1f} %"),
+    ]
+    return rows
+
+
+def worst(records: Sequence[JSON], num: int = NUM_WORST) -> list[JSON]:
+    """The linears of the largest proxy loss."""
+    return sorted(records, key=lambda record: -record["proxy_loss"])[:num]
+
+
+def _mb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB"

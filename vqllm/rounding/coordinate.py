@@ -1,0 +1,54 @@
+"""Coordinate descent: each tile column is coded again, with all others as they are.
+
+With E = W − Ŵ, the proxy loss as a function of Ŵ_k alone is smallest at
+
+    X_k = Ŵ_k + E H_:k (H_kk)⁻¹
+
+and grows by tr((X_k − Ŵ_k) H_kk (X_k − Ŵ_k)ᵀ) away from it. For tiles wider than one column the
+code nearest to X_k need not be better in this norm than the code it replaces, so each tile keeps
+its old code unless the new one is better: a pass never raises the proxy loss.
+
+Source: Tseng et al., "QuIP#", arXiv 2402.04396 (its passes after LDLQ accept every new code).
+"""
+
+import torch
+from torch import Tensor
+
+from vqllm import linalg
+from vqllm.rounding.columns import TileColumns
+
+
+def descend(columns: TileColumns, E_RC: Tensor, stripe: int) -> None:
+    """One pass over all tile columns, from last to first.
+
+    Args:
+        columns: all coded; takes up the new codes.
+        E_RC: W − Ŵ, updated in place.
+        stripe: columns of W between two products with the whole of H.
+    """
+    W_RC, H_CC, width = columns.W_RC, columns.H_CC, columns.width
+    H_KTT = linalg.diagonal_blocks(H_CC, width)
+    H_inverse_KTT = torch.cholesky_inverse(torch.linalg.cholesky(H_KTT))
+    tiles_per_stripe = max(stripe // width, 1)
+    for end_tile in range(len(columns), 0, -tiles_per_stripe):
+        start_tile = max(end_tile - tiles_per_stripe, 0)
+        start, end = start_tile * width, end_tile * width
+        gradient_RS = E_RC @ H_CC[:, start:end]
+        for k in reversed(range(start_tile, end_tile)):
+            own = slice(k * width, (k + 1) * width)
+            old_gap_RT = gradient_RS[:, own.start - start : own.stop - start] @ H_inverse_KTT[k]
+            X_RT = W_RC[:, own] - E_RC[:, own] + old_gap_RT
+            codes_I1M, W_hat_RT = columns.code(X_RT, k, H_KTT[k])
+            better_I = _better(X_RT - W_hat_RT, old_gap_RT, H_KTT[k], columns.codec.tile[0])
+            better_R1 = better_I.repeat_interleave(columns.codec.tile[0])[: len(X_RT), None]
+            columns.keep(codes_I1M, k, better_I)
+            change_RT = torch.where(better_R1, W_RC[:, own] - W_hat_RT - E_RC[:, own], 0)
+            E_RC[:, own] += change_RT
+            gradient_RS += change_RT @ H_CC[own, start:end]
+
+
+def _better(new_gap_RT: Tensor, old_gap_RT: Tensor, H_TT: Tensor, tile_rows: int) -> Tensor:
+    """For each row of tiles, whether the new code is strictly nearer in the norm of H_kk: [I]."""
+    gain_R = ((old_gap_RT @ H_TT) * old_gap_RT - (new_gap_RT @ H_TT) * new_gap_RT).sum(1)
+    padding = -len(gain_R) % tile_rows
+    return torch.nn.functional.pad(gain_R, (0, padding)).unflatten(0, (-1, tile_rows)).sum(1) > 0

@@ -1,0 +1,86 @@
+"""Rounding with linear feedback: the error of coded columns is made up for by the others.
+
+With H = L D Lᵀ in blocks of a tile's width, tile columns are coded from last to first,
+
+    X_k = W_k + (W − Ŵ)_{>k} L_{>k,k}        Ŵ_k = nearest code of X_k
+
+which makes the proxy loss Σ_k tr((X_k − Ŵ_k) D_k (X_k − Ŵ_k)ᵀ): what is left to the codec is one
+tile column at a time. Rows of a tile are coded together. GPTQ is the same rule on the reversed
+columns, in another arrangement of the arithmetic.
+
+      start            end                     E = W − Ŵ is known right of `end`: one product
+    ┌───┬──────────────┬─────────────┐         E L brings it into the stripe; inside the stripe
+    │ W │◄── stripe ──►│  E (coded)  │         each tile column adds what the stripe's own coded
+    └───┴──────────────┴─────────────┘         columns contribute
+      ◄───── coded from last to first
+
+Source: Chee et al., "QuIP", arXiv 2307.13304, algorithm 3; Tseng et al., "QuIP#", arXiv 2402.04396,
+section 4.1 (blocks). Equality with GPTQ: QuIP, theorem 6; Frantar et al., arXiv 2210.17323.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vqllm import linalg
+from vqllm.rounding.base import ROUNDINGS
+from vqllm.rounding.columns import TileColumns
+from vqllm.rounding.coordinate import descend
+from vqllm.types import Codec, Rounding, State
+
+STRIPE = 128
+"""Columns of W between two products with all that is coded."""
+
+
+@ROUNDINGS.register("ldlq")
+class LDLQ(Rounding):
+    """Block LDLQ for every tile shape, then coordinate descent."""
+
+    type: Literal["ldlq"] = "ldlq"
+    order: Literal["natural", "hessian"] = Field(
+        default="natural",
+        description="natural: from the last column to the first; hessian: tile columns with the "
+        "largest diagonal of H first, which costs nothing at run time and helps where no Hadamard "
+        "transform has evened the diagonal out",
+    )
+    passes: int = Field(
+        default=0,
+        ge=0,
+        description="coordinate-descent passes over all tile columns after the feedback pass",
+    )
+
+    def __call__(
+        self, W_RC: Tensor, H_CC: Tensor, codec: Codec, state: State
+    ) -> tuple[Tensor, State]:
+        columns = TileColumns.of(W_RC, H_CC, codec, state, heavy_last=self.order == "hessian")
+        E_RC = feedback(columns, STRIPE)
+        for _ in range(self.passes):
+            descend(columns, E_RC, STRIPE)
+        return columns.codes_IJM, state
+
+
+def feedback(columns: TileColumns, stripe: int) -> Tensor:
+    """Code all tile columns from last to first; returns W − Ŵ, [R, C].
+
+    Args:
+        columns: takes up the codes.
+        stripe: columns of W that are coded between two products with the whole of L.
+    """
+    W_RC, width = columns.W_RC, columns.width
+    L_CC, D_KTT = linalg.block_ldl(columns.H_CC, width)
+    E_RC = torch.zeros_like(W_RC)
+    tiles_per_stripe = max(stripe // width, 1)
+    for end_tile in range(len(columns), 0, -tiles_per_stripe):
+        start_tile = max(end_tile - tiles_per_stripe, 0)
+        start, end = start_tile * width, end_tile * width
+        X_RS = W_RC[:, start:end] + E_RC[:, end:] @ L_CC[end:, start:end]
+        for k in reversed(range(start_tile, end_tile)):
+            own = slice(k * width, (k + 1) * width)
+            done = slice(own.stop, end)
+            X_RT = X_RS[:, own.start - start : own.stop - start] + E_RC[:, done] @ L_CC[done, own]
+            codes_I1M, W_hat_RT = columns.code(X_RT, k, D_KTT[k])
+            columns.keep(codes_I1M, k)
+            E_RC[:, own] = W_RC[:, own] - W_hat_RT
+    return E_RC

@@ -1,0 +1,21 @@
+"""Each tile becomes the code nearest to it; H plays no part."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from vqllm.rounding.base import ROUNDINGS
+from vqllm.tiles import to_tiles
+from vqllm.types import Codec, Rounding, State
+
+
+@ROUNDINGS.register("nearest")
+class Nearest(Rounding):
+    """Round to nearest."""
+
+    type: Literal["nearest"] = "nearest"
+
+    def __call__(
+        self, W_RC: Tensor, H_CC: Tensor, codec: Codec, state: State
+    ) -> tuple[Tensor, State]:
+        return codec.encode(to_tiles(W_RC, codec.tile), state), state
