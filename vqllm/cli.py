@@ -52,6 +52,9 @@ def quantize(
     eval_text: Annotated[
         Path | None, typer.Option(help="text file to measure on (default: held-out sequences)")
     ] = None,
+    eval_windows: Annotated[
+        int | None, typer.Option(help="windows of 2048 tokens of that text to use", min=1)
+    ] = None,
     evaluate: Annotated[
         bool, typer.Option("--eval/--no-eval", help="measure the result against the original")
     ] = True,
@@ -74,6 +77,7 @@ def quantize(
             compute_dtype=compute_dtype,
             evaluate=evaluate,
             eval_text=eval_text,
+            eval_windows=eval_windows,
             trust_remote_code=trust_remote_code,
             progress=progress,
             command=shlex.join(["vqllm", *sys.argv[1:]]),
@@ -105,6 +109,7 @@ def evaluate_(
 ) -> None:
     """Perplexity, KL and top-1 agreement with a baseline, and lm-eval tasks."""
     from vqllm import api
+    from vqllm.report.summary import result_rows
 
     names = [name for item in tasks or [] for name in item.split(",") if name]
     results = api.evaluate(
@@ -119,7 +124,7 @@ def evaluate_(
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    _print_rows(api.result_rows(results))
+    _print_rows(result_rows(results))
     if json_file:
         json_file.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
 

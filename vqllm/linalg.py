@@ -1,4 +1,4 @@
-"""Factorisations of H for the rounding rules. Deterministic; nothing is retried with other input."""
+"""Factorisations of H for the rounding rules. Deterministic, and none of them alters its input."""
 
 import torch
 from torch import Tensor

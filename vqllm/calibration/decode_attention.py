@@ -49,7 +49,9 @@ def _attention(
     """transformers' attention interface: query [B, H, Q, D], key and value [B, K, L, D], H a
     multiple of K; returns [B, Q, H, D]."""
     num_sequences, num_heads, num_queries, size = query.shape
-    if num_queries > 1 or attention_mask is not None or any(v is not None for v in kwargs.values()):
+    # The two options that sdpa_attention_forward acts on (one it refuses); it ignores the others.
+    special = kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None
+    if num_queries > 1 or attention_mask is not None or special:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )

@@ -71,8 +71,8 @@ def check_space(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if num_bytes > free:
         raise OutOfSpaceError(
-            f"{folder} needs {_mb(num_bytes)} more, and {_mb(free)} are free on its disk. Free some "
-            "space or choose another output folder."
+            f"{folder} needs {_mb(num_bytes)} more, and {_mb(free)} are free on its disk. Free "
+            "some space or choose another output folder."
         )
 
 

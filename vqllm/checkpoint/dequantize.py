@@ -23,9 +23,7 @@ REPORT_FILES = ("report.jsonl", "report.md", "proxy_loss.png")
 """Pages about the quantized checkpoint, which do not describe the dense one."""
 
 
-def dequantize_checkpoint(
-    folder: str | Path, output: str | Path, dtype: str = "auto"
-) -> Path:
+def dequantize_checkpoint(folder: str | Path, output: str | Path, dtype: str = "auto") -> Path:
     """Write the dense weights of a checkpoint as a folder that any tool reads.
 
     The weights are decoded in float32 and rounded once to `dtype`. One shard is in memory at a
@@ -48,7 +46,9 @@ def dequantize_checkpoint(
     output = Path(output)
     name = _dtype_name(dtype, checkpoint.config)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise CheckpointError(f"{output} is not empty; the output must be a new or an empty folder.")
+        raise CheckpointError(
+            f"{output} is not empty; the output must be a new or an empty folder."
+        )
     sizes = _sizes(checkpoint, DTYPES[name])
     atomic.check_space(output, sum(sizes.values()))
     partial = output.absolute().with_name(f"{output.absolute().name}.partial")
@@ -58,7 +58,8 @@ def dequantize_checkpoint(
     try:
         _write(checkpoint, sizes, DTYPES[name], partial, staging)
         config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-        config |= {key: name for key in ("dtype", "torch_dtype") if key in config} or {"dtype": name}
+        dtype_keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+        config |= dict.fromkeys(dtype_keys, name)
         copy_files(checkpoint.folder, partial, staging, trust_remote_code=True)
         for page in REPORT_FILES:
             (partial / page).unlink(missing_ok=True)
@@ -134,7 +135,7 @@ def _dense_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tens
     dense = stored.to(dtype)
     if not bool(torch.isfinite(dense).all()) and bool(torch.isfinite(stored).all()):
         raise CheckpointError(
-            f"{name} has values up to {float(stored.abs().max()):.4g}, beyond the range of {dtype}. "
-            "Use bfloat16."
+            f"{name} has values up to {float(stored.abs().max()):.4g}, beyond the range of "
+            f"{dtype}. Use bfloat16."
         )
     return dense

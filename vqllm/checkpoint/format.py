@@ -23,8 +23,8 @@ Tensors
 quantization_config
     quant_method     "vqllm"
     format_version   1
-    specs            {id: {"rows": R, "cols": C, "codec": {...}, "transforms": [...]}}, each distinct
-                     specification once; an id is a decimal number as a string
+    specs            {id: {"rows": R, "cols": C, "codec": {...}, "transforms": [...]}}, each
+                     distinct one once; an id is a decimal number as a string
     modules          {M: id} for every quantized linear, W of R x C (out_features x in_features)
     not_quantized    {module: reason}, optional, for people
     recipe           what the checkpoint was made with, optional, for people

@@ -229,7 +229,7 @@ def _whole_lines(path: Path) -> list[JSON]:
 
 def _check_empty(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; the output must be a new or an empty folder.")
+        raise CheckpointError(f"{folder} is a file; the output must be a new or empty folder.")
     found = sorted(p.name for p in folder.iterdir() if p.name != WORK) if folder.is_dir() else []
     if not found:
         return
@@ -240,7 +240,7 @@ def _check_empty(folder: Path) -> None:
         )
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     raise CheckpointError(
-        f"{folder} is not empty: {', '.join(found[:3])}{more}. The output must be a new or an empty "
+        f"{folder} is not empty: {', '.join(found[:3])}{more}. The output must be a new or empty "
         "folder, or one in which this run was begun."
     )
 

@@ -66,9 +66,7 @@ class Checkpoint:
         """
         folder = Path(folder)
         config = _read_config(folder)
-        quantization = QuantizationConfig.parse(
-            config["quantization_config"], str(folder / CONFIG)
-        )
+        quantization = QuantizationConfig.parse(config["quantization_config"], str(folder / CONFIG))
         index = read_index(folder)
         shards = sorted({*index.files.values(), *index.checksums})
         if verify:
@@ -127,7 +125,9 @@ class Checkpoint:
 
     def other_tensors(self) -> list[str]:
         """Names of the tensors that are stored as they were in the source, biases included."""
-        packed = {f"{module}.{name}" for module, spec in self.linears.items() for name in spec.layout()}
+        packed = {
+            f"{module}.{name}" for module, spec in self.linears.items() for name in spec.layout()
+        }
         return sorted(self._files.keys() - packed)
 
     def records(self) -> dict[str, JSON]:

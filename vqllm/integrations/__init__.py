@@ -1,1 +1,1 @@
-"""Where other libraries meet this one. Nothing is imported here: each part is loaded when needed."""
+"""Where other libraries meet this one. Each part is imported when it is needed."""

@@ -7,6 +7,7 @@ names of the stored tensors, so that the ordinary loader fills them and the ordi
 `save_pretrained` writes them back.
 """
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class VqllmConfig(QuantizationConfigMixin):
         return {key: getattr(self, key) for key in LOADING_KEYS}
 
     def to_dict(self) -> dict[str, Any]:
-        return dict(self.values)
+        return deepcopy(self.values)
 
 
 class VqllmQuantizer(HfQuantizer):
@@ -71,7 +72,7 @@ class VqllmQuantizer(HfQuantizer):
         with torch.device("meta"):
             replace_linears(model, linears)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         linears = _vq_linears(model)
         _check_loaded(model, linears)
         for linear in linears.values():
@@ -80,9 +81,8 @@ class VqllmQuantizer(HfQuantizer):
             return self._dequantize(model)
         return model
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype)
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         linears = _vq_linears(model)
         offloaded = [name for name, linear in linears.items() if linear.is_offloaded()]
         if offloaded:
@@ -91,14 +91,14 @@ class VqllmQuantizer(HfQuantizer):
                 "place to be. Load without device_map, or write a dense folder: vqllm dequantize."
             )
         for name, linear in linears.items():
-            model.set_submodule(name, _dense_linear(linear, dtype))
+            model.set_submodule(name, _dense_linear(linear, wanted))
         return model
 
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+    def is_serializable(self, *args: Any, **kwargs: Any) -> Any:
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> Any:
         return False
 
     @property

@@ -55,18 +55,28 @@ class Summary:
         return values
 
 
-def evaluation_rows(evaluation: JSON) -> list[tuple[str, str]]:
-    """Perplexity, KL and agreement as label and value."""
-    text = evaluation["text"]
-    rows = [
-        (
-            f"perplexity on {text}",
-            f"{evaluation['baseline_perplexity']:.3f} → {evaluation['perplexity']:.3f} "
-            f"(× {evaluation['perplexity'] / evaluation['baseline_perplexity']:.3f})",
-        ),
-        ("KL divergence, nats per token", f"{evaluation['kl']:.4f}"),
-        ("top-1 agreement", f"{100 * evaluation['top1']:.1f} %"),
+def evaluation_rows(measured: JSON) -> list[tuple[str, str]]:
+    """Perplexity, and KL and agreement if there was a baseline, as label and value."""
+    label, perplexity = f"perplexity on {measured['text']}", measured["perplexity"]
+    if "baseline_perplexity" not in measured:
+        return [(label, f"{perplexity:.3f}")]
+    before = measured["baseline_perplexity"]
+    return [
+        (label, f"{before:.3f} → {perplexity:.3f} (ratio {perplexity / before:.3f})"),
+        ("KL divergence, nats per token", f"{measured['kl']:.4f}"),
+        ("top-1 agreement", f"{100 * measured['top1']:.1f} %"),
     ]
+
+
+def result_rows(results: JSON) -> list[tuple[str, str]]:
+    """What `evaluate` returned, as label and value."""
+    rows = [("model", results["model"])]
+    if "text" in results:
+        rows += evaluation_rows(results["text"])
+    for task, metrics in results.get("tasks", {}).items():
+        for metric, value in metrics.items():
+            shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+            rows.append((f"{task} {metric}", shown))
     return rows
 
 

@@ -17,8 +17,7 @@ nothing; a small weight keeps a codec that weighs errors from caring about them.
 class TileColumns:
     """W and H padded to whole tile columns, in the order in which the columns are coded.
 
-    Column k of the order is column `order[k]` of the grid of tiles. `codes_IJM` holds what was
-    coded so far, in the order of the grid.
+    Column k of the order is column `order[k]` of the grid of tiles.
     """
 
     W_RC: Tensor
@@ -26,7 +25,8 @@ class TileColumns:
     codec: Codec
     state: State
     order: list[int]
-    codes_IJM: Tensor = field(init=False)
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    """Codes [I, 1, M] by column of the grid."""
 
     @classmethod
     def of(
@@ -75,14 +75,16 @@ class TileColumns:
         return codes_I1M, from_tiles(X_hat_I1E, tile, len(X_RT), tile_cols)
 
     def keep(self, codes_I1M: Tensor, k: int, rows_I: Tensor | None = None) -> None:
-        """Store the codes of tile column k of the order; only where `rows_I` is true, if given."""
-        if not hasattr(self, "codes_IJM"):
-            num_tile_rows, _, num_symbols = codes_I1M.shape
-            self.codes_IJM = codes_I1M.new_empty(num_tile_rows, len(self), num_symbols)
-        new_IM = codes_I1M[:, 0]
+        """Take up codes of tile column k of the order; only where `rows_I` is true, if given."""
+        col = self.order[k]
         if rows_I is not None:
-            new_IM = torch.where(rows_I[:, None], new_IM, self.codes_IJM[:, self.order[k]])
-        self.codes_IJM[:, self.order[k]] = new_IM
+            codes_I1M = torch.where(rows_I[:, None, None], codes_I1M, self.kept[col])
+        self.kept[col] = codes_I1M
+
+    @property
+    def codes_IJM(self) -> Tensor:
+        """All codes, in the order of the grid."""
+        return torch.cat([self.kept[col] for col in range(len(self))], dim=1)
 
 
 def _pad(W_RC: Tensor, H_CC: Tensor, extra: int) -> tuple[Tensor, Tensor]:

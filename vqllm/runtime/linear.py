@@ -59,7 +59,11 @@ class VQLinear(nn.Module):
 
     @classmethod
     def from_tensors(
-        cls, spec: LinearSpec, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype
+        cls,
+        spec: LinearSpec,
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None,
+        dtype: torch.dtype,
     ) -> "VQLinear":
         """A linear with its packed tensors. ValueError if they are not those of `spec`."""
         layout.check(dict(tensors), spec.layout(), "packed tensors")

@@ -47,7 +47,10 @@ class Scale(Transform):
         "(|W_j|^2 / H_jj)^(1/4), for rounding without feedback",
     )
     alpha: float = Field(
-        default=1.0, ge=0, le=1, description="exponent of the scale; 0 leaves the weights as they are"
+        default=1.0,
+        ge=0,
+        le=1,
+        description="exponent of the scale; 0 leaves the weights as they are",
     )
 
     @model_validator(mode="after")

@@ -1,0 +1,208 @@
+"""The whole run on tiny random models of every architecture."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny import ARCHITECTURES, save_tiny
+from transformers import AutoModelForCausalLM
+
+import vqllm
+from vqllm import api, metrics
+from vqllm.errors import CheckpointError, ModelError, NumericalError, RecipeError
+from vqllm.recipe import Recipe, from_dict
+
+SMALL = {"source": ["self"], "sequences": 6, "length": 32}
+
+
+def recipe(**changes: object) -> Recipe:
+    values = {
+        "name": "test",
+        "calibration": SMALL,
+        "transforms": [{"type": "hadamard", "side": "both"}],
+        "codec": {"type": "e8p"},
+        "rounding": {"type": "ldlq"},
+    }
+    return from_dict({**values, **changes}, "test recipe")
+
+
+def run(source: Path, output: Path, **options: object) -> None:
+    api.quantize(source, output, **{"recipe": recipe(), "evaluate": False, **options})
+
+
+def same_files(a: Path, b: Path) -> bool:
+    names = sorted(p.name for p in a.glob("*.safetensors"))
+    assert names
+    assert names == sorted(p.name for p in b.glob("*.safetensors"))
+    names += ["config.json", "model.safetensors.index.json"]
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_quantizes_loads_and_generates(arch: str, tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", arch)
+    output = tmp_path / "quantized"
+    run(source, output)
+    original = AutoModelForCausalLM.from_pretrained(source)
+    model, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, vqllm.runtime.VQLinear)}
+    layers = [n for n, m in original.named_modules() if type(m) is torch.nn.Linear]
+    assert sorted(packed) == sorted(n for n in layers if ".layers." in n)
+    for name, module in packed.items():
+        linear = original.get_submodule(name)
+        loss = metrics.sqnr_db(linear.weight.detach(), module.dequantize(torch.float32))
+        assert 5 < loss < 12, f"{name}: 2 bits of a random matrix give about 9 dB, got {loss}"
+        assert (module.bias is None) == (linear.bias is None)
+        if linear.bias is not None:
+            assert torch.equal(module.bias, linear.bias)
+    tokens = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4, do_sample=False)
+    assert tokens.shape == (1, 7)
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "intermediate_size"), [(43 * 8, 172), (37, 91), (64, 172 * 8)]
+)
+def test_odd_dimensions(hidden_size: int, intermediate_size: int, tmp_path: Path) -> None:
+    overrides = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
+    source = save_tiny(tmp_path / "source", "llama", **overrides)
+    run(source, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.isfinite(model(torch.arange(3, 30)[None]).logits).all()
+
+
+def test_same_recipe_and_seed_give_the_same_bytes(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    run(source, tmp_path / "a")
+    run(source, tmp_path / "b")
+    run(source, tmp_path / "c", seed=1)
+    assert same_files(tmp_path / "a", tmp_path / "b")
+    assert not same_files(tmp_path / "a", tmp_path / "c")
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt:
+    """Stops the run at the n-th event."""
+
+    def __init__(self, event: int) -> None:
+        self.left = event
+
+    def _event(self, *args: object) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
+
+    phase = layers = linear = layer = _event
+
+
+@pytest.mark.parametrize("event", [1, 2, 5, 10, 12, 15, 19, 20])
+def test_a_stopped_run_goes_on_to_the_same_bytes(event: int, tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    run(source, tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(source, tmp_path / "out", progress=KillAt(event))
+    run(source, tmp_path / "out")
+    assert same_files(tmp_path / "whole", tmp_path / "out")
+    assert not (tmp_path / "out" / ".vqllm").exists()
+
+
+def test_hidden_states_in_a_mapped_file_give_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vqllm import pipeline
+
+    source = save_tiny(tmp_path / "source")
+    run(source, tmp_path / "memory")
+    fields = pipeline.Job.__dataclass_fields__
+    monkeypatch.setattr(fields["activation_budget"], "default", 1)
+    monkeypatch.setitem(pipeline.Job.__init__.__kwdefaults__, "activation_budget", 1)
+    run(source, tmp_path / "mapped")
+    assert same_files(tmp_path / "memory", tmp_path / "mapped")
+
+
+def test_another_recipe_is_refused_on_resume_with_the_difference(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    with pytest.raises(Killed):
+        run(source, tmp_path / "out", progress=KillAt(12))
+    with pytest.raises(CheckpointError, match=r"hessian\.damping: 0\.01 → 0\.02"):
+        run(source, tmp_path / "out", recipe=recipe(hessian={"damping": 0.02}))
+
+
+def test_hessian_refresh_by_layer_differs_and_works(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    run(source, tmp_path / "group")
+    run(source, tmp_path / "layer", recipe=recipe(hessian={"refresh": "layer"}))
+    assert not same_files(tmp_path / "group", tmp_path / "layer")
+
+
+def test_skipped_linears_stay_as_they_are_and_are_named(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    summary = api.quantize(
+        source, tmp_path / "out", recipe=recipe(skip=[r"\.0\..*v_proj$"]), evaluate=False
+    )
+    name = "model.layers.0.self_attn.v_proj"
+    assert "skip pattern" in summary.not_quantized[name]
+    assert summary.not_quantized["model.embed_tokens"] == "an embedding"
+    before = AutoModelForCausalLM.from_pretrained(source).get_submodule(name).weight
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").get_submodule(name).weight
+    assert torch.equal(before, after)
+
+
+def test_report_has_a_line_for_every_linear_with_exact_bits(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    summary = api.quantize(source, tmp_path / "out", recipe=recipe())
+    lines = [json.loads(x) for x in (tmp_path / "out" / "report.jsonl").read_text().splitlines()]
+    assert len(lines) == 14
+    for line in lines:
+        # 2 bits a weight in codes of 8 columns, one sign a row and a column, one scale.
+        codes = 16 * line["rows"] * -(-line["cols"] // 8)
+        assert line["bits_codes"] == codes
+        signs = 8 * (-(-line["rows"] // 8) + -(-line["cols"] // 8))
+        assert line["bits_side"] == signs + 32
+        assert 0 < line["proxy_loss"] < 0.5
+    assert summary.evaluation is not None
+    assert summary.evaluation["kl"] > 0
+    for name in ("report.md", "README.md", "proxy_loss.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+
+
+def test_nan_weights_name_the_linear(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    save_tiny(source)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
+    model.save_pretrained(source)
+    with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.up_proj: 1 of"):
+        run(source, tmp_path / "out", recipe=recipe(calibration={**SMALL, "source": [_text(tmp_path)]}))
+
+
+def test_nothing_to_quantize_says_so(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    with pytest.raises(ModelError, match="nothing in .* was quantized"):
+        run(source, tmp_path / "out", recipe=recipe(skip=["."]))
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("do not touch")
+    with pytest.raises(CheckpointError, match=r"thesis\.txt"):
+        run(source, tmp_path / "out")
+
+
+def test_unknown_recipe_names_the_choices() -> None:
+    with pytest.raises(RecipeError, match="Did you mean 'e8p-2bit'"):
+        api.quantize("demo", "out", recipe="e8p-2bits")
+
+
+def _text(folder: Path) -> str:
+    from tests.tiny import TEXT
+
+    (folder / "text.txt").write_text(TEXT * 20)
+    return str(folder / "text.txt")

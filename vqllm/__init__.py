@@ -1,0 +1,70 @@
+"""Post-training vector quantization of language-model weights.
+
+    import vqllm                                     # transformers now loads quantized folders
+    AutoModelForCausalLM.from_pretrained("demo-2bit")
+
+Importing this package loads neither torch nor transformers: every public name is imported when it
+is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vqllm.integrations import _autoregister
+
+if TYPE_CHECKING:
+    from vqllm.api import load, quantize
+    from vqllm.checkpoint.dequantize import dequantize_checkpoint as dequantize
+    from vqllm.checkpoint.inspect import inspect_checkpoint as inspect
+    from vqllm.checkpoint.reader import Checkpoint
+    from vqllm.errors import CheckpointError, ModelError, RecipeError, VqllmError
+    from vqllm.recipe import Recipe
+    from vqllm.runtime import describe, set_weight_cache
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Checkpoint": "vqllm.checkpoint.reader:Checkpoint",
+    "CheckpointError": "vqllm.errors:CheckpointError",
+    "ModelError": "vqllm.errors:ModelError",
+    "Recipe": "vqllm.recipe:Recipe",
+    "RecipeError": "vqllm.errors:RecipeError",
+    "VqllmError": "vqllm.errors:VqllmError",
+    "dequantize": "vqllm.checkpoint.dequantize:dequantize_checkpoint",
+    "describe": "vqllm.runtime:describe",
+    "inspect": "vqllm.checkpoint.inspect:inspect_checkpoint",
+    "load": "vqllm.api:load",
+    "quantize": "vqllm.api:quantize",
+    "set_weight_cache": "vqllm.runtime:set_weight_cache",
+}
+
+__all__ = [  # noqa: RUF022 - by what one does, not by alphabet
+    "quantize",
+    "load",
+    "inspect",
+    "dequantize",
+    "describe",
+    "set_weight_cache",
+    "Recipe",
+    "Checkpoint",
+    "VqllmError",
+    "RecipeError",
+    "ModelError",
+    "CheckpointError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vqllm' has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].partition(":")
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_autoregister.install()

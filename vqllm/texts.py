@@ -1,0 +1,267 @@
+"""Text for calibration and evaluation: files, folders of files, and data sets of the hub.
+
+A source is read as pieces that joined together are its text. A plain file's pieces are cut after
+line ends; the documents of structured files end in a blank line, as papers join the rows of
+WikiText. `pieces(start)` begins near the fraction `start` of the source without reading what is
+before it, so a few sequences spread over 50 GB cost a few reads.
+"""
+
+import codecs
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vqllm.errors import CalibrationError
+
+DOCUMENT_END = "\n\n"
+BLOCK_BYTES = 1 << 16
+STRUCTURED = (".jsonl", ".parquet")
+PLAIN = (".txt", ".md", ".rst", ".raw")
+
+
+class TextSource(ABC):
+    """Something that text can be read from. All errors are CalibrationError."""
+
+    name: str
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int | None:
+        """Bytes of text, about; None where only reading tells, and `start` must then be 0."""
+
+    @abstractmethod
+    def pieces(self, start: float = 0.0) -> Iterator[str]:
+        """The text from the fraction `start` (0 ≤ start < 1) on, to be joined without anything."""
+
+
+def open_source(source: str | Path) -> TextSource:
+    """The source that a user named.
+
+    Args:
+        source: a file (`.jsonl` and `.parquet` hold documents in a column `text`, or the one named
+            after `#`, as in `data.jsonl#content`; anything else is plain UTF-8 text), a folder of
+            such files, or a data set of the hub as `id`, `id:config` or `id:config:split`
+            (`#column` likewise; the split is `train` by default).
+
+    Raises:
+        CalibrationError: nothing of that name, or a folder without text.
+    """
+    name, column = str(source), "text"
+    if not Path(name).expanduser().exists() and "#" in name:
+        name, column = name.rsplit("#", 1)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _folder(path, column)
+    if path.is_file():
+        return _file(path, column)
+    if path.is_absolute() or name.startswith((".", "~")) or path.suffix in STRUCTURED + PLAIN:
+        raise CalibrationError(f"there is no file or folder {name}.")
+    return HubDataset(name, column)
+
+
+def _file(path: Path, column: str) -> TextSource:
+    if path.suffix == ".jsonl":
+        return JsonLines(path, column)
+    if path.suffix == ".parquet":
+        return Parquet(path, column)
+    return PlainText(path)
+
+
+def _folder(path: Path, column: str) -> TextSource:
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix in STRUCTURED + PLAIN
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
+    if not files:
+        raise CalibrationError(
+            f"{path} holds no text: a folder's {', '.join(PLAIN + STRUCTURED)} files are read."
+        )
+    return Folder(str(path), tuple(_file(file, column) for file in files))
+
+
+@dataclass(frozen=True)
+class PlainText(TextSource):
+    """One UTF-8 file."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return str(self.path)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.path.stat().st_size
+
+    def pieces(self, start: float = 0.0) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")("strict")
+        with self.path.open("rb") as file:
+            if start:
+                file.seek(int(start * self.num_bytes))
+                file.readline(BLOCK_BYTES)  # the rest of a line, or what a line may reasonably be
+                while (byte := file.peek(1)[:1]) and 0x80 <= byte[0] < 0xC0:
+                    file.read(1)  # inside a character
+            rest = ""
+            while block := file.read(BLOCK_BYTES):
+                try:
+                    rest += decoder.decode(block)
+                except UnicodeDecodeError as error:
+                    raise CalibrationError(
+                        f"{self.path} is not UTF-8 text: {error.reason} near byte {file.tell()}."
+                    ) from error
+                cut = rest.rfind("\n") + 1 or len(rest)
+                yield rest[:cut]
+                rest = rest[cut:]
+        if rest:
+            yield rest
+
+
+@dataclass(frozen=True)
+class JsonLines(TextSource):
+    """A JSON object on each line."""
+
+    path: Path
+    column: str
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return str(self.path)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.path.stat().st_size
+
+    def pieces(self, start: float = 0.0) -> Iterator[str]:
+        with self.path.open("rb") as file:
+            if start:
+                file.seek(int(start * self.num_bytes))
+                file.readline()
+            while line := file.readline():
+                if line.strip():
+                    yield self._document(line, file.tell()) + DOCUMENT_END
+
+    def _document(self, line: bytes, end: int) -> str:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise CalibrationError(
+                f"{self.path} holds a line that is not JSON, ending at byte {end}: {error}."
+            ) from error
+        return text_of(row, self.column, self.name)
+
+
+@dataclass(frozen=True)
+class Parquet(TextSource):
+    """A Parquet file, read a few rows at a time."""
+
+    path: Path
+    column: str
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return str(self.path)
+
+    @property
+    def num_bytes(self) -> int:
+        metadata = self._open().metadata
+        return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+
+    def pieces(self, start: float = 0.0) -> Iterator[str]:
+        file = self._open()
+        if self.column not in file.schema_arrow.names:
+            raise CalibrationError(no_column(self.name, self.column, file.schema_arrow.names))
+        skip = int(start * file.metadata.num_rows)
+        for group in range(file.metadata.num_row_groups):
+            num_rows = file.metadata.row_group(group).num_rows
+            if skip >= num_rows:
+                skip -= num_rows
+                continue
+            for batch in file.iter_batches(64, row_groups=[group], columns=[self.column]):
+                for value in batch.column(0).to_pylist()[skip:]:
+                    yield text_of({self.column: value}, self.column, self.name) + DOCUMENT_END
+                skip = max(0, skip - batch.num_rows)
+
+    def _open(self) -> Any:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+
+        try:
+            return ParquetFile(self.path)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise CalibrationError(f"{self.path} is not a Parquet file: {error}") from error
+
+
+@dataclass(frozen=True)
+class Folder(TextSource):
+    """Files one after the other, in the order of their names."""
+
+    name: str
+    files: tuple[TextSource, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self._sizes())
+
+    def _sizes(self) -> list[int]:
+        return [file.num_bytes or 0 for file in self.files]
+
+    def pieces(self, start: float = 0.0) -> Iterator[str]:
+        sizes = self._sizes()
+        skip = int(start * sum(sizes))
+        for file, size in zip(self.files, sizes):
+            if skip < size or (skip == 0 and not start):
+                yield from file.pieces(skip / size if size else 0.0)
+            skip = max(0, skip - size)
+
+
+@dataclass(frozen=True)
+class HubDataset(TextSource):
+    """A data set by its id, from its first row on: streamed, or from the local cache offline."""
+
+    name: str
+    column: str
+
+    @property
+    def num_bytes(self) -> None:
+        return None
+
+    def pieces(self, start: float = 0.0) -> Iterator[str]:
+        if start:
+            raise ValueError("a streamed data set is read from its beginning")
+        import datasets
+
+        identifier, config, split = (*self.name.split(":"), "", "")[:3]
+        streaming = not (datasets.config.HF_HUB_OFFLINE or datasets.config.HF_DATASETS_OFFLINE)
+        try:
+            rows = datasets.load_dataset(
+                identifier, config or None, split=split or "train", streaming=streaming
+            )
+            for row in rows:
+                yield text_of(row, self.column, self.name) + DOCUMENT_END
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CalibrationError(
+                f"there is no file or folder {identifier!r}, and as a data set of the hub it cannot "
+                f"be read: {error} Pass a local file or folder, or run with a network; a "
+                "configuration and a split are named as id:config:split."
+            ) from error
+
+
+def text_of(row: Any, column: str, name: str) -> str:
+    """The text of a document, or CalibrationError naming the columns that there are."""
+    value = row.get(column) if isinstance(row, dict) else None
+    if not isinstance(value, str):
+        raise CalibrationError(no_column(name, column, list(row) if isinstance(row, dict) else []))
+    return value
+
+
+def no_column(name: str, column: str, columns: list[str]) -> str:
+    return (
+        f"{name} has no text in a column {column!r}; its columns: {', '.join(columns) or 'none'}. "
+        f"Name another one as {name}#COLUMN."
+    )
