@@ -64,7 +64,8 @@ def quantize_group(
         except NumericalError as error:
             raise NumericalError(f"{name}: {error}") from error
         for i, state in enumerate(linear.states):
-            tensors |= {f"t{i}_{key}": value for key, value in state.items()}
+            # A copy: the input side's state is shared by the group, stored tensors share nothing.
+            tensors |= {f"t{i}_{key}": value.clone() for key, value in state.items()}
         R, C = weights[name].shape
         spec = LinearSpec(
             rows=R, cols=C, format=recipe.codec.spec(), transforms=tuple(linear.specs)

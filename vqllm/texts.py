@@ -17,7 +17,7 @@ from typing import Any
 from vqllm.errors import CalibrationError
 
 DOCUMENT_END = "\n\n"
-BLOCK_BYTES = 1 << 16
+BLOCK_BYTES = 1 << 14
 STRUCTURED = (".jsonl", ".parquet")
 PLAIN = (".txt", ".md", ".rst", ".raw")
 
@@ -64,10 +64,10 @@ def open_source(source: str | Path) -> TextSource:
 
 def _file(path: Path, column: str) -> TextSource:
     if path.suffix == ".jsonl":
-        return JsonLines(path, column)
+        return JsonLines(str(path), column)
     if path.suffix == ".parquet":
-        return Parquet(path, column)
-    return PlainText(path)
+        return Parquet(str(path), column)
+    return PlainText(str(path))
 
 
 def _folder(path: Path, column: str) -> TextSource:
@@ -85,19 +85,21 @@ def _folder(path: Path, column: str) -> TextSource:
     return Folder(str(path), tuple(_file(file, column) for file in files))
 
 
-@dataclass(frozen=True)
-class PlainText(TextSource):
-    """One UTF-8 file."""
-
-    path: Path
-
+class _File(TextSource):
     @property
-    def name(self) -> str:  # type: ignore[override]
-        return str(self.path)
+    def path(self) -> Path:
+        return Path(self.name)
 
     @property
     def num_bytes(self) -> int:
         return self.path.stat().st_size
+
+
+@dataclass(frozen=True)
+class PlainText(_File):
+    """One UTF-8 file."""
+
+    name: str
 
     def pieces(self, start: float = 0.0) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")("strict")
@@ -123,19 +125,11 @@ class PlainText(TextSource):
 
 
 @dataclass(frozen=True)
-class JsonLines(TextSource):
+class JsonLines(_File):
     """A JSON object on each line."""
 
-    path: Path
+    name: str
     column: str
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return str(self.path)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.path.stat().st_size
 
     def pieces(self, start: float = 0.0) -> Iterator[str]:
         with self.path.open("rb") as file:
@@ -157,15 +151,11 @@ class JsonLines(TextSource):
 
 
 @dataclass(frozen=True)
-class Parquet(TextSource):
+class Parquet(_File):
     """A Parquet file, read a few rows at a time."""
 
-    path: Path
+    name: str
     column: str
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return str(self.path)
 
     @property
     def num_bytes(self) -> int:
@@ -235,19 +225,20 @@ class HubDataset(TextSource):
         if start:
             raise ValueError("a streamed data set is read from its beginning")
         import datasets
+        from datasets import config as settings
 
-        identifier, config, split = (*self.name.split(":"), "", "")[:3]
-        streaming = not (datasets.config.HF_HUB_OFFLINE or datasets.config.HF_DATASETS_OFFLINE)
+        identifier, configuration, split = (*self.name.split(":"), "", "")[:3]
+        streaming = not (settings.HF_HUB_OFFLINE or settings.HF_DATASETS_OFFLINE)
         try:
             rows = datasets.load_dataset(
-                identifier, config or None, split=split or "train", streaming=streaming
+                identifier, configuration or None, split=split or "train", streaming=streaming
             )
             for row in rows:
                 yield text_of(row, self.column, self.name) + DOCUMENT_END
         except (OSError, ValueError, RuntimeError) as error:
             raise CalibrationError(
-                f"there is no file or folder {identifier!r}, and as a data set of the hub it cannot "
-                f"be read: {error} Pass a local file or folder, or run with a network; a "
+                f"there is no file or folder {identifier!r}, and as a data set of the hub it "
+                f"cannot be read: {error} Pass a local file or folder, or run with a network; a "
                 "configuration and a split are named as id:config:split."
             ) from error
 

@@ -2,11 +2,13 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor
 
 from vqllm_kernels.layout import TensorLayout
+
+SpecClass = TypeVar("SpecClass", bound="type[FormatSpec]")
 
 _FORMATS: dict[str, type["FormatSpec"]] = {}
 
@@ -54,7 +56,7 @@ class FormatSpec(ABC):
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def register(spec: type[FormatSpec]) -> type[FormatSpec]:
+def register(spec: SpecClass) -> SpecClass:
     """Class decorator: makes a format known to readers under its `format_id`."""
     _FORMATS[spec.format_id] = spec
     return spec

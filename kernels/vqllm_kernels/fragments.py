@@ -9,47 +9,64 @@ consecutive columns of row g, which is what it gets when it loads 16 bytes of pa
                    x of token g:   16 consecutive bytes at the same columns
 
 Nothing is shuffled and nothing goes through shared memory: packed codes are loaded into registers,
-decoded there, and multiplied. The compiler finds these layouts if tensors are indexed
+decoded there, and multiplied. The compiler finds these layouts by itself if the first dimension of
+every tensor runs over the lanes of a program in the order
 
-    [groups of 8 rows, warp, g = 8, t = 4, columns of a lane]
+    (group of 8 rows, warp, g = 8, t = 4)
 
-because its default for 16-byte loads gives the lanes to the last two dimensions before the columns
-and the warps to the next. Warps split the columns of W (a batch dimension of the product), and
-their sums are added once at the end, always in the same order, so results are deterministic.
+and what a lane holds is in the other dimensions. Warps split the columns of W (they are a batch
+dimension of the product), and their sums are added once at the end, always in the same order, so
+results are deterministic.
 """
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def pick(pieces, i: tl.constexpr, NUM: tl.constexpr):
-    """Entry i of the last dimension (NUM of them, all in one lane): a choice of registers."""
-    return tl.sum(tl.where(tl.arange(0, NUM) == i, pieces, 0), axis=len(pieces.shape) - 1)
+K_WIDTH = tl.constexpr(4 if triton.__version__.startswith("3.6.") else 2)
+"""Consecutive k of a lane in the operand layout that the compiler picks for 16-bit types. A wrong
+value gives right results with 160 shuffles for every 256 weights."""
 
 
 @triton.jit
-def dot(w, x, acc, WARPS: tl.constexpr, PER_LANE: tl.constexpr):
-    """acc + W xᵀ for one piece of columns.
+def lanes(GROUPS: tl.constexpr, WARPS: tl.constexpr):
+    """Where the lanes of a program stand: (row of the tile, warp·4 + t), both [GROUPS·WARPS·32]."""
+    lane = tl.arange(0, GROUPS * WARPS * 32)
+    row = lane // (WARPS * 32) * 8 + lane // 4 % 8
+    return row, lane // 32 % WARPS * 4 + lane % 4
+
+
+@triton.jit
+def pick(pieces, i: tl.constexpr):
+    """Entry i of the last dimension, which one lane holds: a choice of registers."""
+    NUM: tl.constexpr = pieces.shape[1]
+    return tl.sum(tl.where(tl.arange(0, NUM)[None, :] == i, pieces, 0), axis=1)
+
+
+@triton.jit
+def dot(w, x, acc, WARPS: tl.constexpr):
+    """acc + W xᵀ for one run of columns.
 
     Args:
-        w: [G, WARPS, 8, 4, PER_LANE] weights, G groups of 8 rows (an even number).
-        x: [H, WARPS, 8, 4, PER_LANE] activations, H groups of 8 tokens, the same dtype; the
-            columns of a lane may stand in any order that is that of `w`.
+        w: [G·WARPS·32, run] weights, G groups of 8 rows (an even number).
+        x: [H·WARPS·32, run] activations, H groups of 8 tokens, the same dtype; the columns of a
+            run may stand in any order that is that of `w`.
         acc: float32 [WARPS, 8·G, 8·H].
     """
-    G: tl.constexpr = w.shape[0]
-    H: tl.constexpr = x.shape[0]
-    if w.dtype.primitive_bitwidth == 16:
-        # Two k a register, lanes next, then the second register.
-        QUADS: tl.constexpr = PER_LANE // 4
-        w = w.reshape(G, WARPS, 8, 4, QUADS, 2, 2).permute(1, 0, 2, 4, 5, 3, 6)
-        x = x.reshape(H, WARPS, 8, 4, QUADS, 2, 2).permute(1, 4, 5, 3, 6, 0, 2)
+    G: tl.constexpr = w.shape[0] // (WARPS * 32)
+    H: tl.constexpr = x.shape[0] // (WARPS * 32)
+    RUN: tl.constexpr = w.shape[1]
+    if w.dtype.primitive_bitwidth == 16 and K_WIDTH == 4:
+        w = w.reshape(G, WARPS, 8, 4, RUN // 4, 4).permute(1, 0, 2, 4, 3, 5)
+        x = x.reshape(H, WARPS, 8, 4, RUN // 4, 4).permute(1, 4, 3, 5, 0, 2)
+    elif w.dtype.primitive_bitwidth == 16:
+        # k is (.., second register, lane, half of a register).
+        w = w.reshape(G, WARPS, 8, 4, RUN // 4, 2, 2).permute(1, 0, 2, 4, 5, 3, 6)
+        x = x.reshape(H, WARPS, 8, 4, RUN // 4, 2, 2).permute(1, 4, 5, 3, 6, 0, 2)
     else:
-        w = w.permute(1, 0, 2, 4, 3)
-        x = x.permute(1, 4, 3, 0, 2)
-    w = w.reshape(WARPS, 8 * G, 4 * PER_LANE)
-    x = x.reshape(WARPS, 4 * PER_LANE, 8 * H)
+        w = w.reshape(G, WARPS, 8, 4, RUN).permute(1, 0, 2, 4, 3)
+        x = x.reshape(H, WARPS, 8, 4, RUN).permute(1, 4, 3, 0, 2)
+    w = w.reshape(WARPS, 8 * G, 4 * RUN)
+    x = x.reshape(WARPS, 4 * RUN, 8 * H)
     if w.dtype.primitive_bitwidth == 16:
         acc = tl.dot(w, x, acc)
     else:
@@ -58,16 +75,3 @@ def dot(w, x, acc, WARPS: tl.constexpr, PER_LANE: tl.constexpr):
         acc = tl.dot(w, high, acc, input_precision="tf32")
         acc = tl.dot(w, x - high, acc, input_precision="tf32")
     return acc
-
-
-@triton.jit
-def load_x(x_ptr, k, k_valid, num_tokens, stride, H: tl.constexpr):
-    """Activations [H, WARPS, 8, 4, PER_LANE] at the columns k [1, WARPS, 1, 4, PER_LANE].
-
-    Tokens from `num_tokens` on and columns where `k_valid` is false are zero.
-    """
-    h = tl.arange(0, H)[:, None, None, None, None]
-    g = tl.arange(0, 8)[None, None, :, None, None]
-    token = h * 8 + g
-    offsets = token.to(tl.int64) * stride + k
-    return tl.load(x_ptr + offsets, mask=(token < num_tokens) & k_valid, other=0.0)

@@ -1,4 +1,4 @@
-"""Transforms of every order: that they are orthonormal, what they are made of, how they are done."""
+"""Transforms of every order: orthonormal, made of what is stored, done as defined."""
 
 import hashlib
 
@@ -116,7 +116,9 @@ def test_matrices_are_those_of_the_stored_format() -> None:
     digest = hashlib.sha256()
     for order in [2, 16, *CORES.values()]:
         digest.update(signs(order).numpy().tobytes())
-    assert digest.hexdigest() == "DIGEST"
+    assert digest.hexdigest() == (
+        "35c4a3227d7ac8ee263c9331cb741e69365652b8624dbe8c5071936b6d5f976e"
+    )
     torch.testing.assert_close(
         factor(3),
         torch.tensor(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from vqllm import rng
 from vqllm.calibration.decode_attention import fast_decoding
@@ -70,7 +71,7 @@ def generate_samples(
     restart = _Restart(model, tokenizer)
     total = U_SL.numel()
     batches = []
-    with torch.inference_mode(), fast_decoding(model):
+    with torch.inference_mode(), fast_decoding(model) as new_cache:
         for begin in range(0, num_sequences, batch_size):
             U_BL = U_SL[begin : begin + batch_size]
 
@@ -78,7 +79,8 @@ def generate_samples(
                 if progress:
                     progress(before + step * batch, total)
 
-            batches.append(_sample_batch(model, restart, U_BL.to(model.device), report))
+            U_BL = U_BL.to(model.device)
+            batches.append(_sample_batch(model, restart, U_BL, new_cache(), report))
     return torch.cat(batches) if batches else torch.empty(0, sequence_length, dtype=torch.long)
 
 
@@ -100,7 +102,11 @@ class _Restart:
 
 
 def _sample_batch(
-    model: PreTrainedModel, restart: _Restart, U_BL: Tensor, report: Callable[[int], None]
+    model: PreTrainedModel,
+    restart: _Restart,
+    U_BL: Tensor,
+    cache: Cache | None,
+    report: Callable[[int], None],
 ) -> Tensor:
     """Tokens int64 [B, L], one for each uniform number."""
     num_sequences, length = U_BL.shape
@@ -110,7 +116,7 @@ def _sample_batch(
         tokens_BL[:, 0] = restart.bos
         first = 1
     tokens_BL[:, first : first + 1] = restart.random_token(U_BL[:, first : first + 1])
-    fresh_BT, cache = tokens_BL[:, : first + 1], None
+    fresh_BT = tokens_BL[:, : first + 1]
     for step in range(first + 1, length):
         output = model(input_ids=fresh_BT, past_key_values=cache, use_cache=True)
         cache = output.past_key_values

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vqllm.checkpoint import atomic
-from vqllm.checkpoint.format import CONFIG, INDEX, shard_name
+from vqllm.checkpoint.format import CONFIG, INDEX, RECORDS, shard_name
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.checkpoint.writer import copy_files, write_json
 from vqllm.errors import CheckpointError
@@ -19,7 +19,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 MAX_SHARD_BYTES = 1 << 30
 """Bounds the memory of the conversion: one shard is held at a time."""
 
-REPORT_FILES = ("report.jsonl", "report.md", "proxy_loss.png")
+REPORT_FILES = (RECORDS, "report.md", "proxy_loss.png")
 """Pages about the quantized checkpoint, which do not describe the dense one."""
 
 

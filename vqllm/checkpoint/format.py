@@ -71,6 +71,9 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+RECORDS = "report.jsonl"
+"""The report's record of every quantized linear, one a line; no part of the format."""
+
 
 def shard_name(number: int, total: int) -> str:
     """File name of shard `number`, counted from 1."""

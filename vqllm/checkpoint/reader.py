@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vqllm.bits import BitCount
-from vqllm.checkpoint.format import CONFIG, JSON, QUANT_METHOD, QuantizationConfig
+from vqllm.checkpoint.format import CONFIG, JSON, QUANT_METHOD, RECORDS, QuantizationConfig
 from vqllm.checkpoint.journal import is_unfinished
 from vqllm.checkpoint.shards import DAMAGED, StoredTensor, read_header, read_index, sha256_of
 from vqllm.errors import CheckpointError
@@ -135,7 +135,7 @@ class Checkpoint:
         return {record["name"]: record for record in self._report_lines()}
 
     def _report_lines(self) -> Iterator[JSON]:
-        path = self.folder / "report.jsonl"
+        path = self.folder / RECORDS
         if not path.is_file():
             return
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -147,12 +147,12 @@ class Checkpoint:
 
 def _read_config(folder: Path) -> JSON:
     path = folder / CONFIG
-    if is_unfinished(folder):
-        raise CheckpointError(
-            f"{folder} holds an unfinished run. Repeat the command that began it; it goes on from "
-            "the last finished layer."
-        )
     if not path.is_file():
+        if is_unfinished(folder):
+            raise CheckpointError(
+                f"{folder} holds an unfinished run. Repeat the command that began it; it goes on "
+                "from the last finished layer."
+            )
         raise CheckpointError(f"{folder} is no checkpoint: it has no {CONFIG}.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

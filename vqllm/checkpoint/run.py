@@ -13,6 +13,7 @@ import vqllm
 from vqllm.checkpoint import atomic, writer
 from vqllm.checkpoint.format import (
     JSON,
+    RECORDS,
     QuantizationConfig,
     shard_name,
     spec_from_dict,
@@ -23,8 +24,6 @@ from vqllm.checkpoint.source import SourceTensors
 from vqllm.errors import ModelError
 from vqllm_kernels.linear import LinearSpec
 
-
-RECORDS = "report.jsonl"
 
 
 class Packed(Protocol):
@@ -126,7 +125,7 @@ class CheckpointRun:
                     "model's. Load it with transformers and save_pretrained it once."
                 )
             replaced.add(source_name)
-            tensors |= {f"{result.name}.{key}": value for key, value in result.tensors.items()}
+            tensors |= {f"{result.name}.{key}": t.cpu() for key, t in result.tensors.items()}
         prefix = f"{self._layer_names[index]}."
         for name in self._tensors:
             if name.startswith(prefix) and name not in replaced:

@@ -8,7 +8,6 @@ from vqllm.checkpoint import atomic
 from vqllm.checkpoint.format import CONFIG, INDEX, JSON, QuantizationConfig
 from vqllm.checkpoint.shards import read_header
 from vqllm.errors import CheckpointError, ModelError
-from vqllm_kernels.linear import LinearSpec
 
 NOT_COPIED = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx",
@@ -22,11 +21,6 @@ MAX_COPIED_BYTES = 256 << 20
 
 TEMPLATES = "additional_chat_templates"
 """The one subfolder that transformers' tokenizers read."""
-
-
-def packed_bytes(linears: Mapping[str, LinearSpec]) -> int:
-    """Bytes of the stored tensors of quantized linears, biases excluded."""
-    return sum(t.num_bytes for spec in linears.values() for t in spec.layout().values())
 
 
 def copied_files(source: Path, trust_remote_code: bool) -> list[Path]:

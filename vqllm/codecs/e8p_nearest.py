@@ -125,12 +125,14 @@ def _nearest(x_NE: Tensor) -> Tensor:
 
     def codes(cost_NTS: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         cost, best = cost_NTS.flatten(1).min(1)
-        shift, shape = best // 8, best % 8
-        order = order_NTE[row, shift]
-        key = (t.powers_of_4[order] * t.digits_SE[shape]).sum(1)
-        index = t.index_by_key[key.to(torch.int64)]
-        flip = (sign_NT[row, shift] != t.signs_S[shape]).to(torch.int64) << order[:, 7]
-        return _code(index, pattern_NT[row, shift] ^ flip, shift, t), index, cost
+        shift, shape = best >> 3, best & 7
+        pick = 2 * row + shift
+        order = order_NTE.flatten(0, 1).index_select(0, pick)
+        digits = t.digits_SE.index_select(0, shape)
+        key = (t.powers_of_4.take(order) * digits).sum(1).to(torch.int64)
+        index = t.index_by_key[key]
+        flip = (sign_NT.take(pick) != t.signs_S[shape]).to(torch.int64) << order[:, 7]
+        return _code(index, pattern_NT.take(pick) ^ flip, shift, t), index, cost
 
     code, index, _ = codes(cost_NTS, torch.arange(len(x_NE), device=x_NE.device))
     missing = (index < 0).nonzero()[:, 0]
@@ -161,7 +163,8 @@ def search(x_NE: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
     cost_NTA += 2 * (1 - sign_NT[..., None] * signs_A) * flip_NTA
     cost_NTA -= 2 * (magnitude_NTE @ abs_AE.T)
     cost, best = cost_NTA.flatten(1).min(1)
-    shift, a = best // len(abs_AE), best % len(abs_AE)
+    shift = (best >= len(abs_AE)).to(torch.int64)
+    a = best - shift * len(abs_AE)
     row = torch.arange(len(x_NE), device=x_NE.device)
     place = (magnitude_NTE[row, shift] * abs_AE[a]).argmin(1)
     flip = (sign_NT[row, shift] != signs_A[a]).to(torch.int64) << place

@@ -3,7 +3,7 @@
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from vqllm.codecs.base import CODECS, check_finite
@@ -12,8 +12,10 @@ from vqllm.types import Codec, State
 from vqllm_kernels.bitpack import pack_bits, unpack_bits
 from vqllm_kernels.uniform.spec import UniformSpec
 
-_CLIP_RATIOS = tuple(1 - 0.01 * i for i in range(86))
-"""Searched by clip: mse. The best ratio is 0.37 for two bits and rows of 2^15 Gaussian weights."""
+_COARSE_STEPS = tuple(0.05 * i for i in range(18))
+_FINE_STEPS = tuple(0.01 * i for i in (0, *range(-4, 0), *range(1, 5)))
+"""Steps down from the whole range of a group, then around the best of them. Two bits need the most
+clipping: RATIO of the range in rows of 2^18 Gaussian weights."""
 _MIN_SCALE = 2.0**-24
 """The smallest float16 above zero."""
 
@@ -22,8 +24,11 @@ _MIN_SCALE = 2.0**-24
 class Uniform(Codec):
     """Integers on a uniform grid that contains zero; one scale for `group` columns of a row."""
 
+    # `bits` in a recipe; as an attribute that name is the method that counts the stored bits.
+    model_config = ConfigDict(serialize_by_alias=True)
+
     type: Literal["uniform"] = "uniform"
-    bits: int = Field(4, ge=1, le=8, description="bits of an integer")
+    code_bits: int = Field(4, alias="bits", ge=1, le=8, description="bits of an integer")
     group: int | None = Field(
         128, ge=1, description="columns of a row that share a scale; null is the whole row"
     )
@@ -38,7 +43,7 @@ class Uniform(Codec):
         return (1, 1)
 
     def spec(self) -> UniformSpec:
-        return UniformSpec(bits=self.bits, group=self.group)
+        return UniformSpec(bits=self.code_bits, group=self.group)
 
     def fit(
         self, X_IJE: Tensor, weight_IJE: Tensor | None, generator: torch.Generator
@@ -48,24 +53,35 @@ class Uniform(Codec):
         X_IGB = self._grouped(X_IJE[..., 0].float())
         low_IG = X_IGB.amin(2).clamp(max=0)
         high_IG = X_IGB.amax(2).clamp(min=0)
-        if self.clip == "minmax":
-            scale_IG, zero_IG = self._grid(low_IG, high_IG)
-            return {"scale": scale_IG, "zero": zero_IG}
-
-        weight = 1.0 if weight_IJE is None else weight_IJE.expand_as(X_IJE)[..., 0].float()
-        weight_IGB = self._grouped(torch.ones_like(X_IJE[..., 0]) * weight)
-        best_IG = torch.full_like(low_IG, torch.inf)
-        scale_IG, zero_IG = self._grid(low_IG, high_IG)
-        for ratio in _CLIP_RATIOS:
-            scale, zero = self._grid(low_IG * ratio, high_IG * ratio)
-            q_IGB = self._round(X_IGB, scale[..., None], zero[..., None])
-            back_IGB = _dequantize(q_IGB, scale[..., None], zero[..., None])
-            error_IG = (weight_IGB * (X_IGB - back_IGB) ** 2).sum(2)
-            better_IG = error_IG < best_IG
-            best_IG = torch.where(better_IG, error_IG, best_IG)
-            scale_IG = torch.where(better_IG, scale, scale_IG)
-            zero_IG = torch.where(better_IG, zero, zero_IG)
+        ratio_IG = torch.ones_like(low_IG)
+        if self.clip == "mse":
+            weight_IGB = None
+            if weight_IJE is not None:
+                weight_IGB = self._grouped(weight_IJE.expand_as(X_IJE)[..., 0].float())
+            for steps in (_COARSE_STEPS, _FINE_STEPS):
+                ratio_IG = self._best_ratio(X_IGB, weight_IGB, ratio_IG, steps)
+        scale_IG, zero_IG = self._grid(low_IG * ratio_IG, high_IG * ratio_IG)
         return {"scale": scale_IG, "zero": zero_IG}
+
+    def _best_ratio(
+        self,
+        X_IGB: Tensor,
+        weight_IGB: Tensor | None,
+        start_IG: Tensor,
+        steps: tuple[float, ...],
+    ) -> Tensor:
+        """The clipping ratio of each group, among start − steps, with the least squared error."""
+        low_IG, high_IG = X_IGB.amin(2).clamp(max=0), X_IGB.amax(2).clamp(min=0)
+        best_IG, least_IG = start_IG, torch.full_like(start_IG, torch.inf)
+        for step in steps:
+            ratio_IG = (start_IG - step).clamp(max=1)
+            scale, zero = self._grid(low_IG * ratio_IG, high_IG * ratio_IG)
+            scale, zero = scale[..., None], zero[..., None]
+            square_IGB = (X_IGB - _dequantize(self._round(X_IGB, scale, zero), scale, zero)) ** 2
+            error_IG = (square_IGB if weight_IGB is None else weight_IGB * square_IGB).sum(2)
+            best_IG = torch.where(error_IG < least_IG, ratio_IG, best_IG)
+            least_IG = torch.minimum(error_IG, least_IG)
+        return best_IG
 
     def encode(
         self, X_IJE: Tensor, state: State, col: int = 0, weight_E: Tensor | None = None
@@ -79,10 +95,10 @@ class Uniform(Codec):
         return _dequantize(codes_IJM[..., 0].float(), scale_IJ, zero_IJ)[..., None]
 
     def pack(self, codes_IJM: Tensor, state: State) -> dict[str, Tensor]:
-        return {"codes": pack_bits(codes_IJM[..., 0], self.bits), **state}
+        return {"codes": pack_bits(codes_IJM[..., 0], self.code_bits), **state}
 
     def unpack(self, tensors: dict[str, Tensor], rows: int, cols: int) -> tuple[Tensor, State]:
-        codes_IJM = unpack_bits(tensors["codes"], self.bits, cols)[..., None]
+        codes_IJM = unpack_bits(tensors["codes"], self.code_bits, cols)[..., None]
         return codes_IJM, {"scale": tensors["scale"], "zero": tensors["zero"]}
 
     def _grouped(self, X_IJ: Tensor) -> Tensor:
@@ -93,7 +109,7 @@ class Uniform(Codec):
 
     def _grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Scale, as stored, and zero point that cover low..high."""
-        scale = (high - low) / (2**self.bits - 1)
+        scale = (high - low) / (2**self.code_bits - 1)
         if scale.max() > torch.finfo(torch.float16).max:
             raise NumericalError(
                 f"codec uniform: weights up to {float(high.max() - low.min()):.3g} need a scale of "
@@ -101,11 +117,11 @@ class Uniform(Codec):
                 "with a scaling transform, or use a codec with a float32 scale (e8p)."
             )
         stored = torch.where(scale > 0, scale.clamp(min=_MIN_SCALE), 1.0).half()
-        zero = (-low / stored.float()).round().clamp(0, 2**self.bits - 1)
+        zero = (-low / stored.float()).round().clamp(0, 2**self.code_bits - 1)
         return stored, zero.to(torch.uint8)
 
     def _round(self, X: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        return (X / scale.float() + zero.float()).round().clamp(0, 2**self.bits - 1)
+        return (X / scale.float() + zero.float()).round().clamp(0, 2**self.code_bits - 1)
 
     def _of_columns(self, state: State, col: int, num_cols: int) -> tuple[Tensor, Tensor]:
         """Scale and zero point of each of the columns from `col` on."""

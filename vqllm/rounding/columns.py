@@ -67,7 +67,7 @@ class TileColumns:
         """
         tile = tile_rows, tile_cols = self.codec.tile
         weight_E = None
-        if self.codec.weighted:
+        if self.codec.weighted and tile_cols > 1:  # within one column all errors weigh the same
             weight_E = torch.diagonal(D_TT).repeat(tile_rows)
         col = self.order[k]
         codes_I1M = self.codec.encode(to_tiles(X_RT, tile), self.state, col, weight_E)

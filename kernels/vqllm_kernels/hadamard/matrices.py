@@ -11,7 +11,9 @@ are Sylvester's, the rest are cores. All entries of a Hadamard transform are ±1
 factor the largest is √(2/n), so vectors are still spread over the whole order, which is why the
 full transform with a DCT factor is preferred to a block-diagonal one of Hadamard blocks.
 
-The matrices are part of the stored format: a checkpoint holds only the signs that go with them.
+The matrices are part of the stored format: a checkpoint holds only the signs that go with them. A
+new construction would change the transform of the sizes that it serves, and so needs a new kind of
+transform beside this one.
 Sources: Paley, J. Math. Phys. 12 (1933); Williamson, Duke Math. J. 11 (1944); Goethals and Seidel,
 Canad. J. Math. 19 (1967); Kharaghani and Tayfeh-Rezaie, J. Combin. Designs 13 (2005), order 428.
 """

@@ -1,0 +1,143 @@
+"""Quantized checkpoints without a quantizer: any bits are valid codes, so random ones do.
+
+fake = fake_checkpoint(tmp_path, "qwen2")
+AutoModelForCausalLM.from_pretrained(fake.folder)
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tests.tiny import save_tiny
+from vqllm.checkpoint import atomic, writer
+from vqllm.checkpoint.format import QuantizationConfig, shard_name
+from vqllm_kernels.e8p.spec import E8PSpec, E81BSpec
+from vqllm_kernels.formats import FormatSpec
+from vqllm_kernels.linear import LinearSpec
+from vqllm_kernels.lut.spec import LutSpec
+from vqllm_kernels.residual.spec import ResidualSpec
+from vqllm_kernels.transforms import HadamardSpec, PermutationSpec, ScaleSpec
+from vqllm_kernels.uniform.spec import UniformSpec
+
+FORMATS: dict[str, FormatSpec] = {
+    "e8p": E8PSpec(),
+    "e81b": E81BSpec(),
+    "lut_row": LutSpec(tile_rows=1, tile_cols=4, index_bits=6),
+    "lut_col": LutSpec(tile_rows=3, tile_cols=1, index_bits=5),
+    "uniform": UniformSpec(bits=3, group=16),
+    "residual": ResidualSpec(stages=(E8PSpec(), E81BSpec())),
+}
+RECIPE = {"name": "fake", "seed": 7}
+
+
+@dataclass
+class FakeCheckpoint:
+    """A checkpoint and what it was made of.
+
+    `source` is the unquantized folder, `packed` the tensors of each quantized linear.
+    """
+
+    folder: Path
+    source: Path
+    linears: dict[str, LinearSpec]
+    packed: dict[str, dict[str, Tensor]]
+
+    def dense_model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The source model with the decoded weights in it: what a load must equal."""
+        model = AutoModelForCausalLM.from_pretrained(self.source, dtype=dtype)
+        for name, spec in self.linears.items():
+            W = spec.dequantize(self.packed[name]).to(dtype)
+            model.get_submodule(name).weight = nn.Parameter(W, requires_grad=False)
+        return model
+
+
+def linear_spec(format: FormatSpec, rows: int, cols: int) -> LinearSpec:
+    """A specification with every kind of transform on both sides."""
+    return LinearSpec(
+        rows=rows,
+        cols=cols,
+        format=format,
+        transforms=(
+            ScaleSpec(side="in", size=cols),
+            PermutationSpec(side="in", size=cols),
+            HadamardSpec(side="in", size=cols),
+            HadamardSpec(side="out", size=rows),
+            ScaleSpec(side="out", size=rows),
+        ),
+    )
+
+
+def random_packed(spec: LinearSpec, seed: int = 0) -> dict[str, Tensor]:
+    """Random stored tensors of a linear, such that its weights are of the order of 0.1."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: _random(name.rsplit("_", 1)[-1], tensor.shape, tensor.dtype, generator)
+        for name, tensor in spec.layout().items()
+    }
+
+
+def _random(
+    kind: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    if kind == "permutation":
+        return torch.randperm(shape[0], generator=generator).to(dtype)
+    if kind == "zero":
+        return torch.full(shape, 4, dtype=dtype)
+    if kind == "scale":
+        values = 0.1 * (0.5 + torch.rand(shape, generator=generator))
+        # The scale of a transform multiplies weights that have theirs already.
+        return (values * 10 if math.prod(shape) > 1 and dtype == torch.float16 else values).to(
+            dtype
+        )
+    if kind == "codebook":
+        return (0.1 * torch.randn(shape, generator=generator)).to(dtype)
+    limits = torch.iinfo(dtype)
+    return torch.randint(limits.min, limits.max + 1, shape, generator=generator).to(dtype)
+
+
+def fake_checkpoint(
+    folder: Path, arch: str = "llama", format: FormatSpec = FORMATS["e8p"], **overrides: Any
+) -> FakeCheckpoint:
+    """Write `folder/source` and, from it, `folder/quantized` with every linear of the layers."""
+    source, output = save_tiny(folder / "source", arch, **overrides), folder / "quantized"
+    staging = output / ".staging"
+    staging.mkdir(parents=True)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    stored = load_file(source / "model.safetensors")
+    linears = {
+        name: linear_spec(format, module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and _layer_of(name) is not None
+    }
+    packed = {name: random_packed(spec, i) for i, (name, spec) in enumerate(linears.items())}
+    for name, tensors in packed.items():
+        del stored[f"{name}.weight"]
+        stored |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+    num_shards = model.config.num_hidden_layers + 1
+    checksums = {}
+    for i in range(num_shards):
+        shard = shard_name(i + 1, num_shards)
+        last = i == num_shards - 1
+        own = {n: t for n, t in stored.items() if _layer_of(n) == (None if last else i)}
+        checksums[shard] = atomic.write_shard(output / shard, own, staging)
+    config = QuantizationConfig.build(
+        linears,
+        recipe=RECIPE,
+        not_quantized={"lm_head": "a linear outside the decoder layers"},
+        producer={"vqllm": "0"},
+    )
+    writer.copy_files(source, output, staging)
+    writer.write_index(output, checksums, staging)
+    writer.write_config(source, output, staging, config)
+    staging.rmdir()
+    return FakeCheckpoint(output, source, linears, packed)
+
+
+def _layer_of(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)

@@ -1,0 +1,225 @@
+"""Compile the Triton kernels for NVIDIA targets without a GPU and print what came out, as JSON.
+
+    python aot.py 80 90
+
+Run as a program of its own, without TRITON_INTERPRET: in a process with the interpreter there are
+no compilable kernels. The host functions run on the CPU with kernels replaced by recorders, so what
+is compiled is what they launch, with the arguments specialised as a launch specialises them.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+assert os.environ.get("TRITON_INTERPRET", "0") in ("", "0"), "the interpreter compiles nothing"
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vqllm_kernels import formats, gpu, transforms
+from vqllm_kernels.e8p import triton as e8p
+from vqllm_kernels.hadamard import triton as hadamard
+from vqllm_kernels.lut import triton as lut
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.uint8: "*u8",
+}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+LAUNCH_OPTIONS = ("num_warps", "num_stages")
+
+E8P = {"format": "e8p-v1"}
+E81B = {"format": "e81b-v1"}
+
+Case = tuple[Callable[[], None], str, int]
+"""What launches a kernel, the kernel's name, and the weights that a lane decodes in a step."""
+
+
+class Recorder:
+    """Stands in for a kernel and keeps the arguments of its launch."""
+
+    def __init__(self, kernel: "triton.JITFunction") -> None:
+        self.kernel = kernel
+        self.args: dict = {}
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.args = dict(zip(self.kernel.arg_names, args)) | kwargs
+
+        return launch
+
+
+def compile_recorded(recorder: Recorder, sm: int) -> "triton.compiler.CompiledKernel":
+    """Compile the recorded launch; pointers and integers divisible by 16 are known as such."""
+    options = {k: recorder.args[k] for k in LAUNCH_OPTIONS if k in recorder.args}
+    signature, constants, attributes = {}, {}, {}
+    for i, param in enumerate(recorder.kernel.params):
+        value = recorder.args[param.name]
+        if isinstance(value, torch.Tensor):
+            signature[param.name] = TYPES[value.dtype]
+            aligned = value.data_ptr() % 16 == 0
+        elif param.is_constexpr or value == 1:
+            signature[param.name], constants[param.name] = "constexpr", value
+            continue
+        else:
+            signature[param.name] = "fp32" if isinstance(value, float) else "i32"
+            aligned = isinstance(value, int) and value % 16 == 0
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(recorder.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+
+
+def loop(sass: str) -> list[str]:
+    """Opcodes of the innermost loop with the most instructions, or of all if there is no loop."""
+    opcodes, labels, loops = [], {}, []
+    for line in sass.splitlines():
+        if label := re.match(r"^\.(L_x_\d+):", line.strip()):
+            labels[label[1]] = len(opcodes)
+        elif found := re.match(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)(.*)$", line):
+            target = re.search(r"\.(L_x_\d+)", found[2])
+            opcodes.append(found[1])
+            if found[1].startswith("BRA") and target and target[1] in labels:
+                loops.append((labels[target[1]], len(opcodes)))
+    inner = [a for a in loops if not any(a[0] <= b[0] and b[1] <= a[1] and a != b for b in loops)]
+    start, end = max(inner, key=lambda a: a[1] - a[0], default=(0, len(opcodes)))
+    return opcodes[start:end]
+
+
+def measure(compiled: "triton.compiler.CompiledKernel", weights_per_lane: int) -> dict:
+    """Resources of a compiled kernel and instruction counts of its loop."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        run = {"capture_output": True, "text": True, "check": True}
+        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", cubin], **run).stdout
+        sass = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], **run).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    counts = Counter(loop(sass))
+
+    def count(pattern: str) -> int:
+        return sum(n for opcode, n in counts.items() if re.match(pattern, opcode))
+
+    return {
+        "registers": registers,
+        "stack": stack,
+        "shared": compiled.metadata.shared,
+        "instructions": counts.total(),
+        "per_weight": round(counts.total() / weights_per_lane, 3) if weights_per_lane else None,
+        "mma": count(r"[HIQ]G?MMA"),
+        "mma_anywhere": len(re.findall(r"\b(?:[HIQ]G?MMA|UTC\w*MMA)\b", sass)),
+        "shuffles": count("SHFL"),
+        "shared_memory": count("LDS|STS|STSM"),
+        "global_loads": {k: n for k, n in sorted(counts.items()) if re.match("LDG", k)},
+        "global_stores": sorted(set(re.findall(r"STG[\w.]*", sass))),
+    }
+
+
+def packed(spec: formats.FormatSpec, rows: int, cols: int) -> dict[str, torch.Tensor]:
+    return {n: torch.zeros(t.shape, dtype=t.dtype) for n, t in spec.layout(rows, cols).items()}
+
+
+def matmul_case(module, values: dict, tokens: int, dtype: str, rows=4096, cols=4096) -> Case:
+    """A matmul; the weights of a step are rows of the program times columns, over its lanes."""
+    spec = formats.from_dict(values)
+    x = torch.zeros(tokens, cols, dtype=DTYPES[dtype])
+    tensors = packed(spec, rows, cols)
+
+    def launch() -> None:
+        module.matmul(x, tensors, spec, rows, cols, x.dtype)
+
+    tile = (
+        lut.tiling(tokens, spec, rows, x.device)
+        if module is lut
+        else e8p.tiling(tokens, rows, x.device)
+    )
+    groups = tile["ROW_GROUPS"] if "ROW_GROUPS" in tile else tile["TILE_GROUPS"]
+    bits = {"e8p-v1": 16, "e81b-v1": 8}.get(spec.format_id) or values["index_bits"]
+    codes_per_lane = 8 if bits not in (8, 12, 16) else (32 if bits == 12 else 128 // bits)
+    return launch, "matmul_kernel", groups * codes_per_lane * spec.tile[0] * spec.tile[1]
+
+
+def decode_case(module, values: dict, dtype: str) -> Case:
+    spec = formats.from_dict(values)
+    tensors = packed(spec, 4096, 4096)
+
+    def launch() -> None:
+        module.decode(tensors, spec, 4096, 4096, DTYPES[dtype])
+
+    codes = 4 * 64 // (4 * 32)
+    return launch, "decode_kernel", codes * spec.tile[0] * spec.tile[1]
+
+
+def hadamard_case(size: int, dtype: str, block: int | None = None) -> Case:
+    spec = transforms.HadamardSpec(side="in", size=size, block=block)
+    x = torch.zeros(1, size, dtype=DTYPES[dtype])
+    signs = spec.pack_signs(torch.ones(size))
+
+    def launch() -> None:
+        hadamard.transform(x, spec, signs, "input")
+
+    return launch, "transform_kernel", 0
+
+
+def lut_values(rows: int, cols: int, bits: int) -> dict:
+    return {"format": "lut-v1", "tile_rows": rows, "tile_cols": cols, "index_bits": bits}
+
+
+CASES: dict[str, tuple] = {
+    "e8p fp16 1": (e8p, matmul_case(e8p, E8P, 1, "fp16")),
+    "e8p bf16 1": (e8p, matmul_case(e8p, E8P, 1, "bf16")),
+    "e8p fp32 1": (e8p, matmul_case(e8p, E8P, 1, "fp32")),
+    "e8p fp16 16": (e8p, matmul_case(e8p, E8P, 16, "fp16")),
+    "e8p bf16 64": (e8p, matmul_case(e8p, E8P, 64, "bf16")),
+    "e81b fp16 1": (e8p, matmul_case(e8p, E81B, 1, "fp16")),
+    "lut 1x8 8 bit fp16 1": (lut, matmul_case(lut, lut_values(1, 8, 8), 1, "fp16")),
+    "lut 1x4 8 bit bf16 1": (lut, matmul_case(lut, lut_values(1, 4, 8), 1, "bf16")),
+    "lut 8x1 8 bit fp16 1": (lut, matmul_case(lut, lut_values(8, 1, 8), 1, "fp16")),
+    "lut 1x8 12 bit fp16 1": (lut, matmul_case(lut, lut_values(1, 8, 12), 1, "fp16")),
+    "lut 8x1 16 bit fp16 64": (lut, matmul_case(lut, lut_values(8, 1, 16), 64, "fp16")),
+    "lut 6x1 12 bit fp16 1": (lut, matmul_case(lut, lut_values(6, 1, 12), 1, "fp16")),
+    "e8p decode": (e8p, decode_case(e8p, E8P, "fp16")),
+    "lut 1x8 8 bit decode": (lut, decode_case(lut, lut_values(1, 8, 8), "fp16")),
+    "hadamard 4096 fp16": (hadamard, hadamard_case(4096, "fp16")),
+    "hadamard 14336 bf16": (hadamard, hadamard_case(14336, "bf16")),
+    "hadamard block 128 fp16": (hadamard, hadamard_case(4096, "fp16", 128)),
+    "hadamard 11008 fp32": (hadamard, hadamard_case(11008, "fp32")),
+}
+
+
+def main(targets: list[int], only: str = "") -> None:
+    """Print one JSON object: "kernel, sm" -> figures."""
+    results = {}
+    for name, (module, (launch, kernel, weights)) in CASES.items():
+        if only not in name:
+            continue
+        recorder = Recorder(getattr(module, kernel))
+        setattr(module, kernel, recorder)
+        launch()
+        setattr(module, kernel, recorder.kernel)
+        for sm in targets:
+            compiled = compile_recorded(recorder, sm)
+            results[f"{name}, sm_{sm}"] = measure(compiled, weights)
+            print(json.dumps({f"{name}, sm_{sm}": results[f"{name}, sm_{sm}"]}), file=sys.stderr)
+    print(json.dumps(results))
+
+
+# An H100 has 132; how many there are decides between tiles of 16 and of 32 rows.
+gpu.num_multiprocessors = lambda device: 132
+
+if __name__ == "__main__":
+    main([int(sm) for sm in sys.argv[1].split(",")], *sys.argv[2:])
