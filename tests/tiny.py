@@ -1,7 +1,7 @@
 """Random models and a tokenizer so small that a test builds them in a fraction of a second.
 
-    model = tiny_model("llama", hidden_size=37)
-    folder = save_tiny(tmp_path / "model", "qwen2", tie_word_embeddings=False)
+Any value of the configuration can be given: `tiny_model("llama", hidden_size=37)`,
+`save_tiny(tmp_path / "model", "qwen2", tie_word_embeddings=False)`.
 """
 
 from pathlib import Path

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -148,7 +149,7 @@ def load(
         tokenizer = None
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be loaded by transformers: {error}") from error
     return model.eval(), tokenizer
 
@@ -191,14 +192,14 @@ def evaluate(
     target, tokenizer = _load_to_run(model, device, trust_remote_code)
     results: JSON = {"model": str(model)}
     if text is not None:
-        tokens = evaluation.text_windows(text, tokenizer, window_length, num_windows)
+        tokens = evaluation.text_windows(text, tokenizer, num_windows, window_length)
+        label = _text_label(text, tokens)
         if baseline is None:
-            results["text"] = evaluation.perplexity(target, tokens).to_dict()
+            results["text"] = evaluation.perplexity(target, tokens, label).to_dict()
         else:
             original, _ = _load_to_run(baseline, device, trust_remote_code)
-            results["text"] = evaluation.compare(target, original, tokens).to_dict()
+            results["text"] = evaluation.compare(target, original, tokens, label).to_dict()
             del original
-        results["text"]["text"] = _text_label(text, tokens)
     if tasks:
         from vqllm.integrations import lm_eval
 
@@ -260,13 +261,13 @@ def _compare_with_original(
     original, tokenizer = _load_to_run(job.source, device, job.trust_remote_code)
     quantized, _ = _load_to_run(job.output, device, job.trust_remote_code)
     if text is not None:
-        tokens = evaluation.text_windows(text, tokenizer, num_windows=num_windows)
+        tokens = evaluation.text_windows(text, tokenizer, num_windows)
         label = _text_label(text, tokens)
     else:
         tokens = outcome.held_out
         source = "+".join(Path(name).name for name in job.recipe.calibration.source)
         label = f"{len(tokens)} held-out sequences of {tokens.shape[1]} tokens ({source})"
-    return {**evaluation.compare(quantized, original, tokens).to_dict(), "text": label}
+    return evaluation.compare(quantized, original, tokens, label).to_dict()
 
 
 def _text_label(text: str | Path, tokens: torch.Tensor) -> str:

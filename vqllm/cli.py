@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -233,6 +234,12 @@ def _common(
 ) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("vqllm").setLevel(logging.DEBUG if verbose else logging.INFO)
+    if not verbose:
+        # Loading bars and notices about offloaded layers would bury our own lines. Read by
+        # transformers when it is imported, which is later than this.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 def _print_rows(rows: list[tuple[str, str]]) -> None:

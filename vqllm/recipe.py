@@ -1,4 +1,4 @@
-"""The recipe: the whole of what is to be done to a model, as one frozen object and one YAML file."""
+"""The recipe: all of what is to be done to a model, as one frozen object and one YAML file."""
 
 import re
 from pathlib import Path
@@ -66,11 +66,11 @@ class Calibration(Section):
     """Which text the Hessians are measured on."""
 
     source: tuple[str, ...] = Field(
-        ("self",),
+        default=("self",),
         description="`self` (the model's own samples), files, folders or datasets ids",
     )
-    sequences: int = Field(128, ge=1, description="number of sequences")
-    length: int = Field(512, ge=2, description="tokens of a sequence")
+    sequences: int = Field(default=128, ge=1, description="number of sequences")
+    length: int = Field(default=512, ge=2, description="tokens of a sequence")
 
     @field_validator("source", mode="before")
     @classmethod
@@ -82,10 +82,10 @@ class Hessian(Section):
     """How H = E[x xᵀ] is measured and made positive definite."""
 
     damping: float = Field(
-        0.01, gt=0, le=10, description="added to the diagonal, relative to mean(diag H)"
+        default=0.01, gt=0, le=10, description="added to the diagonal, relative to mean(diag H)"
     )
     refresh: Literal["group", "layer"] = Field(
-        "group",
+        default="group",
         description="measure each input group after the groups before it in the layer are "
         "quantized (group), or all groups of a layer at once (layer)",
     )
@@ -97,7 +97,7 @@ class Recipe(Section):
     version: Literal[1] = RECIPE_VERSION
     name: str
     description: str = ""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     calibration: Calibration = Calibration()
     hessian: Hessian = Hessian()
     transforms: Annotated[
@@ -107,7 +107,7 @@ class Recipe(Section):
     codec: Annotated[SerializeAsAny[Codec], _build(CODECS)]
     rounding: Annotated[SerializeAsAny[Rounding], _build(ROUNDINGS)]
     skip: tuple[str, ...] = Field(
-        (), description="regular expressions; linears whose full name matches stay as they are"
+        default=(), description="regular expressions; linears whose full name matches stay as they are"
     )
 
     @field_validator("skip")

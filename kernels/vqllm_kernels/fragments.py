@@ -22,11 +22,6 @@ results are deterministic.
 import triton
 import triton.language as tl
 
-K_WIDTH = tl.constexpr(4 if triton.__version__.startswith("3.6.") else 2)
-"""Consecutive k of a lane in the operand layout that the compiler picks for 16-bit types. A wrong
-value gives right results with 160 shuffles for every 256 weights."""
-
-
 @triton.jit
 def lanes(GROUPS: tl.constexpr, WARPS: tl.constexpr):
     """Where the lanes of a program stand: (row of the tile, warp·4 + t), both [GROUPS·WARPS·32]."""
@@ -43,7 +38,7 @@ def pick(pieces, i: tl.constexpr):
 
 
 @triton.jit
-def dot(w, x, acc, WARPS: tl.constexpr):
+def dot(w, x, acc, WARPS: tl.constexpr, K_WIDTH: tl.constexpr):
     """acc + W xᵀ for one run of columns.
 
     Args:

@@ -301,3 +301,18 @@ def test_load_returns_model_and_tokenizer(fake: FakeCheckpoint) -> None:
         assert tokenizer.decode(tokenizer("12 jars of ink").input_ids) == "12 jars of ink"
         assert model.dtype == torch.bfloat16
         assert not model.training
+
+
+def test_load_names_a_damaged_file(tmp_path: Path) -> None:
+    fake = fake_checkpoint(tmp_path)
+    shard = fake.folder / "model-00003-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    with pytest.raises(
+        CheckpointError, match=r"00003-of-00003\.safetensors does not have the sha256"
+    ):
+        vqllm.load(fake.folder)
+    assert vqllm.load(fake.folder, verify=False)[1] is not None
+    weights = fake.source / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(vqllm.ModelError, match="cannot be loaded by transformers"):
+        vqllm.load(fake.source)

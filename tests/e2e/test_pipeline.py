@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import ARCHITECTURES, save_tiny
 from transformers import AutoModelForCausalLM
 
 import vqllm
+from tests.tiny import ARCHITECTURES, save_tiny
 from vqllm import api, metrics
 from vqllm.errors import CheckpointError, ModelError, NumericalError, RecipeError
 from vqllm.recipe import Recipe, from_dict
@@ -179,7 +179,11 @@ def test_nan_weights_name_the_linear(tmp_path: Path) -> None:
         model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
     model.save_pretrained(source)
     with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.up_proj: 1 of"):
-        run(source, tmp_path / "out", recipe=recipe(calibration={**SMALL, "source": [_text(tmp_path)]}))
+        run(
+            source,
+            tmp_path / "out",
+            recipe=recipe(calibration={**SMALL, "source": [_text(tmp_path)]}),
+        )
 
 
 def test_nothing_to_quantize_says_so(tmp_path: Path) -> None:

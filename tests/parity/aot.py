@@ -40,10 +40,13 @@ TYPES = {
     torch.uint8: "*u8",
 }
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-LAUNCH_OPTIONS = ("num_warps", "num_stages")
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 E8P = {"format": "e8p-v1"}
 E81B = {"format": "e81b-v1"}
+
+# An H100 has 132; how many there are decides between tiles of 16 and of 32 rows.
+gpu.num_multiprocessors = lambda device: 132
 
 Case = tuple[Callable[[], None], str, int]
 """What launches a kernel, the kernel's name, and the weights that a lane decodes in a step."""
@@ -95,6 +98,7 @@ def loop(sass: str) -> list[str]:
             opcodes.append(found[1])
             if found[1].startswith("BRA") and target and target[1] in labels:
                 loops.append((labels[target[1]], len(opcodes)))
+    loops = [a for a in loops if a[1] - a[0] > 1]  # a kernel ends in a branch to itself
     inner = [a for a in loops if not any(a[0] <= b[0] and b[1] <= a[1] and a != b for b in loops)]
     start, end = max(inner, key=lambda a: a[1] - a[0], default=(0, len(opcodes)))
     return opcodes[start:end]
@@ -217,9 +221,6 @@ def main(targets: list[int], only: str = "") -> None:
             print(json.dumps({f"{name}, sm_{sm}": results[f"{name}, sm_{sm}"]}), file=sys.stderr)
     print(json.dumps(results))
 
-
-# An H100 has 132; how many there are decides between tiles of 16 and of 32 rows.
-gpu.num_multiprocessors = lambda device: 132
 
 if __name__ == "__main__":
     main([int(sm) for sm in sys.argv[1].split(",")], *sys.argv[2:])

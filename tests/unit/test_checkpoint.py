@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -320,6 +321,17 @@ def test_inconsistent_folder(
         Checkpoint.open(fake.folder)
 
 
+@pytest.mark.parametrize("change", [lambda t: t.int(), lambda t: t[:, :-1].contiguous()])
+def test_tensor_that_is_not_what_its_specification_asks_for(
+    change: Callable[[torch.Tensor], torch.Tensor], fake: FakeCheckpoint, tmp_path: Path
+) -> None:
+    name = "model.layers.0.mlp.up_proj.s0_codes"
+    tensors = load_file(fake.folder / SHARD)
+    atomic.write_shard(fake.folder / SHARD, {**tensors, name: change(tensors[name])}, tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{name} is I.* asks for torch\.int16 \(172, 8\)"):
+        Checkpoint.open(fake.folder, verify=False)
+
+
 def test_no_folder_and_no_json(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is no checkpoint: it has no config\.json"):
         Checkpoint.open(tmp_path / "absent")
@@ -391,6 +403,18 @@ def test_dequantize_refuses(fake: FakeCheckpoint, tmp_path: Path) -> None:
         dequantize_checkpoint(fake.source, tmp_path / "out")
 
 
+def test_dequantize_on_a_full_disk_leaves_nothing(
+    shared: FakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(atomic.os, "fsync", full)
+    with pytest.raises(OutOfSpaceError, match=r"dense model has .* MB\. Nothing was left there"):
+        dequantize_checkpoint(shared.folder, tmp_path / "dense")
+    assert not list(tmp_path.iterdir())
+
+
 def test_dequantize_refuses_weights_beyond_float16(tmp_path: Path) -> None:
     fake = fake_checkpoint(tmp_path, "llama", num_hidden_layers=1)
     name = next(iter(fake.linears))
@@ -407,3 +431,19 @@ def test_dequantize_refuses_weights_beyond_float16(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
     dequantize_checkpoint(fake.folder, tmp_path / "out", "bfloat16")
+
+
+def test_the_documented_example_is_a_valid_configuration() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
+    example = page.split("```jsonc\n")[1].split("```")[0]
+    values = json.loads("{" + re.sub(r" +//.*", "", example) + "}")["quantization_config"]
+    linears = QuantizationConfig.parse(values, "the example").linears()
+    assert len(linears) == 2
+    documented = re.findall(
+        r"^    model\.layers\.0\.mlp\.down_proj\.(\w+) +(\w+) +\[(.*)\]", page, re.M
+    )
+    layout = linears["model.layers.0.mlp.down_proj"].layout()
+    assert [(name, dtype, shape) for name, dtype, shape in documented] == [
+        (name, str(t.dtype).removeprefix("torch."), ", ".join(map(str, t.shape)))
+        for name, t in layout.items()
+    ]

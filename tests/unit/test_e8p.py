@@ -54,8 +54,7 @@ def test_the_bits_of_a_code():
         low ^= parity
         row = table[code >> 8].tolist()
         word = [
-            (-1 if low >> i & 1 else 1) * row[i] / 2 + (-0.25 if parity else 0.25)
-            for i in range(8)
+            (-1 if low >> i & 1 else 1) * row[i] / 2 + (-0.25 if parity else 0.25) for i in range(8)
         ]
         assert TABLE[code].tolist() == word
 
@@ -75,7 +74,7 @@ def test_one_bit_codebook():
 @pytest.mark.parametrize("scale", [0.1, 0.5, 1.0, 1.5, 3.0, 30.0, 1e4])
 @pytest.mark.parametrize("search", ["nearest", "search"])
 def test_search_equals_brute_force(search, scale):
-    x = gaussian(600, scale)
+    x = gaussian(200, scale)
     codes = e8p_nearest.nearest(x) if search == "nearest" else e8p_nearest.search(x)[0]
     distances = squared_distances(x, TABLE)
     found = distances.gather(1, codes[:, None])[:, 0]
@@ -97,11 +96,11 @@ def test_every_codeword_finds_itself():
 
 
 def test_ties_are_broken_the_same_way_in_any_batch():
-    halves = gaussian(2000).mul(2).round() / 2
+    halves = gaussian(400).mul(2).round() / 2
     together = e8p_nearest.nearest(halves)
     distances = squared_distances(halves, TABLE)
     ties = (distances < distances.min(1, keepdim=True).values + 1e-9).sum(1)
-    assert int((ties > 1).sum()) > 1000, "the test holds many ties"
+    assert int((ties > 1).sum()) > 100, "the test holds many ties"
     found = distances.gather(1, together[:, None])[:, 0]
     assert torch.equal(found, distances.min(1).values)
     flipped = e8p_nearest.nearest(halves.flip(0)).flip(0)
@@ -118,9 +117,9 @@ def test_search_reports_its_distance():
 @pytest.mark.parametrize("scale", [1.0, 5.0])
 def test_candidates_are_nearly_the_nearest_of_all(scale):
     num = 6
-    x = gaussian(2000, scale)
+    x = gaussian(400, scale)
     codes = e8p_nearest.candidates(x, num)
-    assert codes.shape == (2000, num)
+    assert codes.shape == (400, num)
     assert torch.equal(codes[:, 0], e8p_nearest.nearest(x))
     distances = squared_distances(x, TABLE)
     found = distances.gather(1, codes)

@@ -140,6 +140,16 @@ def test_kept_weights_are_neither_saved_nor_copied() -> None:
     assert torch.equal(copy.deepcopy(linear)(inputs(2)), linear(inputs(2)))
 
 
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_compiles_to_one_graph(mode: str) -> None:
+    linear, x = vq_linear("e8p"), inputs(3)
+    set_weight_cache(mode)
+    want = linear(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(linear, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), want)
+
+
 # --- moving and casting ---
 
 

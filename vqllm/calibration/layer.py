@@ -103,7 +103,8 @@ class LayerCalibrator:
             output = self._forward(index, rows, {}, lambda name, x: None)
             assert output is not None, "no hook ends this pass early"
             if self._store is None:
-                shape = (*self._tokens.shape, output.shape[-1])
+                num_sequences, length = self._tokens.shape
+                shape = (num_sequences, length, output.shape[-1])
                 self._store = ActivationStore(
                     shape, output.dtype, self._budget_bytes, self._folder / "states.bin"
                 )

@@ -12,7 +12,7 @@ from vqllm.checkpoint import atomic
 from vqllm.checkpoint.format import CONFIG, INDEX, RECORDS, shard_name
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.checkpoint.writer import copy_files, write_json
-from vqllm.errors import CheckpointError
+from vqllm.errors import CheckpointError, OutOfSpaceError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -66,6 +66,11 @@ def dequantize_checkpoint(folder: str | Path, output: str | Path, dtype: str = "
         write_json(partial / CONFIG, config, staging)
         staging.rmdir()
         partial.replace(output)
+    except OutOfSpaceError as error:
+        raise OutOfSpaceError(
+            f"no space left for {output}: the dense model has {sum(sizes.values()) / 1e6:.1f} MB. "
+            "Nothing was left there. Free some space or choose another output folder."
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     atomic.sync_folder(output.absolute().parent)

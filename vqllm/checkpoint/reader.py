@@ -11,9 +11,15 @@ from torch import Tensor
 from vqllm.bits import BitCount
 from vqllm.checkpoint.format import CONFIG, JSON, QUANT_METHOD, RECORDS, QuantizationConfig
 from vqllm.checkpoint.journal import is_unfinished
-from vqllm.checkpoint.shards import DAMAGED, StoredTensor, read_header, read_index, sha256_of
+from vqllm.checkpoint.shards import (
+    DAMAGED,
+    DTYPE_NAMES,
+    StoredTensor,
+    read_header,
+    read_index,
+    sha256_of,
+)
 from vqllm.errors import CheckpointError
-from vqllm_kernels import layout
 from vqllm_kernels.linear import LinearSpec
 
 
@@ -86,11 +92,17 @@ class Checkpoint:
 
     def _check_linears(self) -> None:
         for module, spec in self.linears.items():
-            for name in spec.layout():
-                if f"{module}.{name}" not in self._files:
+            for name, expected in spec.layout().items():
+                stored = self.tensors.get(f"{module}.{name}")
+                if stored is None:
                     raise CheckpointError(
                         f"{self.folder}: {module} is quantized, but its tensor {name!r} is in no "
                         f"shard. {DAMAGED}"
+                    )
+                if (stored.shape, stored.dtype) != (expected.shape, DTYPE_NAMES[expected.dtype]):
+                    raise CheckpointError(
+                        f"{self.folder}: {module}.{name} is {stored.dtype} {stored.shape}, but its "
+                        f"specification asks for {expected.dtype} {expected.shape}. {DAMAGED}"
                     )
 
     def read(self, name: str) -> Tensor:
@@ -104,13 +116,7 @@ class Checkpoint:
 
     def packed(self, module: str) -> dict[str, Tensor]:
         """The stored tensors of a quantized linear under their own names, bias excluded."""
-        spec = self.linears[module]
-        tensors = {name: self.read(f"{module}.{name}") for name in spec.layout()}
-        try:
-            layout.check(tensors, spec.layout(), module)
-        except ValueError as error:
-            raise CheckpointError(f"{self.folder}: {error}. {DAMAGED}") from error
-        return tensors
+        return {name: self.read(f"{module}.{name}") for name in self.linears[module].layout()}
 
     def dense(self, module: str) -> Tensor:
         """The weights of a quantized linear, float32 [R, C], in the model's own basis."""

@@ -6,11 +6,26 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from vqllm.checkpoint.format import INDEX, JSON, SINGLE
 from vqllm.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
 """What safetensors itself accepts; a larger number is no header."""
+
+DTYPE_NAMES = {
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+"""Names of dtypes in the headers."""
 
 DAMAGED = "Get an undamaged copy, or make it again."
 

@@ -50,7 +50,7 @@ def nearest_entry(x_NE: Tensor, table_KE: Tensor, num: int = 1) -> Tensor:
         table_KE: float32 entries, K >= num.
     """
     if num == 1 and table_KE.shape[1] == 1:
-        return _nearest_scalar(x_NE[:, 0], table_KE[:, 0])[:, None]
+        return _nearest_scalar(x_NE[:, 0].contiguous(), table_KE[:, 0])[:, None]
     # Distances from a common centre: otherwise the rounding of |c|² − 2 x·c hides them.
     center_E = table_KE.mean(0)
     table_KE = table_KE - center_E

@@ -127,11 +127,12 @@ class Residual(Codec):
     def _jointly_scaled(self) -> list[LatticeCodec]:
         """The stages with the scales of `_GAUSSIAN_SCALES`; empty where these do not apply."""
         factors = _GAUSSIAN_SCALES.get(tuple(stage.type for stage in self.stages), ())
-        return [
+        scaled = [
             stage.model_copy(update={"scale_factor": factor})
             for stage, factor in zip(self.stages, factors)
             if isinstance(stage, LatticeCodec) and stage.scale_factor is None
         ]
+        return scaled if len(scaled) == len(self.stages) else []
 
     def encode(
         self, X_IJE: Tensor, state: State, col: int = 0, weight_E: Tensor | None = None

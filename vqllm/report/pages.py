@@ -25,7 +25,7 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
         (
             kind,
             str(len(group)),
-            f"{sum(r['bits_per_weight'] * r['rows'] * r['cols'] for r in group) / _numel(group):.3f}",
+            f"{_bits_per_weight(group):.3f}",
             f"{sum(r['proxy_loss'] for r in group) / len(group):.4g}",
             f"{max(r['proxy_loss'] for r in group):.4g}",
         )
@@ -94,8 +94,9 @@ def _card(summary: Summary, recipe_yaml: str) -> str:
     )
 
 
-def _numel(records: Sequence[JSON]) -> int:
-    return sum(record["rows"] * record["cols"] for record in records)
+def _bits_per_weight(records: Sequence[JSON]) -> float:
+    bits = sum(r["bits_codes"] + r["bits_codebook"] + r["bits_side"] for r in records)
+    return bits / sum(record["rows"] * record["cols"] for record in records)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

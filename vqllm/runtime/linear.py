@@ -87,9 +87,9 @@ class VQLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] of x [..., in_features], in the dtype of x."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.keeps_weights():
-            return F.linear(x, self._kept_weights(x.dtype), bias)
-        self._dense = None
+        W_RC = self._kept_weights(x.dtype)
+        if W_RC is not None:
+            return F.linear(x, W_RC, bias)
         y = self.packed_product(x)
         return y if bias is None else y + bias
 
@@ -131,7 +131,13 @@ class VQLinear(nn.Module):
         """Whether the decoded weights are kept from one call to the next."""
         return cache.keeps_weights(self.device) and not self.is_offloaded()
 
-    def _kept_weights(self, dtype: torch.dtype) -> Tensor:
+    def _kept_weights(self, dtype: torch.dtype) -> Tensor | None:
+        if torch.compiler.is_compiling():
+            # A graph takes what an earlier call decoded; keeping something new would break it.
+            return self._dense if self._dense is not None and self._dense.dtype == dtype else None
+        if not self.keeps_weights():
+            self._dense = None
+            return None
         # The address and version of each packed tensor tell a replaced or overwritten one.
         key = (dtype, *((t.data_ptr(), _version(t)) for t in self.packed.values()))
         if self._dense is None or key != self._dense_key:

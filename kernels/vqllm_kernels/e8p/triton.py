@@ -43,6 +43,8 @@ COORDINATE_OF_FIELD = (3, 7, 2, 6, 1, 5, 0, 4)
 # parity flips, all lowest bits of a field and the sign of coordinate 0.
 _LOADED_CONSTANTS = (0x001E001E, 0x01E001E0, 2 * 0x1F111111)
 
+K_WIDTH = 2
+
 _lanes = fragments.lanes
 _pick = fragments.pick
 _dot = fragments.dot
@@ -144,6 +146,7 @@ def matmul_kernel(
     TOKEN_GROUPS: tl.constexpr,
     ROW_GROUPS: tl.constexpr,
     WARPS: tl.constexpr,
+    K_WIDTH: tl.constexpr,
 ):
     CODE_BITS: tl.constexpr = 16 if IS_E8P else 8
     RUN: tl.constexpr = 128 // CODE_BITS // PER_WORD
@@ -189,7 +192,7 @@ def matmul_kernel(
                 x_mask = (token < num_tokens) & (col + k < cols)
                 x = tl.load(x_ptrs + col, mask=x_mask, other=0.0)
                 x = _swap(x.reshape(x.shape[0], 2, 2, 2)).permute(0, 3, 1, 2)
-                acc = _dot(w, _swap(x).reshape(x.shape[0], 8), acc, WARPS)
+                acc = _dot(w, _swap(x).reshape(x.shape[0], 8), acc, WARPS, K_WIDTH)
         words = ahead
 
     y = tl.sum(acc, axis=0) * (tl.load(scale_ptr) * 0.25)
@@ -264,7 +267,7 @@ def tiling(num_tokens: int, rows: int, device: torch.device) -> dict[str, int]:
     return {
         "TOKEN_GROUPS": token_groups,
         "ROW_GROUPS": 2 if few or token_groups == 8 else 4,
-        "WARPS": 8 if token_groups == 1 else 4,
+        "WARPS": 8 if token_groups <= 2 else 4,
     }
 
 
@@ -317,8 +320,10 @@ def matmul(
         COL_ALIGN=gcd(cols, 8),
         HAS_ADD=add_NR is not None,
         **tile,
+        K_WIDTH=K_WIDTH,
         num_warps=tile["WARPS"],
         num_stages=1,
+        enable_fp_fusion=True,
     )
     return y_NR
 

@@ -32,6 +32,8 @@ MAX_ENTRY = 32
 MAX_GROUPS = 64
 """Groups of 8 rows times groups of 8 tokens of a program: 2 registers each for the sums."""
 
+K_WIDTH = 2
+
 _lanes = fragments.lanes
 _pick = fragments.pick
 _dot = fragments.dot
@@ -81,15 +83,62 @@ def _load_quads(ptrs, j, rows_valid, row_words, QUADS: tl.constexpr):
 
 
 @triton.jit
+def _piece(ptrs, i: tl.constexpr, NUM: tl.constexpr):
+    """Element i of each entry, or zero from NUM on: [L]."""
+    return tl.load(ptrs + i) if i < NUM else tl.zeros_like(tl.load(ptrs))
+
+
+@triton.jit
+def _pieces2(ptrs, i: tl.constexpr, STEP: tl.constexpr, NUM: tl.constexpr):
+    return tl.join(_piece(ptrs, i, NUM), _piece(ptrs, i + STEP, NUM))
+
+
+@triton.jit
+def _pieces4(ptrs, i: tl.constexpr, STEP: tl.constexpr, NUM: tl.constexpr):
+    even = _pieces2(ptrs, i, 2 * STEP, NUM)
+    return tl.join(even, _pieces2(ptrs, i + STEP, 2 * STEP, NUM)).reshape(ptrs.shape[0], 4)
+
+
+@triton.jit
+def _pieces8(ptrs, i: tl.constexpr, STEP: tl.constexpr, NUM: tl.constexpr):
+    even = _pieces4(ptrs, i, 2 * STEP, NUM)
+    return tl.join(even, _pieces4(ptrs, i + STEP, 2 * STEP, NUM)).reshape(ptrs.shape[0], 8)
+
+
+@triton.jit
+def _pieces(ptrs, NUM: tl.constexpr):
+    """The NUM <= 8 elements of each entry, one load each, padded to a power of two: [L, ..]."""
+    if NUM == 1:
+        pieces = tl.load(ptrs)[:, None]
+    elif NUM == 2:
+        pieces = _pieces2(ptrs, 0, 1, NUM)
+    elif NUM <= 4:
+        pieces = _pieces4(ptrs, 0, 1, NUM)
+    else:
+        pieces = _pieces8(ptrs, 0, 1, NUM)
+    return pieces
+
+
+@triton.jit
 def _entry(codebook_ptr, index, V: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr):
     """Entries of the table, float16 [L, SIZE], padded with zeros to powers of two in V and D."""
     e = tl.arange(0, SIZE)[None, :]
-    if V * D == SIZE:
+    E: tl.constexpr = V * D
+    if E == SIZE:
         entry = tl.load(codebook_ptr + index[:, None] * SIZE + e)
+    elif (V == 1 or D == 1) and E % 2 == 0 and E <= 16:
+        # Entries are not aligned to their size. Loaded as [L, SIZE] they would be spread over
+        # several lanes; as pieces of 4 bytes all of an entry stays in its lane.
+        pairs = _pieces(codebook_ptr.to(tl.pointer_type(tl.uint32)) + index * (E // 2), E // 2)
+        low = (pairs & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+        high = (pairs >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+        entry = tl.join(low, high).reshape(index.shape[0], SIZE)
+    elif (V == 1 or D == 1) and E <= 8:
+        entry = _pieces(codebook_ptr + index * E, E)
     else:
         PAD_D: tl.constexpr = triton.next_power_of_2(D)
         v, d = e // PAD_D, e % PAD_D
-        offsets = index[:, None] * (V * D) + v * D + d
+        offsets = index[:, None] * E + v * D + d
         entry = tl.load(codebook_ptr + offsets, mask=(v < V) & (d < D), other=0.0)
     return entry
 
@@ -116,6 +165,7 @@ def matmul_kernel(
     TOKEN_GROUPS: tl.constexpr,
     TILE_GROUPS: tl.constexpr,
     WARPS: tl.constexpr,
+    K_WIDTH: tl.constexpr,
 ):
     PAD_V: tl.constexpr = triton.next_power_of_2(V)
     PAD_D: tl.constexpr = triton.next_power_of_2(D)
@@ -125,7 +175,6 @@ def matmul_kernel(
     RUN: tl.constexpr = CODES * PAD_D
     QUADS: tl.constexpr = 3 if BITS == 12 else 1
     PER_LANE: tl.constexpr = QUADS * 128 // BITS if BY_WORD else 8
-    L: tl.constexpr = TILE_GROUPS * WARPS * 32
     ROW_GROUPS: tl.constexpr = TILE_GROUPS * PAD_V
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     row_words = tl.multiple_of(row_words, WORD_ALIGN)
@@ -162,7 +211,6 @@ def matmul_kernel(
                 quad_ptrs + ahead, word + ahead, tile_valid[:, None], row_words, QUADS
             )
         for i in tl.static_range(0, PER_LANE, CODES):
-            w = tl.zeros((L, SIZE), tl.float16)
             for n in tl.static_range(CODES):
                 if BY_WORD:
                     index = _index_in(q0, q1, q2, i + n, BITS)
@@ -194,7 +242,7 @@ def matmul_kernel(
             if D != PAD_D:
                 mask = mask & (d < D)
             # x: [TOKEN_GROUPS·WARPS·32, RUN], consecutive columns a lane
-            acc = _dot(w, tl.load(x_ptrs + col, mask=mask, other=0.0), acc, WARPS)
+            acc = _dot(w, tl.load(x_ptrs + col, mask=mask, other=0.0), acc, WARPS, K_WIDTH)
         if BY_WORD:
             q0, q1, q2 = a0, a1, a2
 
@@ -258,7 +306,7 @@ def tiling(num_tokens: int, spec: LutSpec, rows: int, device: torch.device) -> d
     return {
         "TOKEN_GROUPS": token_groups,
         "TILE_GROUPS": max(1, row_groups // pad_v),
-        "WARPS": 8 if token_groups == 1 else 4,
+        "WARPS": 8 if token_groups <= 2 else 4,
     }
 
 
@@ -319,8 +367,10 @@ def matmul(
         COL_ALIGN=gcd(cols, 8),
         HAS_ADD=add_NR is not None,
         **tile,
+        K_WIDTH=K_WIDTH,
         num_warps=tile["WARPS"],
         num_stages=1,
+        enable_fp_fusion=True,
     )
     return y_NR
 

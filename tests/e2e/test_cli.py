@@ -1,0 +1,157 @@
+"""The command line as a user meets it, in a process of its own where exit codes matter."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.tiny import TEXT, save_tiny
+from typer.testing import CliRunner
+
+from vqllm import cli
+
+SMALL = ("--set", "calibration.sequences=4", "--set", "calibration.length=32")
+COMMAND = (sys.executable, "-c", "from vqllm.cli import main; main()")
+
+
+def vqllm(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, env=environment()
+    )
+
+
+def environment() -> dict[str, str]:
+    root = Path(cli.__file__).parents[1]
+    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT * 40)
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model") / "source")
+
+
+@pytest.fixture(scope="module")
+def quantized(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("quantized") / "out"
+    done = vqllm("quantize", source, "--output", output, "--calibration", text, *SMALL)
+    assert done.returncode == 0, done.stderr
+    for shown in ("bits per weight", "perplexity", "KL divergence", "top-1", "peak memory"):
+        assert shown in done.stdout
+    assert "from_pretrained" in done.stdout
+    assert "layer 1: 7 linears" in done.stderr
+    return output
+
+
+def invoke(*arguments: object) -> str:
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_eval_against_the_original(quantized: Path, source: Path, text: Path) -> None:
+    results = quantized.parent / "results.json"
+    options = ("--text", text, "--window-length", 64, "--windows", 3, "--json", results)
+    assert "perplexity" in invoke("eval", quantized, "--baseline", source, *options)
+    measured = json.loads(results.read_text())["text"]
+    assert measured["num_windows"] == 3
+    assert measured["kl"] > 0
+    assert 0 <= measured["top1"] <= 1
+    invoke("eval", source, "--baseline", source, *options)
+    itself = json.loads(results.read_text())["text"]
+    assert abs(itself["kl"]) < 1e-6
+    assert itself["top1"] == 1
+
+
+def test_generate_inspect_dequantize(quantized: Path) -> None:
+    prompt = "The quick brown fox"
+    assert invoke("generate", quantized, "--prompt", prompt, "--max-new-tokens", 4).startswith(
+        prompt
+    )
+    found = json.loads(invoke("inspect", quantized, "--json"))
+    assert len(found["linears"]) == 14
+    assert all(row["proxy_loss"] > 0 for row in found["linears"])
+    dense = quantized.parent / "dense"
+    invoke("dequantize", quantized, "--output", dense)
+    assert "quantization_config" not in json.loads((dense / "config.json").read_text())
+    dense_text = invoke("generate", dense, "--prompt", prompt, "--max-new-tokens", 4)
+    assert dense_text == invoke("generate", quantized, "--prompt", prompt, "--max-new-tokens", 4)
+
+
+def test_listings() -> None:
+    assert "e8p-2bit" in invoke("recipes")
+    assert "type: e8p" in invoke("recipes", "e8p-2bit")
+    listing = invoke("codecs")
+    for name in ("e8p", "kmeans", "residual", "uniform", "hadamard", "ldlq"):
+        assert name in listing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("no/such-model", "--output", "out"), "no/such-model"),
+        (("SOURCE", "--output", "out", "--recipe", "e8p-9bit"), "unknown recipe"),
+        (("SOURCE", "--output", "out", "--bits", "9"), "best recipe for 2, 3, 4"),
+        (("SOURCE", "--output", "out", "--set", "codec.tpye=3"), "unknown key"),
+        (("SOURCE", "--output", "SOURCE"), "not empty"),
+        (("SOURCE", "--output", "out", "--calibration", "missing.txt"), "missing.txt"),
+        (("SOURCE", "--output", "out", "--calibration", "SHORT"), "tokens"),
+        (("SOURCE", "--output", "out", "--device", "tpu9"), "no device"),
+    ],
+)
+def test_mistakes_end_in_one_message_and_exit_code_2(
+    arguments: tuple[str, ...],
+    message: str,
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("Too short.")
+    names = {"SOURCE": str(source), "SHORT": str(tmp_path / "short.txt")}
+    argv = ["vqllm", "quantize", *(names.get(a, a) for a in arguments)]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in printed.replace("\n", " ")
+    assert "Traceback" not in printed
+
+
+def test_ctrl_c_and_kill_leave_a_folder_that_goes_on(
+    source: Path, text: Path, tmp_path: Path
+) -> None:
+    common = ("quantize", source, "--calibration", text, "--no-eval", *SMALL)
+    assert vqllm(*common, "--output", tmp_path / "whole").returncode == 0
+    for stop, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        output = tmp_path / f"stopped{stop}"
+        command = [*COMMAND, *map(str, common), "--output", str(output)]
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment()
+        )
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("layer 0"):
+                process.send_signal(stop)
+                break
+        rest = process.stderr.read()
+        assert process.wait(60) == code
+        if stop == signal.SIGINT:
+            assert "the same command goes on" in rest
+        time.sleep(0.1)
+        assert vqllm(*common, "--output", output).returncode == 0
+        for path in (tmp_path / "whole").glob("*.safetensors"):
+            assert (output / path.name).read_bytes() == path.read_bytes()

@@ -1,0 +1,217 @@
+"""Token sequences out of files, folders and data sets."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from tests.tiny import tiny_tokenizer
+from vqllm import texts
+from vqllm.calibration import sources
+from vqllm.calibration.sources import load_tokens
+from vqllm.errors import CalibrationError
+from vqllm.texts import open_source
+
+TOKENIZER = tiny_tokenizer()
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+def numbered(num_lines: int) -> str:
+    """Lines that each say their number, so that a place in the text can be read off."""
+    return "".join(f"line {i:06d} {WORDS[i % 10]} é\n" for i in range(num_lines))
+
+
+def line_numbers(tokens_L: torch.Tensor) -> list[int]:
+    parts = TOKENIZER.decode(tokens_L).split("line ")[1:]
+    return [int(part[:6]) for part in parts if part[:6].isdigit() and len(part) > 6]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text(numbered(3000), encoding="utf-8")
+    return file
+
+
+def test_sequences_are_whole_disjoint_and_spread(text: Path) -> None:
+    tokens = load_tokens(text, TOKENIZER, 10, 100, seed=0)
+    assert tokens.shape == (10, 100)
+    assert tokens.dtype == torch.int64
+    lines = [line_numbers(row) for row in tokens]
+    for i, row in enumerate(lines):
+        assert row == list(range(row[0], row[0] + len(row)))
+        assert 300 * i - 1 <= row[0]  # in the i-th tenth of the text
+        assert row[-1] <= 300 * (i + 1)
+
+
+def test_the_seed_decides(text: Path) -> None:
+    first = load_tokens(text, TOKENIZER, 10, 100, seed=0)
+    assert torch.equal(load_tokens(text, TOKENIZER, 10, 100, seed=0), first)
+    assert not torch.equal(load_tokens(text, TOKENIZER, 10, 100, seed=1), first)
+
+
+def test_text_that_just_suffices_is_used_up(tmp_path: Path) -> None:
+    file = tmp_path / "short.txt"
+    file.write_text(numbered(40), encoding="utf-8")
+    all_tokens = TOKENIZER(numbered(40)).input_ids
+    length = len(all_tokens) // 4
+    tokens = load_tokens(file, TOKENIZER, 4, length, seed=0)
+    assert tokens.flatten().tolist() == all_tokens[: 4 * length]
+    with pytest.raises(CalibrationError) as caught:
+        load_tokens(file, TOKENIZER, 4, length + 1, seed=0)
+    message = str(caught.value)
+    assert f"{len(all_tokens)} tokens" in message
+    assert f"needed are {4 * (length + 1)}" in message
+    assert "calibration.length" in message
+
+
+def test_sources_share_equally(text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("x y z " * 900, encoding="utf-8")
+    tokens = load_tokens([text, other], TOKENIZER, 7, 50, seed=0)
+    decoded = [TOKENIZER.decode(row) for row in tokens]
+    assert ["line" in row for row in decoded] == [True] * 4 + [False] * 3
+    assert len(load_tokens([text, other], TOKENIZER, 1, 50, seed=0)) == 1
+
+
+def test_bos_starts_every_sequence_where_the_tokenizer_adds_it(text: Path) -> None:
+    plain = load_tokens(text, TOKENIZER, 4, 49, seed=0)
+    tokens = load_tokens(text, tiny_tokenizer(add_bos=True), 4, 50, seed=0)
+    assert (tokens[:, 0] == 0).all()
+    assert torch.equal(tokens[:, 1:], plain)
+
+
+def test_a_large_file_is_read_only_where_needed(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(sources, "BYTES_PER_TOKEN", 8)
+    monkeypatch.setattr(sources, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(texts, "BLOCK_BYTES", 512)
+    tokenized = 0
+
+    def counting(piece: str, **options: Any) -> Any:
+        nonlocal tokenized
+        tokenized += len(piece)
+        return TOKENIZER(piece, **options)
+
+    counting.bos_token_id = None  # type: ignore[attr-defined]
+    tokens = load_tokens(text, counting, 10, 100, seed=0)
+    assert tokenized < 0.2 * text.stat().st_size
+    for i, row in enumerate(line_numbers(row) for row in tokens):
+        assert row == list(range(row[0], row[0] + len(row)))
+        assert 300 * i - 1 <= row[0] < 300 * (i + 1)
+
+
+def write_jsonl(file: Path, rows: list[Any]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def write_parquet(file: Path, documents: list[str | None], row_group_size: int = 10) -> Path:
+    table = pyarrow.table({"text": documents, "other": documents})
+    pyarrow.parquet.write_table(table, file, row_group_size=row_group_size)
+    return file
+
+
+def test_documents_are_joined_by_a_blank_line(tmp_path: Path) -> None:
+    documents = ["one é", "two\nlines", "three"]
+    jsonl = write_jsonl(tmp_path / "a.jsonl", [{"text": d} for d in documents])
+    parquet = write_parquet(tmp_path / "b.parquet", documents)
+    for file in (jsonl, parquet):
+        assert "".join(open_source(file).pieces()) == "one é\n\ntwo\nlines\n\nthree\n\n"
+    assert "".join(open_source(f"{parquet}#other").pieces()).startswith("one é\n\n")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.txt"])
+def test_reading_can_begin_anywhere(tmp_path: Path, name: str) -> None:
+    documents = [f"document {i}" for i in range(200)]
+    if name == "a.txt":
+        (tmp_path / name).write_text("\n\n".join(documents) + "\n\n")
+    elif name == "a.jsonl":
+        write_jsonl(tmp_path / name, [{"text": d} for d in documents])
+    else:
+        write_parquet(tmp_path / name, documents)
+    for start in (0.0, 0.003, 0.25, 0.5, 0.996):
+        found = "".join(open_source(tmp_path / name).pieces(start)).split("\n")
+        found = [document for document in found if document]
+        assert found == documents[len(documents) - len(found) :]
+        assert abs(len(documents) * (1 - start) - len(found)) < 6
+
+
+def test_beginning_inside_a_character_skips_it(tmp_path: Path) -> None:
+    file = tmp_path / "wide.txt"
+    file.write_text("é" * 1000, encoding="utf-8")
+    texts_read = {"".join(open_source(file).pieces(n / 2000)) for n in range(1, 1999, 37)}
+    assert all(set(read) <= {"é"} for read in texts_read)
+
+
+def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    (folder / "sub").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    write_jsonl(folder / "b.jsonl", [{"text": "second"}])
+    (folder / "a.txt").write_text("first ")
+    (folder / "sub" / "c.md").write_text("third")
+    (folder / "notes.pdf").write_bytes(b"\xff")
+    (folder / ".hidden" / "d.txt").write_text("never")
+    source = open_source(folder)
+    assert "".join(source.pieces()) == "first second\n\nthird"
+    assert source.num_bytes == sum(f.stat().st_size for f in folder.rglob("*.[tjm]*[tld]")) - 5
+    assert "".join(source.pieces(0.9)) == ""  # inside the last line of the last file
+
+
+def test_a_data_set_is_read_until_there_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = 0
+    asked: list[Any] = []
+
+    def load_dataset(*args: Any, **options: Any) -> Any:
+        asked.append((args, options["split"]))
+
+        def rows() -> Any:
+            nonlocal read
+            for i in range(10**6):
+                read += 1
+                yield {"text": f"line {i:06d} and so on"}
+
+        return rows()
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    tokens = load_tokens("org/name:en:validation", TOKENIZER, 4, 50, seed=0)
+    assert tokens.shape == (4, 50)
+    assert asked == [(("org/name", "en"), "validation")]
+    assert read < 5000
+    load_tokens("org/name", TOKENIZER, 4, 50, seed=0)
+    assert asked[1] == (("org/name", None), "train")
+
+
+def test_sources_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(source: str | Path, match: str) -> None:
+        with pytest.raises(CalibrationError, match=match):
+            load_tokens(source, TOKENIZER, 1, 5, seed=0)
+
+    refused(tmp_path / "none.txt", "no file or folder")
+    refused("none.jsonl", "no file or folder")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "holds no text")
+    (tmp_path / "latin.txt").write_bytes("é\n".encode("latin-1"))
+    refused(tmp_path / "latin.txt", "not UTF-8")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    refused(tmp_path / "bad.jsonl", "not JSON, ending at byte 24")
+    refused(write_jsonl(tmp_path / "c.jsonl", [{"body": "a", "id": 1}]), "its columns: body, id")
+    refused(write_jsonl(tmp_path / "d.jsonl", [{"text": 7}]), "no text in a column 'text'")
+    refused(write_jsonl(tmp_path / "e.jsonl", [["a"]]), "its columns: none")
+    (tmp_path / "f.parquet").write_bytes(b"PAR0")
+    refused(tmp_path / "f.parquet", "not a Parquet file")
+    parquet = write_parquet(tmp_path / "g.parquet", ["a", None])
+    refused(f"{parquet}#body", "its columns: text, other")
+    refused(parquet, "no text in a column 'text'")
+    (tmp_path / "nothing.txt").write_text("")
+    refused(tmp_path / "nothing.txt", "0 tokens, needed are 5")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
+    refused("org/not-in-the-cache", "run with a network")
