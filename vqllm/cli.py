@@ -23,6 +23,9 @@ app = typer.Typer(
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
+UsageError: type[Exception] = typer.BadParameter.__base__ or Exception
+"""click's error for a wrong command line; newer typers carry a click of their own."""
+
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="run Python code found in the model's folder")
 ]
@@ -84,6 +87,8 @@ def quantize(
             command=shlex.join(["vqllm", *sys.argv[1:]]),
         )
     _print_rows(summary.rows())
+    # Outside the table, in one piece: made to be copied.
+    out.print(summary.load_line(), markup=False, highlight=False)
 
 
 @app.command("eval")
@@ -244,6 +249,8 @@ def _common(
 
 def _print_rows(rows: list[tuple[str, str]]) -> None:
     table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for label, value in rows:
         table.add_row(label, value)
     out.print(table)
@@ -252,10 +259,14 @@ def _print_rows(rows: list[tuple[str, str]]) -> None:
 def main() -> None:
     """Entry point: a user's mistake ends in one message and exit code 2, without a traceback."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except VqllmError as error:
         err.print(f"vqllm: {error}", style="red", markup=False, highlight=False)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
+        code = 2
+    except UsageError as error:
+        error.show()  # type: ignore[attr-defined]
+        code = 2
+    except typer.Abort:
         err.print("vqllm: interrupted. Finished layers are kept: the same command goes on.")
-        raise SystemExit(130) from None
+        code = 130
+    raise SystemExit(code)

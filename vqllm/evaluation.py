@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vqllm.errors import CalibrationError, EvaluationError, NumericalError
-from vqllm.texts import DOCUMENT_END, open_source
+from vqllm.texts import open_source
 from vqllm.types import JSON
 
 WINDOW_LENGTH = 2048
@@ -71,7 +71,7 @@ def text_windows(
     try:
         pieces = open_source(source).pieces()
         if num_windows is None:
-            found = _encode(tokenizer, "".join(pieces).removesuffix(DOCUMENT_END))
+            found = _encode(tokenizer, "".join(pieces))
         else:
             found = _encode_prefix(tokenizer, pieces, num_windows * window_length)
     except CalibrationError as error:
@@ -98,7 +98,7 @@ def _encode_prefix(tokenizer: Any, pieces: Iterator[str], needed: int) -> list[i
             piece = next(pieces, None)
             exhausted = piece is None
             text += piece or ""
-        found = _encode(tokenizer, text.removesuffix(DOCUMENT_END) if exhausted else text)
+        found = _encode(tokenizer, text)
         if exhausted or len(found) >= needed + CUT_MARGIN_TOKENS:
             return found
         wanted = 2 * len(text)

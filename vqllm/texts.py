@@ -1,9 +1,9 @@
 """Text for calibration and evaluation: files, folders of files, and data sets of the hub.
 
 A source is read as pieces that joined together are its text. A plain file's pieces are cut after
-line ends; the documents of structured files end in a blank line, as papers join the rows of
-WikiText. `pieces(start)` begins near the fraction `start` of the source without reading what is
-before it, so a few sequences spread over 50 GB cost a few reads.
+line ends; the documents of a structured file, and the files of a folder, have a blank line between
+them, as papers join the rows of WikiText. `pieces(start)` begins near the fraction `start` of the
+source without reading what is before it, so a few sequences spread over 50 GB cost a few reads.
 """
 
 import codecs
@@ -12,11 +12,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vqllm.errors import CalibrationError
 
-DOCUMENT_END = "\n\n"
+BETWEEN_DOCUMENTS = "\n\n"
 BLOCK_BYTES = 1 << 14
 STRUCTURED = (".jsonl", ".parquet")
 PLAIN = (".txt", ".md", ".rst", ".raw")
@@ -136,18 +136,20 @@ class JsonLines(_File):
             if start:
                 file.seek(int(start * self.num_bytes))
                 file.readline()
-            while line := file.readline():
-                if line.strip():
-                    yield self._document(line, file.tell()) + DOCUMENT_END
+            yield from _with_blank_lines(self._documents(file))
 
-    def _document(self, line: bytes, end: int) -> str:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CalibrationError(
-                f"{self.path} holds a line that is not JSON, ending at byte {end}: {error}."
-            ) from error
-        return text_of(row, self.column, self.name)
+    def _documents(self, file: BinaryIO) -> Iterator[str]:
+        while line := file.readline():
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise CalibrationError(
+                    f"{self.path} holds a line that is not JSON, ending at byte {file.tell()}: "
+                    f"{error}."
+                ) from error
+            yield text_of(row, self.column, self.name)
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,9 @@ class Parquet(_File):
         if self.column not in file.schema_arrow.names:
             raise CalibrationError(no_column(self.name, self.column, file.schema_arrow.names))
         skip = int(start * file.metadata.num_rows)
+        yield from _with_blank_lines(self._documents(file, skip))
+
+    def _documents(self, file: Any, skip: int) -> Iterator[str]:
         for group in range(file.metadata.num_row_groups):
             num_rows = file.metadata.row_group(group).num_rows
             if skip >= num_rows:
@@ -174,7 +179,7 @@ class Parquet(_File):
                 continue
             for batch in file.iter_batches(64, row_groups=[group], columns=[self.column]):
                 for value in batch.column(0).to_pylist()[skip:]:
-                    yield text_of({self.column: value}, self.column, self.name) + DOCUMENT_END
+                    yield text_of({self.column: value}, self.column, self.name)
                 skip = max(0, skip - batch.num_rows)
 
     def _open(self) -> Any:
@@ -204,9 +209,12 @@ class Folder(TextSource):
     def pieces(self, start: float = 0.0) -> Iterator[str]:
         sizes = self._sizes()
         skip = int(start * sum(sizes))
+        separator = ""
         for file, size in zip(self.files, sizes):
-            if skip < size or (skip == 0 and not start):
-                yield from file.pieces(skip / size if size else 0.0)
+            if skip < size:
+                yield separator
+                yield from file.pieces(skip / size)
+                separator = BETWEEN_DOCUMENTS
             skip = max(0, skip - size)
 
 
@@ -224,6 +232,9 @@ class HubDataset(TextSource):
     def pieces(self, start: float = 0.0) -> Iterator[str]:
         if start:
             raise ValueError("a streamed data set is read from its beginning")
+        yield from _with_blank_lines(self._documents())
+
+    def _documents(self) -> Iterator[str]:
         import datasets
         from datasets import config as settings
 
@@ -234,13 +245,20 @@ class HubDataset(TextSource):
                 identifier, configuration or None, split=split or "train", streaming=streaming
             )
             for row in rows:
-                yield text_of(row, self.column, self.name) + DOCUMENT_END
+                yield text_of(row, self.column, self.name)
         except (OSError, ValueError, RuntimeError) as error:
             raise CalibrationError(
                 f"there is no file or folder {identifier!r}, and as a data set of the hub it "
                 f"cannot be read: {error} Pass a local file or folder, or run with a network; a "
                 "configuration and a split are named as id:config:split."
             ) from error
+
+
+def _with_blank_lines(documents: Iterator[str]) -> Iterator[str]:
+    separator = ""
+    for document in documents:
+        yield separator + document
+        separator = BETWEEN_DOCUMENTS
 
 
 def text_of(row: Any, column: str, name: str) -> str:

@@ -22,6 +22,13 @@ results are deterministic.
 import triton
 import triton.language as tl
 
+COL_UNIT = 8
+WORD_UNIT = 4
+"""Activations and words of codes in 16 bytes. Row lengths reach a kernel divided by their largest
+common divisor with these, and are multiplied again inside: of an argument alone the compiler knows
+at most that it is divisible by 16, and loads 16 bytes only from where it knows the alignment."""
+
+
 @triton.jit
 def lanes(GROUPS: tl.constexpr, WARPS: tl.constexpr):
     """Where the lanes of a program stand: (row of the tile, warp·4 + t), both [GROUPS·WARPS·32]."""
@@ -46,6 +53,7 @@ def dot(w, x, acc, WARPS: tl.constexpr, K_WIDTH: tl.constexpr):
         x: [H·WARPS·32, run] activations, H groups of 8 tokens, the same dtype; the columns of a
             run may stand in any order that is that of `w`.
         acc: float32 [WARPS, 8·G, 8·H].
+        K_WIDTH: as `k_width` says.
     """
     G: tl.constexpr = w.shape[0] // (WARPS * 32)
     H: tl.constexpr = x.shape[0] // (WARPS * 32)
@@ -70,3 +78,14 @@ def dot(w, x, acc, WARPS: tl.constexpr, K_WIDTH: tl.constexpr):
         acc = tl.dot(w, high, acc, input_precision="tf32")
         acc = tl.dot(w, x - high, acc, input_precision="tf32")
     return acc
+
+
+def k_width(*, joined: bool, narrow: bool) -> int:
+    """Consecutive k of a lane in the operand layout that the compiler picks for 16-bit types.
+
+    It goes by the history of the weights, which the AOT tests pin down: triton 3.6 picks 4 if they
+    were `joined` from several tensors, 3.9 if they depend on a `narrow` load (bytes, or pieces of
+    an entry), both 2 otherwise. A wrong value gives right results at the cost of shuffles, up to
+    one for every two weights.
+    """
+    return 4 if (joined if triton.__version__.startswith("3.6.") else narrow) else 2

@@ -28,7 +28,7 @@ CONFIGURATIONS = {
     "residual-4": {"type": "residual", "stages": [{"type": "e8p"}, {"type": "e8p"}], "beam": 3},
     "residual-greedy": {
         "type": "residual",
-        "stages": [{"type": "e8p", "scale_factor": 1.0}, {"type": "e81b"}],
+        "stages": [{"type": "e8p", "scale_factor": 0.9}, {"type": "e81b"}],
         "beam": 1,
     },
     "residual-kmeans": {
@@ -80,9 +80,7 @@ def errors(codec, X_IJE, codes_IJM, state):
 
 
 def same(a, b):
-    return set(a) == set(b) and all(
-        a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a
-    )
+    return set(a) == set(b) and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
 def test_every_registered_codec_is_here():
@@ -275,15 +273,15 @@ def test_non_finite_weights_are_refused(name, bad):
     codec, X_IJE, state, _ = fitted(name, (16, 24))
     broken = X_IJE.clone()
     broken[1, 2, 0] = bad
-    with pytest.raises(NumericalError, match="1 of .* weights are NaN or infinite"):
+    with pytest.raises(NumericalError, match=r"1 of .* weights are NaN or infinite"):
         codec.fit(broken, None, generator())
-    with pytest.raises(NumericalError, match="1 of .* weights are NaN or infinite"):
+    with pytest.raises(NumericalError, match=r"1 of .* weights are NaN or infinite"):
         codec.encode(broken, state)
 
 
 @each_configuration
 def test_decode_is_differentiable_in_the_state(name):
-    codec, X_IJE, state, codes_IJM = fitted(name, (16, 24))
+    codec, _, state, codes_IJM = fitted(name, (16, 24))
     learned = {k: v.clone().requires_grad_() for k, v in state.items() if v.is_floating_point()}
     codec.decode(codes_IJM, {**state, **learned}).square().sum().backward()
     for name_, tensor in learned.items():

@@ -58,7 +58,7 @@ def test_every_architecture_quantizes_loads_and_generates(arch: str, tmp_path: P
         assert (module.bias is None) == (linear.bias is None)
         if linear.bias is not None:
             assert torch.equal(module.bias, linear.bias)
-    tokens = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4, do_sample=False)
+    tokens = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4, min_new_tokens=4)
     assert tokens.shape == (1, 7)
 
 
@@ -100,7 +100,7 @@ class KillAt:
     phase = layers = linear = layer = _event
 
 
-@pytest.mark.parametrize("event", [1, 2, 5, 10, 12, 15, 19, 20])
+@pytest.mark.parametrize("event", [1, 2, 5, 10, 12, 15, 18, 19])
 def test_a_stopped_run_goes_on_to_the_same_bytes(event: int, tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source")
     run(source, tmp_path / "whole")
@@ -188,7 +188,7 @@ def test_nan_weights_name_the_linear(tmp_path: Path) -> None:
 
 def test_nothing_to_quantize_says_so(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source")
-    with pytest.raises(ModelError, match="nothing in .* was quantized"):
+    with pytest.raises(ModelError, match=r"nothing in .* was quantized"):
         run(source, tmp_path / "out", recipe=recipe(skip=["."]))
 
 
@@ -201,7 +201,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_recipe_names_the_choices() -> None:
-    with pytest.raises(RecipeError, match="Did you mean 'e8p-2bit'"):
+    with pytest.raises(RecipeError, match=r"Did you mean 'e8p-2bit'"):
         api.quantize("demo", "out", recipe="e8p-2bits")
 
 

@@ -45,9 +45,9 @@ def test_leading_axes_are_kept():
 
 @pytest.mark.parametrize("width", [0, 17, -1])
 def test_width_out_of_range(width):
-    with pytest.raises(ValueError, match="outside 1..16"):
+    with pytest.raises(ValueError, match=r"outside 1\.\.16"):
         pack_bits(torch.zeros(4, dtype=torch.int32), width)
-    with pytest.raises(ValueError, match="outside 1..16"):
+    with pytest.raises(ValueError, match=r"outside 1\.\.16"):
         unpack_bits(torch.zeros(4, dtype=torch.uint8), width, 4)
 
 

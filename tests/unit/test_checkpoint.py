@@ -51,9 +51,6 @@ def patch_json(path: Path, change: Callable[[dict], object]) -> None:
     path.write_text(json.dumps(values))
 
 
-# --- the description ---
-
-
 def test_config_describes_each_distinct_specification_once() -> None:
     a, b = linear_spec(FORMATS["e8p"], 16, 24), linear_spec(FORMATS["uniform"], 16, 24)
     linears = {"x.0": a, "x.1": b, "x.2": a}
@@ -101,9 +98,6 @@ def test_unknown_specification_names_its_id(change: Callable[[dict], object]) ->
     change(config.specs["0"])
     with pytest.raises(CheckpointError, match=r"specification '0' cannot be read: .*upgrade vqllm"):
         config.linears()
-
-
-# --- the files ---
 
 
 def test_writing_twice_gives_the_same_bytes(shared: FakeCheckpoint, tmp_path: Path) -> None:
@@ -193,9 +187,6 @@ def test_space_is_checked_before_the_start(tmp_path: Path) -> None:
     atomic.check_space(tmp_path / "not" / "yet", free // 2)
     with pytest.raises(OutOfSpaceError, match=r"needs .* MB more, and .* MB are free"):
         atomic.check_space(tmp_path / "not" / "yet", 2 * free)
-
-
-# --- reading ---
 
 
 def test_reader_gives_the_tensors_that_were_written(shared: FakeCheckpoint) -> None:
@@ -357,9 +348,6 @@ def test_header_agrees_with_safetensors(shared: FakeCheckpoint) -> None:
     for name, stored in header.items():
         assert stored.shape == tuple(tensors[name].shape)
         assert (stored.num_bytes, stored.numel) == (tensors[name].nbytes, tensors[name].numel())
-
-
-# --- the way back ---
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])

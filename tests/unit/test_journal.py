@@ -170,9 +170,6 @@ def test_unfinished_run_is_no_checkpoint(begun: tuple[Path, list[FinishedLayer]]
         Checkpoint.open(begun[0])
 
 
-# --- identity ---
-
-
 @pytest.fixture(scope="module")
 def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("model") / "source")

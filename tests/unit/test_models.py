@@ -19,6 +19,7 @@ from vqllm.errors import ModelError, OutOfSpaceError
 from vqllm.models import check_folder, resolve
 
 ROPE_THETA = 50000.0
+USERS_CACHE = str(cache.cache_dir())
 
 
 @pytest.fixture(autouse=True)
@@ -329,7 +330,7 @@ def test_a_failed_download_says_what_to_do(
 
 
 def test_the_demo_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VQLLM_CACHE")
+    monkeypatch.setenv("VQLLM_CACHE", USERS_CACHE)
     if not demo.is_local():
         pytest.skip("the demo model is not in the cache; `vqllm quantize demo` fetches it")
     path = resolve("demo").path

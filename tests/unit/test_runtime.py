@@ -89,9 +89,6 @@ def test_gradient_reaches_the_activations(mode: str) -> None:
     assert all(parameter.grad is None for parameter in linear.parameters())
 
 
-# --- the weight cache ---
-
-
 def test_auto_keeps_weights_on_the_cpu_and_off_does_not() -> None:
     linear, x = vq_linear(), inputs(2)
     assert weight_cache.keeps_weights(torch.device("cpu"))
@@ -121,6 +118,14 @@ def test_kept_weights_follow_the_packed_ones() -> None:
     assert torch.equal(linear(x), before)
 
 
+def test_weights_kept_in_inference_mode_serve_gradients_later() -> None:
+    linear, x = vq_linear(), inputs(2)
+    with torch.inference_mode():
+        linear(x)
+    linear(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+
+
 def test_cost_of_keeping_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     set_weight_cache("on")
     with caplog.at_level(logging.INFO, logger="vqllm"):
@@ -148,9 +153,6 @@ def test_compiles_to_one_graph(mode: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(linear, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), want)
-
-
-# --- moving and casting ---
 
 
 @pytest.mark.parametrize(
@@ -218,9 +220,6 @@ def test_tensors_that_are_not_those_of_the_spec() -> None:
     spec = linear_spec(FORMATS["e8p"], ROWS, COLS)
     with pytest.raises(ValueError, match="found tensors"):
         VQLinear.from_tensors(spec, {}, None, torch.float32)
-
-
-# --- replacement ---
 
 
 def model() -> nn.Sequential:

@@ -123,7 +123,7 @@ def test_documents_are_joined_by_a_blank_line(tmp_path: Path) -> None:
     jsonl = write_jsonl(tmp_path / "a.jsonl", [{"text": d} for d in documents])
     parquet = write_parquet(tmp_path / "b.parquet", documents)
     for file in (jsonl, parquet):
-        assert "".join(open_source(file).pieces()) == "one é\n\ntwo\nlines\n\nthree\n\n"
+        assert "".join(open_source(file).pieces()) == "one é\n\ntwo\nlines\n\nthree"
     assert "".join(open_source(f"{parquet}#other").pieces()).startswith("one é\n\n")
 
 
@@ -155,12 +155,12 @@ def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
     (folder / "sub").mkdir(parents=True)
     (folder / ".hidden").mkdir()
     write_jsonl(folder / "b.jsonl", [{"text": "second"}])
-    (folder / "a.txt").write_text("first ")
+    (folder / "a.txt").write_text("first")
     (folder / "sub" / "c.md").write_text("third")
     (folder / "notes.pdf").write_bytes(b"\xff")
     (folder / ".hidden" / "d.txt").write_text("never")
     source = open_source(folder)
-    assert "".join(source.pieces()) == "first second\n\nthird"
+    assert "".join(source.pieces()) == "first\n\nsecond\n\nthird"
     assert source.num_bytes == sum(f.stat().st_size for f in folder.rglob("*.[tjm]*[tld]")) - 5
     assert "".join(source.pieces(0.9)) == ""  # inside the last line of the last file
 

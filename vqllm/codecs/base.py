@@ -36,9 +36,9 @@ def check_finite(X_IJE: Tensor, codec: Codec) -> None:
     if not torch.isfinite(X_IJE).all():
         bad = int((~torch.isfinite(X_IJE)).sum())
         raise NumericalError(
-            f"codec {codec.type}: {bad} of {X_IJE.numel()} weights are NaN or infinite; only finite "
-            "weights can be coded. Check the source checkpoint, or raise the damping if the "
-            "rounding rule diverged."
+            f"codec {codec.type}: {bad} of {X_IJE.numel()} weights are NaN or infinite; only "
+            "finite weights can be coded. Check the source checkpoint, or raise the damping if "
+            "the rounding rule diverged."
         )
 
 
@@ -52,7 +52,7 @@ def nearest_entry(x_NE: Tensor, table_KE: Tensor, num: int = 1) -> Tensor:
     if num == 1 and table_KE.shape[1] == 1:
         return _nearest_scalar(x_NE[:, 0].contiguous(), table_KE[:, 0])[:, None]
     # Distances from a common centre: otherwise the rounding of |c|² − 2 x·c hides them.
-    center_E = table_KE.mean(0)
+    center_E = (table_KE.amin(0) + table_KE.amax(0)) / 2
     table_KE = table_KE - center_E
     norms_K = (table_KE * table_KE).sum(1)
     indices = []
@@ -66,7 +66,7 @@ def nearest_entry(x_NE: Tensor, table_KE: Tensor, num: int = 1) -> Tensor:
 
 
 def _nearest_scalar(x_N: Tensor, table_K: Tensor) -> Tensor:
-    """Nearest numbers by bisection: at 256 entries 20 times faster than all distances."""
+    """Nearest numbers by bisection: at 256 entries 14 times faster than by all distances."""
     sorted_K, order_K = table_K.sort(stable=True)
     midpoints = (sorted_K[1:] + sorted_K[:-1]) / 2
     return order_K[torch.bucketize(x_N, midpoints)]

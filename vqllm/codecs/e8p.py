@@ -17,7 +17,7 @@ from vqllm.codecs import e8p_nearest
 from vqllm.codecs.base import CODECS, SearchableCodec, check_finite, nearest_entry
 from vqllm.types import State
 from vqllm_kernels.e8p import reference
-from vqllm_kernels.e8p.spec import E81BSpec, E8PSpec
+from vqllm_kernels.e8p.spec import E8PSpec, E81BSpec
 
 _MIN_SCALE = 1e-30
 """A matrix of zeros gets this scale, so that it decodes to zeros for every practical purpose."""
@@ -29,31 +29,26 @@ class LatticeCodec(SearchableCodec):
     gaussian_scale: ClassVar[float]
     """Scale over the standard deviation of Gaussian weights that minimises the distortion."""
 
-    scale_factor: float | None = Field(
-        None,
+    scale_factor: float = Field(
+        1.0,
         gt=0,
-        description="scale of the codebook over the root mean square of the weights; null is the "
-        "best for Gaussian weights rounded to the nearest",
+        description="scale of the codebook; 1 is the best for rounding Gaussian weights to nearest",
     )
 
     @property
     def tile(self) -> tuple[int, int]:
         return (1, 8)
 
-    def fit(
-        self, X_IJE: Tensor, weight_IJE: Tensor | None, generator: torch.Generator
-    ) -> State:
+    def fit(self, X_IJE: Tensor, weight_IJE: Tensor | None, generator: torch.Generator) -> State:
         """`scale` float32 [1], proportional to the (weighted) root mean square of the weights."""
         check_finite(X_IJE, self)
-        square = X_IJE.double() ** 2
         if weight_IJE is None:
-            mean_square = square.mean()
+            rms = torch.linalg.vector_norm(X_IJE, dtype=torch.float64) / X_IJE.numel() ** 0.5
         else:
-            weight = weight_IJE.double().expand_as(square)
-            mean_square = (weight * square).sum() / weight.sum()
-        factor = self.scale_factor or self.gaussian_scale
-        scale = (factor * mean_square.sqrt()).clamp(min=_MIN_SCALE)
-        return {"scale": scale.float().reshape(1)}
+            weight = weight_IJE.double().expand_as(X_IJE)
+            rms = ((weight * X_IJE.double() ** 2).sum() / weight.sum()).sqrt()
+        scale = self.scale_factor * self.gaussian_scale * rms
+        return {"scale": scale.clamp(min=_MIN_SCALE).float().reshape(1)}
 
     def encode(
         self, X_IJE: Tensor, state: State, col: int = 0, weight_E: Tensor | None = None

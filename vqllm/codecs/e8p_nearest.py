@@ -186,35 +186,37 @@ def _candidates(x_NE: Tensor, num: int) -> Tensor:
     word_NE = reference.codewords(code_N)
     remainder_NE = x_NE - word_NE
     negative_NE = remainder_NE < 0
-    odd_N = t.sign_by_pattern[(negative_NE.float() @ t.powers_of_2).to(torch.int64)] < 0
-    ahead_ND = remainder_NE.abs() @ t.steps_DE.T + t.forbidden_PD[odd_N.to(torch.int64)]
-    # At the surface of the ball about half of the neighbours are outside of the codebook.
+    pattern_N = (negative_NE.float() @ t.powers_of_2).to(torch.int64)
+    odd_N = (t.sign_by_pattern[pattern_N] < 0).to(torch.int64)
+    ahead_ND = remainder_NE.abs() @ t.steps_DE.T + t.forbidden_PD.index_select(0, odd_N)
+    # Twice as many as needed: where x is outside of the ball, so are most neighbours ahead.
     step_NK = ahead_ND.topk(min(2 * num, len(t.steps_DE))).indices
 
+    # A half step leads to the other shift: from h/2 + q/4 by r to (h + 2r + q)/2 − q/4. All of it
+    # in the frame where the remainder has no negative element; signs are put back at the end.
     shift_N = (t.sign_by_pattern[code_N & 0xFF] < 0).to(torch.int64)
-    quarter_N1 = (1 - 2 * shift_N)[:, None]
-    twice_NE = (2 * word_NE - quarter_N1 / 2).to(torch.int8)
-    step_NKE = t.twice_steps_DE[step_NK] * (1 - 2 * negative_NE.to(torch.int8))[:, None]
-    is_half_NK = step_NK >= _NUM_PAIRS
-    move_NK = (is_half_NK * quarter_N1).to(torch.int8)
-    twice_NKE = twice_NE[:, None] + step_NKE + move_NK[..., None]
-    code_NK = _code_of(twice_NKE, shift_N[:, None] ^ is_half_NK.to(torch.int64), t)
+    quarter_N1 = 1 - 2 * shift_N[:, None]
+    twice_NE = 2 * word_NE - quarter_N1 / 2
+    frame_NE = 1 - 2 * negative_NE.to(torch.int8)
+    starts_NTE = (
+        torch.stack((twice_NE, twice_NE + quarter_N1), 1).to(torch.int8) * frame_NE[:, None]
+    )
+    is_half_NK = (step_NK >= _NUM_PAIRS).to(torch.int64)
+    row_N1 = torch.arange(len(x_NE), device=x_NE.device)[:, None]
+    start = starts_NTE.flatten(0, 1).index_select(0, (2 * row_N1 + is_half_NK).flatten())
+    twice = start + t.twice_steps_DE.index_select(0, step_NK.flatten())
 
-    inside_first = (code_NK < 0).to(torch.uint8).sort(dim=1, stable=True).indices[:, : num - 1]
-    code_NK = code_NK.gather(1, inside_first)
-    return torch.cat((code_N[:, None], torch.where(code_NK < 0, code_N[:, None], code_NK)), 1)
-
-
-def _code_of(twice_NKE: Tensor, shift_NK: Tensor, t: _Tables) -> Tensor:
-    """Codes of twice the points before the shift, int8 and odd; −1 outside the codebook."""
-    digits_NKE = ((twice_NKE.abs() - 1) >> 1).clamp(max=3)
-    index_NK = t.index_by_key[(digits_NKE.float() @ t.powers_of_4).to(torch.int64)]
-    pattern_NK = ((twice_NKE < 0).float() @ t.powers_of_2).to(torch.int64)
-    return torch.where(index_NK < 0, -1, _code(index_NK, pattern_NK, shift_NK, t))
+    digits = ((twice.abs() - 1) >> 1).clamp(max=3)
+    index_NK = t.index_by_key[(digits.float() @ t.powers_of_4).to(torch.int64)].view_as(step_NK)
+    signs_NK = ((twice < 0).float() @ t.powers_of_2).to(torch.int64).view_as(step_NK)
+    code_NK = _code(index_NK, signs_NK ^ pattern_N[:, None], shift_N[:, None] ^ is_half_NK, t)
+    code_NK = torch.where(index_NK < 0, code_N[:, None], code_NK)
+    inside_first = (index_NK < 0).to(torch.uint8).sort(dim=1, stable=True).indices
+    return torch.cat((code_N[:, None], code_NK.gather(1, inside_first[:, : num - 1])), 1)
 
 
 def _shifted(x_NE: Tensor, t: _Tables) -> tuple[Tensor, Tensor, Tensor]:
-    """x − shift for both shifts, its minus signs as the bits of a number, and their parity as ±1."""
+    """x − shift for both shifts, its minus signs as bits of a number, their parity as ±1."""
     y_NTE = torch.stack((x_NE - 0.25, x_NE + 0.25), 1)
     pattern_NT = ((y_NTE < 0).float() @ t.powers_of_2).to(torch.int64)
     return y_NTE, pattern_NT, t.sign_by_pattern[pattern_NT]

@@ -59,15 +59,14 @@ class KMeans(SearchableCodec):
             tile_rows=self.tile_rows, tile_cols=self.tile_cols, index_bits=self.index_bits
         )
 
-    def fit(
-        self, X_IJE: Tensor, weight_IJE: Tensor | None, generator: torch.Generator
-    ) -> State:
+    def fit(self, X_IJE: Tensor, weight_IJE: Tensor | None, generator: torch.Generator) -> State:
         """`codebook` float16 [2^index_bits, E]."""
         check_finite(X_IJE, self)
         x_NE = X_IJE.flatten(0, 1).float()
         weight_NE = None
         if weight_IJE is not None:
-            # A last axis of 1 says that the elements of a tile weigh the same: 2x faster.
+            if bool((weight_IJE == weight_IJE[..., :1]).all()):
+                weight_IJE = weight_IJE[..., :1]  # One weight a tile leaves distances Euclidean.
             shape = (*X_IJE.shape[:2], weight_IJE.shape[-1])
             weight_NE = weight_IJE.float().expand(shape).flatten(0, 1)
         if len(x_NE) > self.sample:
@@ -137,8 +136,11 @@ def _start(
         num = min(len(x_NE), _PLUS_PLUS_SAMPLE * num_entries)
         drawn = _draw(len(x_NE), num, generator).to(x_NE.device)
         weight = torch.ones_like(x_NE[:, :1]) if weight_NE is None else weight_NE
-        return _plus_plus(x_NE[drawn], weight[drawn], num_entries, generator)
-    mean_E = x_NE.mean(0)
+        # On the CPU: a cumulative sum on a GPU is not the same twice.
+        entries_KE = _plus_plus(x_NE[drawn].cpu(), weight[drawn].cpu(), num_entries, generator)
+        return entries_KE.to(x_NE.device)
+    everything = torch.zeros(len(x_NE), dtype=torch.int64)
+    mean_E = _means(x_NE, None, everything, 1)[0][0].float()
     return mean_E + (start_KE - mean_E) * ((num_elements + 2) / num_elements) ** 0.5
 
 
@@ -160,9 +162,7 @@ def _plus_plus(
     return torch.cat(chosen)
 
 
-def _lloyd(
-    x_NE: Tensor, weight_NE: Tensor | None, entries_KE: Tensor, iterations: int
-) -> Tensor:
+def _lloyd(x_NE: Tensor, weight_NE: Tensor | None, entries_KE: Tensor, iterations: int) -> Tensor:
     """Alternate between assigning vectors to entries and moving entries to their means."""
     previous_N = None
     for _ in range(iterations):
@@ -186,7 +186,7 @@ def _assign(x_NE: Tensor, weight_NE: Tensor | None, entries_KE: Tensor) -> Tenso
     """The nearest entry of each vector, int64 [N], errors weighted by element."""
     if weight_NE is None or weight_NE.shape[1] == 1:
         return nearest_entry(x_NE, entries_KE)[:, 0]
-    center_E = entries_KE.mean(0)
+    center_E = (entries_KE.amin(0) + entries_KE.amax(0)) / 2
     x_NE, entries_KE = x_NE - center_E, entries_KE - center_E
     features_KF = torch.cat((-2 * entries_KE, entries_KE**2), 1)
     features_NF = torch.cat((weight_NE * x_NE, weight_NE), 1)

@@ -15,7 +15,7 @@ from vqllm_kernels.uniform.spec import UniformSpec
 _COARSE_STEPS = tuple(0.05 * i for i in range(18))
 _FINE_STEPS = tuple(0.01 * i for i in (0, *range(-4, 0), *range(1, 5)))
 """Steps down from the whole range of a group, then around the best of them. Two bits need the most
-clipping: RATIO of the range in rows of 2^18 Gaussian weights."""
+clipping: 0.35 of the range in rows of 2^18 Gaussian weights."""
 _MIN_SCALE = 2.0**-24
 """The smallest float16 above zero."""
 
@@ -45,9 +45,7 @@ class Uniform(Codec):
     def spec(self) -> UniformSpec:
         return UniformSpec(bits=self.code_bits, group=self.group)
 
-    def fit(
-        self, X_IJE: Tensor, weight_IJE: Tensor | None, generator: torch.Generator
-    ) -> State:
+    def fit(self, X_IJE: Tensor, weight_IJE: Tensor | None, generator: torch.Generator) -> State:
         """`scale` float16 and `zero` uint8, both [I, G]; the clipping error is weighted."""
         check_finite(X_IJE, self)
         X_IGB = self._grouped(X_IJE[..., 0].float())
@@ -112,9 +110,9 @@ class Uniform(Codec):
         scale = (high - low) / (2**self.code_bits - 1)
         if scale.max() > torch.finfo(torch.float16).max:
             raise NumericalError(
-                f"codec uniform: weights up to {float(high.max() - low.min()):.3g} need a scale of "
-                f"{float(scale.max()):.3g}, more than float16 holds (65504). Scale the weights down "
-                "with a scaling transform, or use a codec with a float32 scale (e8p)."
+                f"codec uniform: weights up to {float(high.max() - low.min()):.3g} need a scale "
+                f"of {float(scale.max()):.3g}, more than float16 holds (65504). Scale the weights "
+                "down with a scaling transform, or use a codec with a float32 scale (e8p)."
             )
         stored = torch.where(scale > 0, scale.clamp(min=_MIN_SCALE), 1.0).half()
         zero = (-low / stored.float()).round().clamp(0, 2**self.code_bits - 1)

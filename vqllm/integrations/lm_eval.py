@@ -1,6 +1,7 @@
 """lm-eval tasks on a model that is already loaded, packed or not."""
 
 import difflib
+import importlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,11 +54,9 @@ def run_tasks(
         raise EvaluationError("lm-eval is not installed: pip install 'vqllm[eval]'")
     if limit is not None and limit < 1:
         raise EvaluationError(f"limit {limit} leaves no document; it must be 1 or more")
-    import lm_eval
-
     manager = _task_manager(tasks, data)
     try:
-        results = lm_eval.simple_evaluate(
+        results = _module("lm_eval").simple_evaluate(
             model=_language_model(model, tokenizer, batch_size, max_length),
             tasks=list(tasks),
             task_manager=manager,
@@ -67,30 +66,33 @@ def run_tasks(
         )
     except OSError as error:
         raise EvaluationError(
-            f"the data of {', '.join(tasks)} cannot be read: {error}\nTasks of lm-eval fetch theirs "
-            f"from the hub; {', '.join(own_tasks())} read local files."
+            f"the data of {', '.join(tasks)} cannot be read: {error} lm-eval's own tasks fetch "
+            f"theirs from the hub; {', '.join(own_tasks())} read local files."
         ) from error
-    assert results is not None  # only ranks other than 0 of a distributed run get None
     return {
         name: _plain(metrics, results["n-samples"].get(name))
         for name, metrics in results["results"].items()
     }
 
 
-def _task_manager(tasks: Sequence[str], data: str | Path | None) -> Any:
-    from lm_eval.tasks import TaskManager
+def _module(name: str) -> Any:
+    """A module of lm-eval: the extra need not be installed, and its types are not relied on."""
+    return importlib.import_module(name)
 
+
+def _task_manager(tasks: Sequence[str], data: str | Path | None) -> Any:
     own = own_tasks()
     # Reading lm-eval's own 14000 task files takes 5 s, so it waits until one is asked for.
     others = [task for task in tasks if task not in own]
-    manager = TaskManager(
+    manager = _module("lm_eval.tasks").TaskManager(
         include_path=str(tasks_dir()),
         include_defaults=bool(others),
         metadata={} if data is None else {"data": str(data)},
     )
+    known = set(manager.all_tasks)
     for task in others:
-        if task not in manager.all_tasks:
-            near = difflib.get_close_matches(task, [*own, *manager.all_tasks], n=5)
+        if task not in known:
+            near = difflib.get_close_matches(task, sorted(known), n=5)
             hint = f" Did you mean {', '.join(near)}?" if near else ""
             raise EvaluationError(
                 f"unknown task {task!r}.{hint} Tasks with local data: {', '.join(own)}; all others "
@@ -100,9 +102,9 @@ def _task_manager(tasks: Sequence[str], data: str | Path | None) -> Any:
 
 
 def _language_model(model: Any, tokenizer: Any, batch_size: int, max_length: int) -> Any:
-    from lm_eval.models.huggingface import HFLM
+    base: Any = _module("lm_eval.models.huggingface").HFLM
 
-    class LanguageModel(HFLM):
+    class LanguageModel(base):
         def loglikelihood_rolling(self, *args: Any, **kwargs: Any) -> list[float]:
             # Every window has full length: 8 of them with a vocabulary of 128 k are 8 GB of logits.
             self.batch_size_per_gpu = 1

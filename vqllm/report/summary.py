@@ -42,7 +42,6 @@ class Summary:
         rows += [
             ("seconds", ", ".join(f"{name} {value:.0f}" for name, value in self.seconds.items())),
             ("peak memory", _mb(self.peak_memory_bytes)),
-            ("load it with", self.load_line()),
         ]
         return rows
 

@@ -142,7 +142,8 @@ class VQLinear(nn.Module):
         key = (dtype, *((t.data_ptr(), _version(t)) for t in self.packed.values()))
         if self._dense is None or key != self._dense_key:
             cache.tell_once(dtype)
-            with torch.no_grad():
+            # What is decoded in inference mode could never be used with gradients.
+            with torch.inference_mode(False), torch.no_grad():
                 self._dense, self._dense_key = self.dequantize(dtype), key
         return self._dense
 

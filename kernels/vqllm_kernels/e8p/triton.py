@@ -43,8 +43,6 @@ COORDINATE_OF_FIELD = (3, 7, 2, 6, 1, 5, 0, 4)
 # parity flips, all lowest bits of a field and the sign of coordinate 0.
 _LOADED_CONSTANTS = (0x001E001E, 0x01E001E0, 2 * 0x1F111111)
 
-K_WIDTH = 2
-
 _lanes = fragments.lanes
 _pick = fragments.pick
 _dot = fragments.dot
@@ -129,19 +127,19 @@ def _constants(table_ptr):
 @triton.jit
 def matmul_kernel(
     x_ptr,  # [num_tokens, cols]
-    codes_ptr,  # [rows, row_words], PER_WORD codes each
+    codes_ptr,  # [rows, row_words]: int32 words of 2 or 4 codes, or codes if not BY_WORD
     table_ptr,  # int32 [259]
     scale_ptr,  # float32 [1]
     add_ptr,  # float32 [num_tokens, rows], or unused
     y_ptr,  # [num_tokens, rows]
     num_tokens,
     rows,
-    cols,
-    row_words,
+    col_units,
+    word_units,
     IS_E8P: tl.constexpr,
-    PER_WORD: tl.constexpr,
-    WORD_ALIGN: tl.constexpr,
-    COL_ALIGN: tl.constexpr,
+    BY_WORD: tl.constexpr,
+    WORD_UNIT: tl.constexpr,
+    COL_UNIT: tl.constexpr,
     HAS_ADD: tl.constexpr,
     TOKEN_GROUPS: tl.constexpr,
     ROW_GROUPS: tl.constexpr,
@@ -149,51 +147,54 @@ def matmul_kernel(
     K_WIDTH: tl.constexpr,
 ):
     CODE_BITS: tl.constexpr = 16 if IS_E8P else 8
-    RUN: tl.constexpr = 128 // CODE_BITS // PER_WORD
-    STEP: tl.constexpr = WARPS * 4 * RUN
+    PER_LANE: tl.constexpr = 128 // CODE_BITS
+    PER_WORD: tl.constexpr = 32 // CODE_BITS if BY_WORD else 1
+    STEP: tl.constexpr = WARPS * 4 * (PER_LANE // PER_WORD)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     W_DTYPE: tl.constexpr = tl.bfloat16 if DTYPE == tl.bfloat16 else tl.float16
-    row_words = tl.multiple_of(row_words, WORD_ALIGN)
-    cols = tl.multiple_of(cols, COL_ALIGN)
+    row_words = word_units * WORD_UNIT
+    cols = col_units * COL_UNIT
     constants = _constants(table_ptr)
 
     row, place = _lanes(ROW_GROUPS, WARPS)
-    row = (tl.program_id(0) * (8 * ROW_GROUPS) + row)[:, None]
-    j = place[:, None] * RUN + tl.arange(0, RUN)[None, :]
-    word_ptrs = codes_ptr + row.to(tl.int64) * row_words + j
-    token, place = _lanes(TOKEN_GROUPS, WARPS)
+    row = tl.program_id(0) * (8 * ROW_GROUPS) + row
+    row_ptrs = codes_ptr + row.to(tl.int64) * row_words
+    token, place_x = _lanes(TOKEN_GROUPS, WARPS)
     token = token[:, None]
-    k = place[:, None] * (RUN * PER_WORD * 8) + tl.arange(0, 8)[None, :]
+    k = place_x[:, None] * (PER_LANE * 8) + tl.arange(0, 8)[None, :]
     x_ptrs = x_ptr + token.to(tl.int64) * cols + k
 
     acc = tl.zeros((WARPS, 8 * ROW_GROUPS, 8 * TOKEN_GROUPS), tl.float32)
-    # words: [ROW_GROUPS·WARPS·32, RUN], 16 bytes a lane; the next step's are on their way.
-    mask = (row < rows) & (j < row_words)
-    words = tl.load(word_ptrs, mask=mask, other=0, eviction_policy="evict_first")
+    if BY_WORD:
+        # words: [ROW_GROUPS·WARPS·32, 4], 16 bytes a lane; the next step's are on their way.
+        j = place[:, None] * 4 + tl.arange(0, 4)[None, :]
+        word_ptrs = row_ptrs[:, None] + j
+        in_rows = (row < rows)[:, None]
+        mask = in_rows & (j < row_words)
+        words = tl.load(word_ptrs, mask=mask, other=0, eviction_policy="evict_first")
     for start in tl.range(0, row_words, STEP, num_stages=1):
-        mask = (row < rows) & (j + (start + STEP) < row_words)
-        ahead = tl.load(
-            word_ptrs + (start + STEP), mask=mask, other=0, eviction_policy="evict_first"
-        )
-        if PER_WORD == 1 and IS_E8P:
-            bits = words.to(tl.uint16, bitcast=True).to(tl.uint32)
-        elif PER_WORD == 1:
-            bits = words.to(tl.uint32)
-        else:
-            bits = words.to(tl.uint32, bitcast=True)
-        for i in tl.static_range(RUN):
-            for c in tl.static_range(PER_WORD):
-                w = _decode_code(
-                    _pick(bits, i), c * CODE_BITS, table_ptr, constants, IS_E8P, W_DTYPE
-                )
-                w = w.permute(0, 3, 2, 1).reshape(w.shape[0], 8).to(DTYPE)
-                # x: [TOKEN_GROUPS·WARPS·32, 8], 8 consecutive columns a lane
-                col = ((start + i) * PER_WORD + c) * 8
-                x_mask = (token < num_tokens) & (col + k < cols)
-                x = tl.load(x_ptrs + col, mask=x_mask, other=0.0)
-                x = _swap(x.reshape(x.shape[0], 2, 2, 2)).permute(0, 3, 1, 2)
-                acc = _dot(w, _swap(x).reshape(x.shape[0], 8), acc, WARPS, K_WIDTH)
-        words = ahead
+        if BY_WORD:
+            mask = in_rows & (j + (start + STEP) < row_words)
+            ahead = tl.load(
+                word_ptrs + (start + STEP), mask=mask, other=0, eviction_policy="evict_first"
+            )
+        for i in tl.static_range(PER_LANE):
+            if BY_WORD:
+                word = _pick(words, i // PER_WORD).to(tl.uint32, bitcast=True)
+            else:
+                j = start + place * PER_LANE + i
+                word = tl.load(row_ptrs + j, mask=(row < rows) & (j < row_words), other=0)
+                word = word.to(tl.uint32)
+            w = _decode_code(word, i % PER_WORD * CODE_BITS, table_ptr, constants, IS_E8P, W_DTYPE)
+            w = w.permute(0, 3, 2, 1).reshape(w.shape[0], 8).to(DTYPE)
+            # x: [TOKEN_GROUPS·WARPS·32, 8], 8 consecutive columns a lane
+            col = (start * PER_WORD + i) * 8
+            x_mask = (token < num_tokens) & (col + k < cols)
+            x = tl.load(x_ptrs + col, mask=x_mask, other=0.0)
+            x = _swap(x.reshape(x.shape[0], 2, 2, 2)).permute(0, 3, 1, 2)
+            acc = _dot(w, _swap(x).reshape(x.shape[0], 8), acc, WARPS, K_WIDTH)
+        if BY_WORD:
+            words = ahead
 
     y = tl.sum(acc, axis=0) * (tl.load(scale_ptr) * 0.25)
     row = tl.program_id(0) * (8 * ROW_GROUPS) + tl.arange(0, 8 * ROW_GROUPS)[:, None]
@@ -213,15 +214,15 @@ def decode_kernel(
     add_ptr,  # float32 [rows, cols], or unused
     W_ptr,  # [rows, cols]
     rows,
-    cols,
+    col_units,
     row_codes,
     IS_E8P: tl.constexpr,
-    COL_ALIGN: tl.constexpr,
+    COL_UNIT: tl.constexpr,
     HAS_ADD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CODES: tl.constexpr,
 ):
-    cols = tl.multiple_of(cols, COL_ALIGN)
+    cols = col_units * COL_UNIT
     lane = tl.arange(0, BLOCK_ROWS * BLOCK_CODES)
     row = tl.program_id(1) * BLOCK_ROWS + lane // BLOCK_CODES
     j = tl.program_id(0) * BLOCK_CODES + lane % BLOCK_CODES
@@ -297,11 +298,10 @@ def matmul(
     if y_NR.numel() == 0:
         return y_NR
     is_e8p = isinstance(spec, E8PSpec)
-    per_word = 2 if is_e8p else 4
-    if codes.shape[1] % per_word or codes.data_ptr() % 4:
-        per_word = 1
-    else:
+    by_word = codes.shape[1] * codes.itemsize % 4 == 0 and codes.data_ptr() % 4 == 0
+    if by_word:
         codes = codes.view(torch.int32)
+    word_unit, col_unit = gcd(codes.shape[1], fragments.WORD_UNIT), gcd(cols, fragments.COL_UNIT)
     tile = tiling(len(x_NC), rows, x_NC.device)
     matmul_kernel[(triton.cdiv(rows, 8 * tile["ROW_GROUPS"]),)](
         x_NC,
@@ -312,15 +312,15 @@ def matmul(
         y_NR,
         len(x_NC),
         rows,
-        cols,
-        codes.shape[1],
+        cols // col_unit,
+        codes.shape[1] // word_unit,
         IS_E8P=is_e8p,
-        PER_WORD=per_word,
-        WORD_ALIGN=gcd(codes.shape[1], 16 // codes.itemsize),
-        COL_ALIGN=gcd(cols, 8),
+        BY_WORD=by_word,
+        WORD_UNIT=word_unit,
+        COL_UNIT=col_unit,
         HAS_ADD=add_NR is not None,
         **tile,
-        K_WIDTH=K_WIDTH,
+        K_WIDTH=fragments.k_width(joined=True, narrow=codes.itemsize == 1),
         num_warps=tile["WARPS"],
         num_stages=1,
         enable_fp_fusion=True,
@@ -342,6 +342,7 @@ def decode(
     if W_RC.numel() == 0:
         return W_RC
     is_e8p = isinstance(spec, E8PSpec)
+    col_unit = gcd(cols, fragments.COL_UNIT)
     block_rows, block_codes = 4, 64
     grid = (triton.cdiv(codes.shape[1], block_codes), triton.cdiv(rows, block_rows))
     decode_kernel[grid](
@@ -351,10 +352,10 @@ def decode(
         codes if add_RC is None else add_RC,
         W_RC,
         rows,
-        cols,
+        cols // col_unit,
         codes.shape[1],
         IS_E8P=is_e8p,
-        COL_ALIGN=gcd(cols, 8),
+        COL_UNIT=col_unit,
         HAS_ADD=add_RC is not None,
         BLOCK_ROWS=block_rows,
         BLOCK_CODES=block_codes,

@@ -32,8 +32,6 @@ MAX_ENTRY = 32
 MAX_GROUPS = 64
 """Groups of 8 rows times groups of 8 tokens of a program: 2 registers each for the sums."""
 
-K_WIDTH = 2
-
 _lanes = fragments.lanes
 _pick = fragments.pick
 _dot = fragments.dot
@@ -124,19 +122,19 @@ def _entry(codebook_ptr, index, V: tl.constexpr, D: tl.constexpr, SIZE: tl.const
     """Entries of the table, float16 [L, SIZE], padded with zeros to powers of two in V and D."""
     e = tl.arange(0, SIZE)[None, :]
     E: tl.constexpr = V * D
+    PAD_D: tl.constexpr = triton.next_power_of_2(D)
     if E == SIZE:
         entry = tl.load(codebook_ptr + index[:, None] * SIZE + e)
-    elif (V == 1 or D == 1) and E % 2 == 0 and E <= 16:
+    elif D == PAD_D and E % 2 == 0 and E <= 16:
         # Entries are not aligned to their size. Loaded as [L, SIZE] they would be spread over
         # several lanes; as pieces of 4 bytes all of an entry stays in its lane.
         pairs = _pieces(codebook_ptr.to(tl.pointer_type(tl.uint32)) + index * (E // 2), E // 2)
         low = (pairs & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
         high = (pairs >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
         entry = tl.join(low, high).reshape(index.shape[0], SIZE)
-    elif (V == 1 or D == 1) and E <= 8:
+    elif D == PAD_D and E <= 8:
         entry = _pieces(codebook_ptr + index * E, E)
     else:
-        PAD_D: tl.constexpr = triton.next_power_of_2(D)
         v, d = e // PAD_D, e % PAD_D
         offsets = index[:, None] * E + v * D + d
         entry = tl.load(codebook_ptr + offsets, mask=(v < V) & (d < D), other=0.0)
@@ -152,15 +150,15 @@ def matmul_kernel(
     y_ptr,  # [num_tokens, rows]
     num_tokens,
     rows,
-    cols,
+    col_units,
     tile_rows,
-    row_words,
+    word_units,
     V: tl.constexpr,
     D: tl.constexpr,
     BITS: tl.constexpr,
     BY_WORD: tl.constexpr,
-    WORD_ALIGN: tl.constexpr,
-    COL_ALIGN: tl.constexpr,
+    WORD_UNIT: tl.constexpr,
+    COL_UNIT: tl.constexpr,
     HAS_ADD: tl.constexpr,
     TOKEN_GROUPS: tl.constexpr,
     TILE_GROUPS: tl.constexpr,
@@ -168,17 +166,16 @@ def matmul_kernel(
     K_WIDTH: tl.constexpr,
 ):
     PAD_V: tl.constexpr = triton.next_power_of_2(V)
-    PAD_D: tl.constexpr = triton.next_power_of_2(D)
-    SIZE: tl.constexpr = PAD_V * PAD_D
+    SIZE: tl.constexpr = PAD_V * D
     # A product takes CODES indices of a lane: 4 columns at least, 8 where registers allow.
-    CODES: tl.constexpr = 1 if PAD_D >= 8 else (4 if PAD_D <= 2 else 2)
-    RUN: tl.constexpr = CODES * PAD_D
+    CODES: tl.constexpr = 1 if D >= 8 else (4 if D <= 2 else 2)
+    RUN: tl.constexpr = CODES * D
     QUADS: tl.constexpr = 3 if BITS == 12 else 1
     PER_LANE: tl.constexpr = QUADS * 128 // BITS if BY_WORD else 8
     ROW_GROUPS: tl.constexpr = TILE_GROUPS * PAD_V
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    row_words = tl.multiple_of(row_words, WORD_ALIGN)
-    cols = tl.multiple_of(cols, COL_ALIGN)
+    row_words = word_units * WORD_UNIT
+    cols = col_units * COL_UNIT
 
     tile_row, place = _lanes(TILE_GROUPS, WARPS)
     tile_row = tl.program_id(0) * (8 * TILE_GROUPS) + tile_row
@@ -186,12 +183,7 @@ def matmul_kernel(
     tile_valid = tile_row < tile_rows
     token, place_x = _lanes(TOKEN_GROUPS, WARPS)
     token = token[:, None]
-    r = tl.arange(0, RUN)[None, :]
-    c, d = r // PAD_D, r % PAD_D
-    if D == PAD_D:
-        k = place_x[:, None] * (PER_LANE * D) + r
-    else:
-        k = (place_x[:, None] * PER_LANE + c) * D + d
+    k = place_x[:, None] * (PER_LANE * D) + tl.arange(0, RUN)[None, :]
     x_ptrs = x_ptr + token.to(tl.int64) * cols + k
 
     acc = tl.zeros((WARPS, 8 * ROW_GROUPS, 8 * TOKEN_GROUPS), tl.float32)
@@ -235,12 +227,10 @@ def matmul_kernel(
             else:
                 w = w0
             # w: [L, v·d, index] -> lanes (tile group, v), then (index, d)
-            w = w.reshape(TILE_GROUPS, WARPS * 32, PAD_V, PAD_D, CODES).permute(0, 2, 1, 4, 3)
+            w = w.reshape(TILE_GROUPS, WARPS * 32, PAD_V, D, CODES).permute(0, 2, 1, 4, 3)
             w = w.reshape(ROW_GROUPS * WARPS * 32, RUN).to(DTYPE)
             col = (step * (WARPS * 4 * PER_LANE) + i) * D
             mask = (token < num_tokens) & (col + k < cols)
-            if D != PAD_D:
-                mask = mask & (d < D)
             # x: [TOKEN_GROUPS·WARPS·32, RUN], consecutive columns a lane
             acc = _dot(w, tl.load(x_ptrs + col, mask=mask, other=0.0), acc, WARPS, K_WIDTH)
         if BY_WORD:
@@ -266,19 +256,19 @@ def decode_kernel(
     add_ptr,  # float32 [rows, cols], or unused
     W_ptr,  # [rows, cols]
     rows,
-    cols,
+    col_units,
     row_bytes,
     V: tl.constexpr,
     D: tl.constexpr,
     BITS: tl.constexpr,
-    COL_ALIGN: tl.constexpr,
+    COL_UNIT: tl.constexpr,
     HAS_ADD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CODES: tl.constexpr,
 ):
     PAD_D: tl.constexpr = triton.next_power_of_2(D)
     SIZE: tl.constexpr = triton.next_power_of_2(V) * PAD_D
-    cols = tl.multiple_of(cols, COL_ALIGN)
+    cols = col_units * COL_UNIT
     lane = tl.arange(0, BLOCK_ROWS * BLOCK_CODES)
     i = tl.program_id(1) * BLOCK_ROWS + lane // BLOCK_CODES
     j = tl.program_id(0) * BLOCK_CODES + lane % BLOCK_CODES
@@ -314,9 +304,11 @@ def declines(call: Call) -> str | None:
     """Why these kernels cannot serve a call, or None."""
     spec = call.spec
     assert isinstance(spec, LutSpec)
-    pad_v = triton.next_power_of_2(spec.tile_rows)
-    if pad_v * triton.next_power_of_2(spec.tile_cols) > MAX_ENTRY:
+    pad_v, pad_d = map(triton.next_power_of_2, spec.tile)
+    if pad_v * pad_d > MAX_ENTRY:
         return f"a tile of {spec.tile} does not fit into {MAX_ENTRY} registers"
+    if call.operation == "matmul" and pad_d != spec.tile_cols:
+        return f"the activations of a tile {spec.tile_cols} columns wide do not align"
     if call.operation == "matmul" and pad_v * (call.batch // 8) > MAX_GROUPS:
         return f"the sums of {spec.tile_rows} rows a tile and {call.batch} tokens do not fit"
     return None
@@ -347,6 +339,8 @@ def matmul(
     by_word = bits in (8, 12, 16) and codes.shape[1] % 4 == 0 and codes.data_ptr() % 4 == 0
     if by_word:
         codes = codes.view(torch.int32)
+    padded = triton.next_power_of_2(spec.tile_rows) != spec.tile_rows
+    word_unit, col_unit = gcd(codes.shape[1], fragments.WORD_UNIT), gcd(cols, fragments.COL_UNIT)
     tile = tiling(len(x_NC), spec, rows, x_NC.device)
     matmul_kernel[(triton.cdiv(len(codes), 8 * tile["TILE_GROUPS"]),)](
         x_NC,
@@ -356,18 +350,21 @@ def matmul(
         y_NR,
         len(x_NC),
         rows,
-        cols,
+        cols // col_unit,
         len(codes),
-        codes.shape[1],
+        codes.shape[1] // word_unit,
         V=spec.tile_rows,
         D=spec.tile_cols,
         BITS=bits,
         BY_WORD=by_word,
-        WORD_ALIGN=gcd(codes.shape[1], 4),
-        COL_ALIGN=gcd(cols, 8),
+        WORD_UNIT=word_unit,
+        COL_UNIT=col_unit,
         HAS_ADD=add_NR is not None,
         **tile,
-        K_WIDTH=K_WIDTH,
+        K_WIDTH=fragments.k_width(
+            joined=spec.tile_cols < 8 or padded,
+            narrow=not by_word or (padded and spec.tile_rows * spec.tile_cols % 2 == 0),
+        ),
         num_warps=tile["WARPS"],
         num_stages=1,
         enable_fp_fusion=True,
@@ -390,6 +387,7 @@ def decode(
     if W_RC.numel() == 0:
         return W_RC
     num_tile_rows, num_tile_cols = spec.grid(rows, cols)
+    col_unit = gcd(cols, fragments.COL_UNIT)
     block_rows, block_codes = 4, 64
     grid = (triton.cdiv(num_tile_cols, block_codes), triton.cdiv(num_tile_rows, block_rows))
     decode_kernel[grid](
@@ -398,12 +396,12 @@ def decode(
         codes if add_RC is None else add_RC,
         W_RC,
         rows,
-        cols,
+        cols // col_unit,
         codes.shape[1],
         V=spec.tile_rows,
         D=spec.tile_cols,
         BITS=spec.index_bits,
-        COL_ALIGN=gcd(cols, 8),
+        COL_UNIT=col_unit,
         HAS_ADD=add_RC is not None,
         BLOCK_ROWS=block_rows,
         BLOCK_CODES=block_codes,

@@ -1,4 +1,4 @@
-"""The bits of format uniform-v1: W = scale · (q − zero), a scale and a zero point for each group."""
+"""The bits of format uniform-v1: W = scale · (q − zero), scale and zero for each group."""
 
 import torch
 from torch import Tensor
