@@ -62,9 +62,7 @@ def quantize_group(
         try:
             tensors, mse = _encode(name, linear.W_RC, H_damped, recipe)
         except NumericalError as error:
-            raise NumericalError(
-                f"{name}, damping {recipe.hessian.damping}: {error}"
-            ) from error
+            raise NumericalError(f"{name}, damping {recipe.hessian.damping}: {error}") from error
         for i, state in enumerate(linear.states):
             # A copy: the input side's state is shared by the group, stored tensors share nothing.
             tensors |= {f"t{i}_{key}": value.clone() for key, value in state.items()}

@@ -107,7 +107,8 @@ class Recipe(Section):
     codec: Annotated[SerializeAsAny[Codec], _build(CODECS)]
     rounding: Annotated[SerializeAsAny[Rounding], _build(ROUNDINGS)]
     skip: tuple[str, ...] = Field(
-        default=(), description="regular expressions; linears whose full name matches stay as they are"
+        default=(),
+        description="regular expressions; linears whose full name matches stay as they are",
     )
 
     @field_validator("skip")

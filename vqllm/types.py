@@ -74,8 +74,9 @@ class Codec(Part, ABC):
     ) -> Tensor:
         """The codes of the nearest reproduction of each tile: int32 [I, J, M], deterministic.
 
-        "Nearest" is in the Euclidean norm, or with squared errors weighted by `weight_E` [E] where
-        `weighted` says that the codec can.
+        "Nearest" is in the Euclidean norm. Where `weighted` says that the codec can, it is with
+        squared errors weighted by `weight_E` [E], or in the norm of the positive definite matrix
+        `weight_E` [E, E]: the least (x − x̂) weight (x − x̂)ᵀ.
         """
 
     @abstractmethod

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 Operation = Literal["matmul", "decode", "transform"]
 
 BATCH_BUCKETS = (8, 16, 32, 64)
-"""Rows of x for which the small-batch kernels are compiled; a call takes the first that holds it."""
+"""Rows of x for which small-batch kernels are compiled; a call takes the first that holds it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def choose(
         ValueError: the forced implementation declines, or none accepts.
     """
     forced = _forced.get()
-    if forced in implementations:
+    if forced is not None and forced in implementations:
         reason = implementations[forced].declines(call)
         if reason is not None:
             raise ValueError(f"{call.operation}: {forced!r} is forced, but declines: {reason}")

@@ -1,7 +1,7 @@
-"""The three operations of a packed linear: matmul, decode, transform. What the run-time layer calls.
+"""The three operations of a packed linear, as the run-time layer calls them.
 
-    matmul     y = x Wᵀ, W packed, in the transformed basis
-    decode     W
+    matmul     y = x Wᵀ in the transformed basis, W packed
+    decode     W in the transformed basis
     transform  x' from x, or y from y' (the transforms on both sides of the product)
 
     implementation  what it does                                       taken for
@@ -58,7 +58,7 @@ def matmul(
     Returns:
         [..., rows] in the dtype of x; float32 accumulation.
     """
-    packed = [tensors[name] for name in spec.layout(rows, cols)]
+    packed = [tensors[name] for name in sorted(tensors)]
     return torch.ops.vqllm_kernels.matmul(x_NC, packed, _text(spec), rows, cols)
 
 
@@ -70,7 +70,7 @@ def decode(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The weights [rows, cols] in the transformed basis, rounded once to `dtype`."""
-    packed = [tensors[name] for name in spec.layout(rows, cols)]
+    packed = [tensors[name] for name in sorted(tensors)]
     return torch.ops.vqllm_kernels.decode(packed, _text(spec), rows, cols, dtype)
 
 
@@ -87,13 +87,13 @@ def transform(v: Tensor, spec: TransformSpec, tensors: dict[str, Tensor], direct
     if not isinstance(spec, HadamardSpec):
         # A product or an index: left to torch, which fuses it with its neighbours.
         return spec.input(v, tensors) if direction == "input" else spec.output(v, tensors)
-    packed = [tensors[name] for name in spec.layout()]
+    packed = [tensors[name] for name in sorted(tensors)]
     text = _text(spec)
     return torch.ops.vqllm_kernels.transform(v, packed, text, spec.size, direction)
 
 
-# Text is what an operator can take in place of a spec. Both directions are cached, because they
-# stand in the path of every call.
+# An operator takes a list of tensors, here in the order of their names, and a text in place of a
+# spec. All conversions are cached, because they stand in the path of every call.
 
 
 @torch.compiler.assume_constant_result
@@ -114,6 +114,11 @@ def _format(text: str) -> FormatSpec:
 @cache
 def _transform(text: str, size: int) -> TransformSpec:
     return transforms.from_dict(json.loads(text), size)
+
+
+@cache
+def _names(spec: FormatSpec | TransformSpec) -> list[str]:
+    return sorted(spec.layout(1, 1) if isinstance(spec, FormatSpec) else spec.layout())
 
 
 def _order(device: torch.device, operation: Operation) -> tuple[str, ...]:
@@ -206,6 +211,13 @@ _TRANSFORMS = {
 }
 
 
+def _named(spec: FormatSpec | TransformSpec, packed: list[Tensor]) -> dict[str, Tensor]:
+    names = _names(spec)
+    if len(packed) != len(names):
+        raise ValueError(f"{spec}: {len(packed)} tensors, expected {names}")
+    return dict(zip(names, packed))
+
+
 def _decode_as(
     tensors: dict[str, Tensor], spec: FormatSpec, rows: int, cols: int, dtype: torch.dtype
 ) -> Tensor:
@@ -224,20 +236,20 @@ def _matmul_op(x: Tensor, packed: list[Tensor], text: str, rows: int, cols: int)
         dtype=x.dtype,
         batch=bucket(x_NC.shape[0]),
     )
-    tensors = dict(zip(spec.layout(rows, cols), packed))
+    tensors = _named(spec, packed)
     chosen = choose(call, _MATMULS, _order(x.device, "matmul"))
     return chosen.run(x_NC, tensors, spec, rows, cols).view(*x.shape[:-1], rows)
 
 
 def _decode_op(packed: list[Tensor], text: str, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     spec = _format(text)
-    return _decode_as(dict(zip(spec.layout(rows, cols), packed)), spec, rows, cols, dtype)
+    return _decode_as(_named(spec, packed), spec, rows, cols, dtype)
 
 
 def _transform_op(v: Tensor, packed: list[Tensor], text: str, size: int, direction: str) -> Tensor:
     spec = _transform(text, size)
     call = Call(operation="transform", spec=spec, device=v.device, dtype=v.dtype)
-    tensors = dict(zip(spec.layout(), packed))
+    tensors = _named(spec, packed)
     chosen = choose(call, _TRANSFORMS, _order(v.device, "transform"))
     return chosen.run(v, spec, tensors, direction)
 

@@ -80,6 +80,14 @@ def dot(w, x, acc, WARPS: tl.constexpr, K_WIDTH: tl.constexpr):
     return acc
 
 
+def max_registers(token_groups: int) -> int:
+    """A limit for the compiler, which without one settles for fewer registers and spills two.
+
+    8 warps of 80 registers leave room for three programs on a multiprocessor, of 128 for two.
+    """
+    return {1: 80, 2: 128, 4: 168, 8: 255}[token_groups]
+
+
 def k_width(*, joined: bool, narrow: bool) -> int:
     """Consecutive k of a lane in the operand layout that the compiler picks for 16-bit types.
 

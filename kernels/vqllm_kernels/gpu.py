@@ -1,7 +1,6 @@
 """Where the Triton kernels are, and when none of them can run."""
 
 import importlib.util
-import sys
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -48,9 +47,9 @@ def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
     if importlib.util.find_spec("triton") is None:
         return False
-    import triton
+    from triton import knobs
 
-    return bool(triton.knobs.runtime.interpret)
+    return bool(knobs.runtime.interpret)
 
 
 @cache
@@ -59,11 +58,3 @@ def num_multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def triton_version() -> tuple[int, int]:
-    """(major, minor) of the installed triton; (0, 0) before it is imported."""
-    if "triton" not in sys.modules:
-        return (0, 0)
-    major, minor = sys.modules["triton"].__version__.split(".")[:2]
-    return int(major), int(minor)

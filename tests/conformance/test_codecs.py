@@ -248,23 +248,38 @@ def test_candidates_are_ordered_and_begin_with_the_nearest(name):
     assert bool(((error.diff(dim=-1) >= -1e-4) | repeated[..., 1:]).all())
 
 
+@pytest.mark.parametrize("kind", ["elements", "spike", "dense"])
 @each_configuration
-def test_weighted_coding_lowers_the_weighted_error(name):
+def test_weighted_coding_lowers_the_weighted_error(name, kind):
     codec, X_IJE, state, codes_IJM = fitted(name, (64, 576))
-    if not codec.weighted or X_IJE.shape[2] == 1:
+    num_elements = X_IJE.shape[2]
+    if not codec.weighted or num_elements == 1:
         pytest.skip(f"{codec.type} with tile {codec.tile} has one way to weigh")
-    weight_E = torch.logspace(-1, 1, X_IJE.shape[2])
-    weighted = codec.encode(X_IJE, state, weight_E=weight_E)
+    weight_E = torch.logspace(-1, 1, num_elements)
+    direction_E = torch.randn(num_elements, generator=generator(1))
+    factor_EE = torch.randn(num_elements, num_elements, generator=generator(2))
+    weight = {
+        "elements": weight_E,
+        "spike": torch.eye(num_elements) + 10 * torch.outer(direction_E, direction_E),
+        "dense": factor_EE @ factor_EE.T + 0.1 * torch.eye(num_elements),
+    }[kind]
+    weight_EE = torch.diag(weight) if weight.dim() == 1 else weight
 
     def error(codes):
-        return float((weight_E * (codec.decode(codes, state) - X_IJE) ** 2).mean())
+        gap_IJE = codec.decode(codes, state) - X_IJE
+        return float(((gap_IJE @ weight_EE) * gap_IJE).mean())
 
-    if any(stage["type"] == "kmeans" for stage in CONFIGURATIONS[name].get("stages", [])) or (
-        codec.type == "kmeans"
-    ):
-        assert error(weighted) < 0.97 * error(codes_IJM)
-    else:
-        assert error(weighted) <= 1.001 * error(codes_IJM)
+    assert error(codec.encode(X_IJE, state, weight_E=weight)) < 0.9 * error(codes_IJM)
+
+
+@each_configuration
+def test_equal_weights_are_no_weights(name):
+    codec, X_IJE, state, codes_IJM = fitted(name, (64, 576))
+    plain = float(errors(codec, X_IJE, codes_IJM, state).mean())
+    for weight in (3 * torch.ones(X_IJE.shape[2]), 3 * torch.eye(X_IJE.shape[2])):
+        weighted = codec.encode(X_IJE, state, weight_E=weight)
+        error = float(errors(codec, X_IJE, weighted, state).mean())
+        assert error == pytest.approx(plain, rel=1e-5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

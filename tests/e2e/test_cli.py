@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.tiny import TEXT, save_tiny
 from typer.testing import CliRunner
 
+from tests.tiny import TEXT, save_tiny
 from vqllm import cli
 
 SMALL = ("--set", "calibration.sequences=4", "--set", "calibration.length=32")

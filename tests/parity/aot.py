@@ -16,11 +16,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
-
-assert os.environ.get("TRITON_INTERPRET", "0") in ("", "0"), "the interpreter compiles nothing"
-
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -38,9 +36,10 @@ TYPES = {
     torch.int32: "*i32",
     torch.int16: "*i16",
     torch.uint8: "*u8",
+    torch.int8: "*i8",
 }
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 E8P = {"format": "e8p-v1"}
 E81B = {"format": "e81b-v1"}
@@ -137,7 +136,7 @@ def packed(spec: formats.FormatSpec, rows: int, cols: int) -> dict[str, torch.Te
     return {n: torch.zeros(t.shape, dtype=t.dtype) for n, t in spec.layout(rows, cols).items()}
 
 
-def matmul_case(module, values: dict, tokens: int, dtype: str, rows=4096, cols=4096) -> Case:
+def matmul_case(module: ModuleType, values: dict, tokens: int, dtype: str, rows=4096, cols=4096) -> Case:
     """A matmul; the weights of a step are rows of the program times columns, over its lanes."""
     spec = formats.from_dict(values)
     x = torch.zeros(tokens, cols, dtype=DTYPES[dtype])
@@ -157,7 +156,7 @@ def matmul_case(module, values: dict, tokens: int, dtype: str, rows=4096, cols=4
     return launch, "matmul_kernel", groups * codes_per_lane * spec.tile[0] * spec.tile[1]
 
 
-def decode_case(module, values: dict, dtype: str) -> Case:
+def decode_case(module: ModuleType, values: dict, dtype: str) -> Case:
     spec = formats.from_dict(values)
     tensors = packed(spec, 4096, 4096)
 
@@ -176,37 +175,36 @@ def hadamard_case(size: int, dtype: str, block: int | None = None) -> Case:
     def launch() -> None:
         hadamard.transform(x, spec, signs, "input")
 
-    return launch, "transform_kernel", 0
+    return launch, "dense_kernel" if block else "pass_kernel", 0
 
 
 def lut_values(rows: int, cols: int, bits: int) -> dict:
     return {"format": "lut-v1", "tile_rows": rows, "tile_cols": cols, "index_bits": bits}
 
 
-CASES: dict[str, tuple] = {
-    "e8p fp16 1": (e8p, matmul_case(e8p, E8P, 1, "fp16")),
-    "e8p bf16 1": (e8p, matmul_case(e8p, E8P, 1, "bf16")),
-    "e8p fp32 1": (e8p, matmul_case(e8p, E8P, 1, "fp32")),
-    "e8p fp16 16": (e8p, matmul_case(e8p, E8P, 16, "fp16")),
-    "e8p bf16 64": (e8p, matmul_case(e8p, E8P, 64, "bf16")),
-    "e81b fp16 1": (e8p, matmul_case(e8p, E81B, 1, "fp16")),
-    "lut 1x8 8 bit fp16 1": (lut, matmul_case(lut, lut_values(1, 8, 8), 1, "fp16")),
-    "lut 1x4 8 bit bf16 1": (lut, matmul_case(lut, lut_values(1, 4, 8), 1, "bf16")),
-    "lut 8x1 8 bit fp16 1": (lut, matmul_case(lut, lut_values(8, 1, 8), 1, "fp16")),
-    "lut 1x8 12 bit fp16 1": (lut, matmul_case(lut, lut_values(1, 8, 12), 1, "fp16")),
-    "lut 8x1 16 bit fp16 64": (lut, matmul_case(lut, lut_values(8, 1, 16), 64, "fp16")),
-    "lut 6x1 12 bit fp16 1": (lut, matmul_case(lut, lut_values(6, 1, 12), 1, "fp16")),
+CASES: dict[str, tuple[ModuleType, Case]] = {
+    "e8p fp16": (e8p, matmul_case(e8p, E8P, 1, "fp16")),
+    "e8p bf16, 16 tokens": (e8p, matmul_case(e8p, E8P, 16, "bf16")),
+    "e8p fp16, 64 tokens": (e8p, matmul_case(e8p, E8P, 64, "fp16")),
+    "e8p fp32": (e8p, matmul_case(e8p, E8P, 1, "fp32")),
+    "e81b bf16": (e8p, matmul_case(e8p, E81B, 1, "bf16")),
+    "lut 1x8, 8 bit, fp16": (lut, matmul_case(lut, lut_values(1, 8, 8), 1, "fp16")),
+    "lut 1x4, 8 bit, bf16": (lut, matmul_case(lut, lut_values(1, 4, 8), 1, "bf16")),
+    "lut 8x1, 16 bit, fp16": (lut, matmul_case(lut, lut_values(8, 1, 16), 1, "fp16")),
+    "lut 6x1, 12 bit, fp16": (lut, matmul_case(lut, lut_values(6, 1, 12), 1, "fp16")),
+    "lut 8x1, 8 bit, fp16, 64 tokens": (lut, matmul_case(lut, lut_values(8, 1, 8), 64, "fp16")),
     "e8p decode": (e8p, decode_case(e8p, E8P, "fp16")),
-    "lut 1x8 8 bit decode": (lut, decode_case(lut, lut_values(1, 8, 8), "fp16")),
-    "hadamard 4096 fp16": (hadamard, hadamard_case(4096, "fp16")),
-    "hadamard 14336 bf16": (hadamard, hadamard_case(14336, "bf16")),
-    "hadamard block 128 fp16": (hadamard, hadamard_case(4096, "fp16", 128)),
-    "hadamard 11008 fp32": (hadamard, hadamard_case(11008, "fp32")),
+    "lut 1x8, 8 bit, decode": (lut, decode_case(lut, lut_values(1, 8, 8), "fp16")),
+    "hadamard 4096, fp16": (hadamard, hadamard_case(4096, "fp16")),
+    "hadamard 11008, bf16": (hadamard, hadamard_case(11008, "bf16")),
+    "hadamard 14336, fp32": (hadamard, hadamard_case(14336, "fp32")),
+    "hadamard, blocks of 128, bf16": (hadamard, hadamard_case(4096, "bf16", 128)),
 }
 
 
 def main(targets: list[int], only: str = "") -> None:
     """Print one JSON object: "kernel, sm" -> figures."""
+    assert os.environ.get("TRITON_INTERPRET", "0") in ("", "0"), "the interpreter compiles nothing"
     results = {}
     for name, (module, (launch, kernel, weights)) in CASES.items():
         if only not in name:
@@ -218,7 +216,6 @@ def main(targets: list[int], only: str = "") -> None:
         for sm in targets:
             compiled = compile_recorded(recorder, sm)
             results[f"{name}, sm_{sm}"] = measure(compiled, weights)
-            print(json.dumps({f"{name}, sm_{sm}": results[f"{name}, sm_{sm}"]}), file=sys.stderr)
     print(json.dumps(results))
 
 

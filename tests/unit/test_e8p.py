@@ -129,6 +129,32 @@ def test_candidates_are_nearly_the_nearest_of_all(scale):
         assert float(found.mean() / ideal.mean()) < 1.05
 
 
+@pytest.mark.parametrize("spike", [0.0, 3.0, 30.0])
+def test_weighted_search_is_close_to_exact(spike):
+    x = gaussian(300)
+    factor, direction = gaussian(8, seed=1), gaussian(1, seed=2)[0]
+    weight = factor.T @ factor / 8 + 0.2 * torch.eye(8) + spike * torch.outer(direction, direction)
+    root = torch.linalg.cholesky(weight)
+    ideal = squared_distances(x @ root, TABLE @ root).min(1).values
+
+    def error(codes):
+        gap = (x - TABLE[codes]).double()
+        return (gap @ weight.double() * gap).sum(1)
+
+    nearest = error(e8p_nearest.nearest(x))
+    found = error(e8p_nearest.weighted_nearest(x, weight, 24))
+    assert bool((found >= ideal - 1e-5).all())
+    assert bool((found <= nearest + 1e-5).all())
+    assert float(found.mean()) < 1.1 * float(ideal.mean())
+    assert float(nearest.mean()) > 1.2 * float(found.mean())
+
+
+def test_weighted_search_without_weights_stays_with_the_nearest():
+    x = gaussian(500)
+    codes = e8p_nearest.weighted_nearest(x, 2 * torch.eye(8), 24)
+    assert torch.equal(codes, e8p_nearest.nearest(x))
+
+
 def test_scale_is_proportional_to_the_weights_and_can_be_set():
     X = gaussian(64).reshape(8, 8, 8)
     generator = torch.Generator()

@@ -310,9 +310,9 @@ class TestShapes:
         Checkerboard.seen.clear()
         rule("ldlq")(W, H, Weighing(rows=2, cols=4), {})
         assert [col for col, _ in Checkerboard.seen] == [5, 4, 3, 2, 1, 0]
-        for col, weight_E in Checkerboard.seen:
-            assert weight_E is not None
-            torch.testing.assert_close(weight_E, torch.diagonal(D[col]).repeat(2))
+        for col, weight_EE in Checkerboard.seen:
+            assert weight_EE is not None
+            torch.testing.assert_close(weight_EE, torch.block_diag(D[col], D[col]))
         Checkerboard.seen.clear()
         rule("ldlq")(W, H, Checkerboard(rows=2, cols=4), {})
         assert all(weight_E is None for _, weight_E in Checkerboard.seen)

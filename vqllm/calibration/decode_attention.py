@@ -100,8 +100,8 @@ def _attention(
 def _with_room(cached: Tensor) -> Tensor:
     """[B·K, room, D] of a `_GrowingLayer`'s [B, K, L, D]; otherwise [B·K, L, D].
 
-    torch's bfloat16 products of matrices that do not lie next to each other are 7 times as slow,
-    so the products run over the zeros at the end too.
+    torch's bfloat16 products of matrices that do not lie next to each other are up to 7 times as
+    slow, so the products run over the zeros at the end too.
     """
     num_sequences, num_heads, length, size = cached.shape
     room = cached.stride(1) // size

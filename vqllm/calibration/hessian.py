@@ -7,7 +7,6 @@ from torch import Tensor
 
 from vqllm.errors import NumericalError
 
-
 BLOCK = 512
 """Columns of a block of H. Only blocks on and above the diagonal are computed: 2/3 of the work at
 1536 features; smaller blocks save little more and lose speed of the product."""

@@ -25,9 +25,9 @@ class ActivationStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.path = path
             numel = shape[0] * shape[1] * shape[2]
-            self._states = torch.from_file(
-                str(path), shared=True, size=numel, dtype=dtype
-            ).view(shape)
+            self._states = torch.from_file(str(path), shared=True, size=numel, dtype=dtype).view(
+                shape
+            )
 
     def read(self, rows: slice, device: torch.device) -> Tensor:
         """The states of some sequences, on `device`."""

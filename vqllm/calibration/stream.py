@@ -50,9 +50,7 @@ class LayerStream:
         self.device = device
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code
-            )
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         prefix = _find_layers(skeleton, str(folder))
         self.model = _load(folder, skeleton, prefix, device, offload_folder, trust_remote_code)
         self.model.eval()
@@ -62,7 +60,9 @@ class LayerStream:
         self.compute_dtype = compute_dtype or _compute_dtype(self.source_dtype, device)
         self._cast_outside_layers()
         self._returns_tuple = False
-        self._own_forward = {i: layer.__dict__.get("forward") for i, layer in enumerate(self.layers)}
+        self._own_forward = {
+            i: layer.__dict__.get("forward") for i, layer in enumerate(self.layers)
+        }
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -208,7 +208,7 @@ def _load(
     for name in ancestors:
         for child, _ in skeleton.get_submodule(name).named_children():
             full = f"{name}.{child}" if name else child
-            if full not in ancestors and not name == prefix:
+            if full not in ancestors and name != prefix:
                 device_map[full] = str(device)
         for own, _ in skeleton.get_submodule(name).named_parameters(recurse=False):
             device_map[f"{name}.{own}" if name else own] = str(device)

@@ -25,7 +25,6 @@ from vqllm.errors import ModelError
 from vqllm_kernels.linear import LinearSpec
 
 
-
 class Packed(Protocol):
     """A quantized linear, as far as it is written."""
 

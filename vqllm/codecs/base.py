@@ -27,7 +27,8 @@ class SearchableCodec(Codec, ABC):
     ) -> Tensor:
         """Up to `num` codes near each tile, int32 [I, J, K], K <= num, the nearest first.
 
-        Where there are fewer, a code may occur more than once.
+        Where there are fewer, a code may occur more than once. Weights are those of `encode`, but
+        may be disregarded: the search for a sum weighs the sums itself.
         """
 
 
@@ -40,6 +41,19 @@ def check_finite(X_IJE: Tensor, codec: Codec) -> None:
             "finite weights can be coded. Check the source checkpoint, or raise the damping if "
             "the rounding rule diverged."
         )
+
+
+def weigh(x: Tensor, weight_E: Tensor) -> Tensor:
+    """Vectors whose Euclidean norms are the weighted norms of x.
+
+    Args:
+        x: [..., E].
+        weight_E: the weights [E] of squared errors, or the positive definite matrix [E, E] of the
+            quadratic form e weight eᵀ.
+    """
+    if weight_E.dim() == 1:
+        return x * weight_E.sqrt()
+    return x @ torch.linalg.cholesky(weight_E)
 
 
 def nearest_entry(x_NE: Tensor, table_KE: Tensor, num: int = 1) -> Tensor:

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vqllm.codecs import e8p_nearest
-from vqllm.codecs.base import CODECS, SearchableCodec, check_finite, nearest_entry
+from vqllm.codecs.base import CODECS, SearchableCodec, check_finite, nearest_entry, weigh
 from vqllm.types import State
 from vqllm_kernels.e8p import reference
 from vqllm_kernels.e8p.spec import E8PSpec, E81BSpec
@@ -26,6 +26,7 @@ _MIN_SCALE = 1e-30
 class LatticeCodec(SearchableCodec):
     """A fixed codebook of eight weights of a row, times one scale."""
 
+    weighted: ClassVar[bool] = True
     gaussian_scale: ClassVar[float]
     """Scale over the standard deviation of Gaussian weights that minimises the distortion."""
 
@@ -55,20 +56,27 @@ class LatticeCodec(SearchableCodec):
     ) -> Tensor:
         check_finite(X_IJE, self)
         x_NE = X_IJE.flatten(0, 1) / state["scale"]
-        return self._nearest(x_NE, 1).to(torch.int32).reshape(*X_IJE.shape[:2], 1)
+        codes_N = self._nearest(x_NE, weight_E)
+        return codes_N.to(torch.int32).unflatten(0, X_IJE.shape[:2])[..., None]
 
     def candidates(
         self, X_IJE: Tensor, state: State, num: int, weight_E: Tensor | None = None
     ) -> Tensor:
+        # Not weighted: in LDLQ with two stages, weighing the coarse stage only was up to 6 % worse
+        # than weighing nothing but the complete sums.
         check_finite(X_IJE, self)
-        x_NE = X_IJE.flatten(0, 1) / state["scale"]
-        return self._nearest(x_NE, num).to(torch.int32).reshape(*X_IJE.shape[:2], -1)
+        codes_NK = self._candidates(X_IJE.flatten(0, 1) / state["scale"], num)
+        return codes_NK.to(torch.int32).unflatten(0, X_IJE.shape[:2])
 
     def decode(self, codes_IJM: Tensor, state: State, col: int = 0) -> Tensor:
         return self._words(codes_IJM[..., 0]) * state["scale"]
 
     @abstractmethod
-    def _nearest(self, x_NE: Tensor, num: int) -> Tensor:
+    def _nearest(self, x_NE: Tensor, weight_E: Tensor | None) -> Tensor:
+        """Code of the codeword nearest to x, [N]."""
+
+    @abstractmethod
+    def _candidates(self, x_NE: Tensor, num: int) -> Tensor:
         """Codes of `num` codewords near x, [N, num], the nearest first."""
 
     @abstractmethod
@@ -84,6 +92,13 @@ class E8P(LatticeCodec):
     gaussian_scale: ClassVar[float] = 1 / 1.037
 
     type: Literal["e8p"] = "e8p"
+    tries: int = Field(
+        24,
+        ge=0,
+        le=240,
+        description="lattice neighbours of the nearest codeword that are looked at where errors "
+        "are weighted; 0 ignores the weights",
+    )
 
     def spec(self) -> E8PSpec:
         return E8PSpec()
@@ -95,8 +110,14 @@ class E8P(LatticeCodec):
         codes_IJM = (tensors["codes"].to(torch.int32) & 0xFFFF)[..., None]
         return codes_IJM, {"scale": tensors["scale"]}
 
-    def _nearest(self, x_NE: Tensor, num: int) -> Tensor:
-        return e8p_nearest.nearest(x_NE) if num == 1 else e8p_nearest.candidates(x_NE, num)
+    def _nearest(self, x_NE: Tensor, weight_E: Tensor | None) -> Tensor:
+        if weight_E is None or self.tries == 0:
+            return e8p_nearest.nearest(x_NE)
+        weight_EE = torch.diag(weight_E) if weight_E.dim() == 1 else weight_E
+        return e8p_nearest.weighted_nearest(x_NE, weight_EE, self.tries)
+
+    def _candidates(self, x_NE: Tensor, num: int) -> Tensor:
+        return e8p_nearest.candidates(x_NE, num)
 
     def _words(self, codes: Tensor) -> Tensor:
         return reference.codewords(codes)
@@ -120,7 +141,13 @@ class E81B(LatticeCodec):
     def unpack(self, tensors: dict[str, Tensor], rows: int, cols: int) -> tuple[Tensor, State]:
         return tensors["codes"].to(torch.int32)[..., None], {"scale": tensors["scale"]}
 
-    def _nearest(self, x_NE: Tensor, num: int) -> Tensor:
+    def _nearest(self, x_NE: Tensor, weight_E: Tensor | None) -> Tensor:
+        table_KE = reference.e81b_codeword_table(x_NE.device)
+        if weight_E is not None:
+            x_NE, table_KE = weigh(x_NE, weight_E), weigh(table_KE, weight_E)
+        return nearest_entry(x_NE, table_KE)[:, 0]
+
+    def _candidates(self, x_NE: Tensor, num: int) -> Tensor:
         return nearest_entry(x_NE, reference.e81b_codeword_table(x_NE.device), min(num, 256))
 
     def _words(self, codes: Tensor) -> Tensor:

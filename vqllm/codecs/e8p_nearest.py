@@ -53,6 +53,7 @@ class _Tables:
     steps_DE: Tensor
     twice_steps_DE: Tensor
     forbidden_PD: Tensor
+    twice_roots_DE: Tensor
 
 
 @cache
@@ -78,6 +79,7 @@ def _tables(device: torch.device) -> _Tables:
         (1 << torch.arange(8)).float(),
         powers_of_4.float(),
         *_steps(),
+        reference.e81b_table()[1:241],
     )
     return _Tables(*(tensor.to(device) for tensor in tensors))
 
@@ -177,6 +179,8 @@ def candidates(x_NE: Tensor, num: int) -> Tensor:
     After the nearest codeword come its lattice neighbours in the order of their distance to x, as
     far as they belong to the codebook; the nearest itself fills up the rest.
     """
+    if num == 1:
+        return nearest(x_NE)[:, None]
     return torch.cat([_candidates(chunk, num) for chunk in x_NE.split(_CHUNK // 4)])
 
 
@@ -185,40 +189,86 @@ def _candidates(x_NE: Tensor, num: int) -> Tensor:
     code_N = _nearest(x_NE)
     word_NE = reference.codewords(code_N)
     remainder_NE = x_NE - word_NE
+    # The roots that may lead towards x, in the frame where the remainder has no minus sign.
     negative_NE = remainder_NE < 0
-    pattern_N = (negative_NE.float() @ t.powers_of_2).to(torch.int64)
-    odd_N = (t.sign_by_pattern[pattern_N] < 0).to(torch.int64)
-    ahead_ND = remainder_NE.abs() @ t.steps_DE.T + t.forbidden_PD.index_select(0, odd_N)
+    odd_N = t.sign_by_pattern[_pattern(negative_NE, t)] < 0
+    ahead_ND = remainder_NE.abs() @ t.steps_DE.T
+    ahead_ND += t.forbidden_PD.index_select(0, odd_N.to(torch.int64))
     # Twice as many as needed: where x is outside of the ball, so are most neighbours ahead.
     step_NK = ahead_ND.topk(min(2 * num, len(t.steps_DE))).indices
+    twice = t.twice_steps_DE.index_select(0, step_NK.flatten()).view(*step_NK.shape, 8)
+    code_NK = _neighbours(code_N, word_NE, negative_NE, twice, step_NK >= _NUM_PAIRS)
 
-    # A half step leads to the other shift: from h/2 + q/4 by r to (h + 2r + q)/2 − q/4. All of it
-    # in the frame where the remainder has no negative element; signs are put back at the end.
+    inside_first = (code_NK < 0).to(torch.uint8).sort(dim=1, stable=True).indices[:, : num - 1]
+    code_NK = code_NK.gather(1, inside_first)
+    return torch.cat((code_N[:, None], torch.where(code_NK < 0, code_N[:, None], code_NK)), 1)
+
+
+def weighted_nearest(x_NE: Tensor, weight_EE: Tensor, tries: int) -> Tensor:
+    """Codes of codewords w with small weighted errors (x − w) weight (x − w)ᵀ, int64 [N].
+
+    Looked at are the nearest codeword (not weighted) and the `tries` of its 240 lattice neighbours
+    that promise the smallest errors. This is not exact but close. In block LDLQ with Hessians of a
+    power-law spectrum, with and without one large eigenvalue, 24 tries reach a proxy loss at most
+    1.3 % above that of the exact search, 16 tries at most 9 % (eight cases); the nearest codeword
+    (not weighted) has 2 % to 180 % more.
+    """
+    chunks = x_NE.split(_CHUNK // 4)
+    return torch.cat([_weighted_nearest(chunk, weight_EE, tries) for chunk in chunks])
+
+
+def _weighted_nearest(x_NE: Tensor, weight_EE: Tensor, tries: int) -> Tensor:
+    t = _tables(x_NE.device)
+    code_N = _nearest(x_NE)
+    word_NE = reference.codewords(code_N)
+    roots_DE = t.twice_roots_DE.float() / 2
+    own_D = ((roots_DE @ weight_EE) * roots_DE).sum(1)
+    change_ND = torch.addmm(own_D, (x_NE - word_NE) @ weight_EE, roots_DE.T, alpha=-2)
+    change_NK, root_NK = change_ND.topk(tries, largest=False)
+    twice = t.twice_roots_DE.index_select(0, root_NK.flatten()).view(*root_NK.shape, 8)
+    positive_NE = torch.zeros_like(x_NE, dtype=torch.bool)
+    code_NK = _neighbours(code_N, word_NE, positive_NE, twice, root_NK >= 4 * _NUM_PAIRS)
+    change_N, best_N = change_NK.masked_fill(code_NK < 0, torch.inf).min(1)
+    return torch.where(change_N < 0, code_NK.gather(1, best_N[:, None])[:, 0], code_N)
+
+
+def _neighbours(
+    code_N: Tensor, word_NE: Tensor, negative_NE: Tensor, step_NKE: Tensor, is_half_NK: Tensor
+) -> Tensor:
+    """Codes of the lattice points one root away from codewords, int64 [N, K]; −1 outside.
+
+    Args:
+        negative_NE: elements in which a step has the opposite sign.
+        step_NKE: twice the roots, int8.
+        is_half_NK: which roots are of halves: these lead to the other shift.
+    """
+    t = _tables(word_NE.device)
     shift_N = (t.sign_by_pattern[code_N & 0xFF] < 0).to(torch.int64)
+    # From h/2 + q/4 a root r of halves leads to (h + 2r + q)/2 − q/4.
     quarter_N1 = 1 - 2 * shift_N[:, None]
     twice_NE = 2 * word_NE - quarter_N1 / 2
-    frame_NE = 1 - 2 * negative_NE.to(torch.int8)
-    starts_NTE = (
-        torch.stack((twice_NE, twice_NE + quarter_N1), 1).to(torch.int8) * frame_NE[:, None]
-    )
-    is_half_NK = (step_NK >= _NUM_PAIRS).to(torch.int64)
-    row_N1 = torch.arange(len(x_NE), device=x_NE.device)[:, None]
+    starts_NTE = torch.stack((twice_NE, twice_NE + quarter_N1), 1).to(torch.int8)
+    starts_NTE = starts_NTE * (1 - 2 * negative_NE.to(torch.int8))[:, None]
+    row_N1 = torch.arange(len(word_NE), device=word_NE.device)[:, None]
     start = starts_NTE.flatten(0, 1).index_select(0, (2 * row_N1 + is_half_NK).flatten())
-    twice = start + t.twice_steps_DE.index_select(0, step_NK.flatten())
+    twice_NKE = start.view_as(step_NKE) + step_NKE
 
-    digits = ((twice.abs() - 1) >> 1).clamp(max=3)
-    index_NK = t.index_by_key[(digits.float() @ t.powers_of_4).to(torch.int64)].view_as(step_NK)
-    signs_NK = ((twice < 0).float() @ t.powers_of_2).to(torch.int64).view_as(step_NK)
-    code_NK = _code(index_NK, signs_NK ^ pattern_N[:, None], shift_N[:, None] ^ is_half_NK, t)
-    code_NK = torch.where(index_NK < 0, code_N[:, None], code_NK)
-    inside_first = (index_NK < 0).to(torch.uint8).sort(dim=1, stable=True).indices
-    return torch.cat((code_N[:, None], code_NK.gather(1, inside_first[:, : num - 1])), 1)
+    digits_NKE = ((twice_NKE.abs() - 1) >> 1).clamp(max=3)
+    index_NK = t.index_by_key[(digits_NKE.float() @ t.powers_of_4).to(torch.int64)]
+    pattern_NK = _pattern(twice_NKE < 0, t) ^ _pattern(negative_NE, t)[:, None]
+    code_NK = _code(index_NK, pattern_NK, shift_N[:, None] ^ is_half_NK.to(torch.int64), t)
+    return torch.where(index_NK < 0, -1, code_NK)
+
+
+def _pattern(negative: Tensor, t: _Tables) -> Tensor:
+    """Eight booleans as the bits of a number, int64 [...]."""
+    return (negative.float() @ t.powers_of_2).to(torch.int64)
 
 
 def _shifted(x_NE: Tensor, t: _Tables) -> tuple[Tensor, Tensor, Tensor]:
     """x − shift for both shifts, its minus signs as bits of a number, their parity as ±1."""
     y_NTE = torch.stack((x_NE - 0.25, x_NE + 0.25), 1)
-    pattern_NT = ((y_NTE < 0).float() @ t.powers_of_2).to(torch.int64)
+    pattern_NT = _pattern(y_NTE < 0, t)
     return y_NTE, pattern_NT, t.sign_by_pattern[pattern_NT]
 
 

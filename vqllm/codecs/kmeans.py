@@ -17,7 +17,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vqllm.codecs.base import CODECS, MAX_DISTANCES, SearchableCodec, check_finite, nearest_entry
+from vqllm.codecs.base import (
+    CODECS,
+    MAX_DISTANCES,
+    SearchableCodec,
+    check_finite,
+    nearest_entry,
+    weigh,
+)
 from vqllm.errors import NumericalError
 from vqllm.types import State
 from vqllm_kernels.bitpack import MAX_WIDTH, pack_bits, unpack_bits
@@ -93,7 +100,7 @@ class KMeans(SearchableCodec):
         check_finite(X_IJE, self)
         x_NE, table_KE = X_IJE.flatten(0, 1).float(), state["codebook"].float()
         if weight_E is not None:
-            x_NE, table_KE = x_NE * weight_E.sqrt(), table_KE * weight_E.sqrt()
+            x_NE, table_KE = weigh(x_NE, weight_E), weigh(table_KE, weight_E)
         index_NK = nearest_entry(x_NE, table_KE, min(num, len(table_KE)))
         return index_NK.to(torch.int32).unflatten(0, X_IJE.shape[:2])
 

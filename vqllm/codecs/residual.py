@@ -27,7 +27,7 @@ import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from torch import Tensor
 
-from vqllm.codecs.base import CODECS, SearchableCodec, check_finite
+from vqllm.codecs.base import CODECS, SearchableCodec, check_finite, weigh
 from vqllm.codecs.e8p import LatticeCodec
 from vqllm.errors import RecipeError
 from vqllm.types import Codec, State
@@ -168,16 +168,17 @@ class Residual(Codec):
         codes_NBM = torch.empty(len(x_NE), 1, 0, dtype=torch.int32, device=x_NE.device)
         for i, stage in enumerate(self.stages):
             assert isinstance(stage, SearchableCodec)
-            own, keep = stage_tensors(state, i), 1 if i == len(self.stages) - 1 else beam
-            # Every partial sum goes on with `keep` codes of this stage (K).
-            code_NBK = stage.candidates(rest_NBE, own, keep, weight_E)
+            own, last = stage_tensors(state, i), i == len(self.stages) - 1
+            # Every partial sum goes on with K codes of this stage: C = B · K longer sums.
+            code_NBK = stage.candidates(rest_NBE, own, 1 if last else beam, weight_E)
             word_NCE = stage.decode(code_NBK.flatten(1)[..., None], own)
             rest_NCE = rest_NBE.repeat_interleave(code_NBK.shape[2], 1) - word_NCE
             codes_NCM = codes_NBM.repeat_interleave(code_NBK.shape[2], 1)
             codes_NCM = torch.cat((codes_NCM, code_NBK.flatten(1)[..., None]), 2)
-            square_NCE = rest_NCE**2 if weight_E is None else weight_E * rest_NCE**2
-            error_NC = square_NCE.sum(2)
-            best_NB = error_NC.topk(min(keep, error_NC.shape[1]), largest=False).indices
+            error_NCE = rest_NCE if weight_E is None else weigh(rest_NCE, weight_E)
+            error_NC = (error_NCE**2).sum(2)
+            num_kept = min(1 if last else beam, error_NC.shape[1])
+            best_NB = error_NC.topk(num_kept, largest=False).indices
             rest_NBE = rest_NCE.take_along_dim(best_NB[..., None], 1)
             codes_NBM = codes_NCM.take_along_dim(best_NB[..., None], 1)
         return codes_NBM[:, 0]

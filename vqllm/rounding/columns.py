@@ -60,17 +60,17 @@ class TileColumns:
 
         Args:
             X_RT: target, [R, tile_cols].
-            D_TT: error weight of the columns; its diagonal goes to a codec that weighs errors.
+            D_TT: error weight of the columns, for a codec that weighs errors.
 
         Returns:
             codes [I, 1, M] and the reproduction [R, tile_cols].
         """
         tile = tile_rows, tile_cols = self.codec.tile
-        weight_E = None
+        weight_EE = None
         if self.codec.weighted and tile_cols > 1:  # within one column all errors weigh the same
-            weight_E = torch.diagonal(D_TT).repeat(tile_rows)
+            weight_EE = torch.block_diag(*[D_TT] * tile_rows)
         col = self.order[k]
-        codes_I1M = self.codec.encode(to_tiles(X_RT, tile), self.state, col, weight_E)
+        codes_I1M = self.codec.encode(to_tiles(X_RT, tile), self.state, col, weight_EE)
         X_hat_I1E = self.codec.decode(codes_I1M, self.state, col)
         return codes_I1M, from_tiles(X_hat_I1E, tile, len(X_RT), tile_cols)
 

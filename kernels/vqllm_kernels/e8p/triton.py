@@ -323,6 +323,7 @@ def matmul(
         K_WIDTH=fragments.k_width(joined=True, narrow=codes.itemsize == 1),
         num_warps=tile["WARPS"],
         num_stages=1,
+        maxnreg=fragments.max_registers(tile["TOKEN_GROUPS"]),
         enable_fp_fusion=True,
     )
     return y_NR
@@ -359,5 +360,6 @@ def decode(
         HAS_ADD=add_RC is not None,
         BLOCK_ROWS=block_rows,
         BLOCK_CODES=block_codes,
+        enable_fp_fusion=True,
     )
     return W_RC

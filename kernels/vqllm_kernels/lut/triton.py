@@ -29,8 +29,9 @@ from vqllm_kernels.lut.spec import LutSpec
 MAX_ENTRY = 32
 """Weights of a tile that the registers of a lane hold."""
 
-MAX_GROUPS = 64
-"""Groups of 8 rows times groups of 8 tokens of a program: 2 registers each for the sums."""
+MAX_GROUPS = 32
+"""Groups of 8 rows times groups of 8 tokens of a program: 2 registers each for the sums. With 64,
+a tile of 8 rows and 64 tokens, the compiler spills on sm_90."""
 
 _lanes = fragments.lanes
 _pick = fragments.pick
@@ -367,6 +368,7 @@ def matmul(
         ),
         num_warps=tile["WARPS"],
         num_stages=1,
+        maxnreg=fragments.max_registers(tile["TOKEN_GROUPS"]),
         enable_fp_fusion=True,
     )
     return y_NR
@@ -405,5 +407,6 @@ def decode(
         HAS_ADD=add_RC is not None,
         BLOCK_ROWS=block_rows,
         BLOCK_CODES=block_codes,
+        enable_fp_fusion=True,
     )
     return W_RC

@@ -1,0 +1,310 @@
+"""Kernels of the Hadamard transform with random signs, for every order.
+
+Up to order 128 a transform is one product with the whole matrix, 16 blocks a program. Above, the
+Kronecker factors of `matrices` are dealt out to passes, and a block is a matrix X [m, p] there:
+
+    Y = B X S      S  the Sylvester matrix of order p <= 64, built from the parity of i & j
+                   B  all other factors, a dense m x m matrix that is loaded, m <= 512
+
+One pass is enough for nearly every size in use (4096 = 64 x 64, 11008 = 172 x 64, 28672 = 448 x 64).
+A program makes 32 rows of Y: it walks over X, 64 rows at a time, multiplies with S, and with its rows
+of B. The work of X S is repeated by every program of a block; it is what buys parallelism when there
+is only one token.
+
+Precision: X S has exact products for all three dtypes. Its result is rounded once to tf32 (11 bits)
+for 16-bit activations, which is no coarser than float16; float32 activations take three tf32
+products each, about 2^-21. Sums and what passes between two passes are float32.
+
+A transform is bound by latency, not by arithmetic or memory: 4096 features of one token are one
+program and one step, 28672 are 14 programs of 7 steps.
+"""
+
+import math
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vqllm_kernels.choice import Call
+from vqllm_kernels.hadamard import matrices
+from vqllm_kernels.transforms import HadamardSpec, TransformSpec
+
+MAX_DENSE = 128
+MAX_SYLVESTER = 64
+MAX_LEFT = 512
+
+
+@triton.jit
+def _with_signs(v, signs_ptr, first, row_valid, num_cols, BY_BYTE: tl.constexpr):
+    """v, negated where the bit of its feature is set.
+
+    Args:
+        v: [rows, cols].
+        first: feature of the first column, [rows, 1]; multiples of 8 if BY_BYTE, which loads a
+            byte once for 8 columns.
+        row_valid, num_cols: rows [rows, 1] and number of columns that exist.
+    """
+    ROWS: tl.constexpr = v.shape[0]
+    COLS: tl.constexpr = v.shape[1]
+    if BY_BYTE:
+        col = tl.arange(0, COLS // 8)[None, :]
+        valid = row_valid & (col * 8 < num_cols)
+        byte = tl.load(signs_ptr + (first >> 3) + col, mask=valid, other=0).to(tl.int32)
+        bit = (byte[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+        bit = bit.reshape(ROWS, COLS)
+    else:
+        col = tl.arange(0, COLS)[None, :]
+        valid = row_valid & (col < num_cols)
+        byte = tl.load(signs_ptr + ((first + col) >> 3), mask=valid, other=0).to(tl.int32)
+        bit = (byte >> ((first + col) & 7)) & 1
+    return tl.where(bit == 1, -v, v)
+
+
+@triton.jit
+def _rounded(v):
+    """float32 rounded to the 11 bits of tf32: the tensor core by itself drops the other 13."""
+    bits = (v.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _product(a, b, IS_EXACT: tl.constexpr):
+    """a b in float32: three tf32 products, or one of rounded numbers."""
+    if IS_EXACT:
+        c = tl.dot(a, b, input_precision="tf32x3")
+    else:
+        c = tl.dot(_rounded(a), _rounded(b), input_precision="tf32")
+    return c
+
+
+@triton.jit
+def dense_kernel(
+    x_ptr,  # [num_blocks, order]
+    signs_ptr,  # uint8 [blocks_per_row · order / 8], one bit a feature
+    matrix_ptr,  # [order, order], int8 or float32
+    y_ptr,  # [num_blocks, order]
+    num_blocks,
+    blocks_per_row,
+    order,
+    scale,
+    SIGNS: tl.constexpr,  # "before" or "after"
+    TRANSPOSE: tl.constexpr,
+    IS_EXACT: tl.constexpr,
+    BY_BYTE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PAD: tl.constexpr,
+):
+    block = (tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS))[:, None]
+    col = tl.arange(0, PAD)[None, :]
+    row = tl.arange(0, PAD)[:, None]
+    valid = (block < num_blocks) & (col < order)
+    offsets = block.to(tl.int64) * order + col
+    first = block % blocks_per_row * order
+    # x: [BLOCKS, PAD]
+    x = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
+    if SIGNS == "before":
+        x = _with_signs(x, signs_ptr, first, block < num_blocks, order, BY_BYTE)
+    # Qᵀ (or Q): [PAD, PAD]
+    entry = row * order + col if TRANSPOSE else col * order + row
+    Q = tl.load(matrix_ptr + entry, mask=(row < order) & (col < order), other=0).to(tl.float32)
+    y = _product(x, Q, IS_EXACT) * scale
+    if SIGNS == "after":
+        y = _with_signs(y, signs_ptr, first, block < num_blocks, order, BY_BYTE)
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _sylvester(n, PAD: tl.constexpr, DTYPE: tl.constexpr):
+    """±1 Sylvester matrix of order n, zero outside: [PAD, PAD], PAD <= 256."""
+    i = tl.arange(0, PAD)
+    v = i[:, None] & i[None, :]
+    v = v ^ (v >> 4)
+    v = v ^ (v >> 2)
+    v = v ^ (v >> 1)
+    inside = (i < n)[:, None] & (i < n)[None, :]
+    return tl.where(inside, 1.0 - 2.0 * (v & 1).to(tl.float32), 0.0).to(DTYPE)
+
+
+@triton.jit
+def pass_kernel(
+    x_ptr,  # [num_blocks, m, post]
+    signs_ptr,  # uint8, one bit a feature
+    matrix_ptr,  # B [m, m], int8 or float32
+    y_ptr,  # [num_blocks, m, post]
+    m,
+    post,
+    num_features,
+    scale,
+    HAS_SYLVESTER: tl.constexpr,  # then post is its order and one tile of columns holds it
+    SIGNS: tl.constexpr,  # "before", "after" or "none"
+    TRANSPOSE: tl.constexpr,
+    IS_EXACT: tl.constexpr,
+    BY_BYTE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_SUM: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    i = (tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+    first_col = tl.program_id(2) * BLOCK_COLS
+    col = (first_col + tl.arange(0, BLOCK_COLS))[None, :]
+    num_cols = post - first_col
+    base = tl.program_id(0).to(tl.int64) * m * post
+    first_feature = (base % num_features).to(tl.int32) + first_col
+    X_DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    if HAS_SYLVESTER:
+        S = _sylvester(post, BLOCK_COLS, X_DTYPE)
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    for start in tl.range(0, m, BLOCK_SUM, num_stages=1):
+        # X: [BLOCK_SUM, BLOCK_COLS]
+        k = start + tl.arange(0, BLOCK_SUM)
+        offsets = k[:, None] * post + col
+        valid = (k < m)[:, None] & (col < post)
+        X = tl.load(x_ptr + base + offsets, mask=valid, other=0.0).to(tl.float32)
+        if SIGNS == "before":
+            first = first_feature + k[:, None] * post
+            X = _with_signs(X, signs_ptr, first, (k < m)[:, None], num_cols, BY_BYTE)
+        if HAS_SYLVESTER and IS_EXACT:
+            X = tl.dot(X, S.to(tl.float32), input_precision="tf32x3")
+        elif HAS_SYLVESTER:
+            X = tl.dot(X.to(X_DTYPE), S)
+        # B: [BLOCK_ROWS, BLOCK_SUM]
+        entry = k[None, :] * m + i if TRANSPOSE else i * m + k[None, :]
+        B = tl.load(matrix_ptr + entry, mask=(i < m) & (k < m)[None, :], other=0).to(tl.float32)
+        acc += _product(B, X, IS_EXACT)
+    y = acc * scale
+    offsets = i * post + col
+    valid = (i < m) & (col < post)
+    if SIGNS == "after":
+        first = first_feature + i * post
+        y = _with_signs(y, signs_ptr, first, i < m, num_cols, BY_BYTE)
+    tl.store(y_ptr + base + offsets, y.to(y_ptr.dtype.element_ty), mask=valid)
+
+
+@cache
+def _matrix(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, float]:
+    """(matrix, scale): their product is the Kronecker product of the factors of these sizes.
+
+    ±1 in int8 if all are Hadamard matrices, else float32.
+    """
+    with torch.inference_mode(False):
+        if all(size % 2 == 0 or size == 1 for size in sizes):
+            Q = torch.ones(1, 1, dtype=torch.int8)
+            for size in sizes:
+                Q = torch.kron(Q, matrices.signs(size))
+            return Q.to(device), 1 / math.sqrt(math.prod(sizes))
+        return matrices.kronecker(sizes).float().to(device), 1.0
+
+
+@cache
+def passes(order: int) -> tuple[tuple[tuple[int, ...], int, bool], ...]:
+    """(sizes of the factors in B, columns of X, whether the columns are Sylvester's) a pass.
+
+    The factors of `matrices`, last to first. What Sylvester's factor has beyond 64 is cut into
+    pieces of at most 64 that go into B.
+    """
+    sizes = list(matrices.factors(order))
+    twos = sizes.pop() if sizes[-1] & (sizes[-1] - 1) == 0 else 1
+    post = min(twos, MAX_SYLVESTER)
+    rest = twos // post
+    while rest > 1:
+        piece = min(rest, MAX_SYLVESTER)
+        sizes.append(piece)
+        rest //= piece
+    plan = []
+    has_sylvester = True
+    while sizes or has_sylvester:
+        left: list[int] = []
+        while sizes and (not left or math.prod(left) * sizes[-1] <= MAX_LEFT):
+            left.insert(0, sizes.pop())
+        plan.append((tuple(left) or (1,), post, has_sylvester and post > 1))
+        has_sylvester = False
+        post *= math.prod(left)
+    return tuple(plan)
+
+
+def declines(call: Call) -> str | None:
+    """Why these kernels cannot serve a call, or None: they take every order."""
+    return None
+
+
+def transform(v: Tensor, spec: TransformSpec, tensors: dict[str, Tensor], direction: str) -> Tensor:
+    """x' = Q (s x) for "input", y = s (Qᵀ y') for "output", along the last axis, in the dtype of v.
+
+    Args:
+        v: float16, bfloat16 or float32 [..., size].
+        tensors: `signs`, one bit a feature.
+    """
+    assert isinstance(spec, HadamardSpec)
+    order = spec.block or spec.size
+    v = v.contiguous()
+    if v.numel() == 0:
+        return torch.empty_like(v)
+    run = _dense if order <= MAX_DENSE else _by_passes
+    return run(v, tensors["signs"].contiguous(), spec.size, order, direction == "output")
+
+
+def _dense(v: Tensor, signs: Tensor, size: int, order: int, transpose: bool) -> Tensor:
+    y = torch.empty_like(v)
+    num_blocks = v.numel() // order
+    Q, scale = _matrix(matrices.factors(order), v.device)
+    dense_kernel[(triton.cdiv(num_blocks, 16),)](
+        v,
+        signs,
+        Q,
+        y,
+        num_blocks,
+        size // order,
+        order,
+        scale,
+        SIGNS="after" if transpose else "before",
+        TRANSPOSE=transpose,
+        IS_EXACT=v.dtype == torch.float32,
+        BY_BYTE=order % 8 == 0,
+        BLOCKS=16,
+        PAD=max(16, triton.next_power_of_2(order)),
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return y
+
+
+def _by_passes(v: Tensor, signs: Tensor, size: int, order: int, transpose: bool) -> Tensor:
+    dtype, plan = v.dtype, passes(order)
+    for index, (sizes, post, has_sylvester) in enumerate(plan):
+        is_last = index == len(plan) - 1
+        y = torch.empty_like(v, dtype=dtype if is_last else torch.float32)
+        m = math.prod(sizes)
+        B, scale = _matrix(sizes, v.device)
+        signs_come = "none"
+        if is_last and transpose:
+            signs_come = "after"
+        elif index == 0 and not transpose:
+            signs_come = "before"
+        block_rows = min(32, max(16, triton.next_power_of_2(m)))
+        block_cols = min(MAX_SYLVESTER, max(16, triton.next_power_of_2(post)))
+        num_blocks = v.numel() // (m * post)
+        grid = (num_blocks, triton.cdiv(m, block_rows), triton.cdiv(post, block_cols))
+        pass_kernel[grid](
+            v,
+            signs,
+            B,
+            y,
+            m,
+            post,
+            size,
+            scale / math.sqrt(post) if has_sylvester else scale,
+            HAS_SYLVESTER=has_sylvester,
+            SIGNS=signs_come,
+            TRANSPOSE=transpose,
+            IS_EXACT=dtype == torch.float32,
+            BY_BYTE=post % 8 == 0,
+            BLOCK_ROWS=block_rows,
+            BLOCK_SUM=min(64, max(16, triton.next_power_of_2(m))),
+            BLOCK_COLS=block_cols,
+            num_warps=8 if dtype == torch.float32 else 4,  # 4 spill with three products
+            enable_fp_fusion=True,
+        )
+        v = y
+    return v

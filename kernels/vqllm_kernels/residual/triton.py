@@ -1,0 +1,71 @@
+"""Kernels of residual-v1: those of its stages, one after the other.
+
+Each stage but the last writes float32, which the next one adds to its own sums before it rounds, so
+a sum of stages is rounded once, and costs one launch a stage and nothing else.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from vqllm_kernels import gpu
+from vqllm_kernels.choice import Call
+from vqllm_kernels.formats import FormatSpec
+from vqllm_kernels.residual.reference import stage_tensors
+from vqllm_kernels.residual.spec import ResidualSpec
+
+
+def declines(call: Call) -> str | None:
+    """Why a call cannot be served: the reason of the first stage that has one, or None."""
+    assert isinstance(call.spec, ResidualSpec)
+    for i, stage in enumerate(call.spec.stages):
+        kernels = gpu.module(stage)
+        if kernels is None:
+            return f"stage {i}: {stage.format_id} has no kernel"
+        reason = kernels.declines(replace(call, spec=stage))
+        if reason is not None:
+            return f"stage {i}: {reason}"
+    return None
+
+
+def matmul(
+    x_NC: Tensor,
+    tensors: dict[str, Tensor],
+    spec: FormatSpec,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    add_NR: Tensor | None = None,
+) -> Tensor:
+    """x Wᵀ (+ add), `dtype` [N, rows]; arguments as those of the stages."""
+    assert isinstance(spec, ResidualSpec)
+    last = len(spec.stages) - 1
+    for i, stage in enumerate(spec.stages):
+        kernels = gpu.module(stage)
+        assert kernels is not None
+        out = dtype if i == last else torch.float32
+        own = stage_tensors(tensors, i)
+        add_NR = kernels.matmul(x_NC, own, stage, rows, cols, out, add_NR)
+    assert add_NR is not None
+    return add_NR
+
+
+def decode(
+    tensors: dict[str, Tensor],
+    spec: FormatSpec,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    add_RC: Tensor | None = None,
+) -> Tensor:
+    """W (+ add), `dtype` [rows, cols]."""
+    assert isinstance(spec, ResidualSpec)
+    last = len(spec.stages) - 1
+    for i, stage in enumerate(spec.stages):
+        kernels = gpu.module(stage)
+        assert kernels is not None
+        out = dtype if i == last else torch.float32
+        add_RC = kernels.decode(stage_tensors(tensors, i), stage, rows, cols, out, add_RC)
+    assert add_RC is not None
+    return add_RC

@@ -1,0 +1,34 @@
+"""What has to be set before torch and triton are imported, and fixtures for every test.
+
+Where there is no CUDA device, Triton kernels run in its interpreter. The switch is read when a
+kernel is defined, so it is set here, for the whole session; nothing but the parity tests runs
+kernels on a CPU (`dispatch` takes them there only if forced), and the tests that compile kernels
+without a device do so in a process of their own.
+"""
+
+import os
+
+# Idle OpenMP threads that spin take the cores from those of other processes.
+os.environ["OMP_WAIT_POLICY"] = "passive"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory from torch.empty is filled with NaN, so that a result that was not written shows."""
+    for name in ("empty", "empty_like"):
+        allocate = getattr(torch, name)
+
+        def poison(*args, allocate=allocate, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        monkeypatch.setattr(torch, name, poison)

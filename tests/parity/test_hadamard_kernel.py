@@ -1,0 +1,93 @@
+"""The kernels of the Hadamard transform against its reference."""
+
+import pytest
+import torch
+
+from tests.parity.kernels import assert_no_worse, random_activations
+from vqllm_kernels import dispatch
+from vqllm_kernels.hadamard import triton as kernels
+from vqllm_kernels.transforms import HadamardSpec
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+SIZES = [
+    (1, None),
+    (16, None),
+    (37, None),
+    (40, None),
+    (128, None),
+    (576, None),
+    (576, 64),
+    (688, 344),
+    (129, None),
+    (260, None),
+    (4096, None),
+]
+"""(features, block): dense Sylvester, DCT and core; one pass with every kind of factor."""
+
+
+def random_signs(size: int, device: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(size)
+    signs = torch.randint(0, 2, (size,), generator=generator) * 2 - 1
+    return {name: t.to(device) for name, t in HadamardSpec.pack_signs(signs).items()}
+
+
+def check(spec: HadamardSpec, num_tokens: int, dtype: torch.dtype, device: str, direction: str):
+    tensors = random_signs(spec.size, device)
+    v = random_activations(num_tokens, spec.size, dtype, device)
+    run = spec.input if direction == "input" else spec.output
+    with dispatch.force("triton"):
+        out = dispatch.transform(v, spec, tensors, direction)
+    # Stricter than a product in the dtype itself: the reference rounds once, at the end.
+    assert_no_worse(out, run(v, tensors), run(v.double(), tensors))
+
+
+@pytest.mark.parametrize(("size", "block"), SIZES, ids=str)
+@pytest.mark.parametrize("direction", ["input", "output"])
+def test_transform_is_as_exact_as_the_reference(size, block, direction, dtype, device):
+    spec = HadamardSpec(side="in", size=size, block=block)
+    check(spec, 3, dtype, device, direction)
+
+
+@pytest.mark.parametrize("direction", ["input", "output"])
+def test_transform_in_two_passes(direction, device, monkeypatch):
+    # Orders that need two passes by themselves (10920, 65536) take seconds in the interpreter.
+    monkeypatch.setattr(kernels, "MAX_LEFT", 20)
+    kernels.passes.cache_clear()
+    assert kernels.passes(5120) == (((4,), 64, True), ((20,), 256, False))
+    check(HadamardSpec(side="in", size=5120), 2, torch.float32, device, direction)
+    kernels.passes.cache_clear()
+
+
+@pytest.mark.parametrize("order", [4096, 5120, 8192, 11008, 14336, 18944, 28672, 10920, 65536])
+def test_passes_hold_all_factors(order):
+    done = 1
+    for sizes, post, has_sylvester in kernels.passes(order):
+        if has_sylvester:
+            done = post
+        assert post == done
+        done *= int(torch.tensor(sizes).prod())
+    assert done == order
+
+
+def test_output_undoes_input(device):
+    spec = HadamardSpec(side="out", size=576)
+    tensors = random_signs(576, device)
+    v = random_activations(2, 576, torch.float32, device)
+    with dispatch.force("triton"):
+        there = dispatch.transform(v, spec, tensors, "input")
+        back = dispatch.transform(there, spec, tensors, "output")
+    assert torch.allclose(back, v, atol=3e-6)
+    assert not torch.allclose(there, v, atol=0.1)
+
+
+def test_leading_axes_and_no_tokens(device):
+    spec = HadamardSpec(side="in", size=48)
+    tensors = random_signs(48, device)
+    v = random_activations(6, 48, torch.float32, device)
+    with dispatch.force("triton"):
+        flat = dispatch.transform(v, spec, tensors, "input")
+        assert torch.equal(
+            dispatch.transform(v.view(2, 3, 48), spec, tensors, "input"), flat.view(2, 3, 48)
+        )
+        assert dispatch.transform(v[:0], spec, tensors, "input").shape == (0, 48)

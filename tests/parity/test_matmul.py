@@ -1,0 +1,144 @@
+"""Decode and decode-matmul kernels against the reference of their format."""
+
+import pytest
+import torch
+
+from tests.parity.kernels import assert_no_worse, random_activations, random_tensors
+from vqllm_kernels import dispatch, formats, gpu
+from vqllm_kernels.formats import FormatSpec
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+]
+
+
+def lut(rows: int, cols: int, bits: int) -> dict:
+    return {"format": "lut-v1", "tile_rows": rows, "tile_cols": cols, "index_bits": bits}
+
+
+E8P, E81B = {"format": "e8p-v1"}, {"format": "e81b-v1"}
+FORMATS = {
+    "e8p": E8P,
+    "e81b": E81B,
+    "lut 1x8 8 bit": lut(1, 8, 8),
+    "lut 1x4 8 bit": lut(1, 4, 8),
+    "lut 1x2 8 bit": lut(1, 2, 8),
+    "lut 1x1 8 bit": lut(1, 1, 8),
+    "lut 8x1 8 bit": lut(8, 1, 8),
+    "lut 2x4 8 bit": lut(2, 4, 8),
+    "lut 1x8 12 bit": lut(1, 8, 12),
+    "lut 6x1 12 bit": lut(6, 1, 12),
+    "lut 3x1 12 bit": lut(3, 1, 12),
+    "lut 1x8 16 bit": lut(1, 8, 16),
+    "lut 4x1 16 bit": lut(4, 1, 16),
+    "lut 1x16 11 bit": lut(1, 16, 11),
+    "lut 1x4 5 bit": lut(1, 4, 5),
+    "e8p + e81b": {"format": "residual-v1", "stages": [E8P, E81B]},
+    "lut + lut": {"format": "residual-v1", "stages": [lut(1, 4, 8), lut(1, 4, 6)]},
+}
+SHAPES = [(37, 40, 3), (16, 344, 17), (8, 576, 1)]
+"""(rows, cols, tokens): codes that are aligned to nothing, to a code, to 16 bytes."""
+
+
+@pytest.fixture(params=FORMATS.values(), ids=FORMATS.keys())
+def spec(request: pytest.FixtureRequest) -> FormatSpec:
+    return formats.from_dict(request.param)
+
+
+def check_matmul(
+    spec: FormatSpec, shape: tuple[int, int, int], dtype: torch.dtype, device: str
+) -> None:
+    rows, cols, num_tokens = shape
+    tensors = random_tensors(spec, rows, cols, device)
+    x_NC = random_activations(num_tokens, cols, dtype, device)
+    W_RC = spec.decode(tensors, rows, cols)
+    with dispatch.force("triton"):
+        y_NR = dispatch.matmul(x_NC, tensors, spec, rows, cols)
+    assert_no_worse(y_NR, x_NC @ W_RC.to(dtype).T, x_NC.double() @ W_RC.double().T)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matmul_is_as_exact_as_torch(spec, shape, dtype, device):
+    check_matmul(spec, shape, dtype, device)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+@pytest.mark.parametrize("out", [torch.float32, torch.float16], ids=str)
+def test_decode_equals_the_reference(spec, shape, out, device):
+    rows, cols, _ = shape
+    tensors = random_tensors(spec, rows, cols, device)
+    with dispatch.force("triton"):
+        W_RC = dispatch.decode(tensors, spec, rows, cols, out)
+    assert torch.equal(W_RC, spec.decode(tensors, rows, cols).to(out))
+
+
+@pytest.mark.parametrize("num_tokens", [*range(1, 18), 33, 64])
+def test_matmul_at_every_batch_size(num_tokens, device):
+    check_matmul(formats.from_dict(E8P), (24, 48, num_tokens), torch.float16, device)
+
+
+@pytest.mark.parametrize("values", [E8P, E81B, lut(1, 8, 8), lut(1, 4, 12)], ids=str)
+def test_matmul_walks_over_long_rows(values, device):
+    # Eight warps take 2048 columns a step at least.
+    check_matmul(formats.from_dict(values), (5, 9000, 2), torch.float32, device)
+
+
+@pytest.mark.parametrize("values", [E8P, lut(1, 8, 8)], ids=str)
+@pytest.mark.parametrize("multiprocessors", [1, 1000])
+def test_matmul_with_small_and_large_tiles(values, multiprocessors, device, monkeypatch):
+    monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: multiprocessors)
+    check_matmul(formats.from_dict(values), (70, 64, 2), torch.float16, device)
+
+
+@pytest.mark.parametrize("values", [E8P, E81B], ids=str)
+def test_every_code_decodes_exactly(values, device):
+    spec = formats.from_dict(values)
+    if spec.format_id == "e8p-v1":
+        codes = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(64, 1024)
+    else:
+        codes = torch.arange(256).to(torch.uint8).view(4, 64)
+    rows, cols = len(codes), 8 * codes.shape[1]
+    tensors = {"codes": codes.to(device), "scale": torch.tensor([0.7], device=device)}
+    with dispatch.force("triton"):
+        W_RC = dispatch.decode(tensors, spec, rows, cols)
+    assert torch.equal(W_RC, spec.decode(tensors, rows, cols))
+
+
+def test_codes_at_an_odd_address(device):
+    spec = formats.from_dict(E8P)
+    tensors = random_tensors(spec, 8, 64, device)
+    storage = torch.zeros(1 + 8 * 8, dtype=torch.int16, device=device)
+    storage[1:] = tensors["codes"].flatten()
+    tensors["codes"] = storage[1:].view(8, 8)
+    x_NC = random_activations(1, 64, torch.float32, device)
+    with dispatch.force("triton"):
+        y_NR = dispatch.matmul(x_NC, tensors, spec, 8, 64)
+    W_RC = spec.decode(tensors, 8, 64)
+    assert_no_worse(y_NR, x_NC @ W_RC.T, x_NC.double() @ W_RC.double().T)
+
+
+def test_activations_that_are_not_contiguous(device):
+    spec = formats.from_dict(E8P)
+    tensors = random_tensors(spec, 8, 64, device)
+    x_NC = random_activations(64, 3, torch.float32, device).T
+    with dispatch.force("triton"):
+        y_NR = dispatch.matmul(x_NC, tensors, spec, 8, 64)
+        same = dispatch.matmul(x_NC.contiguous(), tensors, spec, 8, 64)
+    assert torch.equal(y_NR, same)
+
+
+def test_no_tokens_give_no_outputs(spec, device):
+    tensors = random_tensors(spec, 8, 64, device)
+    x_NC = torch.zeros(2, 0, 64, dtype=torch.float16, device=device)
+    with dispatch.force("triton"):
+        assert dispatch.matmul(x_NC, tensors, spec, 8, 64).shape == (2, 0, 8)
+
+
+def test_results_repeat_bit_for_bit(spec, device):
+    tensors = random_tensors(spec, 48, 512, device)
+    x_NC = random_activations(2, 512, torch.float16, device)
+    with dispatch.force("triton"):
+        first = dispatch.matmul(x_NC, tensors, spec, 48, 512)
+        for _ in range(2 if device == "cpu" else 20):
+            assert torch.equal(first, dispatch.matmul(x_NC, tensors, spec, 48, 512))
