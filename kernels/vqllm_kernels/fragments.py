@@ -83,9 +83,9 @@ def dot(w, x, acc, WARPS: tl.constexpr, K_WIDTH: tl.constexpr):
 def max_registers(token_groups: int) -> int:
     """A limit for the compiler, which without one settles for fewer registers and spills two.
 
-    8 warps of 80 registers leave room for three programs on a multiprocessor, of 128 for two.
+    128 leave room for two programs of 8 warps on a multiprocessor.
     """
-    return {1: 80, 2: 128, 4: 168, 8: 255}[token_groups]
+    return {1: 128, 2: 128, 4: 168, 8: 255}[token_groups]
 
 
 def k_width(*, joined: bool, narrow: bool) -> int:

@@ -133,7 +133,12 @@ class LayerCalibrator:
         linears: Mapping[str, nn.Linear],
         visit: Callable[[str, Tensor], None],
     ) -> Tensor | None:
-        states = None if self._store is None else self._store.read(rows, self._stream.device)
+        # The first layer's input is the embeddings; the store is filled batch by batch by its
+        # output, and has nothing yet for the batches that follow.
+        states = None
+        if index > 0:
+            assert self._store is not None, "layers are advanced in order"
+            states = self._store.read(rows, self._stream.device)
         with capture_inputs(dict(linears), visit):
             return self._stream.run(index, self._tokens[rows], states)
 

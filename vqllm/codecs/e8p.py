@@ -92,13 +92,6 @@ class E8P(LatticeCodec):
     gaussian_scale: ClassVar[float] = 1 / 1.037
 
     type: Literal["e8p"] = "e8p"
-    tries: int = Field(
-        24,
-        ge=0,
-        le=240,
-        description="lattice neighbours of the nearest codeword that are looked at where errors "
-        "are weighted; 0 ignores the weights",
-    )
 
     def spec(self) -> E8PSpec:
         return E8PSpec()
@@ -111,10 +104,10 @@ class E8P(LatticeCodec):
         return codes_IJM, {"scale": tensors["scale"]}
 
     def _nearest(self, x_NE: Tensor, weight_E: Tensor | None) -> Tensor:
-        if weight_E is None or self.tries == 0:
+        if weight_E is None:
             return e8p_nearest.nearest(x_NE)
         weight_EE = torch.diag(weight_E) if weight_E.dim() == 1 else weight_E
-        return e8p_nearest.weighted_nearest(x_NE, weight_EE, self.tries)
+        return e8p_nearest.weighted_nearest(x_NE, weight_EE)
 
     def _candidates(self, x_NE: Tensor, num: int) -> Tensor:
         return e8p_nearest.candidates(x_NE, num)

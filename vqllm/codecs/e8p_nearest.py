@@ -13,10 +13,10 @@ of Gaussian vectors), its 29 vectors are looked at one by one.
 Source: rounding and repairing the parity to decode D_n, Conway and Sloane, IEEE Trans. Inform.
 Theory 28 (1982), 227-232; the codebook of QuIP#, arXiv 2402.04396.
 
-Shape suffixes: N vectors, E = 8 elements, S shapes, A absolute vectors, T = 2 shifts, K candidates.
+Shape suffixes: N vectors, E = 8 elements, S shapes, A absolute vectors, T = 2 shifts, D = 240 roots
+of E8, K candidates, C = 65536 codes.
 """
 
-import itertools
 from dataclasses import dataclass
 from functools import cache
 
@@ -28,7 +28,12 @@ from vqllm_kernels.e8p import reference
 _CHUNK = 1 << 12
 """Vectors at a time, so that intermediate results stay in the second-level cache."""
 _FIRST_OF_LAST_SHAPE = 256 - reference.NUM_SHELL_12
-_NUM_PAIRS = 28
+_NUM_WHOLE_ROOTS = 112
+"""Of the 240 roots of E8, those with integer elements; they come first."""
+_FAR = 1e30
+"""Above all errors."""
+_MAX_STEPS = 4
+"""Steps of the weighted search; a fourth would change one code in a thousand."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,7 @@ class _Tables:
     sign_by_pattern: Tensor
     powers_of_2: Tensor
     powers_of_4: Tensor
-    steps_DE: Tensor
-    twice_steps_DE: Tensor
-    forbidden_PD: Tensor
+    roots_DE: Tensor
     twice_roots_DE: Tensor
 
 
@@ -78,33 +81,25 @@ def _tables(device: torch.device) -> _Tables:
         1.0 - 2.0 * parity,
         (1 << torch.arange(8)).float(),
         powers_of_4.float(),
-        *_steps(),
+        reference.e81b_table()[1:241].float() / 2,
         reference.e81b_table()[1:241],
     )
     return _Tables(*(tensor.to(device) for tensor in tensors))
 
 
-def _steps() -> tuple[Tensor, Tensor, Tensor]:
-    """Roots of E8 that may lead towards x, in the frame where x − word has no negative element.
+@cache
+def _outside(device: torch.device) -> Tensor:
+    """1 for those of the 240 lattice neighbours of each codeword that are none, int8 [65536, 240].
 
-    First the pairs e_i + e_j. Then half the all-ones vector with no, one or two signs flipped; a
-    root has an even number of minus signs in the true frame, so those that flip one are for
-    remainders with an odd number of them.
-
-    Returns:
-        the steps [D, 8], twice the steps (int8), and [2, D] of 0 or −inf by that parity.
+    16 MB and 0.6 seconds to build, when it is first needed. As a number, because adding a multiple
+    of it to errors takes an eighth of the time of a masked fill.
     """
-    pairs = list(itertools.combinations(range(8), 2))
-    twice = torch.zeros(2 * _NUM_PAIRS + 9, 8, dtype=torch.int8)
-    for step, (i, j) in enumerate(pairs):
-        twice[step, [i, j]] = 2
-    flips = [(), *pairs, *((i,) for i in range(8))]
-    for step, flipped in enumerate(flips, start=_NUM_PAIRS):
-        twice[step] = 1
-        twice[step, list(flipped)] = -1
-    forbidden = torch.zeros(2, len(twice))
-    forbidden[0, -8:] = forbidden[1, _NUM_PAIRS:-8] = -torch.inf
-    return twice.float() / 2, twice, forbidden
+    codes = torch.arange(1 << 16, device=device)
+    roots = torch.arange(240, device=device)
+    chunks = [
+        _neighbours(chunk, roots.expand(len(chunk), 240)) < 0 for chunk in codes.split(_CHUNK // 4)
+    ]
+    return torch.cat(chunks).to(torch.int8)
 
 
 def nearest(x_NE: Tensor) -> Tensor:
@@ -185,77 +180,62 @@ def candidates(x_NE: Tensor, num: int) -> Tensor:
 
 
 def _candidates(x_NE: Tensor, num: int) -> Tensor:
-    t = _tables(x_NE.device)
     code_N = _nearest(x_NE)
-    word_NE = reference.codewords(code_N)
-    remainder_NE = x_NE - word_NE
-    # The roots that may lead towards x, in the frame where the remainder has no minus sign.
-    negative_NE = remainder_NE < 0
-    odd_N = t.sign_by_pattern[_pattern(negative_NE, t)] < 0
-    ahead_ND = remainder_NE.abs() @ t.steps_DE.T
-    ahead_ND += t.forbidden_PD.index_select(0, odd_N.to(torch.int64))
-    # Twice as many as needed: where x is outside of the ball, so are most neighbours ahead.
-    step_NK = ahead_ND.topk(min(2 * num, len(t.steps_DE))).indices
-    twice = t.twice_steps_DE.index_select(0, step_NK.flatten()).view(*step_NK.shape, 8)
-    code_NK = _neighbours(code_N, word_NE, negative_NE, twice, step_NK >= _NUM_PAIRS)
-
-    inside_first = (code_NK < 0).to(torch.uint8).sort(dim=1, stable=True).indices[:, : num - 1]
-    code_NK = code_NK.gather(1, inside_first)
-    return torch.cat((code_N[:, None], torch.where(code_NK < 0, code_N[:, None], code_NK)), 1)
+    gap_NE = x_NE - reference.codewords(code_N)
+    ahead_ND = gap_NE @ _tables(x_NE.device).roots_DE.T
+    ahead_ND.sub_(_outside(x_NE.device).index_select(0, code_N), alpha=_FAR)
+    root_NK = ahead_ND.topk(min(num - 1, 240)).indices
+    code_NK = _neighbours(code_N, root_NK)
+    code_NK = torch.where(code_NK < 0, code_N[:, None], code_NK)
+    return torch.cat((code_N[:, None], code_NK), 1)
 
 
-def weighted_nearest(x_NE: Tensor, weight_EE: Tensor, tries: int) -> Tensor:
-    """Codes of codewords w with small weighted errors (x − w) weight (x − w)ᵀ, int64 [N].
+def weighted_nearest(x_NE: Tensor, weight_EE: Tensor) -> Tensor:
+    """Codes of codewords w with nearly the least (x − w) weight (x − w)ᵀ, int64 [N].
 
-    Looked at are the nearest codeword (not weighted) and the `tries` of its 240 lattice neighbours
-    that promise the smallest errors. This is not exact but close. In block LDLQ with Hessians of a
-    power-law spectrum, with and without one large eigenvalue, 24 tries reach a proxy loss at most
-    1.3 % above that of the exact search, 16 tries at most 9 % (eight cases); the nearest codeword
-    (not weighted) has 2 % to 180 % more.
+    From the nearest codeword (not weighted) to its best lattice neighbour in the codebook, and on
+    until none is better. For Gaussian x the mean error is 0.5 % above that of an exact search
+    where the eigenvalues of the weight are 0.3 to 3, 3 % where one of them is 117; that of the
+    nearest codeword is 24 % above, and 8 times as large.
     """
-    chunks = x_NE.split(_CHUNK // 4)
-    return torch.cat([_weighted_nearest(chunk, weight_EE, tries) for chunk in chunks])
+    return torch.cat([_weighted_nearest(chunk, weight_EE) for chunk in x_NE.split(_CHUNK // 4)])
 
 
-def _weighted_nearest(x_NE: Tensor, weight_EE: Tensor, tries: int) -> Tensor:
-    t = _tables(x_NE.device)
-    code_N = _nearest(x_NE)
-    word_NE = reference.codewords(code_N)
-    roots_DE = t.twice_roots_DE.float() / 2
+def _weighted_nearest(x_NE: Tensor, weight_EE: Tensor) -> Tensor:
+    roots_DE, outside_CD = _tables(x_NE.device).roots_DE, _outside(x_NE.device)
     own_D = ((roots_DE @ weight_EE) * roots_DE).sum(1)
-    change_ND = torch.addmm(own_D, (x_NE - word_NE) @ weight_EE, roots_DE.T, alpha=-2)
-    change_NK, root_NK = change_ND.topk(tries, largest=False)
-    twice = t.twice_roots_DE.index_select(0, root_NK.flatten()).view(*root_NK.shape, 8)
-    positive_NE = torch.zeros_like(x_NE, dtype=torch.bool)
-    code_NK = _neighbours(code_N, word_NE, positive_NE, twice, root_NK >= 4 * _NUM_PAIRS)
-    change_N, best_N = change_NK.masked_fill(code_NK < 0, torch.inf).min(1)
-    return torch.where(change_N < 0, code_NK.gather(1, best_N[:, None])[:, 0], code_N)
+    code_N = _nearest(x_NE)
+    row = torch.arange(len(x_NE), device=x_NE.device)
+    for _ in range(_MAX_STEPS):
+        code = code_N[row]
+        gap = (x_NE[row] - reference.codewords(code)) @ weight_EE
+        change = torch.addmm(own_D, gap, roots_DE.T, alpha=-2)
+        change.add_(outside_CD.index_select(0, code), alpha=_FAR)
+        least, root = change.min(1)
+        better = least < -1e-5 * own_D.mean()  # less is rounding
+        row = row[better]
+        if len(row) == 0:
+            break
+        code_N[row] = _neighbours(code[better], root[better, None])[:, 0]
+    return code_N
 
 
-def _neighbours(
-    code_N: Tensor, word_NE: Tensor, negative_NE: Tensor, step_NKE: Tensor, is_half_NK: Tensor
-) -> Tensor:
-    """Codes of the lattice points one root away from codewords, int64 [N, K]; −1 outside.
-
-    Args:
-        negative_NE: elements in which a step has the opposite sign.
-        step_NKE: twice the roots, int8.
-        is_half_NK: which roots are of halves: these lead to the other shift.
-    """
-    t = _tables(word_NE.device)
+def _neighbours(code_N: Tensor, root_NK: Tensor) -> Tensor:
+    """Codes of the lattice points one root away from codewords, int64 [N, K]; −1 outside."""
+    t = _tables(code_N.device)
     shift_N = (t.sign_by_pattern[code_N & 0xFF] < 0).to(torch.int64)
-    # From h/2 + q/4 a root r of halves leads to (h + 2r + q)/2 − q/4.
+    is_half_NK = root_NK >= _NUM_WHOLE_ROOTS
+    # A root r of halves leads to the other shift: from h/2 + q/4 to (h + 2r + q)/2 − q/4.
     quarter_N1 = 1 - 2 * shift_N[:, None]
-    twice_NE = 2 * word_NE - quarter_N1 / 2
+    twice_NE = 2 * reference.codewords(code_N) - quarter_N1 / 2
     starts_NTE = torch.stack((twice_NE, twice_NE + quarter_N1), 1).to(torch.int8)
-    starts_NTE = starts_NTE * (1 - 2 * negative_NE.to(torch.int8))[:, None]
-    row_N1 = torch.arange(len(word_NE), device=word_NE.device)[:, None]
+    row_N1 = torch.arange(len(code_N), device=code_N.device)[:, None]
     start = starts_NTE.flatten(0, 1).index_select(0, (2 * row_N1 + is_half_NK).flatten())
-    twice_NKE = start.view_as(step_NKE) + step_NKE
+    twice = start + t.twice_roots_DE.index_select(0, root_NK.flatten())
 
-    digits_NKE = ((twice_NKE.abs() - 1) >> 1).clamp(max=3)
-    index_NK = t.index_by_key[(digits_NKE.float() @ t.powers_of_4).to(torch.int64)]
-    pattern_NK = _pattern(twice_NKE < 0, t) ^ _pattern(negative_NE, t)[:, None]
+    digits = ((twice.abs() - 1) >> 1).clamp(max=3)
+    index_NK = t.index_by_key[(digits.float() @ t.powers_of_4).to(torch.int64)].view_as(root_NK)
+    pattern_NK = _pattern(twice < 0, t).view_as(root_NK)
     code_NK = _code(index_NK, pattern_NK, shift_N[:, None] ^ is_half_NK.to(torch.int64), t)
     return torch.where(index_NK < 0, -1, code_NK)
 

@@ -272,6 +272,8 @@ def _dense(v: Tensor, signs: Tensor, size: int, order: int, transpose: bool) -> 
 
 def _by_passes(v: Tensor, signs: Tensor, size: int, order: int, transpose: bool) -> Tensor:
     dtype, plan = v.dtype, passes(order)
+    # With three products for one, 64 rows or 4 warps spill on sm_90.
+    block_sum, num_warps = (32, 8) if dtype == torch.float32 else (64, 4)
     for index, (sizes, post, has_sylvester) in enumerate(plan):
         is_last = index == len(plan) - 1
         y = torch.empty_like(v, dtype=dtype if is_last else torch.float32)
@@ -301,9 +303,9 @@ def _by_passes(v: Tensor, signs: Tensor, size: int, order: int, transpose: bool)
             IS_EXACT=dtype == torch.float32,
             BY_BYTE=post % 8 == 0,
             BLOCK_ROWS=block_rows,
-            BLOCK_SUM=min(64, max(16, triton.next_power_of_2(m))),
+            BLOCK_SUM=min(block_sum, max(16, triton.next_power_of_2(m))),
             BLOCK_COLS=block_cols,
-            num_warps=8 if dtype == torch.float32 else 4,  # 4 spill with three products
+            num_warps=num_warps,
             enable_fp_fusion=True,
         )
         v = y

@@ -368,7 +368,6 @@ def matmul(
         ),
         num_warps=tile["WARPS"],
         num_stages=1,
-        maxnreg=fragments.max_registers(tile["TOKEN_GROUPS"]),
         enable_fp_fusion=True,
     )
     return y_NR
