@@ -10,6 +10,7 @@ repeated. The table between the markers of README.md is rewritten.
 
 import argparse
 import json
+import logging
 import os
 import platform
 from pathlib import Path
@@ -35,6 +36,8 @@ def main() -> None:
     if arguments.data is None:
         parser.error("pass --data or set VQLLM_DATA")
 
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("vqllm").setLevel(logging.INFO)
     results_file = ROOT / "eval" / "results" / f"{Path(arguments.model).name}.json"
     results = json.loads(results_file.read_text()) if results_file.is_file() else {}
     for name in arguments.recipes:

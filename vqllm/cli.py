@@ -26,6 +26,8 @@ err = Console(stderr=True, soft_wrap=True)
 UsageError: type[Exception] = typer.BadParameter.__base__ or Exception
 """click's error for a wrong command line; newer typers carry a click of their own."""
 
+INTERRUPTED = 130
+
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="run Python code found in the model's folder")
 ]
@@ -267,6 +269,8 @@ def main() -> None:
         error.show()  # type: ignore[attr-defined]
         code = 2
     except typer.Abort:
+        code = INTERRUPTED
+    # Newer typers return the code for Ctrl-C where older ones raise Abort.
+    if code == INTERRUPTED:
         err.print("vqllm: interrupted. Finished layers are kept: the same command goes on.")
-        code = 130
     raise SystemExit(code)

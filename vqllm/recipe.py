@@ -203,7 +203,7 @@ def fields_of(part: type[Part]) -> dict[str, str]:
     for name, field in part.model_fields.items():
         if name != "type":
             default = "required" if field.is_required() else f"default {field.default!r}"
-            lines[name] = f"{default}. {field.description or ''}".rstrip()
+            lines[field.alias or name] = f"{default}. {field.description or ''}".rstrip()
     return lines
 
 

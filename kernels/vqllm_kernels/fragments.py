@@ -19,8 +19,11 @@ dimension of the product), and their sums are added once at the end, always in t
 results are deterministic.
 """
 
+import torch
 import triton
 import triton.language as tl
+
+from vqllm_kernels.choice import bucket
 
 COL_UNIT = 8
 WORD_UNIT = 4
@@ -80,12 +83,22 @@ def dot(w, x, acc, WARPS: tl.constexpr, K_WIDTH: tl.constexpr):
     return acc
 
 
+def token_groups(x_NC: torch.Tensor) -> int:
+    """Groups of 8 tokens of a program: what holds all tokens, at most 4; 1 for float32.
+
+    More tokens are dealt out to programs that decode the same weights again: 64 tokens as 2 x 32
+    take 9.6 instructions a weight and 168 registers, at once 8.7 and all 255. float32 needs twice
+    the registers for activations and spills from 16 tokens on.
+    """
+    return 1 if x_NC.dtype == torch.float32 else min(4, bucket(len(x_NC)) // 8)
+
+
 def max_registers(token_groups: int) -> int:
     """A limit for the compiler, which without one settles for fewer registers and spills two.
 
     128 leave room for two programs of 8 warps on a multiprocessor.
     """
-    return {1: 128, 2: 128, 4: 168, 8: 255}[token_groups]
+    return {1: 128, 2: 128, 4: 168}[token_groups]
 
 
 def k_width(*, joined: bool, narrow: bool) -> int:

@@ -57,7 +57,7 @@ def quantized(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
 def invoke(*arguments: object) -> str:
     result = CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 def test_eval_against_the_original(quantized: Path, source: Path, text: Path) -> None:

@@ -23,6 +23,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from vqllm.codecs.base import smallest
 from vqllm_kernels.e8p import reference
 
 _CHUNK = 1 << 12
@@ -33,7 +34,7 @@ _NUM_WHOLE_ROOTS = 112
 _FAR = 1e30
 """Above all errors."""
 _MAX_STEPS = 4
-"""Steps of the weighted search; a fourth would change one code in a thousand."""
+"""Steps of the weighted search. With one large eigenvalue they change 82, 4, 0.4 and 0.07 %."""
 
 
 @dataclass(frozen=True)
@@ -182,9 +183,9 @@ def candidates(x_NE: Tensor, num: int) -> Tensor:
 def _candidates(x_NE: Tensor, num: int) -> Tensor:
     code_N = _nearest(x_NE)
     gap_NE = x_NE - reference.codewords(code_N)
-    ahead_ND = gap_NE @ _tables(x_NE.device).roots_DE.T
-    ahead_ND.sub_(_outside(x_NE.device).index_select(0, code_N), alpha=_FAR)
-    root_NK = ahead_ND.topk(min(num - 1, 240)).indices
+    behind_ND = gap_NE @ -_tables(x_NE.device).roots_DE.T
+    behind_ND.add_(_outside(x_NE.device).index_select(0, code_N), alpha=_FAR)
+    root_NK = smallest(behind_ND, min(num - 1, 240))
     code_NK = _neighbours(code_N, root_NK)
     code_NK = torch.where(code_NK < 0, code_N[:, None], code_NK)
     return torch.cat((code_N[:, None], code_NK), 1)
@@ -195,7 +196,7 @@ def weighted_nearest(x_NE: Tensor, weight_EE: Tensor) -> Tensor:
 
     From the nearest codeword (not weighted) to its best lattice neighbour in the codebook, and on
     until none is better. For Gaussian x the mean error is 0.5 % above that of an exact search
-    where the eigenvalues of the weight are 0.3 to 3, 3 % where one of them is 117; that of the
+    where the eigenvalues of the weight are 0.3 to 3, and 2 % where one of them is 117; that of the
     nearest codeword is 24 % above, and 8 times as large.
     """
     return torch.cat([_weighted_nearest(chunk, weight_EE) for chunk in x_NE.split(_CHUNK // 4)])

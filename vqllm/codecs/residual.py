@@ -5,13 +5,14 @@ second-best code of the first stage. `encode` therefore keeps a beam of partial 
 beam the best scales of the stages differ from those of greedy coding, so those of the E8
 codebooks are chosen for the sum.
 
-Mean squared error of 2^20 unit Gaussian weights, and speed on one core, in 10^6 weights a second:
+Mean squared error of 2^20 unit Gaussian weights, and speed in 10^6 weights a second of time on one
+core (of two, both busy with other work):
 
     stages               bits   QuIP#     beam 1         beam 2         beam 4         beam 6
-    e81b + e8p           3      0.02945   0.02908  5.3   0.02725  3.0   0.02643  1.7   0.02626  1.1
-    e8p + e81b           3                0.03066  5.3   0.02838  2.1   0.02837  1.4   0.02837  1.0
-    e8p + e8p            4      0.00958   0.00839  6.3   0.00787  1.8   0.00755  1.3   0.00746  1.0
-    e81b + e8p + e8p     5                0.00269  3.6   0.00237  1.1   0.00219  0.5   0.00214  0.3
+    e81b + e8p           3      0.02945   0.02908  6.9   0.02725  2.9   0.02643  1.7   0.02626  1.2
+    e8p + e81b           3                0.03066  6.7   0.02833  2.0   0.02829  1.4   0.02826  1.0
+    e8p + e8p            4      0.00958   0.00839  6.2   0.00783  1.8   0.00752  1.2   0.00744  0.9
+    e81b + e8p + e8p     5                0.00269  4.2   0.00236  1.1   0.00215  0.5   0.00207  0.3
 
 The QuIP# column is its scales, coded greedily. At 3 bits the coarse stage is the small codebook:
 the balls of E8P around 256 coarse points overlap little, whereas the 240 roots around each point

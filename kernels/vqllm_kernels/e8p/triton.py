@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vqllm_kernels import fragments, gpu
-from vqllm_kernels.choice import Call, bucket
+from vqllm_kernels.choice import Call
 from vqllm_kernels.e8p import reference
 from vqllm_kernels.e8p.spec import E8PSpec
 from vqllm_kernels.formats import FormatSpec
@@ -160,7 +160,7 @@ def matmul_kernel(
     row = tl.program_id(0) * (8 * ROW_GROUPS) + row
     row_ptrs = codes_ptr + row.to(tl.int64) * row_words
     token, place_x = _lanes(TOKEN_GROUPS, WARPS)
-    token = token[:, None]
+    token = (tl.program_id(1) * (8 * TOKEN_GROUPS) + token)[:, None]
     k = place_x[:, None] * (PER_LANE * 8) + tl.arange(0, 8)[None, :]
     x_ptrs = x_ptr + token.to(tl.int64) * cols + k
 
@@ -198,7 +198,7 @@ def matmul_kernel(
 
     y = tl.sum(acc, axis=0) * (tl.load(scale_ptr) * 0.25)
     row = tl.program_id(0) * (8 * ROW_GROUPS) + tl.arange(0, 8 * ROW_GROUPS)[:, None]
-    token = tl.arange(0, 8 * TOKEN_GROUPS)[None, :]
+    token = (tl.program_id(1) * (8 * TOKEN_GROUPS) + tl.arange(0, 8 * TOKEN_GROUPS))[None, :]
     offsets = token.to(tl.int64) * rows + row
     mask = (row < rows) & (token < num_tokens)
     if HAS_ADD:
@@ -257,17 +257,17 @@ def table(is_e8p: bool, device: torch.device) -> Tensor:
         return words.to(torch.int32).to(device)
 
 
-def tiling(num_tokens: int, rows: int, device: torch.device) -> dict[str, int]:
+def tiling(x_NC: Tensor, rows: int) -> dict[str, int]:
     """Tile sizes of the matmul: tokens and rows in groups of 8, and warps.
 
     32 rows a program use every activation twice as often as 16; 16 make twice as many programs,
-    which a matrix of few rows needs. 64 tokens leave registers for 16 rows only.
+    which a matrix of few rows needs.
     """
-    token_groups = bucket(num_tokens) // 8
-    few = rows < 32 * 2 * gpu.num_multiprocessors(device)
+    few = rows < 32 * 2 * gpu.num_multiprocessors(x_NC.device)
+    token_groups = fragments.token_groups(x_NC)
     return {
         "TOKEN_GROUPS": token_groups,
-        "ROW_GROUPS": 2 if few or token_groups == 8 else 4,
+        "ROW_GROUPS": 2 if few else 4,
         "WARPS": 8 if token_groups <= 2 else 4,
     }
 
@@ -302,8 +302,12 @@ def matmul(
     if by_word:
         codes = codes.view(torch.int32)
     word_unit, col_unit = gcd(codes.shape[1], fragments.WORD_UNIT), gcd(cols, fragments.COL_UNIT)
-    tile = tiling(len(x_NC), rows, x_NC.device)
-    matmul_kernel[(triton.cdiv(rows, 8 * tile["ROW_GROUPS"]),)](
+    tile = tiling(x_NC, rows)
+    grid = (
+        triton.cdiv(rows, 8 * tile["ROW_GROUPS"]),
+        triton.cdiv(len(x_NC), 8 * tile["TOKEN_GROUPS"]),
+    )
+    matmul_kernel[grid](
         x_NC,
         codes,
         table(is_e8p, x_NC.device),

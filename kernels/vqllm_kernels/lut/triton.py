@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vqllm_kernels import fragments, gpu
-from vqllm_kernels.choice import Call, bucket
+from vqllm_kernels.choice import Call
 from vqllm_kernels.formats import FormatSpec
 from vqllm_kernels.lut.spec import LutSpec
 
@@ -30,8 +30,7 @@ MAX_ENTRY = 32
 """Weights of a tile that the registers of a lane hold."""
 
 MAX_GROUPS = 32
-"""Groups of 8 rows times groups of 8 tokens of a program: 2 registers each for the sums. With 64,
-a tile of 8 rows and 64 tokens, the compiler spills on sm_90."""
+"""Groups of 8 rows times groups of 8 tokens of a program: 2 registers each for the sums."""
 
 _lanes = fragments.lanes
 _pick = fragments.pick
@@ -183,7 +182,7 @@ def matmul_kernel(
     row_ptrs = codes_ptr + tile_row.to(tl.int64) * row_words
     tile_valid = tile_row < tile_rows
     token, place_x = _lanes(TOKEN_GROUPS, WARPS)
-    token = token[:, None]
+    token = (tl.program_id(1) * (8 * TOKEN_GROUPS) + token)[:, None]
     k = place_x[:, None] * (PER_LANE * D) + tl.arange(0, RUN)[None, :]
     x_ptrs = x_ptr + token.to(tl.int64) * cols + k
 
@@ -242,7 +241,7 @@ def matmul_kernel(
     v = m // 8 % PAD_V
     tile_row = tl.program_id(0) * (8 * TILE_GROUPS) + m // (8 * PAD_V) * 8 + m % 8
     row = tile_row * V + v
-    token = tl.arange(0, 8 * TOKEN_GROUPS)[None, :]
+    token = (tl.program_id(1) * (8 * TOKEN_GROUPS) + tl.arange(0, 8 * TOKEN_GROUPS))[None, :]
     offsets = token.to(tl.int64) * rows + row
     mask = (v < V) & (row < rows) & (token < num_tokens)
     if HAS_ADD:
@@ -288,15 +287,14 @@ def decode_kernel(
     tl.store(W_ptr + offsets, W.to(W_ptr.dtype.element_ty), mask=mask)
 
 
-def tiling(num_tokens: int, spec: LutSpec, rows: int, device: torch.device) -> dict[str, int]:
+def tiling(x_NC: Tensor, spec: LutSpec, rows: int) -> dict[str, int]:
     """Tile sizes of the matmul: tokens and rows of tiles in groups of 8, and warps; as for e8p."""
     pad_v = triton.next_power_of_2(spec.tile_rows)
-    token_groups = bucket(num_tokens) // 8
-    few = rows < 32 * 2 * gpu.num_multiprocessors(device)
-    row_groups = 2 if few or token_groups == 8 else 4
+    token_groups = min(fragments.token_groups(x_NC), MAX_GROUPS // pad_v)
+    few = rows < 32 * 2 * gpu.num_multiprocessors(x_NC.device)
     return {
         "TOKEN_GROUPS": token_groups,
-        "TILE_GROUPS": max(1, row_groups // pad_v),
+        "TILE_GROUPS": max(1, (2 if few else 4) // pad_v),
         "WARPS": 8 if token_groups <= 2 else 4,
     }
 
@@ -310,8 +308,6 @@ def declines(call: Call) -> str | None:
         return f"a tile of {spec.tile} does not fit into {MAX_ENTRY} registers"
     if call.operation == "matmul" and pad_d != spec.tile_cols:
         return f"the activations of a tile {spec.tile_cols} columns wide do not align"
-    if call.operation == "matmul" and pad_v * (call.batch // 8) > MAX_GROUPS:
-        return f"the sums of {spec.tile_rows} rows a tile and {call.batch} tokens do not fit"
     return None
 
 
@@ -342,8 +338,12 @@ def matmul(
         codes = codes.view(torch.int32)
     padded = triton.next_power_of_2(spec.tile_rows) != spec.tile_rows
     word_unit, col_unit = gcd(codes.shape[1], fragments.WORD_UNIT), gcd(cols, fragments.COL_UNIT)
-    tile = tiling(len(x_NC), spec, rows, x_NC.device)
-    matmul_kernel[(triton.cdiv(len(codes), 8 * tile["TILE_GROUPS"]),)](
+    tile = tiling(x_NC, spec, rows)
+    grid = (
+        triton.cdiv(len(codes), 8 * tile["TILE_GROUPS"]),
+        triton.cdiv(len(x_NC), 8 * tile["TOKEN_GROUPS"]),
+    )
+    matmul_kernel[grid](
         x_NC,
         codes,
         tensors["codebook"].contiguous(),
