@@ -1,1 +1,4 @@
-"""Packed-weight formats: their definition in torch and their kernels. Imports torch and triton only."""
+"""Packed-weight formats: their definition in torch and their kernels.
+
+Imports torch and triton only.
+"""

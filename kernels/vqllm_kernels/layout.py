@@ -1,4 +1,4 @@
-"""What tensors a packed linear consists of: the vocabulary shared by formats, readers and writers."""
+"""What tensors a packed linear has: the vocabulary shared by formats, readers and writers."""
 
 import math
 from dataclasses import dataclass
@@ -23,9 +23,7 @@ class TensorLayout:
 def check(tensors: dict[str, torch.Tensor], layout: dict[str, TensorLayout], what: str) -> None:
     """Raise ValueError if `tensors` are not exactly those of `layout` (names, shapes, dtypes)."""
     if set(tensors) != set(layout):
-        raise ValueError(
-            f"{what}: found tensors {sorted(tensors)}, expected {sorted(layout)}"
-        )
+        raise ValueError(f"{what}: found tensors {sorted(tensors)}, expected {sorted(layout)}")
     for name, want in layout.items():
         got = tensors[name]
         if tuple(got.shape) != want.shape or got.dtype != want.dtype:

@@ -31,7 +31,9 @@ class LinearSpec:
             layout |= {f"t{i}_{name}": t for name, t in transform.layout().items()}
         return layout
 
-    def split(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    def split(
+        self, tensors: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
         """Stored tensors, sorted into those of the format and those of each transform."""
         own = {name: tensors[name] for name in self.format.layout(self.rows, self.cols)}
         others = [

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import ARCHITECTURES, save_tiny
 from transformers import AutoModelForCausalLM
 
+from tests.tiny import ARCHITECTURES, save_tiny
 from vqllm.calibration import layer as layer_module
 from vqllm.calibration.layer import LayerCalibrator
 from vqllm.calibration.stream import LayerStream, linears_of
