@@ -67,7 +67,7 @@ class Recorder:
 
 def compile_recorded(recorder: Recorder, sm: int) -> "triton.compiler.CompiledKernel":
     """Compile the recorded launch; pointers and integers divisible by 16 are known as such."""
-    options = {k: recorder.args[k] for k in LAUNCH_OPTIONS if k in recorder.args}
+    options = {k: recorder.args[k] for k in LAUNCH_OPTIONS if recorder.args.get(k) is not None}
     signature, constants, attributes = {}, {}, {}
     for i, param in enumerate(recorder.kernel.params):
         value = recorder.args[param.name]

@@ -261,9 +261,9 @@ def tiling(x_NC: Tensor, rows: int) -> dict[str, int]:
     """Tile sizes of the matmul: tokens and rows in groups of 8, and warps.
 
     32 rows a program use every activation twice as often as 16; 16 make twice as many programs,
-    which a matrix of few rows needs.
+    which a matrix of few rows needs. float32 has registers for 16 only.
     """
-    few = rows < 32 * 2 * gpu.num_multiprocessors(x_NC.device)
+    few = rows < 32 * 2 * gpu.num_multiprocessors(x_NC.device) or x_NC.dtype == torch.float32
     token_groups = fragments.token_groups(x_NC)
     return {
         "TOKEN_GROUPS": token_groups,

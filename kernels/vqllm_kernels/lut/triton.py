@@ -291,7 +291,7 @@ def tiling(x_NC: Tensor, spec: LutSpec, rows: int) -> dict[str, int]:
     """Tile sizes of the matmul: tokens and rows of tiles in groups of 8, and warps; as for e8p."""
     pad_v = triton.next_power_of_2(spec.tile_rows)
     token_groups = min(fragments.token_groups(x_NC), MAX_GROUPS // pad_v)
-    few = rows < 32 * 2 * gpu.num_multiprocessors(x_NC.device)
+    few = rows < 32 * 2 * gpu.num_multiprocessors(x_NC.device) or x_NC.dtype == torch.float32
     return {
         "TOKEN_GROUPS": token_groups,
         "TILE_GROUPS": max(1, (2 if few else 4) // pad_v),
@@ -368,6 +368,7 @@ def matmul(
         ),
         num_warps=tile["WARPS"],
         num_stages=1,
+        maxnreg=128 if x_NC.dtype == torch.float32 else None,  # spills without a limit
         enable_fp_fusion=True,
     )
     return y_NR
