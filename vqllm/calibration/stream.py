@@ -69,7 +69,10 @@ class LayerStream:
 
     @contextlib.contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """Layer `index` with its weights in memory, in the source dtype; freed on leaving."""
+        """Layer `index` with its weights in memory, in the source dtype; freed on leaving.
+
+        A layer can be loaded once: it loses its connection to the files when it is.
+        """
         layer = self.layers[index]
         self._restore_forward(index)
         for module in layer.modules():

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from vqllm.calibration.sources import load_tokens
 
 SELF = "self"
 NUM_HELD_OUT = 16
+CACHE_BYTES = 2 << 30
+"""Key-value caches of the sequences that are sampled together: 1.7 GB for 144 sequences of the demo
+model. Large batches pay: 32, 64 and 128 sequences gave 273, 366 and 427 tokens per CPU second."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,21 @@ def calibration_sequences(
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map=str(device), trust_remote_code=trust_remote_code
         )
-        parts.append(generate_samples(model, tokenizer, num_own, length, seed).cpu())
+        batch_size = min(num_own, _sequences_in_cache(model.config.get_text_config(), length))
+        parts.append(
+            generate_samples(model, tokenizer, num_own, length, seed, batch_size=batch_size)
+        )
     tokens = torch.cat(parts)
     held_out = torch.linspace(0, wanted - 1, NUM_HELD_OUT).round().long()
     kept = torch.ones(wanted, dtype=torch.bool)
     kept[held_out] = False
     return Sequences(tokens[kept], tokens[held_out])
+
+
+def _sequences_in_cache(config: Any, length: int) -> int:
+    """How many sequences' caches, two bytes a value, fit into CACHE_BYTES; at least one."""
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None)
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    per_sequence = 2 * 2 * config.num_hidden_layers * num_heads * head_dim * length
+    return max(1, CACHE_BYTES // per_sequence)

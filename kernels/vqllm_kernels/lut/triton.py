@@ -26,8 +26,8 @@ from vqllm_kernels.choice import Call
 from vqllm_kernels.formats import FormatSpec
 from vqllm_kernels.lut.spec import LutSpec
 
-MAX_ENTRY = 32
-"""Weights of a tile that the registers of a lane hold."""
+MAX_ENTRY = 16
+"""Weights of a tile, padded to powers of two, that are looked up at once."""
 
 MAX_GROUPS = 32
 """Groups of 8 rows times groups of 8 tokens of a program: 2 registers each for the sums."""
@@ -123,8 +123,12 @@ def _entry(codebook_ptr, index, V: tl.constexpr, D: tl.constexpr, SIZE: tl.const
     e = tl.arange(0, SIZE)[None, :]
     E: tl.constexpr = V * D
     PAD_D: tl.constexpr = triton.next_power_of_2(D)
-    if E == SIZE:
+    if E == SIZE and SIZE <= 8:
         entry = tl.load(codebook_ptr + index[:, None] * SIZE + e)
+    elif E == SIZE and SIZE == 16:
+        ptrs = codebook_ptr + index[:, None] * SIZE + tl.arange(0, 8)[None, :]
+        entry = tl.join(tl.load(ptrs), tl.load(ptrs + 8)).permute(0, 2, 1)
+        entry = entry.reshape(index.shape[0], SIZE)
     elif D == PAD_D and E % 2 == 0 and E <= 16:
         # Entries are not aligned to their size. Loaded as [L, SIZE] they would be spread over
         # several lanes; as pieces of 4 bytes all of an entry stays in its lane.
@@ -168,7 +172,7 @@ def matmul_kernel(
     PAD_V: tl.constexpr = triton.next_power_of_2(V)
     SIZE: tl.constexpr = PAD_V * D
     # A product takes CODES indices of a lane: 4 columns at least, 8 where registers allow.
-    CODES: tl.constexpr = 1 if D >= 8 else (4 if D <= 2 else 2)
+    CODES: tl.constexpr = 1 if D == 8 else (4 if D <= 2 else 2)
     RUN: tl.constexpr = CODES * D
     QUADS: tl.constexpr = 3 if BITS == 12 else 1
     PER_LANE: tl.constexpr = QUADS * 128 // BITS if BY_WORD else 8
@@ -305,9 +309,9 @@ def declines(call: Call) -> str | None:
     assert isinstance(spec, LutSpec)
     pad_v, pad_d = map(triton.next_power_of_2, spec.tile)
     if pad_v * pad_d > MAX_ENTRY:
-        return f"a tile of {spec.tile} does not fit into {MAX_ENTRY} registers"
-    if call.operation == "matmul" and pad_d != spec.tile_cols:
-        return f"the activations of a tile {spec.tile_cols} columns wide do not align"
+        return f"a tile of {spec.tile} has more than {MAX_ENTRY} weights"
+    if call.operation == "matmul" and spec.tile_cols not in (1, 2, 4, 8):
+        return f"a tile is {spec.tile_cols} columns wide, not 1, 2, 4 or 8"
     return None
 
 
@@ -368,7 +372,7 @@ def matmul(
         ),
         num_warps=tile["WARPS"],
         num_stages=1,
-        maxnreg=128 if x_NC.dtype == torch.float32 else None,  # spills without a limit
+        maxnreg=168 if x_NC.dtype == torch.float32 else None,  # spills without a limit
         enable_fp_fusion=True,
     )
     return y_NR
