@@ -136,7 +136,9 @@ def packed(spec: formats.FormatSpec, rows: int, cols: int) -> dict[str, torch.Te
     return {n: torch.zeros(t.shape, dtype=t.dtype) for n, t in spec.layout(rows, cols).items()}
 
 
-def matmul_case(module: ModuleType, values: dict, tokens: int, dtype: str, rows=4096, cols=4096) -> Case:
+def matmul_case(
+    module: ModuleType, values: dict, tokens: int, dtype: str, rows=4096, cols=4096
+) -> Case:
     """A matmul; the weights of a step are rows of the program times columns, over its lanes."""
     spec = formats.from_dict(values)
     x = torch.zeros(tokens, cols, dtype=DTYPES[dtype])

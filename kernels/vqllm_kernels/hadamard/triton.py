@@ -6,10 +6,10 @@ Kronecker factors of `matrices` are dealt out to passes, and a block is a matrix
     Y = B X S      S  the Sylvester matrix of order p <= 64, built from the parity of i & j
                    B  all other factors, a dense m x m matrix that is loaded, m <= 512
 
-One pass is enough for nearly every size in use (4096 = 64 x 64, 11008 = 172 x 64, 28672 = 448 x 64).
-A program makes 32 rows of Y: it walks over X, 64 rows at a time, multiplies with S, and with its rows
-of B. The work of X S is repeated by every program of a block; it is what buys parallelism when there
-is only one token.
+One pass is enough for nearly every size in use (4096 = 64 x 64, 11008 = 172 x 64, 28672 =
+448 x 64). A program makes 32 rows of Y: it walks over X, 64 rows at a time, multiplies with S, and
+with its rows of B. The work of X S is repeated by every program of a block; it is what buys
+parallelism when there is only one token.
 
 Precision: X S has exact products for all three dtypes. Its result is rounded once to tf32 (11 bits)
 for 16-bit activations, which is no coarser than float16; float32 activations take three tf32

@@ -1,0 +1,222 @@
+"""The choice of an implementation, and the operators that the run-time layer calls."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from vqllm_kernels import choice, dispatch, formats, gpu
+from vqllm_kernels.dispatch import Call
+from vqllm_kernels.transforms import HadamardSpec, ScaleSpec
+
+E8P = {"format": "e8p-v1"}
+E81B = {"format": "e81b-v1"}
+LUT = {"format": "lut-v1", "tile_rows": 1, "tile_cols": 4, "index_bits": 6}
+UNIFORM = {"format": "uniform-v1", "bits": 3, "group": 8}
+FORMATS = [
+    E8P,
+    LUT,
+    UNIFORM,
+    {"format": "residual-v1", "stages": [E8P, E81B]},
+]
+ROWS, COLS = 37, 40
+
+
+@pytest.fixture(autouse=True)
+def fresh_choices():
+    dispatch.forget()
+    yield
+    dispatch.forget()
+
+
+def random_tensors(spec) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, layout in spec.layout(ROWS, COLS).items():
+        if layout.dtype.is_floating_point:
+            values = torch.rand(layout.shape, generator=generator) + 0.1
+        else:
+            info = torch.iinfo(layout.dtype)
+            values = torch.randint(info.min, info.max + 1, layout.shape, generator=generator)
+        tensors[name] = values.to(layout.dtype)
+    return tensors
+
+
+def random_input(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+class PackedLinear(nn.Module):
+    """A packed matmul between two transforms, as a model holds it."""
+
+    def __init__(self, values: dict) -> None:
+        super().__init__()
+        self.spec = formats.from_dict(values)
+        self.into = HadamardSpec(side="in", size=COLS)
+        self.out = HadamardSpec(side="out", size=ROWS)
+        self.packed = nn.ParameterDict(
+            {n: nn.Parameter(t, requires_grad=False) for n, t in random_tensors(self.spec).items()}
+        )
+        self.register_buffer("in_signs", self.into.pack_signs(random_input(COLS))["signs"])
+        self.register_buffer("out_signs", self.out.pack_signs(random_input(ROWS))["signs"])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = dispatch.transform(x, self.into, {"signs": self.in_signs}, "input")
+        y = dispatch.matmul(x, dict(self.packed.items()), self.spec, ROWS, COLS)
+        return dispatch.transform(y, self.out, {"signs": self.out_signs}, "output")
+
+
+@pytest.mark.parametrize("values", FORMATS, ids=lambda v: v["format"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operations_are_those_of_the_reference(values, dtype):
+    spec = formats.from_dict(values)
+    tensors = random_tensors(spec)
+    W_RC = spec.decode(tensors, ROWS, COLS)
+    x = random_input(2, 3, COLS, dtype=dtype)
+    y = dispatch.matmul(x, tensors, spec, ROWS, COLS)
+    assert y.dtype == dtype
+    assert torch.equal(y, (x.float() @ W_RC.T).to(dtype))
+    assert torch.equal(dispatch.decode(tensors, spec, ROWS, COLS, dtype), W_RC.to(dtype))
+
+
+def test_transform_rounds_narrow_types_once():
+    spec = HadamardSpec(side="in", size=COLS)
+    tensors = spec.pack_signs(random_input(COLS))
+    x = random_input(3, COLS, dtype=torch.bfloat16)
+    for direction, run in (("input", spec.input), ("output", spec.output)):
+        out = dispatch.transform(x, spec, tensors, direction)
+        assert torch.equal(out, run(x.float(), tensors).bfloat16())
+    with pytest.raises(ValueError, match="allowed are 'input' and 'output'"):
+        dispatch.transform(x, spec, tensors, "in")
+
+
+def test_other_transforms_are_left_to_torch():
+    spec = ScaleSpec(side="in", size=COLS)
+    tensors = {"scale": torch.full((COLS,), 2.0, dtype=torch.float16)}
+    x = random_input(3, COLS)
+    assert torch.equal(dispatch.transform(x, spec, tensors, "input"), x * 2)
+    assert dispatch.choices() == []
+
+
+@pytest.mark.parametrize("values", FORMATS, ids=lambda v: v["format"])
+def test_compiles_into_one_graph(values):
+    model = PackedLinear(values)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for num_tokens in (1, 2, 30):
+        x = random_input(num_tokens, COLS)
+        with torch.no_grad():
+            assert torch.equal(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("values", FORMATS, ids=lambda v: v["format"])
+def test_derivative_is_that_of_the_dense_product(values):
+    model = PackedLinear(values)
+    x = random_input(3, COLS).requires_grad_()
+    model(x).square().sum().backward()
+    spec = model.spec
+    dense = x.detach().requires_grad_()
+    W_RC = spec.decode(dict(model.packed.items()), ROWS, COLS)
+    y = model.into.input(dense, {"signs": model.in_signs}) @ W_RC.T
+    model.out.output(y, {"signs": model.out_signs}).square().sum().backward()
+    assert torch.allclose(x.grad, dense.grad, rtol=1e-4, atol=1e-4 * float(dense.grad.abs().max()))
+
+
+def test_operators_pass_opcheck():
+    spec = formats.from_dict(E8P)
+    tensors = random_tensors(spec)
+    packed = [tensors[name] for name in sorted(tensors)]
+    x = random_input(3, COLS).requires_grad_()
+    ops = torch.ops.vqllm_kernels
+    torch.library.opcheck(ops.matmul.default, (x, packed, dispatch._text(spec), ROWS, COLS))
+    args = (packed, dispatch._text(spec), ROWS, COLS, torch.float16)
+    torch.library.opcheck(ops.decode.default, args)
+    hadamard = HadamardSpec(side="in", size=COLS)
+    signs = [hadamard.pack_signs(random_input(COLS))["signs"]]
+    args = (x, signs, dispatch._text(hadamard), COLS, "input")
+    torch.library.opcheck(ops.transform.default, args)
+
+
+def test_a_choice_is_made_once_and_logged_once(caplog):
+    spec = formats.from_dict(E8P)
+    tensors = random_tensors(spec)
+    with caplog.at_level(logging.INFO, logger="vqllm_kernels"):
+        for num_tokens in (1, 3, 8, 9):
+            dispatch.matmul(random_input(num_tokens, COLS), tensors, spec, ROWS, COLS)
+    assert [c.call.batch for c in dispatch.choices()] == [8, 16]
+    assert {c.implementation for c in dispatch.choices()} == {"reference"}
+    assert len(caplog.records) == 2
+    assert "matmul of e8p-v1 on cpu in torch.float32, up to 8 rows: reference" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "bucket"), [(0, 8), (1, 8), (8, 8), (9, 16), (64, 64), (65, 65), (4096, 65)]
+)
+def test_buckets(num_rows, bucket):
+    assert choice.bucket(num_rows) == bucket
+
+
+def call(values: dict, **changes) -> Call:
+    device = torch.device("cuda", 0)
+    spec = formats.from_dict(values)
+    known = {"operation": "matmul", "device": device, "dtype": torch.float16, "batch": 8}
+    return Call(spec=spec, **(known | changes))
+
+
+@pytest.mark.parametrize(
+    ("asked", "implementation", "reason"),
+    [
+        (call(E8P), "triton", "first choice"),
+        (call(E8P, batch=65), "dense", "more than 64 rows"),
+        (call(E8P, dtype=torch.float64), "dense", "torch.float64 is none of"),
+        (call(UNIFORM), "dense", "has no kernel"),
+        (call(LUT | {"tile_cols": 6}), "dense", "6 columns wide"),
+        (call(LUT | {"tile_rows": 32}), "dense", "more than 16 weights"),
+        (call({"format": "residual-v1", "stages": [E8P, E81B]}), "triton", "first choice"),
+        (
+            call({"format": "residual-v1", "stages": [UNIFORM, UNIFORM]}),
+            "dense",
+            "stage 0: uniform-v1 has no kernel",
+        ),
+        (call(UNIFORM, operation="decode", batch=0), "reference", "has no kernel"),
+        (call(LUT | {"tile_cols": 6}, operation="decode", batch=0), "triton", "first choice"),
+    ],
+    ids=str,
+)
+def test_choice_on_a_cuda_device(asked, implementation, reason, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(gpu, "declines", lambda device: None)
+    table = dispatch._MATMULS if asked.operation == "matmul" else dispatch._DECODES
+    chosen = choice.choose(asked, table, dispatch._order(asked.device, asked.operation))
+    assert chosen is table[implementation]
+    assert reason in dispatch.choices()[-1].reason
+
+
+def test_old_devices_and_missing_triton_are_declined(monkeypatch):
+    device = torch.device("cuda", 0)
+    gpu.declines.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "(7, 5) is below (8, 0)" in gpu.declines(device)
+    gpu.declines.cache_clear()
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    assert gpu.declines(device) == "triton is not installed"
+    gpu.declines.cache_clear()
+
+
+def test_force_takes_an_implementation_or_says_why_not():
+    spec = formats.from_dict(UNIFORM)
+    tensors = random_tensors(spec)
+    x = random_input(2, COLS)
+    expected = dispatch.matmul(x, tensors, spec, ROWS, COLS)
+    with dispatch.force("dense"):
+        assert torch.allclose(dispatch.matmul(x, tensors, spec, ROWS, COLS), expected, rtol=1e-5)
+    with dispatch.force("triton"), pytest.raises(ValueError, match="'triton' is forced, but"):
+        dispatch.matmul(x, tensors, spec, ROWS, COLS)
+    assert torch.equal(dispatch.matmul(x, tensors, spec, ROWS, COLS), expected)
+
+
+def test_wrong_tensors_are_refused():
+    spec = formats.from_dict(E8P)
+    tensors = random_tensors(spec)
+    with pytest.raises(ValueError, match=r"1 tensors, expected \['codes', 'scale'\]"):
+        dispatch.matmul(random_input(1, COLS), {"codes": tensors["codes"]}, spec, ROWS, COLS)
