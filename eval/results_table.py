@@ -80,8 +80,8 @@ def table(results: JSON) -> str:
     """Markdown, sorted by bits."""
     lines = [
         "| recipe | bits per weight: codes / linears / file | file | perplexity | ratio | KL | "
-        "top-1 | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "top-1 |",
+        "|---|---|---|---|---|---|---|",
     ]
 
     def bits(name: str) -> list[float]:
@@ -94,8 +94,7 @@ def table(results: JSON) -> str:
         lines.append(
             f"| {name} | {' / '.join(f'{value:.2f}' for value in bits(name))} "
             f"| {row['bytes'] / 1e6:.1f} MB | {perplexity:.2f} | {perplexity / base:.3f} "
-            f"| {measured['kl']:.3f} | {100 * measured['top1']:.1f} % "
-            f"| {sum(row['seconds'].values())} |"
+            f"| {measured['kl']:.3f} | {100 * measured['top1']:.1f} % |"
         )
     return "\n".join(lines) + "\n"
 

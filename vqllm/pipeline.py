@@ -35,7 +35,7 @@ class Job:
     """dtype in which layers run; None chooses by source dtype and device"""
     trust_remote_code: bool = False
     activation_budget: int = 4 << 30
-    """bytes of hidden states kept in memory; beyond, they go to a file in the output folder"""
+    """bytes of activations in memory; beyond, hidden states are in a file in the output folder"""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,9 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
                 for name, W_hat_RC in run.decoded(index):
                     _install(linears[name], W_hat_RC)
             else:
-                results = _quantize_layer(index, linears, weights, calibrator, recipe, progress)
+                results = _quantize_layer(
+                    index, layer, linears, weights, calibrator, recipe, progress
+                )
                 run.write_layer(index, results)
             if index + 1 < len(stream):
                 calibrator.advance(index)
@@ -107,6 +109,7 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
 
 def _quantize_layer(
     index: int,
+    layer: nn.Module,
     linears: Mapping[str, nn.Linear],
     weights: Mapping[str, Tensor],
     calibrator: LayerCalibrator,
@@ -121,10 +124,16 @@ def _quantize_layer(
     groups = calibrator.groups(index, linears)
     stages = [[group] for group in groups] if recipe.hessian.refresh == "group" else [groups]
     results: list[QuantizedLinear] = []
+    unfinished = dict(linears)
     for stage in stages:
         for quantized in _quantize_stage(index, stage, linears, weights, calibrator, recipe):
             progress.linear(quantized.record)
             results.append(quantized)
+        for group in stage:
+            for name in group.names:
+                del unfinished[name]
+        if unfinished:  # without, only the output of the layer is left to compute
+            calibrator.settle(layer, unfinished.values())
     return results
 
 
@@ -167,7 +176,7 @@ def _sequences(job: Job) -> dict[str, Tensor]:
     sequences = calibration_sequences(
         job.source,
         calibration.source,
-        calibration.sequences,
+        calibration.num_sequences,
         calibration.length,
         job.recipe.seed,
         job.device,

@@ -69,8 +69,24 @@ class Calibration(Section):
         default=("self",),
         description="`self` (the model's own samples), files, folders or datasets ids",
     )
-    sequences: int = Field(default=128, ge=1, description="number of sequences")
+    sequences: int | None = Field(
+        default=None,
+        ge=1,
+        description="number of sequences; by default 128, or 64 where all are the model's own "
+        "samples",
+    )
     length: int = Field(default=512, ge=2, description="tokens of a sequence")
+
+    @property
+    def num_sequences(self) -> int:
+        """`sequences`, or its default.
+
+        Samples take longer than all else where there are many, and gain little: the demo model at 2
+        bits had a ratio of 3.60 after 64 and of 3.61 after 128 (12 windows of WikiText-2).
+        """
+        if self.sequences is not None:
+            return self.sequences
+        return 64 if set(self.source) == {"self"} else 128
 
     @field_validator("source", mode="before")
     @classmethod

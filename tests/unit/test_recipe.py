@@ -76,3 +76,16 @@ def test_file_that_is_not_yaml_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(RecipeError, match="is not YAML"):
         recipes.load(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "number"),
+    [
+        ({}, 64),
+        ({"source": "text.txt"}, 128),
+        ({"source": ["self", "text.txt"]}, 128),
+        ({"sequences": 7}, 7),
+    ],
+)
+def test_number_of_sequences_depends_on_the_source(values: dict, number: int) -> None:
+    assert from_dict({**MINIMAL, "calibration": values}, "test").calibration.num_sequences == number

@@ -95,3 +95,36 @@ def test_overflow_names_the_layer(tmp_path: Path) -> None:
     calibrator = LayerCalibrator(stream, TOKENS, 1 << 30, tmp_path)
     with stream.layer(0), pytest.raises(NumericalError, match=r"model\.layers\.0 is not finite"):
         calibrator.advance(0)
+
+
+@pytest.mark.parametrize(("arch", "attention"), [("llama", "self_attn"), ("gpt_neox", "attention")])
+@pytest.mark.parametrize(("budget", "passes"), [(1 << 30, 1), (0, 3)], ids=["kept", "no room"])
+def test_settled_children_run_once_and_change_nothing(
+    arch: str, attention: str, budget: int, passes: int, tmp_path: Path
+) -> None:
+    source = save_tiny(tmp_path / "source", arch)
+    num_batches = 3
+    results = []
+    for settle in (False, True):
+        stream = stream_of(source)
+        calibrator = LayerCalibrator(stream, TOKENS, budget, tmp_path)
+        with stream.layer(0) as layer:
+            linears = linears_of(layer, stream.names[0])
+            groups = calibrator.groups(0, linears)
+            late = [group for group in groups if f".{attention}." not in group.names[0]]
+            if settle:
+                calibrator.settle(layer, [linears[n] for g in late for n in g.names])
+            calls: list[None] = []
+            inner = next(m for n, m in linears.items() if f".{attention}." in n)
+            inner.register_forward_hook(lambda *_, calls=calls: calls.append(None))
+            hessians = [calibrator.hessians(0, linears, [group])[0] for group in late]
+            calibrator.advance(0)
+            assert len(calls) == num_batches * (passes if settle else 1 + len(late))
+        assert len(late) == 2
+        assert calibrator._store is not None
+        results.append((hessians, calibrator._store.read(slice(None), torch.device("cpu"))))
+        calibrator.close()
+    (plain, plain_states), (kept, kept_states) = results
+    for a, b in zip(plain, kept):
+        assert torch.equal(a.total_CC, b.total_CC)
+    assert torch.equal(plain_states, kept_states)

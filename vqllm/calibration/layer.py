@@ -1,7 +1,7 @@
 """What one decoder layer sees during calibration: input groups, their Hessians, the next states."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vqllm.calibration.hessian import Hessian
+from vqllm.calibration.replay import Replay
 from vqllm.calibration.store import ActivationStore
 from vqllm.calibration.stream import LayerDone, LayerStream, capture_inputs
 from vqllm.errors import NumericalError
@@ -16,6 +17,8 @@ from vqllm.errors import NumericalError
 BATCH_TOKENS = 8192
 """Tokens that run through a layer at once: enough for full matrix units, 25 MB of a 1536-wide
 activation in bfloat16."""
+GROUP_TOKENS = 2048
+"""Tokens that show which linears read the same input."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,9 @@ class InputGroup:
 class LayerCalibrator:
     """Runs the calibration sequences through the layers of a stream, one layer after another.
 
-    `tokens` is int64 [S, L]. The hidden states between layers are kept in memory up to
-    `budget_bytes`, beyond that in a mapped file below `folder`.
+    `tokens` is int64 [S, L]. Half of `budget_bytes` is for the hidden states between layers, which
+    beyond that are in a mapped file below `folder`; half is for outputs inside a layer that its
+    next passes need, which beyond that are computed again.
     """
 
     def __init__(
@@ -37,10 +41,12 @@ class LayerCalibrator:
     ) -> None:
         self._stream = stream
         self._tokens = tokens
-        self._budget_bytes = budget_bytes
+        self._budget_bytes = budget_bytes // 2
         self._folder = folder
         self._store: ActivationStore | None = None
         self._repeats = False
+        self._unreached = False
+        self._replay = Replay(0)
 
     def groups(self, index: int, linears: Mapping[str, nn.Linear]) -> list[InputGroup]:
         """Which linears of loaded layer `index` share an input, found by running one batch.
@@ -59,8 +65,12 @@ class LayerCalibrator:
                     return
             inputs.append((x, [name]))
 
-        self._forward(index, next(self._batches()), linears, visit)
+        self._replay.close()
+        self._replay = Replay(self._budget_bytes)
+        num_sequences = max(1, GROUP_TOKENS // self._tokens.shape[1])
+        self._forward(index, slice(0, num_sequences), linears, visit)
         self._repeats = max(num_calls.values(), default=0) > 1
+        self._unreached = len(num_calls) < len(linears)
         first_input: dict[str, int] = {}
         for i, (_, names) in enumerate(inputs):
             for name in names:
@@ -97,6 +107,13 @@ class LayerCalibrator:
             self._forward(index, rows, watched, visit)
         return hessians
 
+    def settle(self, layer: nn.Module, unfinished: Iterable[nn.Module]) -> None:
+        """The linears of `layer` have their final weights but for these: what the next passes need
+        of the rest is computed once."""
+        # A linear that `groups` did not reach is finished last, wherever it runs.
+        if not self._unreached:
+            self._replay.settle(layer, unfinished)
+
     def advance(self, index: int) -> None:
         """Replace the stored states by the outputs of loaded layer `index`."""
         for rows in self._batches():
@@ -114,9 +131,11 @@ class LayerCalibrator:
                     f"{self._stream.compute_dtype}: run with --compute-dtype float32"
                 )
             self._store.write(rows, output)
+        self._replay.close()
 
     def close(self) -> None:
         """Free the stored states."""
+        self._replay.close()
         if self._store is not None:
             self._store.close()
 
@@ -133,6 +152,7 @@ class LayerCalibrator:
         linears: Mapping[str, nn.Linear],
         visit: Callable[[str, Tensor], None],
     ) -> Tensor | None:
+        self._replay.begin(rows.start)
         # The first layer's input is the embeddings; the store is filled batch by batch by its
         # output, and has nothing yet for the batches that follow.
         states = None

@@ -14,7 +14,7 @@ Source: rounding and repairing the parity to decode D_n, Conway and Sloane, IEEE
 Theory 28 (1982), 227-232; the codebook of QuIP#, arXiv 2402.04396.
 
 Shape suffixes: N vectors, E = 8 elements, S shapes, A absolute vectors, T = 2 shifts, D = 240 roots
-of E8, K candidates, C = 65536 codes.
+of E8, F = 9, K candidates, C = 65536 codes.
 """
 
 from dataclasses import dataclass
@@ -89,18 +89,18 @@ def _tables(device: torch.device) -> _Tables:
 
 
 @cache
-def _outside(device: torch.device) -> Tensor:
-    """1 for those of the 240 lattice neighbours of each codeword that are none, int8 [65536, 240].
+def _barred(device: torch.device) -> Tensor:
+    """Those of the 240 lattice neighbours of each codeword that are none: −1e30, the rest 0.
 
-    16 MB and 0.6 seconds to build, when it is first needed. As a number, because adding a multiple
-    of it to errors takes an eighth of the time of a masked fill.
+    float32 [65536, 240], 63 MB and 0.6 seconds to build, when it is first needed. As it is added to
+    errors as it stands: to convert a table of bytes took half the time of a weighted search.
     """
     codes = torch.arange(1 << 16, device=device)
     roots = torch.arange(240, device=device)
     chunks = [
         _neighbours(chunk, roots.expand(len(chunk), 240)) < 0 for chunk in codes.split(_CHUNK // 4)
     ]
-    return torch.cat(chunks).to(torch.int8)
+    return torch.cat([chunk.float().mul_(-_FAR) for chunk in chunks])
 
 
 def nearest(x_NE: Tensor) -> Tensor:
@@ -183,9 +183,9 @@ def candidates(x_NE: Tensor, num: int) -> Tensor:
 def _candidates(x_NE: Tensor, num: int) -> Tensor:
     code_N = _nearest(x_NE)
     gap_NE = x_NE - reference.codewords(code_N)
-    behind_ND = gap_NE @ -_tables(x_NE.device).roots_DE.T
-    behind_ND.add_(_outside(x_NE.device).index_select(0, code_N), alpha=_FAR)
-    root_NK = smallest(behind_ND, min(num - 1, 240))
+    before_ND = _barred(x_NE.device).index_select(0, code_N)
+    before_ND.addmm_(gap_NE, _tables(x_NE.device).roots_DE.T)
+    root_NK = smallest(before_ND.neg_(), min(num - 1, 240))
     code_NK = _neighbours(code_N, root_NK)
     code_NK = torch.where(code_NK < 0, code_N[:, None], code_NK)
     return torch.cat((code_N[:, None], code_NK), 1)
@@ -199,25 +199,38 @@ def weighted_nearest(x_NE: Tensor, weight_EE: Tensor) -> Tensor:
     where the eigenvalues of the weight are 0.3 to 3, and 2 % where one of them is 117; that of the
     nearest codeword is 24 % above, and 8 times as large.
     """
-    return torch.cat([_weighted_nearest(chunk, weight_EE) for chunk in x_NE.split(_CHUNK // 4)])
+    codes = []
+    for chunk in x_NE.split(_CHUNK):
+        # Short chunks only for the errors of all neighbours: `_nearest` takes 2.4 times as long in
+        # them.
+        parts = zip(_nearest(chunk).split(_CHUNK // 4), chunk.split(_CHUNK // 4))
+        codes += [_descend(code_N, x_NE, weight_EE) for code_N, x_NE in parts]
+    return torch.cat(codes)
 
 
-def _weighted_nearest(x_NE: Tensor, weight_EE: Tensor) -> Tensor:
-    roots_DE, outside_CD = _tables(x_NE.device).roots_DE, _outside(x_NE.device)
-    own_D = ((roots_DE @ weight_EE) * roots_DE).sum(1)
-    code_N = _nearest(x_NE)
+def _descend(code_N: Tensor, x_NE: Tensor, weight_EE: Tensor) -> Tensor:
+    t, barred_CD = _tables(x_NE.device), _barred(x_NE.device)
+    own_D = ((t.roots_DE @ weight_EE) * t.roots_DE).sum(1)
+    gain_FD = torch.cat((2 * t.roots_DE.T, -own_D[None]))
+    least_gain = 1e-5 * own_D.mean()  # below is rounding
+    root_D = torch.arange(240, dtype=torch.int32, device=x_NE.device)
     row = torch.arange(len(x_NE), device=x_NE.device)
+    code_N = code_N.clone()
     for _ in range(_MAX_STEPS):
         code = code_N[row]
-        gap = (x_NE[row] - reference.codewords(code)) @ weight_EE
-        change = torch.addmm(own_D, gap, roots_DE.T, alpha=-2)
-        change.add_(outside_CD.index_select(0, code), alpha=_FAR)
-        least, root = change.min(1)
-        better = least < -1e-5 * own_D.mean()  # less is rounding
+        gap_NE = (x_NE[row] - reference.codewords(code)) @ weight_EE
+        gain_ND = barred_CD.index_select(0, code)
+        gain_ND.addmm_(torch.nn.functional.pad(gap_NE, (0, 1), value=1.0), gain_FD)
+        # Positive floats are ordered like their bits. With the root in the last eight of them the
+        # maximum and its place take 0.12 µs a vector in place of 0.36.
+        key_ND = gain_ND.view(torch.int32).bitwise_and_(-256).bitwise_or_(root_D)
+        key = key_ND.amax(1)
+        better = key.view(torch.float32) > least_gain
         row = row[better]
         if len(row) == 0:
             break
-        code_N[row] = _neighbours(code[better], root[better, None])[:, 0]
+        root = (key[better] & 255).to(torch.int64)
+        code_N[row] = _neighbours(code[better], root[:, None])[:, 0]
     return code_N
 
 
