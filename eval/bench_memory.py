@@ -3,8 +3,9 @@
     python eval/bench_memory.py [--layers 4 8 16] [--hidden 1024] [--output FILE]
 
 Builds random Llama models of equal layers, quantizes each in a process of its own, calibrated on a
-text file so that no whole model is ever needed, and prints the peak resident memory (ru_maxrss of
-the child: all pages, mapped files included) side by side, with the ratio to the smallest model's.
+text file so that no whole model is ever needed, and prints the peak resident memory (VmHWM of the
+child: all pages, mapped files included) side by side, with the ratio to the smallest model's. Linux
+only.
 """
 
 import argparse
@@ -19,8 +20,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 CHILD = """
-import json, resource, sys
-from vqllm import api
+import json, sys
+from vqllm import api, memory
 from vqllm.recipe import from_dict
 source, text, output = sys.argv[1:4]
 recipe = from_dict({
@@ -28,10 +29,9 @@ recipe = from_dict({
     "transforms": [{"type": "hadamard", "side": "both"}],
     "codec": {"type": "e8p"}, "rounding": {"type": "ldlq"},
 }, "bench")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+imports = memory.peak_resident() / 2**20
 api.quantize(source, output, recipe=recipe, evaluate=False, device="cpu")
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"imports_mb": before / 1024, "peak_mb": peak / 1024}))
+print(json.dumps({"imports_mb": imports, "peak_mb": memory.peak_resident() / 2**20}))
 """
 
 
@@ -51,7 +51,8 @@ def main() -> None:
             command = [sys.executable, "-c", CHILD, str(source), str(text), f"{source}-out"]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             measured = json.loads(done.stdout.splitlines()[-1])
-            rows.append({"layers": num_layers, "model_mb": num_bytes / 1e6, **measured})
+            measured = {key: round(value, 1) for key, value in measured.items()}
+            rows.append({"layers": num_layers, "model_mb": round(num_bytes / 1e6, 1), **measured})
             ratio = measured["peak_mb"] / rows[0]["peak_mb"]
             print(
                 f"{num_layers:3d} layers, model {num_bytes / 1e6:7.0f} MB: imports "

@@ -1,7 +1,5 @@
 """The Python interface: what the commands do, as functions."""
 
-import resource
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from vqllm import evaluation, models
+from vqllm import evaluation, memory, models
 from vqllm import recipe as recipes
 from vqllm.checkpoint.inspect import bits_per_weight
 from vqllm.checkpoint.reader import Checkpoint, is_checkpoint
@@ -101,7 +99,7 @@ def quantize(
             bytes_after=_weight_bytes(job.output),
             bits_per_weight=bits_per_weight(Checkpoint.open(job.output, verify=False)),
             seconds=seconds,
-            peak_memory_bytes=_peak_memory(),
+            peak_memory_bytes=memory.peak_resident(),
             evaluation=evaluation,
             not_quantized=outcome.not_quantized,
         )
@@ -312,9 +310,3 @@ def _weight_bytes(folder: Path) -> int:
     """Bytes of all tensors in the safetensors files of a folder."""
     files = sorted(folder.glob("*.safetensors"))
     return sum(tensor.num_bytes for file in files for tensor in read_header(file).values())
-
-
-def _peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

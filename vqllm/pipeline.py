@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vqllm import memory
 from vqllm.calibration.layer import InputGroup, LayerCalibrator
 from vqllm.calibration.stream import LayerStream, linears_of
 from vqllm.calibration.tokens import calibration_sequences
@@ -68,6 +69,7 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
     and started again writes the same bytes as one that was not.
     """
     recipe, start = job.recipe, time.perf_counter()
+    memory.keep_large_blocks_apart()
     progress.phase("calibration text")
     sequences = run.keep("sequences", lambda: _sequences(job))
     calibrated = time.perf_counter()

@@ -17,7 +17,7 @@ TOKENS = torch.randint(3, 384, (5, 24), generator=torch.Generator().manual_seed(
 
 @pytest.fixture(autouse=True)
 def _batches_of_two_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_module, "BATCH_TOKENS", 48)
+    monkeypatch.setattr(layer_module, "CPU_BATCH_TOKENS", 48)
 
 
 def stream_of(folder: Path) -> LayerStream:

@@ -1,0 +1,37 @@
+"""Resident memory of this process: its peak, and what keeps it from growing with the layers."""
+
+import ctypes
+import resource
+import sys
+from pathlib import Path
+
+_M_MMAP_THRESHOLD = -3  # malloc.h of glibc
+_THRESHOLD = 4 << 20
+
+
+def peak_resident() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Unlike ru_maxrss, this does not begin with the size of the process that started this one.
+        for line in status.read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def keep_large_blocks_apart() -> None:
+    """From now on, allocations of 4 MB and more get pages of their own, returned when they are
+    freed.
+
+    By itself, glibc takes blocks of up to 32 MB from its heap, where what stays comes to lie
+    between what goes, and holes are left that fit nothing: layers of 8 MB had a peak of 833 MB when
+    there were 4 of them, and of 959 MB when there were 16. Does nothing with another C library.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)
