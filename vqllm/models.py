@@ -21,10 +21,12 @@ class ResolvedModel:
     Attributes:
         name: what the user called it.
         path: an ordinary Hugging Face folder: config.json, safetensors, tokenizer.
+        hub_id: its repository on the hub, where that is known.
     """
 
     name: str
     path: Path
+    hub_id: str | None = None
 
 
 def resolve(model: str | Path, *, trust_remote_code: bool = False) -> ResolvedModel:
@@ -40,8 +42,9 @@ def resolve(model: str | Path, *, trust_remote_code: bool = False) -> ResolvedMo
     """
     name = str(model)
     path = Path(model).expanduser()
+    hub_id = None
     if name == "demo":
-        path = demo.demo_folder()
+        path, hub_id = demo.demo_folder(), demo.HUB_ID
     elif path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"there is no file {path}.")
@@ -52,9 +55,9 @@ def resolve(model: str | Path, *, trust_remote_code: bool = False) -> ResolvedMo
             "config.json), a .gguf file, a hub id, or `demo`."
         )
     elif not path.is_dir():
-        path = _from_hub(name, trust_remote_code)
+        path, hub_id = _from_hub(name, trust_remote_code), name
     check_folder(path, trust_remote_code=trust_remote_code)
-    return ResolvedModel(name, path)
+    return ResolvedModel(name, path, hub_id)
 
 
 def _from_hub(name: str, trust_remote_code: bool) -> Path:

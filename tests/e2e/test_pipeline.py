@@ -171,6 +171,28 @@ def test_report_has_a_line_for_every_linear_with_exact_bits(tmp_path: Path) -> N
         assert (tmp_path / "out" / name).stat().st_size > 0
 
 
+def test_model_card_has_the_call_that_made_it(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    text = tmp_path / "it's text.txt"
+    text.write_text("A line of text, and another one.\n" * 200)
+    changes = ("calibration.sequences=4", "calibration.length=16")
+    vqllm.quantize(
+        source, tmp_path / "out", bits=2, calibration=text, changes=changes, evaluate=False
+    )
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model" not in card  # only the hub's ids belong there
+    call = next(line.strip() for line in card.splitlines() if "vqllm.quantize(" in line)
+    eval(call.replace(str(tmp_path / "out"), str(tmp_path / "again")))
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_call_shows_a_recipe_made_in_python(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    api.quantize(source, tmp_path / "out", recipe=recipe(), evaluate=False)
+    assert repr(recipe().to_dict()) in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_nan_weights_name_the_linear(tmp_path: Path) -> None:
     source = tmp_path / "source"
     save_tiny(source)

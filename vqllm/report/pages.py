@@ -67,7 +67,8 @@ def _card(summary: Summary, recipe_yaml: str) -> str:
         [
             "---",
             "library_name: transformers",
-            f"base_model: {summary.model}",
+            # The hub accepts nothing but ids of its own here.
+            *([f"base_model: {summary.hub_id}"] if summary.hub_id else []),
             "tags: [vqllm, quantized]",
             "---",
             "",

@@ -14,6 +14,8 @@ class Summary:
     """What a run did, for the closing table and the pages beside the checkpoint."""
 
     model: str
+    hub_id: str | None
+    """the model's repository on the hub, where that is known"""
     recipe: str
     command: str
     output: Path
