@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tests.tiny import save_tiny
 from vqllm.checkpoint import atomic, writer
 from vqllm.checkpoint.format import QuantizationConfig, shard_name
+from vqllm.linears import is_linear
 from vqllm_kernels.e8p.spec import E8PSpec, E81BSpec
 from vqllm_kernels.formats import FormatSpec
 from vqllm_kernels.linear import LinearSpec
@@ -113,7 +114,7 @@ def fake_checkpoint(
     linears = {
         name: linear_spec(format, module.out_features, module.in_features)
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and _layer_of(name) is not None
+        if is_linear(module) and _layer_of(name) is not None
     }
     packed = {name: random_packed(spec, i) for i, (name, spec) in enumerate(linears.items())}
     for name, tensors in packed.items():

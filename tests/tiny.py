@@ -75,7 +75,7 @@ def tiny_config(arch: str, **overrides: Any) -> Any:
     }
     if overrides.get("hidden_size", 64) % 4:
         values |= {"num_attention_heads": 1, "num_key_value_heads": 1}
-    if arch in ("gpt_neox", "opt"):
+    if arch in ("gpt_neox", "opt", "falcon"):
         del values["num_key_value_heads"], values["head_dim"]
     values |= overrides
     if arch == "opt":

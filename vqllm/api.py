@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from vqllm import evaluation, memory, models
 from vqllm import recipe as recipes
 from vqllm.checkpoint.inspect import bits_per_weight
 from vqllm.checkpoint.reader import Checkpoint, is_checkpoint
-from vqllm.checkpoint.shards import read_header
 from vqllm.errors import EvaluationError, ModelError, RecipeError
+from vqllm.loading import load_config, load_model, load_tokenizer, max_length
 from vqllm.pipeline import Job, Outcome, open_run
 from vqllm.pipeline import quantize as run_pipeline
 from vqllm.progress import LogProgress, Progress
 from vqllm.recipe import Recipe
-from vqllm.report.pages import write_report
+from vqllm.report.pages import report_pages
 from vqllm.report.summary import Summary
+from vqllm.texts import is_unicode
 from vqllm.types import JSON
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -61,7 +61,7 @@ def quantize(
         device: "cpu", "cuda", ...; None takes a GPU if there is one.
         compute_dtype: dtype in which layers run; None chooses by source dtype and device.
         evaluate: measure the result against the original.
-        eval_text: a text file to measure on; None takes 16 held-out sequences of the calibration
+        eval_text: a text file to measure on; None takes held-out sequences of the calibration
             sources.
         eval_windows: use the first windows of 2048 tokens of the text only.
         trust_remote_code: whether Python code in the model's folder may run.
@@ -87,30 +87,34 @@ def quantize(
         compute_dtype=_dtype(compute_dtype),
         trust_remote_code=trust_remote_code,
     )
+    # Before the long part: a text that cannot be measured on is a mistake found at once.
+    measured_on = None
+    if evaluate and eval_text is not None:
+        measured_on = _windows(job, eval_text, eval_windows)
     with open_run(job) as run:
         outcome = run_pipeline(job, run, progress)
         start = time.perf_counter()
         evaluation = None
         if evaluate:
             progress.phase("evaluation against the original")
-            evaluation = _compare_with_original(job, outcome, eval_text, eval_windows)
+            evaluation = _compare_with_original(job, measured_on or _held_out(job, outcome))
         seconds = {**outcome.seconds, "evaluation": time.perf_counter() - start}
+        written = Checkpoint.open(job.output, verify=False)
         summary = Summary(
             model=resolved.name,
             hub_id=resolved.hub_id,
             recipe=chosen.name,
             command=command,
             output=job.output,
-            bytes_before=_weight_bytes(job.source),
-            bytes_after=_weight_bytes(job.output),
-            bits_per_weight=bits_per_weight(Checkpoint.open(job.output, verify=False)),
+            bytes_before=run.source_bytes(),
+            bytes_after=written.num_bytes,
+            bits_per_weight=bits_per_weight(written),
             seconds=seconds,
             peak_memory_bytes=memory.peak_resident(),
             evaluation=evaluation,
             not_quantized=outcome.not_quantized,
         )
-        write_report(job.output, outcome.records, summary, chosen.to_yaml())
-        run.complete()
+        run.complete(report_pages(outcome.records, summary, chosen.to_yaml()))
     return summary
 
 
@@ -158,20 +162,13 @@ def load(
     folder = models.resolve(path, trust_remote_code=trust_remote_code).path
     if is_checkpoint(folder):
         Checkpoint.open(folder, verify)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map=device_map,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-        )
-        tokenizer = None
-        if any((folder / name).is_file() for name in TOKENIZER_FILES):
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ModelError(f"{path} cannot be loaded by transformers: {error}") from error
-    return model.eval(), tokenizer
+    model = load_model(
+        folder, trust_remote_code=trust_remote_code, dtype=dtype, device_map=device_map
+    )
+    tokenizer = None
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    return model, tokenizer
 
 
 def evaluate(
@@ -203,12 +200,20 @@ def evaluate(
         JSON values: "text" with perplexities, "tasks" with lm-eval's metrics.
 
     Raises:
-        EvaluationError: nothing to do, an unknown task, a text that is too short.
+        EvaluationError: nothing to do, an unknown task, a text that is too short, windows longer
+            than the model takes, or a baseline with another tokenizer.
     """
     if text is None and not tasks:
         raise EvaluationError("nothing to measure: pass --text FILE, --tasks NAME, or both.")
     if baseline is not None and text is None:
         raise EvaluationError("a baseline is compared on a text: pass --text FILE as well.")
+    evaluation.check_windows(num_windows, window_length)
+    manager = None
+    if tasks:
+        # Its import takes a second, and the mistakes it finds should not wait for the model.
+        from vqllm.integrations import lm_eval
+
+        manager = lm_eval.task_manager(tasks, data=data, limit=limit)
     target, tokenizer = _load_to_run(model, device, trust_remote_code)
     results: JSON = {"model": str(model)}
     if text is not None:
@@ -217,13 +222,16 @@ def evaluate(
         if baseline is None:
             results["text"] = evaluation.perplexity(target, tokens, label).to_dict()
         else:
-            original, _ = _load_to_run(baseline, device, trust_remote_code)
+            original, other = _load_to_run(baseline, device, trust_remote_code)
+            evaluation.check_same_tokens(
+                tokens, evaluation.text_windows(text, other, num_windows, window_length)
+            )
             results["text"] = evaluation.compare(target, original, tokens, label).to_dict()
             del original
-    if tasks:
+    if manager is not None:
         from vqllm.integrations import lm_eval
 
-        results["tasks"] = lm_eval.run_tasks(target, tokenizer, tasks, data=data, limit=limit)
+        results["tasks"] = lm_eval.run_tasks(target, tokenizer, tasks, limit=limit, manager=manager)
     return results
 
 
@@ -236,18 +244,50 @@ def generate(
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> str:
-    """Prompt and greedy continuation; the same as `vqllm generate`."""
+    """Prompt and greedy continuation; the same as `vqllm generate`.
+
+    Raises:
+        EvaluationError: a prompt without tokens, that is not Unicode or too long for the model, or
+            `chat` without a chat template.
+    """
+    if max_new_tokens < 1:
+        raise EvaluationError(f"{max_new_tokens} new tokens: it must be 1 or more.")
+    if not is_unicode(prompt):
+        raise EvaluationError("the prompt has lone surrogates: pass text that is valid Unicode.")
     target, tokenizer = _load_to_run(model, device, trust_remote_code)
     if chat:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        prompt = _chat(tokenizer, prompt)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
+    num_tokens = inputs.input_ids.shape[1]
+    if num_tokens == 0:
+        raise EvaluationError(
+            f"the prompt {prompt!r} has no tokens, and this model's tokenizer adds none: pass a "
+            "text to go on from."
+        )
+    longest = evaluation.longest_input(target)
+    if longest is not None and num_tokens + max_new_tokens > longest:
+        raise EvaluationError(
+            f"a prompt of {num_tokens} tokens and {max_new_tokens} new ones are more than the "
+            f"{longest} positions of this model: pass a shorter prompt or fewer --max-new-tokens."
+        )
     with torch.inference_mode():
         tokens = target.generate(
             **inputs.to(target.device), max_new_tokens=max_new_tokens, do_sample=False
         )
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def _chat(tokenizer: Any, prompt: str) -> str:
+    """The prompt as a user's message in the tokenizer's chat template."""
+    try:
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    except (ValueError, ImportError) as error:
+        raise EvaluationError(
+            f"--chat cannot be used with this model: {error} Leave it out for models that were "
+            "not tuned to chat."
+        ) from error
 
 
 def _recipe(
@@ -265,28 +305,38 @@ def _recipe(
         if changes:
             raise RecipeError("changes apply to recipes by name or file; change the object itself.")
     else:
-        chosen = recipes.load(recipe or recipes.best(bits or DEFAULT_BITS), changes)
+        if recipe is None:
+            recipe = recipes.best(DEFAULT_BITS if bits is None else bits)
+        chosen = recipes.load(recipe, changes)
     values = chosen.to_dict()
-    if calibration:
+    if calibration is not None:
         values["calibration"]["source"] = calibration
     if seed is not None:
         values["seed"] = seed
     return recipes.from_dict(values, chosen.name)
 
 
-def _compare_with_original(
-    job: Job, outcome: Outcome, text: str | Path | None, num_windows: int | None
-) -> JSON:
+def _windows(job: Job, text: str | Path, num_windows: int | None) -> tuple[torch.Tensor, str]:
+    """Windows of a text for a job's closing evaluation, and what to call them."""
+    config = load_config(job.source, trust_remote_code=job.trust_remote_code)
+    tokenizer = load_tokenizer(job.source, trust_remote_code=job.trust_remote_code)
+    length = min(evaluation.WINDOW_LENGTH, max_length(config) or evaluation.WINDOW_LENGTH)
+    tokens = evaluation.text_windows(text, tokenizer, num_windows, length)
+    return tokens, _text_label(text, tokens)
+
+
+def _held_out(job: Job, outcome: Outcome) -> tuple[torch.Tensor, str]:
+    """The held-out calibration sequences, and what to call them."""
+    tokens = outcome.held_out
+    source = "+".join(Path(name).name for name in job.recipe.calibration.source)
+    return tokens, f"{len(tokens)} held-out sequences of {tokens.shape[1]} tokens ({source})"
+
+
+def _compare_with_original(job: Job, measured_on: tuple[torch.Tensor, str]) -> JSON:
     device = str(job.device)
-    original, tokenizer = _load_to_run(job.source, device, job.trust_remote_code)
+    original, _ = _load_to_run(job.source, device, job.trust_remote_code)
     quantized, _ = _load_to_run(job.output, device, job.trust_remote_code)
-    if text is not None:
-        tokens = evaluation.text_windows(text, tokenizer, num_windows)
-        label = _text_label(text, tokens)
-    else:
-        tokens = outcome.held_out
-        source = "+".join(Path(name).name for name in job.recipe.calibration.source)
-        label = f"{len(tokens)} held-out sequences of {tokens.shape[1]} tokens ({source})"
+    tokens, label = measured_on
     return evaluation.compare(quantized, original, tokens, label).to_dict()
 
 
@@ -312,13 +362,23 @@ def _load_to_run(model: str | Path, device: str | None, trust_remote_code: bool)
 def _device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ModelError(f"{name!r} is no device: use cpu, cuda, cuda:1, ...") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device {name}: torch sees no GPU here. Use --device cpu.")
-    return device
+    known = _devices()
+    if name not in known:
+        raise ModelError(
+            f"{name!r} is no device that torch sees here: use one of {', '.join(known)}."
+        )
+    return torch.device(name)
+
+
+def _devices() -> list[str]:
+    """The names of the devices that a model can run on, here and now."""
+    names = ["cpu"]
+    for kind, backend in (("cuda", torch.cuda), ("xpu", torch.xpu)):
+        if backend.is_available():
+            names += [kind, *(f"{kind}:{i}" for i in range(backend.device_count()))]
+    if torch.backends.mps.is_available():
+        names.append("mps")
+    return names
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -326,9 +386,3 @@ def _dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in choices:
         raise RecipeError(f"compute dtype {name!r}: use {', '.join(choices)}.")
     return choices[name] if name else None
-
-
-def _weight_bytes(folder: Path) -> int:
-    """Bytes of all tensors in the safetensors files of a folder."""
-    files = sorted(folder.glob("*.safetensors"))
-    return sum(tensor.num_bytes for file in files for tensor in read_header(file).values())

@@ -1,10 +1,13 @@
 """The command line. Nothing else of the package knows of it."""
 
+import errno
 import json
 import logging
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vqllm.errors import VqllmError
+from vqllm.errors import EvaluationError, VqllmError
 
 app = typer.Typer(
     help="Post-training vector quantization of language-model weights.",
@@ -20,8 +23,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
+
+
+class _Output(Console):
+    """Standard output. Where nobody reads on (`| head -1`), the command ends without a word."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EBADF):
+                message = f"vqllm: standard output cannot be written: {error}"
+                err.print(message, style="red", markup=False, highlight=False)
+            self.on_broken_pipe()
+
+
+out = _Output(soft_wrap=True)
 
 UsageError: type[Exception] = typer.BadParameter.__base__ or Exception
 """click's error for a wrong command line; newer typers carry a click of their own."""
@@ -56,7 +74,7 @@ def quantize(
     ] = None,
     changes: Changes = None,
     eval_text: Annotated[
-        Path | None, typer.Option(help="text file to measure on (default: held-out sequences)")
+        str | None, typer.Option(help="text file to measure on (default: held-out sequences)")
     ] = None,
     eval_windows: Annotated[
         int | None, typer.Option(help="windows of 2048 tokens of that text to use", min=1)
@@ -104,13 +122,13 @@ def evaluate_(
         str | None, typer.Option(help="text file or datasets id for perplexity")
     ] = None,
     windows: Annotated[
-        int | None, typer.Option(help="windows of the text to use (default: all)")
+        int | None, typer.Option(help="windows of the text to use (default: all)", min=1)
     ] = None,
-    window_length: Annotated[int, typer.Option(help="tokens of a window")] = 2048,
+    window_length: Annotated[int, typer.Option(help="tokens of a window", min=2)] = 2048,
     data: Annotated[
         Path | None, typer.Option(help="folder with local task files (default: $VQLLM_DATA)")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="items of each task")] = None,
+    limit: Annotated[int | None, typer.Option(help="items of each task", min=1)] = None,
     device: Device = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write results here")] = None,
     trust_remote_code: Trust = False,
@@ -119,6 +137,8 @@ def evaluate_(
     from vqllm import api
     from vqllm.report.summary import result_rows
 
+    if json_file:
+        _check_writable(json_file)
     names = [name for item in tasks or [] for name in item.split(",") if name]
     results = api.evaluate(
         model,
@@ -134,7 +154,8 @@ def evaluate_(
     )
     _print_rows(result_rows(results))
     if json_file:
-        json_file.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
+        with _writing(json_file):
+            json_file.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
 
 
 @app.command()
@@ -192,13 +213,15 @@ def inspect(
 def dequantize(
     folder: Annotated[Path, typer.Argument(help="a quantized folder")],
     output: Annotated[Path, typer.Option(help="folder of the ordinary model")],
-    dtype: Annotated[str, typer.Option(help="float16 or bfloat16")] = "float16",
+    dtype: Annotated[
+        str, typer.Option(help="float16, bfloat16, float32, or auto: that of the original")
+    ] = "auto",
 ) -> None:
     """Write an ordinary Hugging Face folder that any tool reads."""
     from vqllm.checkpoint.dequantize import dequantize_checkpoint
 
     dequantize_checkpoint(folder, output, dtype)
-    out.print(f"{output}: an ordinary {dtype} model")
+    out.print(f"{output}: an ordinary model, which vqllm is not needed for")
 
 
 @app.command()
@@ -252,6 +275,26 @@ def _common(
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+def _check_writable(file: Path) -> None:
+    """Raise EvaluationError before hours of measuring, and leave the file as it is."""
+    existed = file.exists()
+    with _writing(file):
+        file.open("a").close()
+        if not existed:
+            file.unlink()
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EvaluationError(
+            f"--json {file} cannot be written: {error.strerror}. Name a file in a folder that "
+            "exists, on a disk with space."
+        ) from error
 
 
 def _print_rows(rows: list[tuple[str, str]]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vqllm.errors import CalibrationError, EvaluationError, NumericalError
+from vqllm.loading import max_length, runs_beyond
 from vqllm.texts import open_source
 from vqllm.types import JSON
 
@@ -68,6 +69,7 @@ def text_windows(
     Raises:
         EvaluationError: a source that cannot be read or has fewer windows.
     """
+    check_windows(num_windows, window_length)
     try:
         pieces = open_source(source).pieces()
         if num_windows is None:
@@ -84,6 +86,39 @@ def text_windows(
         )
     used = num_windows or available
     return torch.tensor(found[: used * window_length]).view(used, window_length)
+
+
+def check_windows(num_windows: int | None, window_length: int) -> None:
+    """Raise EvaluationError where no text could have such windows."""
+    if num_windows is not None and num_windows < 1:
+        raise EvaluationError(
+            f"{num_windows} windows are nothing to measure: use 1 or more, or leave the number "
+            "out for the whole text."
+        )
+    if window_length < 2:
+        raise EvaluationError(
+            f"windows of {window_length} tokens have nothing to predict: use --window-length 2 or "
+            "more."
+        )
+
+
+def check_same_tokens(tokens_SL: Tensor, baseline_SL: Tensor) -> None:
+    """Raise EvaluationError where two tokenizers made different windows of one text.
+
+    KL and agreement pair the models' predictions by token number. Two vocabularies of one size
+    can number other words.
+    """
+    if not torch.equal(tokens_SL, baseline_SL):
+        raise EvaluationError(
+            "the model and the baseline have different tokenizers: the text gives them other "
+            "tokens. Compare a model with the one it was made from, or measure each without "
+            "--baseline."
+        )
+
+
+def longest_input(model: Any) -> int | None:
+    """How many tokens a model with a table of positions takes (OPT, GPT-2); else None."""
+    return None if runs_beyond(model.config) else max_length(model.config)
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
@@ -117,10 +152,10 @@ def perplexity(
         progress: called with the windows that are done and all windows.
 
     Raises:
-        EvaluationError: no window, or windows of one token.
+        EvaluationError: no window, windows of one token, or longer ones than the model takes.
         NumericalError: logits that are not finite.
     """
-    _check(tokens_SL)
+    _check(tokens_SL, model)
     nll = 0.0
     for done, tokens_L in enumerate(tokens_SL):
         logits_TV = _logits(model, tokens_L)
@@ -149,7 +184,7 @@ def compare(
     positions of each in float32. The models may be on different devices. Arguments and errors as
     `perplexity`; `baseline` must have the same vocabulary.
     """
-    _check(tokens_SL)
+    _check(tokens_SL, model, baseline)
     nll = base_nll = kl = same = 0.0
     for done, tokens_L in enumerate(tokens_SL):
         base_TV = _logits(baseline, tokens_L)
@@ -192,12 +227,18 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.split(CHUNK_POSITIONS) for tensor in tensors))
 
 
-def _check(tokens_SL: Tensor) -> None:
+def _check(tokens_SL: Tensor, *models: Any) -> None:
     if tokens_SL.ndim != 2 or tokens_SL.shape[0] == 0 or tokens_SL.shape[1] < 2:
         raise EvaluationError(
             f"tokens of shape {tuple(tokens_SL.shape)} are no windows; needed is one window of at "
             "least 2 tokens"
         )
+    for longest in filter(None, map(longest_input, models)):
+        if tokens_SL.shape[1] > longest:
+            raise EvaluationError(
+                f"windows of {tokens_SL.shape[1]} tokens are longer than the {longest} positions "
+                f"of this model: pass --window-length {longest} or less."
+            )
 
 
 def _check_finite(nll: float, window: int) -> None:

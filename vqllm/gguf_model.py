@@ -22,6 +22,7 @@ import numpy as np
 
 from vqllm.cache import build_once, cache_dir
 from vqllm.errors import ModelError, OutOfSpaceError
+from vqllm.loading import listed
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +73,16 @@ def _write(file: Path, folder: Path) -> None:
         with tempfile.TemporaryDirectory() as alone:
             (Path(alone) / file.name).symlink_to(file)
             tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=file.name)
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 alone,
                 gguf_file=file.name,
                 dtype=torch.float16,
                 quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
             )
+        model, info = loaded
+        if info["missing_keys"]:
+            raise ValueError(f"it lacks {listed(info['missing_keys'])}.")
     except (ModelError, OutOfSpaceError):
         raise
     except Exception as error:

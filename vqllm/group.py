@@ -1,6 +1,6 @@
 """Quantize the linears of one input group: transform, fit, round, pack, measure."""
 
-import time
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,7 +14,8 @@ from vqllm.recipe import Recipe
 from vqllm.tiles import to_tiles
 from vqllm.types import JSON, State
 from vqllm_kernels.linear import LinearSpec
-from vqllm_kernels.transforms import TransformSpec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,6 @@ class _Transformed:
     """A linear on its way through the transforms."""
 
     W_RC: Tensor
-    specs: list[TransformSpec]
     states: list[State]
 
 
@@ -55,10 +55,16 @@ def quantize_group(
     for name, W_RC in weights.items():
         _check_finite(name, W_RC)
     linears, H_prime = _transform(weights, H_CC, recipe)
-    H_damped = linalg.damp(H_prime, recipe.hessian.damping)
+    if bool((torch.diagonal(H_CC) > 0).any()):
+        H_damped = linalg.damp(H_prime, recipe.hessian.damping)
+    else:
+        logger.warning(
+            "the input of %s was zero on every calibration token: rounded to nearest",
+            ", ".join(weights),
+        )
+        H_damped = torch.eye(len(H_CC), device=H_CC.device)
     results = []
     for name, linear in linears.items():
-        start = time.perf_counter()
         try:
             tensors, mse = _encode(name, linear.W_RC, H_damped, recipe)
         except NumericalError as error:
@@ -67,9 +73,7 @@ def quantize_group(
             # A copy: the input side's state is shared by the group, stored tensors share nothing.
             tensors |= {f"t{i}_{key}": value.clone() for key, value in state.items()}
         R, C = weights[name].shape
-        spec = LinearSpec(
-            rows=R, cols=C, format=recipe.codec.spec(), transforms=tuple(linear.specs)
-        )
+        spec = linear_spec(R, C, recipe)
         W_hat_RC = spec.dequantize(tensors)
         bits = count(spec.layout())
         record = {
@@ -84,10 +88,17 @@ def quantize_group(
             "gaussian_efficiency": metrics.gaussian_efficiency(mse, bits.codes / (R * C)),
             "damping": recipe.hessian.damping,
             "num_tokens": num_tokens,
-            "seconds": round(time.perf_counter() - start, 3),
         }
         results.append(QuantizedLinear(name, spec, tensors, W_hat_RC, record))
     return results
+
+
+def linear_spec(rows: int, cols: int, recipe: Recipe) -> LinearSpec:
+    """How a linear of W [rows, cols] is stored."""
+    transforms = tuple(
+        transform.spec(cols if transform.side == "in" else rows) for transform in recipe.transforms
+    )
+    return LinearSpec(rows=rows, cols=cols, format=recipe.codec.spec(), transforms=transforms)
 
 
 def _transform(
@@ -95,7 +106,7 @@ def _transform(
 ) -> tuple[dict[str, _Transformed], Tensor]:
     """Apply the transforms in order: those of the input side once for the whole group (fitted on
     all its rows), those of the output side to each linear."""
-    linears = {name: _Transformed(W_RC, [], []) for name, W_RC in weights.items()}
+    linears = {name: _Transformed(W_RC, []) for name, W_RC in weights.items()}
     leader = next(iter(weights))
     for i, transform in enumerate(recipe.transforms):
         purpose = f"transform{i}"
@@ -106,13 +117,11 @@ def _transform(
             parts = stacked.split([linear.W_RC.shape[0] for linear in linears.values()])
             for linear, part in zip(linears.values(), parts):
                 linear.W_RC = part
-                linear.specs.append(transform.spec(part.shape[1]))
                 linear.states.append(state)
         else:
             for name, linear in linears.items():
                 generator = rng.generator(recipe.seed, name, purpose)
                 linear.W_RC, _, state = transform.forward(linear.W_RC, H_CC, generator)
-                linear.specs.append(transform.spec(linear.W_RC.shape[0]))
                 linear.states.append(state)
     return linears, H_CC
 

@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from vqllm import demo, gguf_model
+from vqllm.checkpoint.source import INDEX, SINGLE, stored_tensors, weight_map
 from vqllm.errors import ModelError
+from vqllm.loading import listed
 
 # What is fetched from the hub: weights that cannot hold code, configuration, tokenizer files.
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt")
 # Copies of the weights for other programs: subfolders, and the one-file form beside Mistral's.
 NOT_FROM_HUB = ("*/*", "consolidated*.safetensors")
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Dtypes of weights, as safetensors calls them."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def _from_hub(name: str, trust_remote_code: bool) -> Path:
 
 def check_folder(path: Path, *, trust_remote_code: bool = False) -> None:
     """Raise ModelError unless `path` holds a model that can be loaded without executing its code
-    (or with, if `trust_remote_code`). Reads names and JSON only, no weights."""
+    (or with, if `trust_remote_code`). Reads JSON and the headers of weight files, no weights."""
     config = _read_json(path / "config.json")
     if config is None:
         raise ModelError(
@@ -104,7 +109,7 @@ def check_folder(path: Path, *, trust_remote_code: bool = False) -> None:
             "`AutoModelForCausalLM.from_pretrained` loads."
         )
     _check_code(path, config, trust_remote_code)
-    _check_weights(path)
+    _check_weights(path, config)
 
 
 def _check_code(path: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
@@ -112,6 +117,8 @@ def _check_code(path: Path, config: dict[str, Any], trust_remote_code: bool) -> 
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise ModelError(f"{path / 'config.json'} names no model_type, so it is no model's.")
     if model_type in CONFIG_MAPPING_NAMES or (trust_remote_code and "auto_map" in config):
         return
     if "auto_map" in config:
@@ -119,32 +126,47 @@ def _check_code(path: Path, config: dict[str, Any], trust_remote_code: bool) -> 
             f"{path} brings its own Python code, which is executed only on request: read it, then "
             "pass --trust-remote-code (in Python: trust_remote_code=True)."
         )
-    if not isinstance(model_type, str):
-        raise ModelError(f"{path / 'config.json'} names no model_type, so it is no model's.")
     raise ModelError(
         f"{path} is of model type {model_type!r}, which transformers {__version__} does not have; "
         "a newer one may."
     )
 
 
-def _check_weights(path: Path) -> None:
-    index = _read_json(path / "model.safetensors.index.json")
-    if index is not None:
-        shards = sorted(set(index.get("weight_map", {}).values()))
-        missing = [name for name in shards if not (path / name).is_file()]
-        if missing or not shards:
-            raise ModelError(
-                f"{path} is incomplete: its index names {len(shards)} weight files, missing: "
-                f"{', '.join(missing) or 'all'}. Fetch the model again."
-            )
-    elif not any(path.glob("*.safetensors")):
+def _check_weights(path: Path, config: dict[str, Any]) -> None:
+    if not (path / SINGLE).is_file() and not (path / INDEX).is_file():
         if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
             raise ModelError(
                 f"{path} has its weights as pickles, which can execute code and are not read. Load "
                 "them with transformers in a place you trust and `save_pretrained` once: that "
                 "writes safetensors."
             )
-        raise ModelError(f"{path} has a config.json but no weights (*.safetensors).")
+        raise ModelError(f"{path} has a config.json but no weights ({SINGLE} or {INDEX}).")
+    quantization = config.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise ModelError(
+            f"{path / 'config.json'} is damaged: its quantization_config is a "
+            f"{type(quantization).__name__}, not an object. Fetch the model again."
+        )
+    if quantization:
+        weight_map(path)
+    else:
+        _check_dtypes(path)
+
+
+def _check_dtypes(path: Path) -> None:
+    """Weights as integers or as float8 are codes, whose scales only their own quantizer knows."""
+    coded = [
+        f"{name} ({tensor.dtype})"
+        for name, tensor in stored_tensors(path).items()
+        if tensor.dtype.startswith("F8")
+        or (tensor.dtype not in FLOATS and name.endswith("weight") and len(tensor.shape) > 1)
+    ]
+    if coded:
+        raise ModelError(
+            f"{path}: {len(coded)} of the weights are no plain floating-point numbers: "
+            f"{listed(coded)}. They were quantized, and config.json does not say how; pass the "
+            f"original model, with weights in {', '.join(FLOATS)}."
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -1,9 +1,15 @@
 """What of a model was not quantized, and why."""
 
 import re
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping
 
 from torch import nn
+
+from vqllm.linears import is_linear, shared_modules
+
+SHARED = "several layers, or a layer and something outside, share it"
+SHOWN_KINDS = 5
 
 
 def why_not_quantized(
@@ -18,6 +24,7 @@ def why_not_quantized(
         skip: the recipe's patterns.
     """
     reasons = {}
+    shared = shared_modules(model, layers)
     for name, module in model.named_modules():
         if name in quantized:
             continue
@@ -28,7 +35,11 @@ def why_not_quantized(
         }
         if matrices:
             inside = any(name.startswith(f"{layer}.") for layer in layers)
-            reasons[name] = _reason(name, module, inside, matrices, skip)
+            reasons[name] = (
+                SHARED
+                if inside and module in shared
+                else _reason(name, module, inside, matrices, skip)
+            )
     return reasons
 
 
@@ -44,9 +55,16 @@ def _reason(
             return f"left out by the recipe's skip pattern {pattern!r}"
     if isinstance(module, nn.Embedding):
         return "an embedding"
-    if type(module) is nn.Linear:
+    if is_linear(module):
         if inside:
             return "no calibration token reached it"
         return "a linear outside the decoder layers"
     shapes = ", ".join(f"{key} {shape}" for key, shape in matrices.items())
     return f"{type(module).__name__} is not a torch.nn.Linear ({shapes})"
+
+
+def nothing_to_quantize(reasons: Mapping[str, str]) -> str:
+    """What there is instead, in a line: the kinds of modules with matrices, most frequent first."""
+    kinds = Counter(reason.partition(" (")[0] for reason in reasons.values())
+    shown = [f"{number} x {kind}" for kind, number in kinds.most_common(SHOWN_KINDS)]
+    return "; ".join(shown)

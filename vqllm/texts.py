@@ -8,8 +8,10 @@ source without reading what is before it, so a few sequences spread over 50 GB c
 
 import codecs
 import json
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,9 +49,15 @@ def open_source(source: str | Path) -> TextSource:
             (`#column` likewise; the split is `train` by default).
 
     Raises:
-        CalibrationError: nothing of that name, or a folder without text.
+        CalibrationError: nothing of that name, a folder without text, or a kind of file that is not
+            read.
     """
     name, column = str(source), "text"
+    if not name.strip():
+        raise CalibrationError(
+            "the name of a text is empty: pass a file, a folder (. is the current one) or a data "
+            "set's id."
+        )
     if not Path(name).expanduser().exists() and "#" in name:
         name, column = name.rsplit("#", 1)
     path = Path(name).expanduser()
@@ -67,6 +75,11 @@ def _file(path: Path, column: str) -> TextSource:
         return JsonLines(str(path), column)
     if path.suffix == ".parquet":
         return Parquet(str(path), column)
+    if path.suffix == ".json":
+        raise CalibrationError(
+            f"{path}: JSON is read as one object a line, from files named .jsonl. Rename the file "
+            f"if it is that; make lines of a list with: jq -c '.[]' {path.name} > text.jsonl"
+        )
     return PlainText(str(path))
 
 
@@ -103,20 +116,28 @@ class PlainText(_File):
 
     def pieces(self, start: float = 0.0) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")("strict")
-        with self.path.open("rb") as file:
+        with _reading(self.path), self.path.open("rb") as file:
             if start:
                 file.seek(int(start * self.num_bytes))
                 file.readline(BLOCK_BYTES)  # the rest of a line, or what a line may reasonably be
                 while (byte := file.peek(1)[:1]) and 0x80 <= byte[0] < 0xC0:
                     file.read(1)  # inside a character
             rest = ""
-            while block := file.read(BLOCK_BYTES):
+            while True:
+                block = file.read(BLOCK_BYTES)
                 try:
-                    rest += decoder.decode(block)
+                    rest += decoder.decode(block, final=not block)
                 except UnicodeDecodeError as error:
                     raise CalibrationError(
                         f"{self.path} is not UTF-8 text: {error.reason} near byte {file.tell()}."
                     ) from error
+                if b"\0" in block:
+                    raise CalibrationError(
+                        f"{self.path} is not plain text: it has a NUL byte before byte "
+                        f"{file.tell()}. Pass a text file in UTF-8."
+                    )
+                if not block:
+                    break
                 cut = rest.rfind("\n") + 1 or len(rest)
                 yield rest[:cut]
                 rest = rest[cut:]
@@ -132,7 +153,7 @@ class JsonLines(_File):
     column: str
 
     def pieces(self, start: float = 0.0) -> Iterator[str]:
-        with self.path.open("rb") as file:
+        with _reading(self.path), self.path.open("rb") as file:
             if start:
                 file.seek(int(start * self.num_bytes))
                 file.readline()
@@ -144,7 +165,7 @@ class JsonLines(_File):
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise CalibrationError(
                     f"{self.path} holds a line that is not JSON, ending at byte {file.tell()}: "
                     f"{error}."
@@ -165,11 +186,14 @@ class Parquet(_File):
         return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
 
     def pieces(self, start: float = 0.0) -> Iterator[str]:
+        import pyarrow
+
         file = self._open()
         if self.column not in file.schema_arrow.names:
             raise CalibrationError(no_column(self.name, self.column, file.schema_arrow.names))
         skip = int(start * file.metadata.num_rows)
-        yield from _with_blank_lines(self._documents(file, skip))
+        with _reading(self.path, pyarrow.ArrowException):
+            yield from _with_blank_lines(self._documents(file, skip))
 
     def _documents(self, file: Any, skip: int) -> Iterator[str]:
         for group in range(file.metadata.num_row_groups):
@@ -254,6 +278,25 @@ class HubDataset(TextSource):
             ) from error
 
 
+@contextmanager
+def _reading(path: Path, *others: type[Exception]) -> Iterator[None]:
+    """Turn what goes wrong while a file is read, and `others`, into CalibrationError."""
+    try:
+        yield
+    except (OSError, UnicodeDecodeError, *others) as error:
+        raise CalibrationError(f"{path} cannot be read; it may be damaged: {error}") from error
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: halves of surrogate pairs, which JSON and the command line
+    can bring in, cannot, and no tokenizer takes them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _with_blank_lines(documents: Iterator[str]) -> Iterator[str]:
     separator = ""
     for document in documents:
@@ -262,10 +305,21 @@ def _with_blank_lines(documents: Iterator[str]) -> Iterator[str]:
 
 
 def text_of(row: Any, column: str, name: str) -> str:
-    """The text of a document, or CalibrationError naming the columns that there are."""
-    value = row.get(column) if isinstance(row, dict) else None
-    if not isinstance(value, str):
+    """The text of a document, or CalibrationError saying what is there instead."""
+    if not isinstance(row, dict) or column not in row:
         raise CalibrationError(no_column(name, column, list(row) if isinstance(row, dict) else []))
+    value = row[column]
+    if not isinstance(value, str):
+        shown = "null" if value is None else reprlib.repr(value)
+        raise CalibrationError(
+            f"{name} has no text in a column {column!r} of one of its documents: it holds {shown}. "
+            f"Leave such documents out, or name another column as {name}#COLUMN."
+        )
+    if not is_unicode(value):
+        raise CalibrationError(
+            f"{name} has a document that is not Unicode, with half of a surrogate pair: "
+            f"{reprlib.repr(value)}. Correct it or leave it out."
+        )
     return value
 
 

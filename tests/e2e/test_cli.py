@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.tiny import TEXT, save_tiny
-from vqllm import cli
+from vqllm import api, cli
+from vqllm.errors import ModelError
 
 SMALL = ("--set", "calibration.sequences=4", "--set", "calibration.length=32")
 COMMAND = (sys.executable, "-c", "from vqllm.cli import main; main()")
@@ -40,6 +42,25 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("model") / "source")
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a table of 256 positions."""
+    return save_tiny(tmp_path_factory.mktemp("model") / "learned", "opt")
+
+
+@pytest.fixture(scope="module")
+def renumbered(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source with a tokenizer of the same words under other numbers."""
+    folder = shutil.copytree(source, tmp_path_factory.mktemp("model") / "renumbered")
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    words = list(tokenizer["model"]["vocab"])
+    numbers = [0, 1, 2, *range(len(words) - 1, 2, -1)]
+    tokenizer["model"]["vocab"] = dict(zip(words, numbers))
+    file.write_text(json.dumps(tokenizer))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +110,49 @@ def test_generate_inspect_dequantize(quantized: Path) -> None:
     assert dense_text == invoke("generate", quantized, "--prompt", prompt, "--max-new-tokens", 4)
 
 
+def test_a_refused_json_file_is_left_as_it_is(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text("{}")
+    for file in (old, new):
+        with pytest.raises(ModelError):
+            invoke("eval", tmp_path / "none", "--text", "text.txt", "--json", file)
+    assert old.read_text() == "{}"
+    assert not new.exists()
+
+
+def test_devices_are_those_that_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert str(api._device(None)) == "cuda"
+    for name in ("cpu", "cuda", "cuda:0", "cuda:1"):
+        assert str(api._device(name)) == name
+    for name in ("cuda:2", "cuda:-1", "cpu:3", "meta", "tpu", "", "0"):
+        with pytest.raises(ModelError, match="use one of cpu, cuda, cuda:0, cuda:1"):
+            api._device(name)
+
+
+@pytest.mark.parametrize("reader", ["true", "head -1"])
+def test_output_that_nobody_reads_ends_quietly(reader: str) -> None:
+    command = f'"$@" recipes | {reader}'
+    done = subprocess.run(
+        ["bash", "-c", command, "bash", *COMMAND],
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert done.stderr == ""
+
+
+def test_output_that_cannot_be_written_is_one_message() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, "recipes"], stdout=full, stderr=subprocess.PIPE, text=True, env=environment()
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("vqllm: standard output cannot be written")
+    assert "Traceback" not in done.stderr
+
+
 def test_listings() -> None:
     assert "e8p-2bit" in invoke("recipes")
     assert "type: e8p" in invoke("recipes", "e8p-2bit")
@@ -108,20 +172,54 @@ def test_listings() -> None:
         (("SOURCE", "--output", "out", "--calibration", "missing.txt"), "missing.txt"),
         (("SOURCE", "--output", "out", "--calibration", "SHORT"), "tokens"),
         (("SOURCE", "--output", "out", "--device", "tpu9"), "no device"),
+        (("SOURCE", "--output", "out", "--device", "meta"), "no device"),
+        (("SOURCE", "--output", "out", "--bits", "0"), "best recipe for 2, 3, 4"),
+        (("SOURCE", "--output", "out", "--recipe", ""), "unknown recipe ''"),
+        (("SOURCE", "--output", "out", "--calibration", ""), "name of a text is empty"),
+        (("eval", "SOURCE", "--text", "TEXT", "--windows", "0"), "'--windows'"),
+        (("eval", "SOURCE", "--text", "TEXT", "--window-length", "0"), "'--window-length'"),
+        (("eval", "SOURCE", "--text", "TEXT", "--window-length", "-5"), "'--window-length'"),
+        (("eval", "SOURCE", "--text", "", "--windows", "1"), "name of a text is empty"),
+        (("eval", "none", "--text", "TEXT", "--json", "no/x.json"), "No such file or directory"),
+        (("eval", "none", "--text", "TEXT", "--json", "."), "Is a directory"),
+        (("eval", "LEARNED", "--text", "TEXT", "--windows", "1"), "pass --window-length 256"),
+        (
+            ("eval", "SOURCE", "--baseline", "OTHER", "--text", "TEXT", "--window-length", "64"),
+            "different tokenizers",
+        ),
+        (("generate", "SOURCE", "--prompt", ""), "has no tokens"),
+        (("generate", "SOURCE", "--prompt", "a", "--chat"), "--chat cannot be used"),
+        (("generate", "SOURCE", "--prompt", "\udcff"), "lone surrogates"),
+        (("generate", "SOURCE", "--prompt", "a", "--device", "cpu:3"), "use one of cpu"),
+        (
+            ("generate", "LEARNED", "--prompt", "a", "--max-new-tokens", "400"),
+            "the 256 positions of this model",
+        ),
     ],
 )
 def test_mistakes_end_in_one_message_and_exit_code_2(
     arguments: tuple[str, ...],
     message: str,
     source: Path,
+    learned: Path,
+    renumbered: Path,
+    text: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")  # click breaks its messages
     (tmp_path / "short.txt").write_text("Too short.")
-    names = {"SOURCE": str(source), "SHORT": str(tmp_path / "short.txt")}
-    argv = ["vqllm", "quantize", *(names.get(a, a) for a in arguments)]
+    names = {
+        "SOURCE": source,
+        "LEARNED": learned,
+        "OTHER": renumbered,
+        "TEXT": text,
+        "SHORT": tmp_path / "short.txt",
+    }
+    command = [] if arguments[0] in ("eval", "generate") else ["quantize"]
+    argv = ["vqllm", *command, *(str(names.get(a, a)) for a in arguments)]
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as stopped:
         cli.main()

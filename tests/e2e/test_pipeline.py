@@ -5,12 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import vqllm
-from tests.tiny import ARCHITECTURES, save_tiny
+from tests.tiny import ARCHITECTURES, TEXT, save_tiny
 from vqllm import api, metrics
-from vqllm.errors import CheckpointError, ModelError, NumericalError, RecipeError
+from vqllm.checkpoint import atomic
+from vqllm.checkpoint.reader import Checkpoint
+from vqllm.errors import (
+    CheckpointError,
+    EvaluationError,
+    ModelError,
+    NumericalError,
+    OutOfSpaceError,
+    RecipeError,
+)
 from vqllm.recipe import Recipe, from_dict
 
 SMALL = {"source": ["self"], "sequences": 6, "length": 32}
@@ -27,16 +37,30 @@ def recipe(**changes: object) -> Recipe:
     return from_dict({**values, **changes}, "test recipe")
 
 
+def text(folder: Path) -> Path:
+    path = folder / "text.txt"
+    path.write_text(TEXT * 40)
+    return path
+
+
 def run(source: Path, output: Path, **options: object) -> None:
     api.quantize(source, output, **{"recipe": recipe(), "evaluate": False, **options})
 
 
 def same_files(a: Path, b: Path) -> bool:
-    names = sorted(p.name for p in a.glob("*.safetensors"))
-    assert names
-    assert names == sorted(p.name for p in b.glob("*.safetensors"))
-    names += ["config.json", "model.safetensors.index.json"]
-    return all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+    """Whether two folders hold the same, but for their own names in the command that made them."""
+    files = {p.relative_to(a) for p in a.rglob("*") if p.is_file()}
+    assert Path("model.safetensors.index.json") in files
+    assert files == {p.relative_to(b) for p in b.rglob("*") if p.is_file()}
+
+    def contents(folder: Path, file: Path) -> bytes:
+        found = (folder / file).read_bytes()
+        if file.suffix != ".md":
+            return found
+        quoted = f'"{folder.name}"'.encode()
+        return found.replace(str(folder).encode(), b"OUT").replace(quoted, b'"OUT"')
+
+    return all(contents(a, file) == contents(b, file) for file in files)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -109,6 +133,48 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(event: int, tmp_path: Path) -> 
     run(source, tmp_path / "out")
     assert same_files(tmp_path / "whole", tmp_path / "out")
     assert not (tmp_path / "out" / ".vqllm").exists()
+
+
+def test_damaged_sequences_are_made_again(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    run(source, tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(source, tmp_path / "out", progress=KillAt(12))
+    kept = tmp_path / "out" / ".vqllm" / "sequences.safetensors"
+    kept.write_bytes(kept.read_bytes()[:-10])
+    run(source, tmp_path / "out")
+    assert same_files(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.parametrize("arch", ["llama", "opt"])
+def test_room_is_asked_for_exactly_what_is_written(
+    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(atomic, "check_space", lambda folder, num_bytes: asked.append(num_bytes))
+    source = save_tiny(tmp_path / "source", arch)
+    run(source, tmp_path / "out", recipe=recipe(skip=["layers.0.*fc1"]))
+    assert asked == [Checkpoint.open(tmp_path / "out").num_bytes]
+
+
+def test_a_full_disk_at_the_last_page_keeps_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_tiny(tmp_path / "source")
+    run(source, tmp_path / "whole")
+    write = atomic.write_bytes
+
+    def full(path: Path, data: bytes, staging: Path) -> None:
+        if path.name == "report.md":
+            raise OutOfSpaceError("no space left")
+        write(path, data, staging)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(atomic, "write_bytes", full)
+        with pytest.raises(OutOfSpaceError):
+            run(source, tmp_path / "out")
+    run(source, tmp_path / "out")
+    assert same_files(tmp_path / "whole", tmp_path / "out")
 
 
 def test_hidden_states_in_a_mapped_file_give_the_same_bytes(
@@ -208,9 +274,54 @@ def test_nan_weights_name_the_linear(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.input_layernorm.weight"])
+def test_nan_outside_the_linears_is_named(name: str, tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors[name][3] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericalError, match=r"1 of 64 values of .*norm.weight are NaN"):
+        api.quantize(
+            source, tmp_path / "out", recipe=recipe(), calibration=text(tmp_path), evaluate=False
+        )
+
+
+def test_an_input_that_is_always_zero_is_rounded_to_nearest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = save_tiny(tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"].zero_()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    run(source, tmp_path / "out")
+    assert "model.layers.0.mlp.down_proj was zero on every calibration token" in caplog.text
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    down = model.get_submodule("model.layers.0.mlp.down_proj").dequantize(torch.float32)
+    before = tensors["model.layers.0.mlp.down_proj.weight"]
+    assert 7 < metrics.sqnr_db(before, down) < 12  # nothing stands in the way of nearest
+    up = model.get_submodule("model.layers.0.mlp.up_proj").dequantize(torch.float32)
+    assert up.abs().max() < 1e-20
+
+
+def test_a_text_too_short_to_measure_on_is_found_before_the_run(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    with pytest.raises(EvaluationError, match="tokens"):
+        run(source, tmp_path / "out", evaluate=True, eval_text=text(tmp_path), eval_windows=1000)
+    assert not (tmp_path / "out").exists()
+
+
+def test_learned_positions_bound_the_windows(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", "opt")
+    summary = api.quantize(
+        source, tmp_path / "out", recipe=recipe(), eval_text=text(tmp_path), eval_windows=2
+    )
+    assert summary.evaluation is not None
+    assert summary.evaluation["window_length"] == 256
+
+
 def test_nothing_to_quantize_says_so(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source")
-    with pytest.raises(ModelError, match=r"nothing in .* was quantized"):
+    with pytest.raises(ModelError, match=r"has nothing to quantize"):
         run(source, tmp_path / "out", recipe=recipe(skip=["."]))
 
 

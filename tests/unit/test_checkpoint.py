@@ -294,6 +294,21 @@ def test_without_verification_a_flipped_bit_passes_and_a_truncated_file_does_not
         ),
         (
             "model.safetensors.index.json",
+            lambda i: i["weight_map"].pop("model.norm.weight"),
+            r"leaves out 1 tensors of its shards, first model\.norm\.weight",
+        ),
+        (
+            "config.json",
+            lambda c: c["quantization_config"].update(modules={}),
+            "`modules` is empty",
+        ),
+        (
+            "config.json",
+            lambda c: c["quantization_config"]["modules"].update({"a.b": ["0"]}),
+            "which `specs` does not have",
+        ),
+        (
+            "model.safetensors.index.json",
             lambda i: i["weight_map"].update(x="../secret.safetensors"),
             r"files outside its folder: \.\./secret",
         ),
@@ -380,6 +395,16 @@ def test_dequantize_leaves_pages_about_the_quantized_model_behind(
         (fake.folder / page).write_text("about the checkpoint")
     out = dequantize_checkpoint(fake.folder, tmp_path / "dense")
     assert not {path.name for path in out.iterdir()} & names
+
+
+def test_dequantize_leaves_its_neighbours_alone(fake: FakeCheckpoint, tmp_path: Path) -> None:
+    neighbour = tmp_path / "dense.partial"
+    neighbour.mkdir()
+    (neighbour / "file").touch()
+    dequantize_checkpoint(fake.folder, tmp_path / "dense")
+    assert (neighbour / "file").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert (tmp_path / "dense").stat().st_mode == neighbour.stat().st_mode
 
 
 def test_dequantize_refuses(fake: FakeCheckpoint, tmp_path: Path) -> None:

@@ -12,7 +12,13 @@ from torch.nn import functional as F
 from tests.tiny import tiny_model, tiny_tokenizer
 from vqllm import evaluation
 from vqllm.errors import EvaluationError, NumericalError
-from vqllm.evaluation import compare, perplexity, text_windows
+from vqllm.evaluation import (
+    check_same_tokens,
+    compare,
+    longest_input,
+    perplexity,
+    text_windows,
+)
 
 TOKENIZER = tiny_tokenizer()
 
@@ -105,9 +111,9 @@ def test_rows_are_joined_by_a_blank_line(tmp_path: Path) -> None:
     rows = [f"row {i}" for i in range(30)]
     file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     expected = TOKENIZER("\n\n".join(rows)).input_ids
-    for num_windows in (None, len(expected)):
-        tokens = text_windows(file, TOKENIZER, num_windows, 1)
-        assert tokens.flatten().tolist() == expected
+    for num_windows in (None, len(expected) // 2):
+        tokens = text_windows(file, TOKENIZER, num_windows, 2)
+        assert tokens.flatten().tolist() == expected[: len(expected) // 2 * 2]
 
 
 def test_no_bos_is_added(text: Path) -> None:
@@ -135,6 +141,36 @@ def _words(folder: Path, num_tokens: int) -> Path:
     file.write_text("é" * (num_tokens // 2) + "q" * (num_tokens % 2))
     assert len(TOKENIZER(file.read_text()).input_ids) == num_tokens
     return file
+
+
+@pytest.mark.parametrize(("num_windows", "length"), [(0, 64), (-1, 64), (2, 0), (None, 1), (2, -5)])
+def test_windows_that_no_text_has_are_refused(
+    text: Path, num_windows: int | None, length: int
+) -> None:
+    with pytest.raises(EvaluationError, match=r"use .* or"):
+        text_windows(text, TOKENIZER, num_windows, length)
+
+
+def test_learned_positions_limit_the_windows_and_rotary_ones_do_not() -> None:
+    """Both have `max_position_embeddings` 256."""
+    learned, rotary = tiny_model("opt"), tiny_model()
+    assert longest_input(learned) == 256
+    assert longest_input(rotary) is None
+    perplexity(learned, windows(1, 256))
+    perplexity(rotary, windows(1, 257))
+    for measure in (
+        lambda: perplexity(learned, windows(1, 257)),
+        lambda: compare(rotary, learned, windows(1, 257)),
+    ):
+        with pytest.raises(EvaluationError, match=r"257 tokens .* pass --window-length 256"):
+            measure()
+
+
+def test_a_baseline_with_another_tokenizer_is_refused() -> None:
+    check_same_tokens(windows(), windows())
+    for other in (windows() + 1, windows(2)):
+        with pytest.raises(EvaluationError, match="different tokenizers"):
+            check_same_tokens(windows(), other)
 
 
 def test_models_that_cannot_be_compared() -> None:

@@ -109,6 +109,31 @@ def test_layers_from_a_damaged_shard_on_are_done_again(
     assert Journal(folder, IDENTITY).finished == layers[:2]
 
 
+@pytest.mark.parametrize("line", [b"{}", b"[1]"])
+def test_a_line_that_is_no_layer_is_refused(
+    line: bytes, begun: tuple[Path, list[FinishedLayer]]
+) -> None:
+    path = path_of(begun[0])
+    lines = path.read_bytes().splitlines()
+    lines[2] = line
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.raises(CheckpointError, match=r"line 3 of .* is damaged"):
+        Journal(begun[0], IDENTITY)
+
+
+def test_an_empty_journal_beside_layers_is_refused(begun: tuple[Path, list[FinishedLayer]]) -> None:
+    path_of(begun[0]).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"is empty, but .* holds shard-0"):
+        Journal(begun[0], IDENTITY)
+
+
+@pytest.mark.parametrize("name", ["file/x", "x" * 300])
+def test_folders_that_cannot_be_made(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot be an output folder"):
+        Journal(tmp_path / name, IDENTITY)
+
+
 def test_another_run_is_refused_with_every_difference(
     begun: tuple[Path, list[FinishedLayer]],
 ) -> None:
@@ -141,7 +166,7 @@ def test_folder_with_something_else(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is not empty: thesis\.tex\. The output must be"):
         Journal(tmp_path, IDENTITY)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-    with pytest.raises(CheckpointError, match="is a file"):
+    with pytest.raises(CheckpointError, match="Not a directory"):
         Journal(tmp_path / "thesis.tex", IDENTITY)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.tiny import tiny_model, tiny_tokenizer
+from vqllm import api
 from vqllm.errors import EvaluationError
 from vqllm.integrations import lm_eval
 
@@ -138,9 +139,20 @@ def test_our_tasks_are_listed() -> None:
     assert lm_eval.own_tasks() == expected
 
 
-def test_an_unknown_task_gets_near_names(model: Any) -> None:
-    with pytest.raises(EvaluationError, match=r"'vqllm_piqua'.*Did you mean vqllm_piqa"):
-        lm_eval.run_tasks(model, TOKENIZER, ["vqllm_piqua"])
+@pytest.mark.parametrize(("wrong", "right"), [("vqllm_piqua", "vqllm_piqa"), ("piqaa", "piqa")])
+def test_an_unknown_task_gets_near_names(model: Any, wrong: str, right: str) -> None:
+    with pytest.raises(EvaluationError, match=rf"'{wrong}'.*Did you mean {right}"):
+        lm_eval.run_tasks(model, TOKENIZER, ["vqllm_piqa", wrong])
+
+
+def test_mistakes_are_found_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "_load_to_run", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(EvaluationError, match="unknown task 'vqllm_piqua'"):
+        api.evaluate("model", tasks=["vqllm_piqua"])
+    with pytest.raises(EvaluationError, match="limit 0"):
+        api.evaluate("model", tasks=["vqllm_piqa"], limit=0)
+    with pytest.raises(EvaluationError, match="0 windows"):
+        api.evaluate("model", text="text.txt", num_windows=0)
 
 
 def test_missing_data_says_where_it_is_looked_for(

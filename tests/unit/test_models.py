@@ -3,13 +3,14 @@
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,7 +43,9 @@ def to_gguf_rows(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def write_gguf(file: Path, pre: str = "smollm", split_count: int = 1) -> Path:
+def write_gguf(
+    file: Path, pre: str = "smollm", split_count: int = 1, without: str | None = None
+) -> Path:
     """A llama of two layers with the tiny tokenizer, written by the gguf package alone."""
     model = llama()
     config = model.config
@@ -61,7 +64,7 @@ def write_gguf(file: Path, pre: str = "smollm", split_count: int = 1) -> Path:
         writer.add_uint16("split.count", split_count)
     add_tokenizer(writer, pre)
     for name, weight in model.state_dict().items():
-        if name == "lm_head.weight":
+        if name in ("lm_head.weight", without):
             continue
         if "q_proj" in name:
             weight = to_gguf_rows(weight, config.num_attention_heads)
@@ -111,6 +114,12 @@ def test_a_gguf_file_becomes_an_equal_folder(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(resolved.path, dtype=torch.float32)
     tokens = torch.arange(30)[None]
     torch.testing.assert_close(model(tokens).logits, expected(tokens).logits)
+
+
+def test_a_gguf_file_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(ModelError, match=f"it lacks {name}"):
+        resolve(write_gguf(tmp_path / "tiny.gguf", without=name))
 
 
 def test_the_folder_is_portable(tmp_path: Path) -> None:
@@ -273,10 +282,93 @@ def test_folders_that_are_no_model_are_refused(tmp_path: Path) -> None:
 def test_code_in_a_model_folder_needs_consent(tmp_path: Path) -> None:
     values = {"model_type": "own", "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match="--trust-remote-code"):
         check_folder(tmp_path)
     check_folder(tmp_path, trust_remote_code=True)
+
+
+def sharded(folder: Path) -> Path:
+    save_tiny(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="200KB")
+    return folder
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0xFF
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [cut, lambda path: path.write_bytes(b""), lambda path: flip(path, 0), lambda p: flip(p, 40)],
+    ids=["truncated", "empty", "header length", "header"],
+)
+def test_damaged_weight_files_are_named(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    damage(save_tiny(tmp_path / "one") / "model.safetensors")
+    with pytest.raises(ModelError, match=r"one/model\.safetensors"):
+        check_folder(tmp_path / "one")
+    shard = min(sharded(tmp_path / "many").glob("model-*.safetensors"))
+    damage(shard)
+    with pytest.raises(ModelError, match=shard.name):
+        check_folder(tmp_path / "many")
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1], "is damaged"),
+        ({"weight_map": [1]}, "is damaged"),
+        ({}, "is damaged"),
+        ({"weight_map": {}}, "missing: all"),
+        ({"weight_map": {NORM: 5}}, "is damaged"),
+        ({"weight_map": {NORM: "../one/model.safetensors"}}, "in this folder"),
+        ({"weight_map": {NORM: "/etc/passwd"}}, "in this folder"),
+        ({"weight_map": {NORM: "nope.safetensors"}}, r"missing: nope\.safetensors"),
+        ({"weight_map": {NORM: "model-00001-of-00003.safetensors"}}, "has no such tensor"),
+    ],
+    ids=str,
+)
+def test_damaged_indices_are_refused(tmp_path: Path, values: object, message: str) -> None:
+    save_tiny(tmp_path / "one")
+    folder = sharded(tmp_path / "many")
+    check_folder(folder)
+    assert (folder / "model-00001-of-00003.safetensors").is_file()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(values))
+    with pytest.raises(ModelError, match=message):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize("values", [{"quantization_config": "gptq"}, {"model_type": ["a"]}])
+def test_configurations_of_wrong_types_are_refused(
+    tmp_path: Path, values: dict[str, object]
+) -> None:
+    config = save_tiny(tmp_path / "model") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | values))
+    with pytest.raises(ModelError, match=next(iter(values))):
+        check_folder(config.parent)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_weights_that_are_codes_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = save_tiny(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(dtype)
+    tensors["model.layers.1.mask"] = torch.ones(2, 2, dtype=torch.bool)  # no weight
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"1 of the weights .*{name} \(\w+\)\. They"):
+        check_folder(folder)
 
 
 @pytest.mark.parametrize("name", ["org/not-in-the-cache", "not-in-the-cache"])

@@ -1,5 +1,6 @@
 """Recipes: the shipped ones load, the rest is refused with the reason."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,15 @@ def test_best_recipes_are_shipped() -> None:
         ({"transforms": [{"type": "hadamard", "side": "left"}]}, "transforms"),
         ({"codec": {"type": "residual", "stages": [{"type": "e8p"}]}}, "stages"),
         ({"version": 99}, "recipe version 99; this vqllm reads version 1"),
+        ({"codec": 5}, r"codec: .*\(it is 5\)"),
+        ({"codec": {"type": ["e8p"]}}, "unknown codec"),
+        ({"codec": {"type": "uniform", "bits": True}}, "codec: bits: true is neither a number"),
+        ({"hessian": {"damping": math.nan}}, r"hessian.damping: .*finite number \(it is nan\)"),
+        ({"hessian": {"damping": True}}, "hessian.damping: true is neither a number"),
+        ({"calibration": {"sequences": True}}, "calibration.sequences: true is neither a number"),
+        ({"calibration": {"source": []}}, "calibration.source: .*at least 1 item"),
+        ({"calibration": {"sequences": 10**12}}, "are 128000000000000 tokens; at most"),
+        ({"calibration": {"sequences": 64, "length": 10**9}}, "are 64000000000 tokens; at most"),
     ],
 )
 def test_wrong_recipes_are_refused_with_the_place(change: dict, message: str) -> None:
@@ -79,13 +89,43 @@ def test_file_that_is_not_yaml_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nname: x\nseed: 2\n", "the key 'seed' comes a second time in line 3"),
+        (
+            "codec: {type: uniform, bits: 4, bits: 3}",
+            "the key 'bits' comes a second time in line 1",
+        ),
+        ("name: 2026-13-01", "month must be"),
+        ("[" * 5000, "is not YAML"),
+    ],
+)
+def test_yaml_that_says_nothing_clear_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        recipes.load(tmp_path / "bad.yaml")
+
+
+def test_a_change_with_a_key_twice_is_refused() -> None:
+    with pytest.raises(RecipeError, match="the key 'damping' comes a second time"):
+        recipes.load("e8p-2bit", ("hessian={damping: 1, damping: 2}",))
+
+
+def test_yaml_may_merge_and_override() -> None:
+    text = "a: &a {type: hadamard, side: in}\nb: {<<: *a, side: out}"
+    assert recipes._parse(text)["b"] == {"type": "hadamard", "side": "out"}
+
+
+@pytest.mark.parametrize(
     ("values", "number"),
     [
-        ({}, 64),
-        ({"source": "text.txt"}, 128),
-        ({"source": ["self", "text.txt"]}, 128),
+        ({}, 256),
+        ({"length": 512}, 64),
+        ({"source": "text.txt"}, 512),
+        ({"source": ["self", "text.txt"]}, 512),
+        ({"source": "text.txt", "length": 10**6}, 1),
         ({"sequences": 7}, 7),
     ],
 )
-def test_number_of_sequences_depends_on_the_source(values: dict, number: int) -> None:
+def test_number_of_sequences_depends_on_source_and_length(values: dict, number: int) -> None:
     assert from_dict({**MINIMAL, "calibration": values}, "test").calibration.num_sequences == number

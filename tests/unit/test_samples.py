@@ -1,14 +1,17 @@
 """Sampling from tiny models."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from tests.tiny import tiny_model, tiny_tokenizer
+from vqllm import rng
 from vqllm.calibration import samples
 from vqllm.calibration.decode_attention import NAME, fast_decoding
 from vqllm.calibration.samples import generate_samples
 from vqllm.calibration.vocabulary import leading_token, ordinary_tokens
-from vqllm.errors import CalibrationError, NumericalError
+from vqllm.errors import NumericalError
 
 BOS, EOS, PAD = 0, 1, 2
 
@@ -18,6 +21,10 @@ def without_end(arch: str = "llama", **overrides: object) -> torch.nn.Module:
     model = tiny_model(arch, **overrides)
     model.generation_config.eos_token_id = None
     return model
+
+
+def warnings_of(module: Any, caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.name == module.__name__]
 
 
 def test_shape_dtype_and_range() -> None:
@@ -134,10 +141,46 @@ def test_progress_counts_tokens() -> None:
 
 
 def test_what_cannot_be_sampled_says_so() -> None:
-    with pytest.raises(CalibrationError, match="longer than the 256"):
-        generate_samples(tiny_model(), tiny_tokenizer(), 1, 257, seed=0)
     broken = tiny_model()
     with torch.no_grad():
         broken.get_output_embeddings().weight[5] = torch.nan
     with pytest.raises(NumericalError, match="not finite"):
         generate_samples(broken, tiny_tokenizer(), 1, 5, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("arch", "values"),
+    [
+        ("mamba", {"state_size": 8}),
+        ("rwkv", {"attention_hidden_size": 64}),
+        ("recurrent_gemma", {"lru_width": 64, "num_hidden_layers": 3}),
+        ("openai-gpt", {}),
+    ],
+)
+def test_models_without_a_cache_are_sampled_from_whole_prefixes(
+    arch: str, values: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, tokenizer = without_end(arch, **values), tiny_tokenizer()
+    tokens = generate_samples(model, tokenizer, 3, 10, seed=0, batch_size=2)
+    (warning,) = warnings_of(samples, caplog)
+    assert warning.startswith(f"{type(model).__name__} has no cache")
+    U_SL = torch.rand(
+        3, 10, generator=rng.generator(0, "calibration", "samples"), dtype=torch.float64
+    )
+    with torch.inference_mode():
+        logits = model(input_ids=tokens, use_cache=False).logits
+    for step in range(1, 10):
+        expected = samples._invert(logits[:, step - 1], U_SL[:, step])
+        ended = tokens[:, step - 1] == EOS
+        assert ((tokens[:, step] == expected) | ended).all()
+
+
+def test_a_cache_of_the_models_own_is_used(caplog: pytest.LogCaptureFixture) -> None:
+    """MiniMax takes no other; with it and without any the tokens are the same."""
+    moe = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    model, tokenizer = without_end("minimax", **moe), tiny_tokenizer()
+    tokens = generate_samples(model, tokenizer, 2, 10, seed=0)
+    assert not warnings_of(samples, caplog)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samples, "_working_cache", lambda *_: None)
+        assert torch.equal(generate_samples(model, tokenizer, 2, 10, seed=0), tokens)

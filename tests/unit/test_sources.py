@@ -215,3 +215,28 @@ def test_sources_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
     refused("org/not-in-the-cache", "run with a network")
+
+
+def test_damaged_text_is_refused_by_name(tmp_path: Path) -> None:
+    def refused(name: str, content: bytes, match: str) -> None:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CalibrationError, match=match):
+            "".join(open_source(tmp_path / name).pieces())
+
+    refused("half.txt", "whole lines\né".encode()[:-1], "not UTF-8 text: unexpected end of data")
+    refused("nul.txt", b"text\n" + bytes(100_000), "has a NUL byte")
+    refused("list.json", b'[{"text": "a"}]', "one object a line, from files named .jsonl")
+    refused("surrogate.jsonl", b'{"text": "a \\ud800 b"}', "not Unicode")
+    refused("deep.jsonl", b"[" * 100_000, "not JSON")
+    refused("null.jsonl", b'{"text": null}', "it holds null")
+    refused("number.jsonl", b'{"text": 5}', "it holds 5")
+    write_parquet(tmp_path / "page.parquet", [f"document {i}" * 50 for i in range(200)], 200)
+    content = bytearray((tmp_path / "page.parquet").read_bytes())
+    content[100:400] = bytes(300)
+    refused("page.parquet", bytes(content), "cannot be read; it may be damaged")
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_not_the_current_folder(name: str) -> None:
+    with pytest.raises(CalibrationError, match="name of a text is empty"):
+        open_source(name)

@@ -4,13 +4,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tests.tiny import ARCHITECTURES, save_tiny
 from vqllm.calibration import layer as layer_module
 from vqllm.calibration.layer import LayerCalibrator
-from vqllm.calibration.stream import LayerStream, linears_of
-from vqllm.errors import NumericalError
+from vqllm.calibration.stream import LayerStream, check_states, layer_names, linears_of
+from vqllm.errors import ModelError, NumericalError
+from vqllm.loading import skeleton
 
 TOKENS = torch.randint(3, 384, (5, 24), generator=torch.Generator().manual_seed(0))
 
@@ -128,3 +138,132 @@ def test_settled_children_run_once_and_change_nothing(
     for a, b in zip(plain, kept):
         assert torch.equal(a.total_CC, b.total_CC)
     assert torch.equal(plain_states, kept_states)
+
+
+OTHER_ARCHITECTURES = {
+    "rwkv": {"attention_hidden_size": 64},  # returns (states, state, attention)
+    "bamba": {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+        "attn_layer_indices": [1],
+    },
+    "bloom": {"n_layer": 3, "n_head": 4},
+    "falcon": {"alibi": False},
+    "mamba": {"state_size": 8},
+}
+
+
+def run_all(stream: LayerStream) -> list[Tensor]:
+    """The output of every layer for TOKENS, each from the one before."""
+    states, outputs = None, []
+    for index in range(len(stream)):
+        with stream.layer(index) as layer:
+            layer.to(stream.compute_dtype)
+            states = stream.run(index, TOKENS, states)
+            assert states is not None
+            outputs.append(states)
+    return outputs
+
+
+def outputs_in(model: nn.Module, names: list[str]) -> list[Tensor]:
+    """The same, of the whole model."""
+    outputs: list[Tensor] = []
+    for name in names:
+        model.get_submodule(name).register_forward_hook(
+            lambda _, args, output: outputs.append(
+                output[0] if isinstance(output, tuple) else output
+            )
+        )
+    with torch.no_grad():
+        model(input_ids=TOKENS, use_cache=False)
+    return outputs
+
+
+@pytest.mark.parametrize("arch", OTHER_ARCHITECTURES)
+def test_whatever_layers_return_beside_their_states(arch: str, tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", arch, num_hidden_layers=3, **OTHER_ARCHITECTURES[arch])
+    stream = stream_of(source)
+    check_states(skeleton(source), stream.names)
+    expected = outputs_in(AutoModelForCausalLM.from_pretrained(source).eval(), stream.names)
+    for got, output in zip(run_all(stream), expected, strict=True):
+        torch.testing.assert_close(got, output, rtol=1e-4, atol=1e-5)
+
+
+def test_states_of_another_form_are_refused_at_the_beginning(tmp_path: Path) -> None:
+    source = save_tiny(
+        tmp_path / "source",
+        "gemma3n_text",
+        vocab_size_per_layer_input=384,
+        hidden_size_per_layer_input=16,
+        laurel_rank=8,
+        num_kv_shared_layers=0,
+        intermediate_size=[172] * 2,
+        layer_types=["sliding_attention", "full_attention"],
+        activation_sparsity_pattern=[0.0] * 2,
+    )
+    model = skeleton(source)
+    with pytest.raises(ModelError, match=r"layers\.0 returns Tensor \(4, 2, 4, 64\)"):
+        check_states(model, layer_names(model))
+    stream = stream_of(source)
+    with stream.layer(0), pytest.raises(ModelError, match=r"returns Tensor \(4, 5, 24, 64\)"):
+        stream.run(0, TOKENS, None)
+
+
+class BlocksConfig(PreTrainedConfig):
+    model_type = "vqllm_test_blocks"
+    share: bool = False
+    keyword: bool = False
+
+
+class Block(nn.Module):
+    def __init__(self, common: nn.Module) -> None:
+        super().__init__()
+        self.own = nn.Linear(40, 40)
+        self.common = common
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z + self.common(torch.relu(self.own(z).cumsum(1) / 8))
+
+
+class BlocksForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = BlocksConfig
+
+    def __init__(self, config: BlocksConfig) -> None:
+        super().__init__(config)
+        self.embedding = nn.Embedding(384, 40)
+        common = nn.Linear(40, 40, bias=False)
+        self.blocks = nn.ModuleList(
+            Block(common if config.share else nn.Linear(40, 40)) for _ in range(3)
+        )
+        self.head = nn.Linear(40, 384)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, **kwargs: object) -> CausalLMOutputWithPast:
+        states = self.embedding(input_ids)
+        for block in self.blocks:
+            states = block(z=states) if self.config.keyword else block(states)
+        return CausalLMOutputWithPast(logits=self.head(states))
+
+
+AutoConfig.register(BlocksConfig.model_type, BlocksConfig)
+AutoModelForCausalLM.register(BlocksConfig, BlocksForCausalLM)
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+@pytest.mark.parametrize("share", [False, True])
+def test_layers_of_any_code(share: bool, keyword: bool, tmp_path: Path) -> None:
+    """Called with a keyword of any name; with a linear that all of them have in common."""
+    torch.manual_seed(0)
+    model = BlocksForCausalLM(BlocksConfig(share=share, keyword=keyword)).eval()
+    model.config.save_pretrained(tmp_path / "source")
+    save_file(dict(model.named_parameters()), tmp_path / "source" / "model.safetensors")
+    stream = stream_of(tmp_path / "source")
+    expected = outputs_in(model, stream.names)
+    for got, output in zip(run_all(stream), expected, strict=True):
+        torch.testing.assert_close(got, output)
+    for name, layer in zip(stream.names, stream.layers):
+        found = {n.rpartition(".")[2] for n in linears_of(layer, name, stream.shared)}
+        assert found == ({"own"} if share else {"own", "common"})
+        assert layer.own.weight.is_meta
+        assert layer.common.weight.is_meta != share

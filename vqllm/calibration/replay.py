@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqllm.linears import is_linear
+
 
 class Replay:
     """Keeps the outputs of settled children of one layer, up to `budget_bytes`.
@@ -37,7 +39,7 @@ class Replay:
         """
         waiting = set(unfinished)
         for name, module in layer.named_children():
-            linears = {m for m in module.modules() if type(m) is nn.Linear}
+            linears = {m for m in module.modules() if is_linear(m)}
             if linears and not linears & waiting and name not in self._children:
                 self._children[name] = _Child(module, self)
 

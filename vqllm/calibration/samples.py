@@ -11,6 +11,7 @@ BOS stands where the tokenizer adds one by itself. After an end-of-text token th
 with a new random token, as at its start, until it has its full length.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +23,13 @@ from transformers.cache_utils import Cache
 from vqllm import rng
 from vqllm.calibration.decode_attention import fast_decoding
 from vqllm.calibration.vocabulary import leading_token, ordinary_tokens
-from vqllm.errors import CalibrationError, NumericalError
+from vqllm.errors import NumericalError
+
+logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 128
+LOGITS_BYTES = 1 << 30
+"""Room for the logits of all tokens of a batch, which a model without a cache computes."""
 
 
 def generate_samples(
@@ -53,15 +58,8 @@ def generate_samples(
         int64 [num_sequences, sequence_length], on the CPU.
 
     Raises:
-        CalibrationError: longer sequences than the model takes, or a model without a cache.
         NumericalError: logits that are not finite.
     """
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and sequence_length > longest:
-        raise CalibrationError(
-            f"sequences of {sequence_length} tokens are longer than the {longest} that this model "
-            "takes; choose a smaller calibration.length"
-        )
     U_SL = torch.rand(
         num_sequences,
         sequence_length,
@@ -71,7 +69,16 @@ def generate_samples(
     restart = _Restart(model, tokenizer)
     total = U_SL.numel()
     batches = []
-    with torch.inference_mode(), fast_decoding(model) as new_cache:
+    with torch.inference_mode(), fast_decoding(model) as fast_cache:
+        new_cache = _working_cache(model, fast_cache)
+        if new_cache is None:
+            logger.warning(
+                "%s has no cache that can be used here, so each token is sampled from all tokens "
+                "before it, which is slow; a text as --calibration needs no sampling",
+                type(model).__name__,
+            )
+            per_sequence = 4 * sequence_length * model.config.get_text_config().vocab_size
+            batch_size = min(batch_size, max(1, LOGITS_BYTES // per_sequence))
         for begin in range(0, num_sequences, batch_size):
             U_BL = U_SL[begin : begin + batch_size]
 
@@ -80,8 +87,26 @@ def generate_samples(
                     progress(before + step * batch, total)
 
             U_BL = U_BL.to(model.device)
-            batches.append(_sample_batch(model, restart, U_BL, new_cache(), report))
+            batches.append(_sample_batch(model, restart, U_BL, new_cache, report))
     return torch.cat(batches) if batches else torch.empty(0, sequence_length, dtype=torch.long)
+
+
+def _working_cache(
+    model: PreTrainedModel, fast_cache: Callable[[], Cache | None]
+) -> Callable[[], Cache | None] | None:
+    """What makes a cache that the model takes and gives back: the fast one, or its own (made from
+    None). None for a model that has neither, such as most with a recurrent state."""
+    tokens_BT = torch.zeros(2, 2, dtype=torch.long, device=model.device)
+    for make in (fast_cache, lambda: None):
+        try:
+            output = model(input_ids=tokens_BT, past_key_values=make(), use_cache=True)
+            cache = output.past_key_values
+            again = model(input_ids=tokens_BT[:, :1], past_key_values=cache, use_cache=True)
+            if cache is not None and again.past_key_values is not None:
+                return make
+        except Exception:  # of any type: how a model refuses a cache is not agreed upon
+            logger.debug("%s refuses a cache", type(model).__name__, exc_info=True)
+    return None
 
 
 class _Restart:
@@ -105,7 +130,7 @@ def _sample_batch(
     model: PreTrainedModel,
     restart: _Restart,
     U_BL: Tensor,
-    cache: Cache | None,
+    new_cache: Callable[[], Cache | None] | None,
     report: Callable[[int], None],
 ) -> Tensor:
     """Tokens int64 [B, L], one for each uniform number."""
@@ -117,14 +142,13 @@ def _sample_batch(
         first = 1
     tokens_BL[:, first : first + 1] = restart.random_token(U_BL[:, first : first + 1])
     fresh_BT = tokens_BL[:, : first + 1]
+    cache = new_cache() if new_cache else None
     for step in range(first + 1, length):
-        output = model(input_ids=fresh_BT, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        if cache is None:
-            raise CalibrationError(
-                f"{type(model).__name__} has no key-value cache, so sampling from it would take "
-                "quadratic time; pass a text with --calibration"
-            )
+        if new_cache:
+            output = model(input_ids=fresh_BT, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+        else:
+            output = model(input_ids=tokens_BL[:, :step], use_cache=False)
         # Embeddings are often padded beyond the tokenizer's vocabulary.
         logits_BV = output.logits[:, -1, : restart.num_tokens].float()
         sampled_B = _invert(logits_BV, U_BL[:, step])

@@ -11,7 +11,8 @@ positions and other arguments that its own model gives it, and no architecture i
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from vqllm.errors import ModelError
+from vqllm.linears import is_linear, shared_modules
+from vqllm.loading import load_model, skeleton
 
 
 class LayerDone(Exception):
@@ -35,6 +37,8 @@ class LayerStream:
     Attributes:
         model: the model; its layers' weights are on the meta device unless loaded.
         names: full module name of each layer.
+        shared: modules that several layers, or a layer and the rest of the model, have in common;
+            they stay in memory from the first layer on.
         source_dtype: the dtype of the stored weights.
         compute_dtype: the dtype in which layers run.
     """
@@ -48,18 +52,22 @@ class LayerStream:
         trust_remote_code: bool = False,
     ) -> None:
         self.device = device
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        prefix = _find_layers(skeleton, str(folder))
-        self.model = _load(folder, skeleton, prefix, device, offload_folder, trust_remote_code)
-        self.model.eval()
-        self.layers: nn.ModuleList = self.model.get_submodule(prefix)  # type: ignore[assignment]
-        self.names = [f"{prefix}.{i}" for i in range(len(self.layers))]
+        empty = skeleton(folder, trust_remote_code=trust_remote_code)
+        self.names = layer_names(empty)
+        shared = shared_modules(empty, self.names)
+        self.model: Any = load_model(
+            folder,
+            trust_remote_code=trust_remote_code,
+            dtype="auto",
+            device_map=_device_map(empty, self.names, shared, device),
+            offload_folder=offload_folder,
+        )
+        self.layers = [self.model.get_submodule(name) for name in self.names]
+        self.shared = shared_modules(self.model, self.names)
         self.source_dtype: torch.dtype = self.model.dtype
         self.compute_dtype = compute_dtype or _compute_dtype(self.source_dtype, device)
         self._cast_outside_layers()
-        self._returns_tuple = False
+        self._returns: dict[int, _Output] = {}
         self._own_forward = {
             i: layer.__dict__.get("forward") for i, layer in enumerate(self.layers)
         }
@@ -80,7 +88,9 @@ class LayerStream:
         try:
             yield layer
         finally:
-            layer.to("meta")
+            for module in layer.modules():
+                if module not in self.shared:
+                    module._apply(lambda tensor: tensor.to("meta"), recurse=False)
             gc.collect()
 
     def run(
@@ -105,17 +115,18 @@ class LayerStream:
             reached = True
             if states is None:
                 return None
-            if args:
-                return (states, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": states}
+            place = _place_of_states(args, kwargs)
+            if isinstance(place, int):
+                return (*args[:place], states, *args[place + 1 :]), kwargs
+            return args, {**kwargs, place: states}
 
         def keep_output(_: nn.Module, args: Any, output: Any) -> None:
-            self._returns_tuple = isinstance(output, tuple)
-            result.append(output[0] if isinstance(output, tuple) else output)
+            self._returns[index] = returns = _Output.of(output, self.names[index])
+            result.append(returns.states(output))
             raise LayerDone
 
         for earlier in range(index):
-            self.layers[earlier].forward = self._pass_on
+            self.layers[earlier].forward = self._passing_on(earlier)
         handles = [
             layer.register_forward_pre_hook(replace_input, with_kwargs=True),
             layer.register_forward_hook(keep_output),
@@ -132,8 +143,14 @@ class LayerStream:
             raise ModelError(f"{self.names[index]} was never called by {type(self.model).__name__}")
         return result[0] if result else None
 
-    def _pass_on(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Any:
-        return (hidden_states,) if self._returns_tuple else hidden_states
+    def _passing_on(self, index: int) -> Callable[..., Any]:
+        returns = self._returns.get(index, _Output(None))
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            place = _place_of_states(args, kwargs)
+            return returns.like(args[place] if isinstance(place, int) else kwargs[place])
+
+        return forward
 
     def _restore_forward(self, index: int) -> None:
         layer, own = self.layers[index], self._own_forward[index]
@@ -150,12 +167,60 @@ class LayerStream:
                         setattr(module, name, _frozen(value.to(self.compute_dtype)))
 
 
-def linears_of(layer: nn.Module, layer_name: str) -> dict[str, nn.Linear]:
-    """The `nn.Linear` modules of a layer by full name, in the order of the module tree."""
+@dataclass(frozen=True)
+class _Output:
+    """What a layer returns: its states alone, or a tuple or list that begins with them."""
+
+    sequence: type | None
+    length: int = 1
+
+    @staticmethod
+    def of(output: Any, name: str) -> "_Output":
+        found = _Output(None)
+        if type(output) in (tuple, list):
+            found = _Output(type(output), len(output))
+        states = found.states(output) if found.length else None
+        if not isinstance(states, Tensor) or states.dim() != 3:
+            shape = f" {tuple(states.shape)}" if isinstance(states, Tensor) else ""
+            raise ModelError(
+                f"{name} returns {type(states).__name__}{shape}; only layers that return states of "
+                "[sequences, tokens, features] can be quantized one by one"
+            )
+        return found
+
+    def states(self, output: Any) -> Any:
+        return output[0] if self.sequence else output
+
+    def like(self, states: Tensor) -> Any:
+        """The output of a layer whose states are these; without all else (attention weights,
+        caches), which a model does not need where it is not asked for them."""
+        if self.sequence is None:
+            return states
+        return self.sequence([states, *[None] * (self.length - 1)])
+
+
+def _place_of_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
+    """Which argument of a layer's call is its input: the first tensor."""
+    for position, value in enumerate(args):
+        if isinstance(value, Tensor):
+            return position
+    if isinstance(kwargs.get("hidden_states"), Tensor):
+        return "hidden_states"
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return name
+    raise ModelError("a decoder layer is called without a tensor, so its input cannot be given")
+
+
+def linears_of(
+    layer: nn.Module, layer_name: str, shared: Collection[nn.Module] = ()
+) -> dict[str, nn.Linear]:
+    """The linears of a layer by full name, without those in `shared`, in the order of the module
+    tree."""
     return {
         f"{layer_name}.{name}": module
         for name, module in layer.named_modules()
-        if type(module) is nn.Linear
+        if is_linear(module) and module not in shared
     }
 
 
@@ -173,8 +238,8 @@ def capture_inputs(
     return stack
 
 
-def _find_layers(model: nn.Module, origin: str) -> str:
-    """Name of the module list that holds the decoder layers: the one with most parameters."""
+def layer_names(model: nn.Module) -> list[str]:
+    """Full names of the decoder layers: of the list of modules with most parameters."""
     best, best_size = "", 0
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(
@@ -185,10 +250,40 @@ def _find_layers(model: nn.Module, origin: str) -> str:
                 best, best_size = name, size
     if not best:
         raise ModelError(
-            f"{origin}: {type(model).__name__} has no list of layers (torch.nn.ModuleList), so its "
-            "layers cannot be quantized one by one"
+            f"{type(model).__name__} has no list of layers (torch.nn.ModuleList) with weights, so "
+            "its layers cannot be quantized one by one"
         )
-    return best
+    layers: nn.ModuleList = model.get_submodule(best)  # type: ignore[assignment]
+    return [f"{best}.{i}" for i in range(len(layers))]
+
+
+def check_states(model: nn.Module, names: list[str]) -> None:
+    """Refuse a model whose layers return something else than states, before they are loaded.
+
+    Its first layer is run on the meta device, which computes shapes only.
+
+    Args:
+        model: on the meta device.
+        names: of its layers.
+    """
+
+    def look(_: nn.Module, args: Any, output: Any) -> None:
+        _Output.of(output, names[0])
+        raise LayerDone
+
+    tokens = torch.zeros(2, 4, dtype=torch.long, device="meta")
+    # A mask that is whole: making one looks at values, which the meta device does not have.
+    mask = torch.zeros(2, 1, 4, 4, device="meta")
+    handle = model.get_submodule(names[0]).register_forward_hook(look)
+    try:
+        with torch.no_grad():
+            model(input_ids=tokens, attention_mask=mask, use_cache=False)
+    except ModelError:
+        raise
+    except Exception:  # LayerDone, or a model that looks at values: it is seen when it runs
+        return
+    finally:
+        handle.remove()
 
 
 def _parents(model: nn.Module, name: str) -> Iterator[nn.Module]:
@@ -197,37 +292,34 @@ def _parents(model: nn.Module, name: str) -> Iterator[nn.Module]:
         yield model.get_submodule(".".join(parts[:i]))
 
 
-def _load(
-    folder: Path,
-    skeleton: nn.Module,
-    prefix: str,
-    device: torch.device,
-    offload_folder: Path,
-    trust_remote_code: bool,
-) -> Any:
-    num_layers = len(skeleton.get_submodule(prefix))  # type: ignore[arg-type]
-    device_map: dict[str, Any] = {f"{prefix}.{i}": "disk" for i in range(num_layers)}
-    ancestors = {"", *(".".join(prefix.split(".")[:i]) for i in range(1, prefix.count(".") + 2))}
+def _device_map(
+    empty: nn.Module, layers: list[str], shared: set[nn.Module], device: torch.device
+) -> dict[str, str]:
+    """The layers on disk, what they share and everything else on `device`."""
+    on_disk = set(layers)
+    for name in layers:
+        inside = dict(empty.get_submodule(name).named_modules(prefix=name))
+        if shared & set(inside.values()):
+            # accelerate takes whole modules to the disk, so these go in smaller pieces.
+            on_disk.remove(name)
+            on_disk |= {
+                n
+                for n, module in inside.items()
+                if module not in shared and not list(module.children())
+            }
+    ancestors = {""}
+    for name in on_disk:
+        parts = name.split(".")
+        ancestors |= {".".join(parts[:i]) for i in range(1, len(parts))}
+    device_map = dict.fromkeys(on_disk, "disk")
     for name in ancestors:
-        for child, _ in skeleton.get_submodule(name).named_children():
-            full = f"{name}.{child}" if name else child
-            if full not in ancestors and name != prefix:
-                device_map[full] = str(device)
-        for own, _ in skeleton.get_submodule(name).named_parameters(recurse=False):
-            device_map[f"{name}.{own}" if name else own] = str(device)
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto",
-            device_map=device_map,
-            offload_folder=offload_folder,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-        )
-    except OSError as error:
-        raise ModelError(
-            f"{folder} cannot be loaded: {error} The weights must be safetensors files."
-        ) from error
+        module, dot = empty.get_submodule(name), f"{name}." if name else ""
+        inside = [*module.named_children(), *module.named_parameters(recurse=False)]
+        for own, _ in inside:
+            full = f"{dot}{own}"
+            if full not in ancestors:
+                device_map.setdefault(full, str(device))
+    return device_map
 
 
 def _materialize(module: nn.Module, device: torch.device) -> None:

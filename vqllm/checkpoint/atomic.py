@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vqllm.checkpoint.shards import sha256_of
-from vqllm.errors import OutOfSpaceError
+from vqllm.errors import CheckpointError, OutOfSpaceError
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RESUME = "What is finished is kept. Free some space and run the same command again to go on."
 
 
@@ -63,6 +63,35 @@ def write_shard(path: Path, tensors: dict[str, Tensor], staging: Path) -> str:
         digest = sha256_of(temporary)
         _publish(temporary, path)
     return digest
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents. CheckpointError where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_output(folder, error) from error
+
+
+def names_in(folder: Path) -> list[str]:
+    """What an output folder holds, sorted; nothing if there is none.
+
+    Raises:
+        CheckpointError: it is a file, or cannot be read.
+    """
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _no_output(folder, error) from error
+
+
+def _no_output(folder: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} cannot be an output folder: {error.strerror}. Choose a new or empty folder "
+        "where you may write."
+    )
 
 
 def check_space(folder: Path, num_bytes: int) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,16 +46,15 @@ def dequantize_checkpoint(folder: str | Path, output: str | Path, dtype: str = "
     checkpoint = Checkpoint.open(folder)
     output = Path(output)
     name = _dtype_name(dtype, checkpoint.config)
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+    if atomic.names_in(output):
         raise CheckpointError(
             f"{output} is not empty; the output must be a new or an empty folder."
         )
     sizes = _sizes(checkpoint, DTYPES[name])
     atomic.check_space(output, sum(sizes.values()))
-    partial = output.absolute().with_name(f"{output.absolute().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = _new_folder_beside(output.absolute())
     staging = partial / ".staging"
-    staging.mkdir(parents=True)
+    staging.mkdir()
     try:
         _write(checkpoint, sizes, DTYPES[name], partial, staging)
         config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
@@ -75,6 +75,17 @@ def dequantize_checkpoint(folder: str | Path, output: str | Path, dtype: str = "
         shutil.rmtree(partial, ignore_errors=True)
     atomic.sync_folder(output.absolute().parent)
     return output
+
+
+def _new_folder_beside(output: Path) -> Path:
+    """An empty folder on the same disk under a name of its own, with the mode of any new folder."""
+    atomic.make_folder(output.parent)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name[:64]}.", dir=output.parent))
+    probe = partial / "mode"
+    probe.mkdir()
+    partial.chmod(probe.stat().st_mode)
+    probe.rmdir()
+    return partial
 
 
 def _dtype_name(dtype: str, config: dict[str, object]) -> str:

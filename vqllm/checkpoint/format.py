@@ -146,7 +146,9 @@ class QuantizationConfig:
                 f"{origin}: `specs` and `modules` must be JSON objects, found "
                 f"{type(specs).__name__} and {type(modules).__name__}. Get an undamaged copy."
             )
-        unknown = sorted(str(id) for id in modules.values() if id not in specs)
+        if not modules:
+            raise CheckpointError(f"{origin}: `modules` is empty. Get an undamaged copy.")
+        unknown = sorted(str(id) for id in modules.values() if str(id) not in specs)
         if unknown:
             raise CheckpointError(
                 f"{origin}: modules name the specifications {', '.join(unknown)}, which `specs` "

@@ -34,7 +34,7 @@ def inspect_checkpoint(folder: str | Path, verify: bool = True) -> JSON:
         "linears": _linears(checkpoint, bits),
         "not_quantized": told.get("not_quantized") or {},
         "bits_per_weight": bits_per_weight(checkpoint),
-        "num_bytes": sum(tensor.num_bytes for tensor in checkpoint.tensors.values()),
+        "num_bytes": checkpoint.num_bytes,
     }
 
 

@@ -121,9 +121,9 @@ class Journal:
         self.staging = folder / WORK
         self._path = self.staging / JOURNAL
         self.finished: list[FinishedLayer] = []
-        if not self._path.is_file():
+        if WORK not in atomic.names_in(folder) or not self._path.is_file():
             _check_empty(folder)
-        self.staging.mkdir(parents=True, exist_ok=True)
+        atomic.make_folder(self.staging)
         self._lock = FileLock(self.staging / LOCK)
         try:
             self._lock.acquire(timeout=0)
@@ -143,9 +143,18 @@ class Journal:
             atomic.write_bytes(self._path, _line(identity), self.staging)
             return
         lines = _whole_lines(self._path)
-        _check_identity(lines[0] if lines else {}, identity, self._folder)
+        if lines:
+            _check_identity(lines[0], identity, self._folder)
+        elif found := [name for name in atomic.names_in(self._folder) if name != WORK]:
+            raise CheckpointError(
+                f"{self._path} is empty, but {self._folder} holds {', '.join(found[:3])}. Delete "
+                "the folder and start again."
+            )
         for number, values in enumerate(lines[1:]):
-            layer = FinishedLayer(**values)
+            try:
+                layer = FinishedLayer(**values)
+            except TypeError as error:
+                raise _damaged(self._path, number + 2, error) from error
             problem = self._problem(number, layer)
             if problem:
                 logger.warning("%s: layers from %d on are done again", problem, number)
@@ -216,21 +225,26 @@ def _whole_lines(path: Path) -> list[JSON]:
     values = []
     for number, line in enumerate(lines[:-1]):
         try:
-            values.append(json.loads(line))
+            value = json.loads(line)
+            if not isinstance(value, dict):
+                raise ValueError(f"{type(value).__name__} in place of an object")
         except ValueError as error:
             if number == len(lines) - 2:
                 break
-            raise CheckpointError(
-                f"line {number + 1} of {path} is damaged: {error}. Delete the folder "
-                f"{path.parent.parent} and start again."
-            ) from error
+            raise _damaged(path, number + 1, error) from error
+        values.append(value)
     return values
 
 
+def _damaged(path: Path, number: int, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"line {number} of {path} is damaged: {error}. Delete the folder {path.parent.parent} and "
+        "start again."
+    )
+
+
 def _check_empty(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; the output must be a new or empty folder.")
-    found = sorted(p.name for p in folder.iterdir() if p.name != WORK) if folder.is_dir() else []
+    found = [name for name in atomic.names_in(folder) if name != WORK]
     if not found:
         return
     if _is_finished(folder):

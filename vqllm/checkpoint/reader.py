@@ -86,6 +86,12 @@ class Checkpoint:
                 f"{folder}: the index names {len(missing)} tensors that no shard has, first "
                 f"{missing[0]}. {DAMAGED}"
             )
+        hidden = sorted(tensors.keys() - index.files.keys())
+        if hidden:
+            raise CheckpointError(
+                f"{folder}: the index leaves out {len(hidden)} tensors of its shards, first "
+                f"{hidden[0]}. {DAMAGED}"
+            )
         checkpoint = cls(folder, config, quantization, index.files, tensors)
         checkpoint._check_linears()
         return checkpoint
@@ -122,6 +128,11 @@ class Checkpoint:
         """The weights of a quantized linear, float32 [R, C], in the model's own basis."""
         return self.linears[module].dequantize(self.packed(module))
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
     def bits(self, module: str) -> BitCount:
         """Exact bits of the stored tensors of a quantized linear, bias excluded."""
         bits = {"codes": 0, "codebook": 0, "side": 0}
@@ -144,10 +155,11 @@ class Checkpoint:
         path = self.folder / RECORDS
         if not path.is_file():
             return
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):  # the report is for people: a damaged line is no obstacle
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            # The report is for people: a damaged line is no obstacle.
+            with suppress(ValueError, TypeError, RecursionError):
                 record = json.loads(line)
-                if isinstance(record, dict) and record.get("name") in self.linears:
+                if record["name"] in self.linears:
                     yield record
 
 

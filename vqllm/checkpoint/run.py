@@ -1,15 +1,19 @@
 """The output folder of a run: finished layers, what is to do, and how it becomes a checkpoint."""
 
 import json
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import vqllm
+from vqllm.bits import count
 from vqllm.checkpoint import atomic, writer
 from vqllm.checkpoint.format import (
     JSON,
@@ -23,6 +27,8 @@ from vqllm.checkpoint.journal import FinishedLayer, Journal, identity
 from vqllm.checkpoint.source import SourceTensors
 from vqllm.errors import ModelError
 from vqllm_kernels.linear import LinearSpec
+
+logger = logging.getLogger(__name__)
 
 
 class Packed(Protocol):
@@ -95,22 +101,34 @@ class CheckpointRun:
     def keep(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors that are made once a run and read back when it goes on."""
         path = self.scratch / f"{name}.safetensors"
-        if not path.is_file():
-            atomic.write_shard(path, make(), self.scratch)
+        if path.is_file():
+            try:
+                return load_file(path)
+            except (SafetensorError, OSError) as error:
+                logger.warning("%s cannot be read (%s): it is made again", path, error)
+        atomic.write_shard(path, make(), self.scratch)
         return load_file(path)
 
-    def begin(self, model: nn.Module, layer_names: list[str]) -> None:
+    def begin(
+        self, model: nn.Module, layer_names: list[str], planned: Mapping[str, LinearSpec]
+    ) -> None:
         """Learn the model's layers, and check that its tensors are found and the disk has room.
+
+        Args:
+            model: on the meta device or elsewhere; only names and shapes are read.
+            planned: the linears that will be quantized.
 
         Raises:
             ModelError: the source has no tensors under the names that the model uses.
-            OutOfSpaceError: a checkpoint as large as the source would not fit.
+            OutOfSpaceError: the checkpoint would not fit.
         """
         self._tensors = SourceTensors(self._source, model)
         self._layer_names = layer_names
         if self.num_finished == 0:
-            # An upper bound: codes are smaller than what they replace.
-            atomic.check_space(self._output, self._tensors.num_bytes())
+            packed = sum(count(spec.layout()).total for spec in planned.values()) // 8
+            replaced = self._tensors.num_bytes(f"{name}.weight" for name in planned)
+            needed = self._tensors.num_bytes() - replaced + packed
+            atomic.check_space(self._output, needed)
 
     def write_layer(self, index: int, results: Sequence[Packed]) -> None:
         """Write a finished layer's shard, then its line in the journal."""
@@ -161,9 +179,10 @@ class CheckpointRun:
         """Write everything outside the layers, the report's records, the index and config.json."""
         linears = self.quantized
         if not linears:
+            reasons = Counter(not_quantized.values())
             raise ModelError(
-                f"nothing in {self._source} was quantized. "
-                + "; ".join(f"{name}: {reason}" for name, reason in not_quantized.items())
+                f"nothing in {self._source} was quantized: "
+                + ", ".join(f"{reason} ({number})" for reason, number in reasons.most_common())
             )
         inside = tuple(f"{name}." for name in self._layer_names)
         rest = {n: self._tensors.read(n) for n in self._tensors if not n.startswith(inside)}
@@ -182,9 +201,16 @@ class CheckpointRun:
         writer.write_index(self._output, checksums, self.scratch)
         writer.write_config(self._source, self._output, self.scratch, config)
 
-    def complete(self) -> None:
-        """The run is over: remove what only a run needs."""
+    def complete(self, pages: Mapping[str, bytes]) -> None:
+        """The run is over: write the pages about it, by file name, and remove what only a run
+        needs."""
+        for name, contents in pages.items():
+            atomic.write_bytes(self._output / name, contents, self.scratch)
         self._journal.complete()
+
+    def source_bytes(self) -> int:
+        """Bytes of the tensors of the source model."""
+        return self._tensors.num_bytes()
 
     def _shard(self, index: int) -> str:
         return shard_name(index + 1, len(self._layer_names) + 1)

@@ -1,13 +1,15 @@
 """The tensors of an ordinary checkpoint folder, read one by one from its safetensors files."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from vqllm.errors import ModelError
+from vqllm.checkpoint.shards import StoredTensor, read_header
+from vqllm.errors import CheckpointError, ModelError
+from vqllm.loading import listed
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -24,10 +26,14 @@ class SourceTensors:
         self.folder = folder
         known = set(model.state_dict())
         prefix = getattr(model, "base_model_prefix", "")
+        stored, files = stored_tensors(folder), weight_map(folder)
         self._files: dict[str, tuple[Path, str]] = {}
-        for key, path in _weight_map(folder).items():
+        self._bytes: dict[str, int] = {}
+        for key, path in files.items():
             full = f"{prefix}.{key}"
-            self._files[full if key not in known and full in known else key] = (path, key)
+            name = full if key not in known and full in known else key
+            self._files[name] = (path, key)
+            self._bytes[name] = stored[key].num_bytes
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
@@ -44,48 +50,77 @@ class SourceTensors:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} cannot be read: {error} Get an undamaged copy.") from error
 
-    def num_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(_size(path, keys) for path, keys in self._by_file().items())
-
-    def _by_file(self) -> dict[Path, list[str]]:
-        files: dict[Path, list[str]] = {}
-        for path, key in self._files.values():
-            files.setdefault(path, []).append(key)
-        return files
+    def num_bytes(self, names: Iterable[str] | None = None) -> int:
+        """Bytes of these tensors, or of all; names that are not here count nothing."""
+        return sum(self._bytes.get(name, 0) for name in (self._bytes if names is None else names))
 
 
-def _weight_map(folder: Path) -> dict[str, Path]:
-    index = folder / INDEX
-    if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {key: folder / name for key, name in names.items()}
-    single = folder / SINGLE
-    if not single.is_file():
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Dtype and shape of every tensor of a model folder, from the headers of its files.
+
+    Raises:
+        ModelError: a file is missing or damaged, or the index does not fit the files.
+    """
+    headers: dict[Path, dict[str, StoredTensor]] = {}
+    found = {}
+    for key, path in weight_map(folder).items():
+        if path not in headers:
+            headers[path] = _header(path)
+        if key not in headers[path]:
+            raise ModelError(
+                f"{folder / INDEX} says that {key} is in {path.name}, which has no such tensor. "
+                "Get an undamaged copy."
+            )
+        found[key] = headers[path][key]
+    return found
+
+
+def weight_map(folder: Path) -> dict[str, Path]:
+    """The file of every tensor of a model folder.
+
+    As in transformers, a file with the whole model goes before an index of several.
+
+    Raises:
+        ModelError: there are no such files, or the index is damaged or names files elsewhere.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file():
+        return dict.fromkeys(_header(single), single)
+    if not index.is_file():
         raise ModelError(
             f"{folder} holds no {SINGLE} and no {INDEX}. Weights must be safetensors files: "
             "convert the model once with save_pretrained."
         )
     try:
-        with safe_open(single, "pt") as file:
-            return dict.fromkeys(file.keys(), single)
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        right = isinstance(names, dict) and all(map(_is_file_name, names.values()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{index} is damaged: {error!r}. Get an undamaged copy.") from error
+    if not right:
+        raise ModelError(
+            f"{index} is damaged: its weight_map must give each tensor the name of a file in this "
+            "folder. Get an undamaged copy."
+        )
+    missing = sorted({name for name in names.values() if not (folder / name).is_file()})
+    if missing or not names:
+        raise ModelError(
+            f"{folder} is incomplete: its index names {len(set(names.values()))} weight files, "
+            f"missing: {listed(missing) or 'all'}. Fetch the model again."
+        )
+    return {key: folder / name for key, name in names.items()}
+
+
+def _is_file_name(name: object) -> bool:
+    """Whether it stays inside the folder, so that a model cannot have other files read."""
+    return isinstance(name, str) and name == Path(name).name and name not in ("", ".", "..")
+
+
+def _header(path: Path) -> dict[str, StoredTensor]:
+    try:
+        header = read_header(path)
+        with safe_open(path, "pt"):  # compares shapes, dtypes and places, which takes no reading
+            return header
+    except CheckpointError as error:
+        raise ModelError(str(error)) from error
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{single} cannot be read: {error} Get an undamaged copy.") from error
-
-
-def _size(path: Path, keys: list[str]) -> int:
-    total = 0
-    with safe_open(path, "pt") as file:
-        for key in keys:
-            piece = file.get_slice(key)
-            numel = 1
-            for length in piece.get_shape():
-                numel *= length
-            total += numel * _DTYPE_BYTES[piece.get_dtype()]
-    return total
-
-
-_DTYPE_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2,
-    "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
-}  # fmt: skip
+        raise ModelError(f"{path} cannot be read: {error} Get an undamaged copy.") from error

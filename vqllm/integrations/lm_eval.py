@@ -11,6 +11,7 @@ from vqllm.errors import EvaluationError
 from vqllm.resources import tasks_dir
 from vqllm.types import JSON
 
+OWN_PREFIX = "vqllm_"
 BATCH_SIZE = 8
 # lm-eval's default is the longest that the model takes, whose logits at 8192 tokens are 13 GB.
 MAX_LENGTH = 2048
@@ -20,7 +21,7 @@ BOOTSTRAP_DRAWS = 100
 
 def own_tasks() -> list[str]:
     """The names of the tasks that come with this package and read local files."""
-    return sorted(path.stem for path in tasks_dir().glob("vqllm_*.yaml"))
+    return sorted(path.stem for path in tasks_dir().glob(f"{OWN_PREFIX}*.yaml"))
 
 
 def run_tasks(
@@ -32,6 +33,7 @@ def run_tasks(
     limit: int | None = None,
     batch_size: int = BATCH_SIZE,
     max_length: int = MAX_LENGTH,
+    manager: Any = None,
 ) -> dict[str, JSON]:
     """Run tasks in this process.
 
@@ -42,6 +44,7 @@ def run_tasks(
         limit: use the first documents of each task only.
         batch_size: requests at once; whole-document tasks go one at a time.
         max_length: longer requests lose their beginning.
+        manager: what `task_manager` returned for the same tasks; None looks them up.
 
     Returns:
         For each task (and each part of a group): its metrics by name, `NAME_stderr` where there is
@@ -50,11 +53,7 @@ def run_tasks(
     Raises:
         EvaluationError: lm-eval is not installed, an unknown task, or data that cannot be found.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise EvaluationError("lm-eval is not installed: pip install 'vqllm[eval]'")
-    if limit is not None and limit < 1:
-        raise EvaluationError(f"limit {limit} leaves no document; it must be 1 or more")
-    manager = _task_manager(tasks, data)
+    manager = manager or task_manager(tasks, data=data, limit=limit)
     try:
         results = _module("lm_eval").simple_evaluate(
             model=_language_model(model, tokenizer, batch_size, max_length),
@@ -80,17 +79,28 @@ def _module(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def _task_manager(tasks: Sequence[str], data: str | Path | None) -> Any:
+def task_manager(
+    tasks: Sequence[str], *, data: str | Path | None = None, limit: int | None = None
+) -> Any:
+    """lm-eval's index of these tasks: what can be wrong with them before there is a model.
+
+    Arguments and errors as `run_tasks`.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise EvaluationError("lm-eval is not installed: pip install 'vqllm[eval]'")
+    if limit is not None and limit < 1:
+        raise EvaluationError(f"limit {limit} leaves no document; it must be 1 or more")
     own = own_tasks()
-    # Finding lm-eval's own 14683 names takes 6 s, so it waits until one of them is asked for.
-    others = [task for task in tasks if task not in own]
+    # Finding lm-eval's own 14683 names takes 6 s, so it waits until one of them is asked for. None
+    # begins like ours.
+    others = [task for task in tasks if not task.startswith(OWN_PREFIX)]
     manager = _module("lm_eval.tasks").TaskManager(
         include_path=str(tasks_dir()),
         include_defaults=bool(others),
         metadata={} if data is None else {"data": str(data)},
     )
     known = set(manager.all_tasks)
-    for task in others:
+    for task in tasks:
         if task not in known:
             near = difflib.get_close_matches(task, sorted(known), n=5)
             hint = f" Did you mean {', '.join(near)}?" if near else ""

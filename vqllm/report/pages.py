@@ -10,11 +10,13 @@ from vqllm.types import JSON
 JSONL, PAGE, CARD, PLOT = "report.jsonl", "report.md", "README.md", "proxy_loss.png"
 
 
-def write_report(folder: Path, records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> None:
-    """Write the pages about a run into the checkpoint's folder (its records are there)."""
-    plot_proxy_loss(records, folder / PLOT)
-    (folder / PAGE).write_text(_page(records, summary, recipe_yaml), encoding="utf-8")
-    (folder / CARD).write_text(_card(summary, recipe_yaml), encoding="utf-8")
+def report_pages(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> dict[str, bytes]:
+    """The pages about a run by file name. They hold nothing that a repeated run would change."""
+    return {
+        PLOT: plot_proxy_loss(records),
+        PAGE: _page(records, summary, recipe_yaml).encode(),
+        CARD: _card(summary, recipe_yaml).encode(),
+    }
 
 
 def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
@@ -42,7 +44,7 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
             "",
             "    " + summary.command,
             "",
-            _table(("", ""), summary.rows()),
+            _table(("", ""), summary.lasting_rows()),
             f"![proxy loss by layer and kind of linear]({PLOT})",
             "",
             "## By kind of linear",
@@ -82,7 +84,7 @@ def _card(summary: Summary, recipe_yaml: str) -> str:
             f'tokenizer = AutoTokenizer.from_pretrained("{summary.output.name}")',
             "```",
             "",
-            _table(("", ""), summary.rows()),
+            _table(("", ""), summary.lasting_rows()),
             "Made with",
             "",
             "    " + summary.command,

@@ -1,13 +1,13 @@
 """The plot of a run: proxy loss by layer, one line a kind of linear."""
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
 
 from vqllm.types import JSON
 
 
-def plot_proxy_loss(records: Sequence[JSON], path: Path) -> None:
-    """Write a PNG. The same records give the same picture."""
+def plot_proxy_loss(records: Sequence[JSON]) -> bytes:
+    """A PNG. The same records give the same picture."""
     # The object interface, not pyplot: no global state and no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -29,4 +29,6 @@ def plot_proxy_loss(records: Sequence[JSON], path: Path) -> None:
     axes.grid(alpha=0.3)
     if kinds:
         axes.legend(fontsize=8, ncols=2)
-    figure.savefig(path, metadata={"Software": None})
+    image = io.BytesIO()
+    figure.savefig(image, format="png", metadata={"Software": None})
+    return image.getvalue()

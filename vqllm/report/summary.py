@@ -31,6 +31,14 @@ class Summary:
 
     def rows(self) -> list[tuple[str, str]]:
         """The closing table: label and value."""
+        return [
+            *self.lasting_rows(),
+            ("seconds", ", ".join(f"{name} {value:.0f}" for name, value in self.seconds.items())),
+            ("peak memory", _mb(self.peak_memory_bytes)),
+        ]
+
+    def lasting_rows(self) -> list[tuple[str, str]]:
+        """What is the same whenever and wherever the run is repeated."""
         rows = [
             ("model", self.model),
             ("recipe", self.recipe),
@@ -41,10 +49,6 @@ class Summary:
             for label, value in self.bits_per_weight.items()
         ]
         rows += evaluation_rows(self.evaluation) if self.evaluation else []
-        rows += [
-            ("seconds", ", ".join(f"{name} {value:.0f}" for name, value in self.seconds.items())),
-            ("peak memory", _mb(self.peak_memory_bytes)),
-        ]
         return rows
 
     def load_line(self) -> str:

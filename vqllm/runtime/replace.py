@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from vqllm.errors import CheckpointError
+from vqllm.linears import is_linear
 from vqllm.runtime import cache
 from vqllm.runtime.linear import VQLinear
 from vqllm_kernels import dispatch
@@ -46,7 +47,7 @@ def _find(model: nn.Module, name: str, spec: LinearSpec) -> nn.Linear:
         raise CheckpointError(
             f"{what}, but {type(model).__name__} has no module of that name. {advice}"
         ) from error
-    if type(module) is not nn.Linear:
+    if not is_linear(module):
         raise CheckpointError(
             f"{what}, but it is a {type(module).__name__} in {type(model).__name__}. {advice}"
         )

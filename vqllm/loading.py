@@ -1,0 +1,181 @@
+"""transformers' loaders, made to say what is wrong with a model instead of hiding or crashing.
+
+transformers fills tensors that a checkpoint lacks with random values and logs a warning, and a
+damaged file or a value in config.json that it does not understand is an exception of any type.
+Every model and tokenizer of this package is loaded here; both become one `ModelError`.
+"""
+
+import contextlib
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import __version__ as transformers_version
+
+from vqllm.errors import ModelError, VqllmError
+
+SHOWN = 3
+"""Names in a message; a model may have thousands of tensors."""
+MAX_REASON = 300
+"""Characters of transformers' own message: some list all the models that it knows."""
+
+
+def load_model(folder: Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+    """The model in `folder`, in evaluation mode, every tensor of it as stored.
+
+    Args:
+        options: more arguments for `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        ModelError: a tensor is missing or of another shape, or transformers cannot load the model.
+    """
+    with explained(folder):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **options,
+        )
+    model, info = loaded
+    _refuse_wrong_tensors(folder, model, info)
+    if {parameter.device.type for parameter in model.parameters()} <= {"cpu", "meta"}:
+        # The products of all experts at once need rows of 16 bytes, so they fail for experts whose
+        # width is no multiple of 8; one after the other take the same time on a CPU (32 experts of
+        # 512 x 256: 31 against 30 ms for 128 tokens, 196 against 209 ms for 2048).
+        model.set_experts_implementation("eager")
+    return model.eval()
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in `folder`. ModelError when there is none that can be loaded."""
+    with explained(folder, "has no tokenizer that transformers {} can load"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration in `folder`. ModelError when it cannot be understood."""
+    with explained(folder):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model that `folder` configures, on the meta device; its weights are not looked at."""
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    with explained(folder), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def check_tensors(
+    folder: Path, model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse stored tensors that are not those of the model, without reading any.
+
+    transformers' own loader is run on empty tensors of these shapes, because what a tensor is
+    called in a file and in the model may differ, and several may become one.
+
+    Args:
+        model: as `skeleton` gives it.
+        shapes: of every stored tensor, by its name in the files.
+
+    Raises:
+        ModelError: tensors are missing or of another shape, or there are more layers than the
+            configuration has.
+    """
+    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    with explained(folder):
+        loaded: Any = type(model).from_pretrained(
+            None,
+            config=model.config,
+            state_dict=empty,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    _refuse_wrong_tensors(folder, *loaded)
+
+
+def max_length(config: Any) -> int | None:
+    """The longest sequence that a model is made for, in tokens, where its configuration says."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
+
+
+def runs_beyond(config: Any) -> bool:
+    """Whether the model runs on sequences longer than `max_length`: with rotary positions it does
+    (and is worse there), a table of positions just ends."""
+    text = config.get_text_config()
+    return any(getattr(text, key, None) for key in ("rope_parameters", "rope_theta"))
+
+
+@contextlib.contextmanager
+def explained(folder: Path, what: str = "cannot be loaded by transformers {}") -> Iterator[None]:
+    """Whatever transformers raises inside is a `ModelError` about `folder`."""
+    try:
+        yield
+    except (VqllmError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join([f"{type(error).__name__}:", *lines[:2]])[:MAX_REASON].rstrip(".: ")
+        advice = "Its files must be complete, undamaged and of one model; weights as safetensors."
+        if "trust_remote_code" in str(error):
+            reason = "it brings Python code of its own, which is executed only on request"
+            advice = "Read it, then pass --trust-remote-code (in Python: trust_remote_code=True)."
+        raise ModelError(
+            f"{folder} {what.format(transformers_version)} ({reason}). {advice}"
+        ) from error
+
+
+def listed(names: Collection[str], shown: int = SHOWN) -> str:
+    """The first few names, and how many more there are."""
+    first = sorted(names)[:shown]
+    more = f" and {len(names) - len(first)} more" if len(names) > len(first) else ""
+    return ", ".join(first) + more
+
+
+def _refuse_wrong_tensors(folder: Path, model: nn.Module, info: Mapping[str, Any]) -> None:
+    advice = "Its files must be those of one complete model: get an undamaged copy."
+    if missing := _without_other_names(model, info["missing_keys"]):
+        raise ModelError(
+            f"{folder} lacks {len(missing)} of the tensors of a {type(model).__name__}: "
+            f"{listed(missing)}. {advice}"
+        )
+    if wrong := info["mismatched_keys"]:
+        shapes = [f"{name} is {tuple(has)}, not {tuple(needs)}" for name, has, needs in wrong]
+        raise ModelError(
+            f"{folder}: {len(wrong)} of the tensors have another shape than config.json asks for: "
+            f"{listed(shapes)}. {advice}"
+        )
+    if beyond := [name for name in info["unexpected_keys"] if _is_of_further_layer(name, model)]:
+        raise ModelError(
+            f"{folder} has weights of more layers than its config.json names, for example "
+            f"{listed(beyond)}. {advice}"
+        )
+
+
+def _without_other_names(model: nn.Module, missing: Collection[str]) -> set[str]:
+    """`missing` without the further names of tensors that are there under one: a module that
+    several layers share is stored once."""
+    found = {
+        id(tensor)
+        for tensors in (model.named_parameters, model.named_buffers)
+        for name, tensor in tensors(remove_duplicate=False)
+        if name not in missing
+    }
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    return {name for name in missing if id(tensors.get(name)) not in found}
+
+
+def _is_of_further_layer(name: str, model: nn.Module) -> bool:
+    for match in re.finditer(r"\.(\d+)\.", name):
+        with contextlib.suppress(AttributeError):
+            parent = model.get_submodule(name[: match.start()])
+            if isinstance(parent, nn.ModuleList) and int(match[1]) >= len(parent):
+                return True
+    return False
