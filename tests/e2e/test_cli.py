@@ -238,7 +238,13 @@ def test_ctrl_c_and_kill_leave_a_folder_that_goes_on(
         output = tmp_path / f"stopped{stop}"
         command = [*COMMAND, *map(str, common), "--output", str(output)]
         process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment()
+            command,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            env=environment(),
+            # A shell lets what it starts in the background ignore Ctrl-C, these tests included.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         assert process.stderr is not None
         for line in process.stderr:
