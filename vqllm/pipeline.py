@@ -1,29 +1,24 @@
 """The quantization loop: one decoder layer at a time, from calibration to a written shard."""
 
-import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from vqllm import loading, memory
+from vqllm import memory
 from vqllm.calibration.layer import InputGroup, LayerCalibrator
-from vqllm.calibration.stream import LayerStream, check_states, layer_names, linears_of
+from vqllm.calibration.stream import LayerStream, linears_of
 from vqllm.calibration.tokens import calibration_sequences
 from vqllm.checkpoint.run import CheckpointRun
-from vqllm.checkpoint.source import stored_tensors
-from vqllm.checkpoint.writer import read_dense_config
-from vqllm.errors import ModelError, NumericalError
-from vqllm.group import QuantizedLinear, linear_spec, quantize_group
-from vqllm.linears import shared_modules
+from vqllm.group import QuantizedLinear, quantize_group
+from vqllm.preflight import check_finite, check_model, chosen, planned
 from vqllm.progress import Progress
 from vqllm.recipe import Recipe
-from vqllm.survey import nothing_to_quantize, why_not_quantized
+from vqllm.survey import why_not_quantized
 from vqllm.types import JSON
-from vqllm_kernels.linear import LinearSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +57,7 @@ def open_run(job: Job) -> CheckpointRun:
         ModelError: a run would fail on this model; nothing is written then.
         CheckpointError: something else is in the folder; a difference to the earlier run is shown.
     """
-    check_model(job)
+    check_model(job.source, job.model, job.recipe, job.trust_remote_code)
     settings = {"device": job.device.type, "compute_dtype": str(job.compute_dtype or "auto")}
     return CheckpointRun(
         job.output, job.source, job.model, job.recipe.to_dict(), settings, job.trust_remote_code
@@ -83,8 +78,8 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
     stream = LayerStream(
         job.source, job.device, run.scratch / "offload", job.compute_dtype, job.trust_remote_code
     )
-    _check_finite(stream.model, "the model outside its layers")
-    run.begin(stream.model, stream.names, _planned(stream, recipe))
+    check_finite(stream.model, "the model outside its layers")
+    run.begin(stream.model, stream.names, planned(stream, recipe))
     calibrator = LayerCalibrator(
         stream, sequences["calibration"], job.activation_budget, run.scratch
     )
@@ -92,9 +87,9 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
     unfinished = run.num_finished < len(stream)
     for index, layer_name in enumerate(stream.names if unfinished else []):
         with stream.layer(index) as layer:
-            linears = _chosen(linears_of(layer, layer_name, stream.shared), recipe)
+            linears = chosen(linears_of(layer, layer_name, stream.shared), recipe)
             weights = {name: linear.weight.data for name, linear in linears.items()}
-            _check_finite(layer, layer_name, linears.values())
+            check_finite(layer, layer_name, linears.values())
             layer.to(stream.compute_dtype)
             if index < run.num_finished:
                 for name, W_hat_RC in run.decoded(index):
@@ -116,31 +111,6 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
         "quantization": time.perf_counter() - calibrated,
     }
     return Outcome(run.all_records(), kept, seconds, sequences["held_out"])
-
-
-def check_model(job: Job) -> None:
-    """Refuse a model that a run would fail on later. Takes less than a second and reads no weights.
-
-    Raises:
-        ModelError: it is quantized already, a file is damaged, tensors are missing, the tokenizer
-            cannot be loaded, or there is nothing to quantize.
-    """
-    source, trusted = job.source, job.trust_remote_code
-    read_dense_config(source)
-    model = loading.skeleton(source, trust_remote_code=trusted)
-    shapes = {name: tensor.shape for name, tensor in stored_tensors(source).items()}
-    loading.check_tensors(source, model, shapes)
-    loading.load_tokenizer(source, trust_remote_code=trusted)
-    names = layer_names(model)
-    shared = shared_modules(model, names)
-    linears = [linears_of(model.get_submodule(name), name, shared) for name in names]
-    if not any(_chosen(found, job.recipe) for found in linears):
-        kinds = nothing_to_quantize(why_not_quantized(model, names, (), job.recipe.skip))
-        raise ModelError(
-            f"{job.model} has nothing to quantize: {kinds}. Quantized are the torch.nn.Linear "
-            "modules of the decoder layers that no `skip` pattern of the recipe leaves out."
-        )
-    check_states(model, names)
 
 
 def _quantize_layer(
@@ -197,39 +167,6 @@ def _quantize_stage(
 def _install(linear: nn.Linear, W_hat_RC: Tensor) -> None:
     """Let the layer run with the weights that a reader will decode."""
     linear.weight.data = W_hat_RC.to(linear.weight.dtype)
-
-
-def _planned(stream: LayerStream, recipe: Recipe) -> dict[str, LinearSpec]:
-    """How the linears of all layers will be stored; their weights need not be loaded."""
-    return {
-        name: linear_spec(linear.out_features, linear.in_features, recipe)
-        for layer_name in stream.names
-        for name, linear in _chosen(
-            linears_of(stream.model.get_submodule(layer_name), layer_name, stream.shared), recipe
-        ).items()
-    }
-
-
-def _check_finite(module: nn.Module, where: str, besides: Iterable[nn.Module] = ()) -> None:
-    """NumericalError if a loaded parameter is not finite; those `besides` are checked elsewhere."""
-    others = {id(parameter) for other in besides for parameter in other.parameters()}
-    for name, parameter in module.named_parameters():
-        if parameter.is_meta or id(parameter) in others or not parameter.is_floating_point():
-            continue
-        bad = int((~torch.isfinite(parameter)).sum())
-        if bad:
-            raise NumericalError(
-                f"{where}: {bad} of {parameter.numel()} values of {name} are NaN or infinite in "
-                "the source model. Get an undamaged copy of it."
-            )
-
-
-def _chosen(linears: dict[str, nn.Linear], recipe: Recipe) -> dict[str, nn.Linear]:
-    return {
-        name: linear
-        for name, linear in linears.items()
-        if not any(re.search(pattern, name) for pattern in recipe.skip)
-    }
 
 
 def _sequences(job: Job) -> dict[str, Tensor]:
