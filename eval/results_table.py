@@ -23,6 +23,7 @@ from vqllm.types import JSON
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
+TEXTS = ("c4.txt", "wiki.txt")
 WINDOWS = 24
 CHANGES = ("calibration.sequences=128", "calibration.length=512")
 """The lengths that published tables use; the recipes' own, shorter, are better."""
@@ -44,6 +45,7 @@ def main() -> None:
     results = json.loads(results_file.read_text()) if results_file.is_file() else {}
     for name in arguments.recipes:
         wanted = recipes.load(name, CHANGES).to_dict()
+        wanted["calibration"]["source"] = list(TEXTS)
         if results.get(name, {}).get("recipe") == wanted:
             continue
         results[name] = measure(arguments.model, name, arguments.data, arguments.work) | {
@@ -58,7 +60,7 @@ def main() -> None:
 
 def measure(model: str, recipe: str, data: Path, work: Path) -> JSON:
     """Quantize and evaluate once."""
-    calibration = [str(data / "calibration" / name) for name in ("c4.txt", "wiki.txt")]
+    calibration = [str(data / "calibration" / name) for name in TEXTS]
     summary = api.quantize(
         model,
         work / recipe,

@@ -313,6 +313,9 @@ def _recipe(
         values["calibration"]["source"] = calibration
     if seed is not None:
         values["seed"] = seed
+    resolved = recipes.from_dict(values, chosen.name)
+    # What is recorded with the result says how many, whatever later versions take by default.
+    values["calibration"]["sequences"] = resolved.calibration.num_sequences
     return recipes.from_dict(values, chosen.name)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from vqllm import api
 from vqllm import recipe as recipes
 from vqllm.errors import RecipeError
 from vqllm.recipe import from_dict
@@ -129,3 +130,9 @@ def test_yaml_may_merge_and_override() -> None:
 )
 def test_number_of_sequences_depends_on_source_and_length(values: dict, number: int) -> None:
     assert from_dict({**MINIMAL, "calibration": values}, "test").calibration.num_sequences == number
+
+
+@pytest.mark.parametrize(("source", "number"), [(None, 256), (["text.txt"], 512)])
+def test_a_run_records_the_number_of_sequences(source: list[str] | None, number: int) -> None:
+    run = api._recipe(from_dict(MINIMAL, "test"), None, source, None, ())
+    assert run.to_dict()["calibration"]["sequences"] == number
