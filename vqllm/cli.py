@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from vqllm.errors import EvaluationError, VqllmError
 
@@ -195,7 +195,8 @@ def inspect(
         out.print_json(json.dumps(found))
         return
     out.print(found["recipe_yaml"], markup=False, highlight=False)
-    table = Table("linear", "shape", "codec", "bits per weight", "proxy loss")
+    name = Column("linear", overflow="fold")  # the end of a name tells it from the others
+    table = Table(name, "shape", "codec", "bits", "proxy loss")
     for row in found["linears"]:
         loss = "" if row["proxy_loss"] is None else f"{row['proxy_loss']:.4g}"
         table.add_row(

@@ -21,7 +21,7 @@ from vqllm.checkpoint.dequantize import dequantize_checkpoint
 from vqllm.checkpoint.format import QuantizationConfig
 from vqllm.checkpoint.inspect import inspect_checkpoint
 from vqllm.checkpoint.reader import Checkpoint, is_checkpoint
-from vqllm.checkpoint.shards import read_header
+from vqllm.checkpoint.shards import natural_order, read_header
 from vqllm.errors import CheckpointError, ModelError, OutOfSpaceError
 from vqllm.report import pages
 
@@ -233,6 +233,12 @@ def test_bits_equal_the_stored_tensors(shared: FakeCheckpoint) -> None:
     assert found["recipe"] == RECIPE
     assert "seed: 7" in found["recipe_yaml"]
     assert [row["proxy_loss"] for row in found["linears"]] == [None] * len(shared.linears)
+
+
+def test_layers_are_in_their_order() -> None:
+    names = ["layers.10.q", "layers.9.up", "layers.9.q", "layers.2.q", "norm"]
+    ordered = ["layers.2.q", "layers.9.q", "layers.9.up", "layers.10.q", "norm"]
+    assert sorted(names, key=natural_order) == ordered
 
 
 def test_inspect_joins_the_report(fake: FakeCheckpoint) -> None:

@@ -1,6 +1,5 @@
 """A quantized checkpoint written back as an ordinary Hugging Face folder."""
 
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from torch import Tensor
 from vqllm.checkpoint import atomic
 from vqllm.checkpoint.format import CONFIG, INDEX, RECORDS, shard_name
 from vqllm.checkpoint.reader import Checkpoint
+from vqllm.checkpoint.shards import natural_order
 from vqllm.checkpoint.writer import copy_files, write_json
 from vqllm.errors import CheckpointError, OutOfSpaceError
 
@@ -109,12 +109,7 @@ def _sizes(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, int]:
         stored = checkpoint.tensors[name]
         is_float = stored.dtype in ("F64", "F32", "F16", "BF16")
         sizes[name] = stored.numel * dtype.itemsize if is_float else stored.num_bytes
-    return {name: sizes[name] for name in sorted(sizes, key=_natural)}
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return {name: sizes[name] for name in sorted(sizes, key=natural_order)}
 
 
 def _write(

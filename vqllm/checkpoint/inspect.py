@@ -7,6 +7,7 @@ import yaml
 from vqllm.bits import BitCount
 from vqllm.checkpoint.format import JSON
 from vqllm.checkpoint.reader import Checkpoint
+from vqllm.checkpoint.shards import natural_order
 
 
 def inspect_checkpoint(folder: str | Path, verify: bool = True) -> JSON:
@@ -72,5 +73,7 @@ def _linears(checkpoint: Checkpoint, bits: dict[str, BitCount]) -> list[JSON]:
             "bits_per_weight": bits[name].total / (spec.rows * spec.cols),
             "proxy_loss": records.get(name, {}).get("proxy_loss"),
         }
-        for name, spec in checkpoint.linears.items()
+        for name, spec in sorted(
+            checkpoint.linears.items(), key=lambda item: natural_order(item[0])
+        )
     ]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             f"damaged. {DAMAGED}"
         )
     return tensors
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def sha256_of(path: Path) -> str:
