@@ -13,11 +13,12 @@ from vqllm.calibration.layer import InputGroup, LayerCalibrator
 from vqllm.calibration.stream import LayerStream, linears_of
 from vqllm.calibration.tokens import calibration_sequences
 from vqllm.checkpoint.run import CheckpointRun
+from vqllm.errors import ModelError
 from vqllm.group import QuantizedLinear, quantize_group
 from vqllm.preflight import check_finite, check_model, chosen, planned
 from vqllm.progress import Progress
 from vqllm.recipe import Recipe
-from vqllm.survey import why_not_quantized
+from vqllm.survey import nothing_to_quantize, why_not_quantized
 from vqllm.types import JSON
 
 
@@ -105,6 +106,8 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
     calibrator.close()
     progress.phase("writing the rest of the model")
     kept = why_not_quantized(stream.model, stream.names, run.quantized, recipe.skip)
+    if not run.quantized:
+        raise ModelError(f"nothing in {job.model} was quantized: {nothing_to_quantize(kept)}")
     run.finish(kept)
     seconds = {
         "calibration text": calibrated - start,

@@ -7,9 +7,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SerializeAsAny,
     ValidationError,
@@ -23,7 +21,7 @@ from vqllm.errors import RecipeError
 from vqllm.registry import Registry, unknown
 from vqllm.rounding import ROUNDINGS
 from vqllm.transforms import TRANSFORMS
-from vqllm.types import JSON, Codec, Part, Rounding, Transform
+from vqllm.types import JSON, Codec, Part, Rounding, Settings, Transform
 
 RECIPE_VERSION = 1
 MOST_TOKENS = 1 << 31
@@ -39,11 +37,7 @@ def _build(registry: Registry[Any]) -> BeforeValidator:
         if "type" not in value:
             raise ValueError(f"a {registry.kind} needs a `type`: one of {', '.join(registry)}")
         try:
-            part = registry.get(str(value["type"]))
-            for name, field in part.model_fields.items():
-                if field.annotation is not bool:
-                    _refuse_bool(value.get(field.alias or name), f"{field.alias or name}: ")
-            return part.model_validate(value)
+            return registry.get(str(value["type"])).model_validate(value)
         except ValidationError as error:
             raise ValueError("; ".join(_lines(error))) from error
         except RecipeError as error:
@@ -65,22 +59,7 @@ def _both_sides(value: object) -> object:
     return parts
 
 
-def _refuse_bool(value: object, place: str = "") -> object:
-    """pydantic takes true and false as the numbers 1 and 0."""
-    if isinstance(value, bool):
-        raise ValueError(f"{place}{str(value).lower()} is neither a number nor a text")
-    return value
-
-
-class Section(BaseModel):
-    """A frozen group of settings. An unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    _no_bools = field_validator("*", mode="before")(_refuse_bool)
-
-
-class Calibration(Section):
+class Calibration(Settings):
     """Which text the Hessians are measured on."""
 
     source: tuple[str, ...] = Field(
@@ -129,7 +108,7 @@ class Calibration(Section):
         return self
 
 
-class Hessian(Section):
+class Hessian(Settings):
     """How H = E[x xᵀ] is measured and made positive definite."""
 
     damping: float = Field(
@@ -142,7 +121,7 @@ class Hessian(Section):
     )
 
 
-class Recipe(Section):
+class Recipe(Settings):
     """What `vqllm quantize` does, except to which model and where."""
 
     version: Literal[1] = RECIPE_VERSION

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor
 
 from vqllm.bits import BitCount, count
@@ -24,10 +24,22 @@ State = dict[str, Tensor]
 """What `fit` learned: named tensors, never changed in place."""
 
 
-class Part(BaseModel):
-    """A frozen, validated piece of a recipe. An unknown key is an error."""
+class Settings(BaseModel):
+    """A frozen group of settings. An unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool(cls, value: object) -> object:
+        """pydantic takes true and false as the numbers 1 and 0."""
+        if isinstance(value, bool):
+            raise ValueError(f"{str(value).lower()} is neither a number nor a text")
+        return value
+
+
+class Part(Settings):
+    """A piece of a recipe that is chosen by its type."""
 
     type: Any
     """The name in recipes: each class narrows it to `Literal[name]`, which no type but Any lets a

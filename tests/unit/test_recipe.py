@@ -46,6 +46,10 @@ def test_best_recipes_are_shipped() -> None:
         ({"codec": 5}, r"codec: .*\(it is 5\)"),
         ({"codec": {"type": ["e8p"]}}, "unknown codec"),
         ({"codec": {"type": "uniform", "bits": True}}, "codec: bits: true is neither a number"),
+        (
+            {"codec": {"type": "residual", "stages": [{"type": "e8p", "scale_factor": True}]}},
+            "scale_factor: true is neither a number",
+        ),
         ({"hessian": {"damping": math.nan}}, r"hessian.damping: .*finite number \(it is nan\)"),
         ({"hessian": {"damping": True}}, "hessian.damping: true is neither a number"),
         ({"calibration": {"sequences": True}}, "calibration.sequences: true is neither a number"),

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -177,20 +176,13 @@ class CheckpointRun:
 
     def finish(self, not_quantized: dict[str, str]) -> None:
         """Write everything outside the layers, the report's records, the index and config.json."""
-        linears = self.quantized
-        if not linears:
-            reasons = Counter(not_quantized.values())
-            raise ModelError(
-                f"nothing in {self._source} was quantized: "
-                + ", ".join(f"{reason} ({number})" for reason, number in reasons.most_common())
-            )
         inside = tuple(f"{name}." for name in self._layer_names)
         rest = {n: self._tensors.read(n) for n in self._tensors if not n.startswith(inside)}
         checksums = {layer.shard: layer.sha256 for layer in self._journal.finished}
         last = self._shard(len(self._layer_names))
         checksums[last] = atomic.write_shard(self._output / last, rest, self.scratch)
         config = QuantizationConfig.build(
-            linears,
+            self.quantized,
             recipe=self._recipe,
             not_quantized=not_quantized,
             producer={"vqllm": vqllm.__version__},
