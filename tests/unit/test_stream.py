@@ -140,6 +140,26 @@ def test_settled_children_run_once_and_change_nothing(
     assert torch.equal(plain_states, kept_states)
 
 
+def test_a_child_with_an_unfinished_linear_runs_again(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    found = []
+    for settle in (False, True):
+        stream = stream_of(source)
+        calibrator = LayerCalibrator(stream, TOKENS, 1 << 30, tmp_path)
+        with stream.layer(0) as layer:
+            linears = linears_of(layer, stream.names[0])
+            groups = calibrator.groups(0, linears)
+            attention_last, late = groups[1], groups[2]
+            o_proj = linears[attention_last.names[0]]
+            if settle:
+                calibrator.settle(layer, [o_proj, *(linears[name] for name in late.names)])
+            calibrator.hessians(0, linears, [late])  # the attention runs, and its weights change
+            o_proj.weight.data = o_proj.weight.data * 2
+            found.append(calibrator.hessians(0, linears, [late])[0].total_CC)
+        calibrator.close()
+    assert torch.equal(*found)
+
+
 OTHER_ARCHITECTURES = {
     "rwkv": {"attention_hidden_size": 64},  # returns (states, state, attention)
     "bamba": {
