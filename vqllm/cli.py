@@ -242,8 +242,24 @@ def recipes(
 
 
 @app.command()
-def codecs() -> None:
-    """List codecs, transforms and rounding rules with their options."""
+def codecs(
+    bench: Annotated[
+        bool, typer.Option("--bench", help="measure every codec on Gaussian weights")
+    ] = False,
+    only: Annotated[list[str] | None, typer.Option(help="measure this codec only")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="write the measurements here")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw the measurements here (PNG)")] = None,
+    device: Device = None,
+) -> None:
+    """List codecs, transforms and rounding rules with their options, or measure the codecs."""
+    if bench:
+        _bench_codecs(only or [], json_file, plot, device or "cpu")
+        return
+    for option, value in (("--only", only), ("--json", json_file), ("--plot", plot)):
+        if value:
+            raise typer.BadParameter(f"{option} is about measurements: add --bench")
     from vqllm.codecs import CODECS
     from vqllm.recipe import fields_of
     from vqllm.rounding import ROUNDINGS
@@ -257,6 +273,37 @@ def codecs() -> None:
             for i, (option, meaning) in enumerate(options):
                 table.add_row(name if i == 0 else "", option, meaning)
         out.print(table)
+
+
+def _bench_codecs(only: list[str], json_file: Path | None, plot: Path | None, device: str) -> None:
+    from vqllm.codec_bench import bench as measured
+    from vqllm.report.plot import plot_codecs
+
+    for file in (json_file, plot):
+        if file:
+            _check_writable(file)
+    rows = []
+    table = Table("codec", "bits", "MSE", "expected", "above Shannon", "encode", "decode")
+    table.caption = "encode, decode: 10⁶ weights a second"
+    for row in measured(only, device):
+        rows.append(row)
+        err.print(f"{row['codec']}: {row['label']}", markup=False, highlight=False)
+        table.add_row(
+            f"{row['codec']}: {row['label']}",
+            f"{row['bits']:.3f}",
+            f"{row['mse']:.5f}",
+            f"{row['expected_mse']:.5f}",
+            f"{row['gap_db']:.2f} dB",
+            f"{row['encode_mweights_per_s']:.3g}",
+            f"{row['decode_mweights_per_s']:.3g}",
+        )
+    out.print(table)
+    if json_file:
+        with _writing(json_file):
+            json_file.write_text(json.dumps(rows, indent=2) + "\n")
+    if plot:
+        with _writing(plot):
+            plot.write_bytes(plot_codecs(rows))
 
 
 @app.callback()
@@ -293,7 +340,7 @@ def _writing(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise EvaluationError(
-            f"--json {file} cannot be written: {error.strerror}. Name a file in a folder that "
+            f"{file} cannot be written: {error.strerror}. Name a file in a folder that "
             "exists, on a disk with space."
         ) from error
 

@@ -66,7 +66,7 @@ def quantize_group(
     results = []
     for name, linear in linears.items():
         try:
-            tensors, mse = _encode(name, linear.W_RC, H_damped, recipe)
+            tensors, mse, entropy = _encode(name, linear.W_RC, H_damped, recipe)
         except NumericalError as error:
             raise NumericalError(f"{name}, damping {recipe.hessian.damping}: {error}") from error
         for i, state in enumerate(linear.states):
@@ -83,6 +83,7 @@ def quantize_group(
             "group": list(weights),
             "codec": recipe.codec.format_id,
             **_bit_fields(bits, R * C),
+            "code_entropy": round(entropy / (R * C), 4),
             "proxy_loss": metrics.proxy_loss(weights[name], W_hat_RC, H_CC),
             "sqnr_db": metrics.sqnr_db(weights[name], W_hat_RC),
             "gaussian_efficiency": metrics.gaussian_efficiency(mse, bits.codes / (R * C)),
@@ -128,8 +129,9 @@ def _transform(
 
 def _encode(
     name: str, W_RC: Tensor, H_CC: Tensor, recipe: Recipe
-) -> tuple[dict[str, Tensor], float]:
-    """Packed tensors of a transformed linear, and its mean squared error at unit variance."""
+) -> tuple[dict[str, Tensor], float, float]:
+    """Packed tensors of a transformed linear, its mean squared error at unit variance, and the
+    entropy of its codes in bits."""
     codec = recipe.codec
     tile = codec.tile
     X_IJE = to_tiles(W_RC, tile)
@@ -141,7 +143,7 @@ def _encode(
     tensors = codec.pack(codes_IJM, state)
     W_hat_RC = codec.spec().decode(tensors, *W_RC.shape)
     mse = float((W_hat_RC - W_RC).square().mean() / W_RC.square().mean().clamp_min(1e-30))
-    return tensors, mse
+    return tensors, mse, metrics.code_entropy(codes_IJM)
 
 
 def _bit_fields(bits: BitCount, numel: int) -> JSON:

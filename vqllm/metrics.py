@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 
@@ -34,6 +35,28 @@ def gaussian_efficiency(mse: float, bits: float) -> float:
     if bits <= 0:
         raise ValueError(f"the efficiency of a code of {bits} bits a weight is undefined")
     return -0.5 * math.log2(mse) / bits if mse > 0 else math.inf
+
+
+def code_entropy(codes_IJM: Tensor) -> float:
+    """Bits that an ideal lossless coder without memory would still need for all the symbols.
+
+    The empirical entropy of each of the M symbols of a tile, summed over tiles, in bits. A symbol
+    is cut into bytes that are coded one by one: in a matrix there are too few symbols of 16 bits to
+    tell their frequencies from chance. What the tables of frequencies would take is not counted.
+
+    Args:
+        codes_IJM: non-negative integers.
+    """
+    total = 0.0
+    for symbols_N in codes_IJM.flatten(0, 1).unbind(1):
+        while True:
+            counts = torch.bincount(symbols_N & 0xFF, minlength=256).double().cpu()
+            counts = counts[counts > 0]
+            total -= float((counts * (counts / counts.sum()).log2()).sum())
+            symbols_N = symbols_N >> 8
+            if not bool(symbols_N.any()):
+                break
+    return total
 
 
 def _weighted_energy(A_RC: Tensor, H_CC: Tensor) -> float:

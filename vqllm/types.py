@@ -10,6 +10,7 @@ Shape suffixes, here and in every codec, transform and rounding rule:
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,6 +23,24 @@ from vqllm_kernels.transforms import TransformSpec
 
 State = dict[str, Tensor]
 """What `fit` learned: named tensors, never changed in place."""
+
+JSON = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One configuration of a codec, and what it must reach on unit Gaussian weights."""
+
+    label: str
+    options: JSON
+    """of the recipe, without `type`"""
+    mse: float
+    """published, or derived by other means; never more than 2 % worse is accepted"""
+    source: str
+    num_weights: int = 1 << 20
+    """how many weights the codec is measured on; fewer for a slow encoder"""
+    quick: bool = True
+    """whether it is fast enough for the tests that every codec passes at many small shapes"""
 
 
 class Settings(BaseModel):
@@ -56,6 +75,11 @@ class Codec(Part, ABC):
 
     weighted: ClassVar[bool] = False
     """Whether `encode` makes use of `weight_E`."""
+    exact: ClassVar[bool] = True
+    """Whether `encode` finds the nearest reproduction, or only one close to it."""
+    points: ClassVar[tuple[Point, ...]]
+    """Configurations that `vqllm codecs --bench` measures and that the tests hold to their figures.
+    The battery of tests that every codec must pass takes its configurations from here too."""
 
     @property
     @abstractmethod
@@ -159,6 +183,3 @@ class Rounding(Part, ABC):
 
     def check(self, codec: Codec) -> None:
         """Raise RecipeError if this rule cannot serve `codec`; called when a recipe is read."""
-
-
-JSON = dict[str, Any]

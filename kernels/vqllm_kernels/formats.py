@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Self, TypeVar
 
+import torch
 from torch import Tensor
 
 from vqllm_kernels.layout import TensorLayout
@@ -36,6 +37,21 @@ class FormatSpec(ABC):
     @abstractmethod
     def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Tensor:
         """The weights, float32 [rows, cols], in the transformed basis."""
+
+    def decode_rows(self, tensors: dict[str, Tensor], index_N: Tensor, cols: int) -> Tensor:
+        """Some rows of the weights, float32 [N, cols]: what `decode` gives there.
+
+        Only the tiles that hold these rows are decoded.
+
+        Args:
+            index_N: rows, integers in any order, repeated or not.
+        """
+        tile_rows = self.tile[0]
+        tile_row_N = index_N // tile_rows
+        by_tile_row = {k: t.by_tile_row for k, t in self.layout(tile_rows, cols).items()}
+        own = {k: t[tile_row_N] if by_tile_row[k] else t for k, t in tensors.items()}
+        W_NTC = self.decode(own, len(index_N) * tile_rows, cols).unflatten(0, (-1, tile_rows))
+        return W_NTC[torch.arange(len(index_N), device=index_N.device), index_N % tile_rows]
 
     def grid(self, rows: int, cols: int) -> tuple[int, int]:
         """Tile rows and tile columns of a linear, padding included."""

@@ -9,11 +9,16 @@ import torch
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """Shape and dtype of one stored tensor, and what it holds for the size accounting."""
+    """Shape and dtype of one stored tensor, and what it holds for the size accounting.
+
+    `by_tile_row` says that its first axis runs over the rows of tiles, so that some rows of the
+    matrix can be decoded without the others.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     kind: Literal["codes", "codebook", "side"]
+    by_tile_row: bool = False
 
     @property
     def num_bytes(self) -> int:

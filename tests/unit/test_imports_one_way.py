@@ -21,7 +21,7 @@ LEVELS: list[set[str]] = [
         *("report", "rounding", "runtime", "transforms", "tuning"),
     },
     {"gguf_model", "integrations", "progress_bar", "recipe"},
-    {"demo", "group", "survey"},
+    {"codec_bench", "demo", "group", "survey"},
     {"models", "preflight"},
     {"pipeline"},
     {"api"},

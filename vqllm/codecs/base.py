@@ -1,8 +1,10 @@
-"""What codecs share: the registry, the check of their input, and the search for near codes."""
+"""What codecs share: the registry, the check of their input, scales, the search for near codes."""
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from vqllm.errors import NumericalError
@@ -13,6 +15,9 @@ CODECS: Registry[Codec] = Registry("codec")
 
 MAX_DISTANCES = 1 << 21
 """Distances held at a time in a search through a table: 8 MB."""
+
+MIN_SCALE = 1e-30
+"""A matrix of zeros gets this scale, so that it decodes to zeros for every practical purpose."""
 
 
 class SearchableCodec(Codec, ABC):
@@ -30,6 +35,34 @@ class SearchableCodec(Codec, ABC):
         Where there are fewer, a code may occur more than once. Weights are those of `encode`, but
         may be disregarded: the search for a sum weighs the sums itself.
         """
+
+
+class ScaledCodec(Codec, ABC):
+    """A fixed code for Gaussian weights of unit variance, times one scale for the matrix."""
+
+    gaussian_scale: ClassVar[float]
+    """Scale over the standard deviation of Gaussian weights that minimises the distortion. Where it
+    depends on the options, a property of the same name takes its place."""
+
+    scale_factor: float = Field(
+        1.0,
+        gt=0,
+        description="scale of the code; 1 is the best for rounding Gaussian weights to nearest",
+    )
+
+    def fit(self, X_IJE: Tensor, weight_IJE: Tensor | None, generator: torch.Generator) -> State:
+        """`scale` float32 [1], proportional to the (weighted) root mean square of the weights."""
+        check_finite(X_IJE, self)
+        scale = self.scale_factor * self.gaussian_scale * root_mean_square(X_IJE, weight_IJE)
+        return {"scale": scale.clamp(min=MIN_SCALE).float().reshape(1)}
+
+
+def root_mean_square(X_IJE: Tensor, weight_IJE: Tensor | None) -> Tensor:
+    """The root of the (weighted) mean square of all weights, float64 scalar."""
+    if weight_IJE is None:
+        return torch.linalg.vector_norm(X_IJE, dtype=torch.float64) / X_IJE.numel() ** 0.5
+    weight = weight_IJE.double().expand_as(X_IJE)
+    return ((weight * X_IJE.double() ** 2).sum() / weight.sum()).sqrt()
 
 
 def check_finite(X_IJE: Tensor, codec: Codec) -> None:

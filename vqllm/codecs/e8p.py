@@ -10,46 +10,30 @@ from abc import abstractmethod
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from vqllm.codecs import e8p_nearest
-from vqllm.codecs.base import CODECS, SearchableCodec, check_finite, nearest_entry, weigh
-from vqllm.types import State
+from vqllm.codecs.base import (
+    CODECS,
+    ScaledCodec,
+    SearchableCodec,
+    check_finite,
+    nearest_entry,
+    weigh,
+)
+from vqllm.types import Point, State
 from vqllm_kernels.e8p import reference
 from vqllm_kernels.e8p.spec import E8PSpec, E81BSpec
 
-_MIN_SCALE = 1e-30
-"""A matrix of zeros gets this scale, so that it decodes to zeros for every practical purpose."""
 
-
-class LatticeCodec(SearchableCodec):
+class LatticeCodec(ScaledCodec, SearchableCodec):
     """A fixed codebook of eight weights of a row, times one scale."""
 
     weighted: ClassVar[bool] = True
-    gaussian_scale: ClassVar[float]
-    """Scale over the standard deviation of Gaussian weights that minimises the distortion."""
-
-    scale_factor: float = Field(
-        1.0,
-        gt=0,
-        description="scale of the codebook; 1 is the best for rounding Gaussian weights to nearest",
-    )
 
     @property
     def tile(self) -> tuple[int, int]:
         return (1, 8)
-
-    def fit(self, X_IJE: Tensor, weight_IJE: Tensor | None, generator: torch.Generator) -> State:
-        """`scale` float32 [1], proportional to the (weighted) root mean square of the weights."""
-        check_finite(X_IJE, self)
-        if weight_IJE is None:
-            rms = torch.linalg.vector_norm(X_IJE, dtype=torch.float64) / X_IJE.numel() ** 0.5
-        else:
-            weight = weight_IJE.double().expand_as(X_IJE)
-            rms = ((weight * X_IJE.double() ** 2).sum() / weight.sum()).sqrt()
-        scale = self.scale_factor * self.gaussian_scale * rms
-        return {"scale": scale.clamp(min=_MIN_SCALE).float().reshape(1)}
 
     def encode(
         self, X_IJE: Tensor, state: State, col: int = 0, weight_E: Tensor | None = None
@@ -91,6 +75,12 @@ class E8P(LatticeCodec):
     # Distortion of 2^23 Gaussian weights: 0.09137 at 1/1.035, 0.09139 at 1/1.03 and 1/1.045.
     gaussian_scale: ClassVar[float] = 1 / 1.037
 
+    points: ClassVar[tuple[Point, ...]] = (
+        Point(
+            label="E8P", options={}, mse=0.0913, source="QuIP#, arXiv 2402.04396, by brute force"
+        ),
+    )
+
     type: Literal["e8p"] = "e8p"
 
     def spec(self) -> E8PSpec:
@@ -122,6 +112,10 @@ class E81B(LatticeCodec):
 
     # Distortion of 2^19 Gaussian weights: 0.3194 at 1.6 and at 1.7.
     gaussian_scale: ClassVar[float] = 1.65
+
+    points: ClassVar[tuple[Point, ...]] = (
+        Point(label="E8, 256 points", options={}, mse=0.3194, source="by brute force"),
+    )
 
     type: Literal["e81b"] = "e81b"
 

@@ -26,7 +26,7 @@ from vqllm.codecs.base import (
     weigh,
 )
 from vqllm.errors import NumericalError
-from vqllm.types import State
+from vqllm.types import Point, State
 from vqllm_kernels.bitpack import MAX_WIDTH, pack_bits, unpack_bits
 from vqllm_kernels.lut.spec import LutSpec
 
@@ -34,6 +34,21 @@ _PLUS_PLUS_ENTRIES = 4096
 """Largest codebook that is started with k-means++, whose time grows with its square."""
 _PLUS_PLUS_SAMPLE = 16
 """Vectors for each entry of the codebook that k-means++ chooses from."""
+
+
+_MAX = "Lloyd-Max: Max, IRE Trans. Inform. Theory 6 (1960), table I"
+_PALETTE = "Q-Palette, arXiv 2509.20214"
+
+
+def _point(tile_cols: int, index_bits: int, mse: float, source: str, **options: int) -> Point:
+    return Point(
+        label=f"k-means 1x{tile_cols}, {1 << index_bits} entries",
+        options={"tile_cols": tile_cols, "index_bits": index_bits, **options},
+        mse=mse,
+        source=source,
+        num_weights=1 << (18 if index_bits >= 12 else 20),
+        quick=False,
+    )
 
 
 @CODECS.register("kmeans")
@@ -45,6 +60,17 @@ class KMeans(SearchableCodec):
     """
 
     weighted: ClassVar[bool] = True
+
+    points: ClassVar[tuple[Point, ...]] = (
+        _point(1, 2, 0.1175, _MAX),
+        _point(1, 3, 0.0345, _MAX),
+        _point(1, 4, 0.0095, _MAX),
+        _point(2, 4, 0.1086, _PALETTE),
+        _point(2, 6, 0.0297, _PALETTE),
+        _point(2, 8, 0.00776, _PALETTE, iterations=40),
+        _point(4, 8, 0.0989, "measured", sample=1 << 16),
+        _point(4, 12, 0.0273, "measured", iterations=4, sample=1 << 15),
+    )
 
     type: Literal["kmeans"] = "kmeans"
     tile_rows: int = Field(1, ge=1, le=64, description="rows of W in a tile")

@@ -28,10 +28,9 @@ import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from torch import Tensor
 
-from vqllm.codecs.base import CODECS, SearchableCodec, check_finite, weigh
-from vqllm.codecs.e8p import LatticeCodec
+from vqllm.codecs.base import CODECS, ScaledCodec, SearchableCodec, check_finite, weigh
 from vqllm.errors import RecipeError
-from vqllm.types import Codec, State
+from vqllm.types import Codec, Point, State
 from vqllm_kernels.residual.reference import stage_tensors
 from vqllm_kernels.residual.spec import ResidualSpec
 
@@ -46,6 +45,16 @@ steps of 1.5 % on 2^17 Gaussian weights with the default beam."""
 _CHUNK = 1 << 11
 """Tiles at a time, so that a beam of them takes little memory."""
 _DEFAULT_BEAM = 6
+
+
+def _point(*stages: str, mse: float, num_weights: int = 1 << 20) -> Point:
+    return Point(
+        label=" + ".join(stages),
+        options={"stages": [{"type": stage} for stage in stages]},
+        mse=mse,
+        source="measured",
+        num_weights=num_weights,
+    )
 
 
 def _build_stages(value: object) -> object:
@@ -70,6 +79,14 @@ class Residual(Codec):
     """The sum of two or more codecs with the same tile."""
 
     weighted: ClassVar[bool] = True
+    exact: ClassVar[bool] = False
+
+    points: ClassVar[tuple[Point, ...]] = (
+        _point("e81b", "e8p", mse=0.0264),
+        _point("e8p", "e81b", mse=0.0286),
+        _point("e8p", "e8p", mse=0.0075),
+        _point("e81b", "e8p", "e8p", mse=0.00216, num_weights=1 << 18),
+    )
 
     type: Literal["residual"] = "residual"
     stages: Annotated[tuple[SerializeAsAny[Codec], ...], BeforeValidator(_build_stages)] = Field(
@@ -131,12 +148,12 @@ class Residual(Codec):
                 states.append(stage.fit(rest_IJE, weight_IJE, generator))
         return {f"s{i}_{k}": v for i, state in enumerate(states) for k, v in state.items()}
 
-    def _jointly_scaled(self) -> list[LatticeCodec]:
+    def _jointly_scaled(self) -> list[ScaledCodec]:
         """The stages with the scales of `_GAUSSIAN_SCALES`; empty where there are none for them."""
         scales = _GAUSSIAN_SCALES.get(tuple(stage.type for stage in self.stages), ())
         scaled = []
         for stage, scale in zip(self.stages, scales):
-            assert isinstance(stage, LatticeCodec)
+            assert isinstance(stage, ScaledCodec)
             factor = stage.scale_factor * scale / stage.gaussian_scale
             scaled.append(stage.model_copy(update={"scale_factor": factor}))
         return scaled

@@ -28,6 +28,7 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
             kind,
             str(len(group)),
             f"{_bits_per_weight(group):.3f}",
+            f"{_mean_entropy(group):.3f}",
             f"{sum(r['proxy_loss'] for r in group) / len(group):.4g}",
             f"{max(r['proxy_loss'] for r in group):.4g}",
         )
@@ -49,7 +50,9 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
             "",
             "## By kind of linear",
             "",
-            _table(("kind", "linears", "bits", "mean proxy loss", "worst"), by_kind),
+            _table(
+                ("kind", "linears", "bits", "entropy of codes", "mean proxy loss", "worst"), by_kind
+            ),
             "## Worst linears",
             "",
             _table(("linear", "proxy loss", "SQNR dB", "tokens"), worst_rows),
@@ -100,6 +103,12 @@ def _card(summary: Summary, recipe_yaml: str) -> str:
 def _bits_per_weight(records: Sequence[JSON]) -> float:
     bits = sum(r["bits_codes"] + r["bits_codebook"] + r["bits_side"] for r in records)
     return bits / sum(record["rows"] * record["cols"] for record in records)
+
+
+def _mean_entropy(records: Sequence[JSON]) -> float:
+    """Bits a weight that lossless coding of the codes, symbol by symbol, would leave."""
+    numel = [record["rows"] * record["cols"] for record in records]
+    return sum(r["code_entropy"] * n for r, n in zip(records, numel)) / sum(numel)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

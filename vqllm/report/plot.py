@@ -1,7 +1,8 @@
-"""The plot of a run: proxy loss by layer, one line a kind of linear."""
+"""Plots: a run's proxy loss by layer, and codecs' distortion by rate."""
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 from vqllm.types import JSON
 
@@ -29,6 +30,37 @@ def plot_proxy_loss(records: Sequence[JSON]) -> bytes:
     axes.grid(alpha=0.3)
     if kinds:
         axes.legend(fontsize=8, ncols=2)
+    return _png(figure)
+
+
+def plot_codecs(rows: Sequence[JSON]) -> bytes:
+    """A PNG: how far above Shannon's limit each measured codec is, by its rate, one colour a codec.
+
+    Args:
+        rows: of `codec_bench.bench`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    markers = "osD^vP*Xph<>8d"
+    for i, codec in enumerate(sorted({row["codec"] for row in rows})):
+        own = sorted((row["bits"], row["gap_db"]) for row in rows if row["codec"] == codec)
+        style = {"marker": markers[i % len(markers)], "markersize": 5, "color": f"C{i % 10}"}
+        axes.plot(*zip(*own), linestyle="none", label=codec, **style)
+    axes.axhline(0, color="black", linewidth=1)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("bits a weight (codes)")
+    axes.set_ylabel("distortion of a unit Gaussian above Shannon's limit, dB")
+    axes.grid(alpha=0.3)
+    if rows:
+        axes.legend(fontsize=8, ncols=2)
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
     image = io.BytesIO()
     figure.savefig(image, format="png", metadata={"Software": None})
     return image.getvalue()

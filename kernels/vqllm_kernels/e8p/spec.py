@@ -24,7 +24,7 @@ class E8PSpec(FormatSpec):
 
     def layout(self, rows: int, cols: int) -> dict[str, TensorLayout]:
         return {
-            "codes": TensorLayout(self.grid(rows, cols), torch.int16, "codes"),
+            "codes": TensorLayout(self.grid(rows, cols), torch.int16, "codes", by_tile_row=True),
             "scale": TensorLayout((1,), torch.float32, "side"),
         }
 
@@ -45,7 +45,7 @@ class E81BSpec(FormatSpec):
 
     def layout(self, rows: int, cols: int) -> dict[str, TensorLayout]:
         return {
-            "codes": TensorLayout(self.grid(rows, cols), torch.uint8, "codes"),
+            "codes": TensorLayout(self.grid(rows, cols), torch.uint8, "codes", by_tile_row=True),
             "scale": TensorLayout((1,), torch.float32, "side"),
         }
 

@@ -39,7 +39,7 @@ class LutSpec(FormatSpec):
         codes = (num_tile_rows, packed_bytes(num_tile_cols, self.index_bits))
         codebook = (1 << self.index_bits, self.tile_rows * self.tile_cols)
         return {
-            "codes": TensorLayout(codes, torch.uint8, "codes"),
+            "codes": TensorLayout(codes, torch.uint8, "codes", by_tile_row=True),
             "codebook": TensorLayout(codebook, torch.float16, "codebook"),
         }
 

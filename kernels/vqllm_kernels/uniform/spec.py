@@ -41,9 +41,9 @@ class UniformSpec(FormatSpec):
         groups = (rows, self.num_groups(cols))
         codes = (rows, packed_bytes(cols, self.bits))
         return {
-            "codes": TensorLayout(codes, torch.uint8, "codes"),
-            "scale": TensorLayout(groups, torch.float16, "side"),
-            "zero": TensorLayout(groups, torch.uint8, "side"),
+            "codes": TensorLayout(codes, torch.uint8, "codes", by_tile_row=True),
+            "scale": TensorLayout(groups, torch.float16, "side", by_tile_row=True),
+            "zero": TensorLayout(groups, torch.uint8, "side", by_tile_row=True),
         }
 
     def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Tensor:
