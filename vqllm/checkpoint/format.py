@@ -40,6 +40,7 @@ The weights of M
         lut-v1            vqllm_kernels.lut.reference
         uniform-v1        vqllm_kernels.uniform.reference
         residual-v1       vqllm_kernels.residual.reference
+        trellis-v1        vqllm_kernels.trellis.reference
 
         Codes narrower than a byte are packed as vqllm_kernels.bitpack says: least significant bit
         first, every row padded to a whole byte.

@@ -3,7 +3,7 @@
 Importing this package registers all of them in `CODECS`.
 """
 
-from vqllm.codecs import e8p, kmeans, residual, uniform  # noqa: F401 - importing registers
+from vqllm.codecs import e8p, kmeans, residual, trellis, uniform  # noqa: F401 - importing registers
 from vqllm.codecs.base import CODECS, SearchableCodec
 
 __all__ = ["CODECS", "SearchableCodec"]

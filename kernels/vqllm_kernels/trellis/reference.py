@@ -1,0 +1,182 @@
+"""The bits of format trellis-v1.
+
+A tile of T = 256 weights, row-major, is coded in n = `tile_bits` bits that form a ring. It is read
+in T / V steps of V weights. Step t ends before bit
+
+    e(t) = (t + 1) · n · V // T
+
+and its state is the number made of the `state_bits` = L bits of the ring before that place, the
+oldest bit the most significant. So each step shifts e(t) − e(t − 1) new bits into a window of L,
+and any weight can be decoded alone. The V weights of the step are the values of the state, below,
+times `scale`.
+
+Bit i of the ring is bit 15 − i % 16 (15 the most significant) of word i // 16 of the tile.
+
+The values of state s, with 32-bit unsigned arithmetic, before they are brought to zero mean and
+unit variance over all states (in float64, each of the V values for itself, then rounded to
+float32):
+
+    1mad    x = 34038481 s + 76625530; the sum of the four bytes of x
+    mul1    x = 0x83DCD12D s; the sum of the four bytes of x
+    3inst   x = 89226354 s + 64248484; y = (x & 0x8FFF8FFF) ^ 0x3B603B60; the sum of the two halves
+            of y, read as float16
+    mul2    x = 0x83DCD12D s; V = 2: b0 + b2 and b1 + b3 of the bytes of x read as signed, b0 the
+            lowest
+    hybrid  x = s s + s; V = 2: the entry (x >> (15 − q)) mod 2^q of the stored table
+            [2^q, 2], q = `table_bits`; its second value is negated where bit 15 of x is set. The
+            table's values are taken as they are.
+    table   the entry s of the stored table [2^L, V], as it is
+
+Source: bitshift trellis, 1MAD, 3INST and the hybrid code: QTIP, arXiv 2406.11235, sections 3.1 and
+3.2; mul1: exllamav3.
+"""
+
+from functools import cache
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+WEIGHTS = 256
+"""Weights of a tile."""
+WORD = 16
+"""Bits of a stored word."""
+
+Code = Literal["1mad", "mul1", "3inst", "mul2", "hybrid", "table"]
+CODES: tuple[str, ...] = get_args(Code)
+STORED = ("hybrid", "table")
+"""Codes with a stored table."""
+
+_U32 = 0xFFFFFFFF
+
+
+def step_ends(tile_bits: int, num_steps: int) -> list[int]:
+    """e(t) of every step."""
+    return [(t + 1) * tile_bits // num_steps for t in range(num_steps)]
+
+
+def states(codes: Tensor, tile_bits: int, state_bits: int, num_steps: int) -> Tensor:
+    """The state of every step.
+
+    Args:
+        codes: words in 0..65535, int32 [..., tile_bits / 16].
+
+    Returns:
+        int32 [..., num_steps].
+    """
+    end_S = torch.tensor(step_ends(tile_bits, num_steps), device=codes.device)
+    # The last word that the window touches and the one before it, around the ring.
+    last_S = (end_S - 1) // WORD
+    shift_S = ((last_S + 1) * WORD - end_S).to(torch.int32)
+    window = (codes[..., last_S - 1] << WORD) | codes[..., last_S]
+    return (window >> shift_S) & ((1 << state_bits) - 1)
+
+
+def words(states_NS: Tensor, tile_bits: int) -> Tensor:
+    """Inverse of `states`: int32 [N, tile_bits / 16] of a path that closes.
+
+    Args:
+        states_NS: int32 [N, num_steps]; only the new bits of each step are read.
+    """
+    num_steps = states_NS.shape[1]
+    ends = step_ends(tile_bits, num_steps)
+    step = [t for t, (a, b) in enumerate(zip([0, *ends], ends)) for _ in range(b - a)]
+    place = [b - 1 - i for a, b in zip([0, *ends], ends) for i in range(a, b)]
+    place_B = torch.tensor(place, dtype=torch.int32, device=states_NS.device)
+    bits_NWb = ((states_NS[:, step] >> place_B) & 1).unflatten(1, (-1, WORD))
+    weight_b = 1 << torch.arange(WORD - 1, -1, -1, dtype=torch.int32, device=states_NS.device)
+    return (bits_NWb * weight_b).sum(2, dtype=torch.int32)
+
+
+@cache
+def computed_values(code: str, state_bits: int, device: torch.device) -> Tensor:
+    """The values of all states of a code without a stored table, float32 [2^L, V]."""
+    s = torch.arange(1 << state_bits, dtype=torch.int64)
+    if code in ("1mad", "mul1"):
+        x = (34038481 * s + 76625530 if code == "1mad" else 0x83DCD12D * s) & _U32
+        values = sum((x >> 8 * i) & 255 for i in range(4))
+        values = torch.as_tensor(values).double()[:, None]
+    elif code == "3inst":
+        x = (89226354 * s + 64248484) & _U32
+        y = (x & 0x8FFF8FFF) ^ 0x3B603B60
+        values = (_float16(y & 0xFFFF) + _float16(y >> 16)).double()[:, None]
+    elif code == "mul2":
+        x = (0x83DCD12D * s) & _U32
+        b = [((x >> 8 * i) & 255 ^ 128) - 128 for i in range(4)]
+        values = torch.stack((b[0] + b[2], b[1] + b[3]), 1).double()
+    else:
+        raise ValueError(f"trellis code {code!r} has a stored table")
+    values = values - values.mean(0)
+    return (values / values.square().mean(0).sqrt()).float().to(device)
+
+
+def values(
+    code: str, state_bits: int, table_bits: int, table: Tensor | None, device: torch.device
+) -> Tensor:
+    """The values of all states, float32 [2^L, V]; `table` is float16, for a code that stores it."""
+    if table is None:
+        return computed_values(code, state_bits, device)
+    state_S = torch.arange(1 << state_bits, dtype=torch.int64, device=device)
+    entry_S, sign_SV = entries(code, table_bits, state_S)
+    return table.float()[entry_S] * sign_SV
+
+
+def entries(code: str, table_bits: int, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Which entry of a stored table each state takes, [S], and the signs of its values, [S, V].
+
+    Signs that are all positive are [1, 1].
+
+    Args:
+        states: int64 [S].
+    """
+    if code == "table":
+        return states, torch.ones(1, 1, device=states.device)
+    x = states * states + states
+    sign_S = 1.0 - 2.0 * ((x >> 15) & 1)
+    entry_S = (x >> (15 - table_bits)) & ((1 << table_bits) - 1)
+    return entry_S, torch.stack((torch.ones_like(sign_S), sign_S), 1)
+
+
+def decode_tiles(
+    codes: Tensor, values_SV: Tensor, scale: Tensor, tile_bits: int, state_bits: int
+) -> Tensor:
+    """Weights of tiles, float32 [..., 256].
+
+    Args:
+        codes: words, int32 [..., tile_bits / 16].
+        values_SV: what `values` gives.
+        scale: float32 [1].
+    """
+    num_steps = WEIGHTS // values_SV.shape[1]
+    state = states(codes, tile_bits, state_bits, num_steps)
+    return torch.nn.functional.embedding(state, values_SV).flatten(-2) * scale
+
+
+def decode(
+    tensors: dict[str, Tensor],
+    tile: tuple[int, int],
+    code: str,
+    tile_bits: int,
+    state_bits: int,
+    table_bits: int,
+    rows: int,
+    cols: int,
+) -> Tensor:
+    """Weights, float32 [rows, cols].
+
+    Args:
+        tensors: `codes` int16 (bit patterns) [I, J, tile_bits / 16]; `scale` float32 [1]; `table`
+            float16, for the codes that store one.
+        tile: (rows, cols) of a tile; I and J are the numbers of tiles, rounded up.
+    """
+    codes = tensors["codes"].to(torch.int32) & 0xFFFF
+    table = values(code, state_bits, table_bits, tensors.get("table"), codes.device)
+    X_IJE = decode_tiles(codes, table, tensors["scale"], tile_bits, state_bits)
+    X = X_IJE.unflatten(-1, tile).transpose(1, 2)
+    return X.flatten(2).flatten(0, 1)[:rows, :cols]
+
+
+def _float16(bits: Tensor) -> Tensor:
+    """float16 values of bit patterns in 0..65535."""
+    signed = torch.where(bits >= 1 << 15, bits - (1 << 16), bits)
+    return signed.to(torch.int16).view(torch.float16)

@@ -1,0 +1,216 @@
+"""The trellis: its bits, its values, and how good the search for a path is."""
+
+import itertools
+import sys
+
+import pytest
+import torch
+
+from vqllm.codecs import CODECS, viterbi
+from vqllm.errors import RecipeError
+from vqllm_kernels import formats
+from vqllm_kernels.trellis import reference
+from vqllm_kernels.trellis.spec import TrellisSpec
+
+CPU = torch.device("cpu")
+
+
+def trellis(**options):
+    return CODECS.get("trellis").model_validate({"type": "trellis", **options})
+
+
+def shifts(tile_bits, num_steps):
+    ends = reference.step_ends(tile_bits, num_steps)
+    return [b - a for a, b in zip([0, *ends], ends)]
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def ring(bits, shift_T, state_bits):
+    """The states of a ring of bits, by the words of the definition."""
+    ends = list(itertools.accumulate(shift_T))
+    states = []
+    for end in ends:
+        window = [bits[i % len(bits)] for i in range(end - state_bits, end)]
+        states.append(int("".join(map(str, window)), 2))
+    return states
+
+
+def closed_paths(shift_T, state_bits):
+    """All of them, int64 [2^bits, T]."""
+    rings = itertools.product((0, 1), repeat=sum(shift_T))
+    return torch.tensor([ring(bits, shift_T, state_bits) for bits in rings])
+
+
+@pytest.mark.parametrize(("bits", "state_bits", "steps"), [(256, 16, 256), (592, 9, 256)])
+@pytest.mark.parametrize("seed", range(3))
+def test_states_are_windows_of_a_ring_of_bits(bits, state_bits, steps, seed):
+    words = torch.randint(
+        0, 1 << 16, (1, bits // 16), generator=torch.Generator().manual_seed(seed)
+    )
+    text = "".join(f"{int(word):016b}" for word in words[0])
+    expected = ring([int(b) for b in text], shifts(bits, steps), state_bits)
+    assert reference.states(words.int(), bits, state_bits, steps)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("rate", [1, 1.5, 2, 2.0625, 2.5, 3, 3.75, 4, 5, 7.5, 8])
+def test_words_are_the_inverse_of_states(rate):
+    bits = round(rate * 256)
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(0, 1 << 16, (20, bits // 16), generator=generator, dtype=torch.int32)
+    states = reference.states(words, bits, 12, 256)
+    assert torch.equal(reference.words(states, bits), words)
+
+
+def test_rates_are_spread_evenly():
+    assert shifts(256 * 5 // 2, 256)[:4] == [2, 3, 2, 3]
+    assert sum(shifts(592, 256)) == 592
+    assert set(shifts(592, 256)) == {2, 3}
+
+
+def test_computed_values():
+    """Against the published formulas, one state after another in Python's own integers."""
+    s = 12345
+    x = (34038481 * s + 76625530) % 2**32
+    one_mad = sum(x.to_bytes(4, "little"))
+    y = ((89226354 * s + 64248484) % 2**32 & 0x8FFF8FFF) ^ 0x3B603B60
+    halves = torch.tensor([y & 0xFFFF, y >> 16], dtype=torch.int32).to(torch.int16)
+    three_inst = float(halves.view(torch.float16).sum())
+    # Mean 510 and deviation 147.8 are QTIP's; 1.24371 is exllamav3's scale of 3INST.
+    assert float(reference.computed_values("1mad", 16, CPU)[s]) == pytest.approx(
+        (one_mad - 510) / 147.800537109375, abs=2e-3
+    )
+    assert float(reference.computed_values("3inst", 16, CPU)[s]) == pytest.approx(
+        three_inst / 1.24371088, abs=2e-3
+    )
+
+
+@pytest.mark.parametrize("code", ["1mad", "mul1", "3inst", "mul2"])
+@pytest.mark.parametrize("state_bits", [4, 8, 16])
+def test_values_have_zero_mean_and_unit_variance(code, state_bits):
+    values_SV = reference.computed_values(code, state_bits, CPU).double()
+    assert torch.allclose(values_SV.mean(0), torch.zeros(1).double(), atol=1e-6)
+    assert torch.allclose(values_SV.square().mean(0), torch.ones(1).double(), atol=1e-6)
+
+
+@pytest.mark.parametrize("num_weights", [1, 2])
+@pytest.mark.parametrize("shift_T", [[1] * 10, [2, 1, 2, 1, 2], [3, 2, 3], [2, 2, 2, 2]])
+def test_search_with_given_context_is_exact(shift_T, num_weights):
+    state_bits = 4
+    values_SV = random(1 << state_bits, num_weights)
+    x_NTV = random(12, len(shift_T), num_weights, seed=1)
+    paths = closed_paths(shift_T, state_bits)
+    error_NP = (values_SV[paths] - x_NTV[:, None]).square().sum((2, 3))
+    for context in range(1 << (state_bits - shift_T[0])):
+        closed = (paths[:, 0] >> shift_T[0]) == context
+        best_N = error_NP[:, closed].min(1).values
+        found = viterbi.search(x_NTV, values_SV, shift_T, torch.full((12,), context))
+        error_N = (values_SV[found] - x_NTV).square().sum((1, 2))
+        torch.testing.assert_close(error_N, best_N)
+        assert bool(((found[:, 0] >> shift_T[0]) == context).all())
+
+
+@pytest.mark.parametrize(
+    ("shift_T", "gap"), [([1] * 14, 0.05), ([2] * 7, 0.02), ([2, 3] * 3, 0.02)]
+)
+def test_what_guessing_the_context_costs(shift_T, gap):
+    """Against the best of all closed paths. Rings as short as these are the worst case."""
+    values_SV = random(16, 1)
+    x_NTV = random(300, len(shift_T), 1, seed=1)
+    paths = closed_paths(shift_T, 4)
+    best = (values_SV[paths] - x_NTV[:, None]).square().sum((2, 3)).min(1).values.mean()
+    found = viterbi.tail_biting(x_NTV, values_SV, shift_T).long()
+    error = (values_SV[found] - x_NTV).square().sum((1, 2)).mean()
+    assert float(best) <= float(error) * (1 + 1e-6)
+    assert float(error) <= (1 + gap) * float(best)
+
+
+@pytest.mark.parametrize("num_weights", [1, 2])
+@pytest.mark.parametrize("rate", [1, 2, 2.5, 3, 4])
+def test_compiled_search_is_as_good_as_the_one_in_torch(rate, num_weights, monkeypatch):
+    steps = 256 // num_weights
+    shift_T = shifts(round(rate * 256), steps)
+    values_SV = random(1 << 10, num_weights)
+    x_NTV = random(6, steps, num_weights, seed=1)
+    compiled = viterbi.tail_biting(x_NTV, values_SV, shift_T).long()
+    monkeypatch.setattr(viterbi, "_has_numba", lambda: False)
+    plain = viterbi.tail_biting(x_NTV, values_SV, shift_T).long()
+    errors = [(values_SV[path] - x_NTV).square().sum((1, 2)) for path in (compiled, plain)]
+    # Costs are summed in another order, so that ties may fall otherwise.
+    torch.testing.assert_close(errors[0].mean(), errors[1].mean(), rtol=1e-3, atol=0)
+
+
+def test_without_numba_it_is_said_once(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    viterbi._has_numba.cache_clear()
+    try:
+        codec = trellis(state_bits=6)
+        X_IJE = random(2, 1, 256)
+        state = codec.fit(X_IJE, None, torch.Generator())
+        codec.encode(X_IJE, state)
+        codec.encode(X_IJE, state)
+    finally:
+        viterbi._has_numba.cache_clear()
+    assert ["numba cannot be imported" in r.message for r in caplog.records] == [True]
+
+
+@pytest.mark.parametrize(("code", "worse"), [("table", "mul1"), ("hybrid", "mul2")])
+def test_training_a_table_pays(code, worse):
+    def distortion(code):
+        codec = trellis(code=code, state_bits=8)
+        X_IJE = random(16, 16, 256)
+        state = codec.fit(X_IJE, None, torch.Generator())
+        return float((codec.decode(codec.encode(X_IJE, state), state) - X_IJE).square().mean())
+
+    assert distortion(code) < 0.96 * distortion(worse)
+
+
+def test_more_states_are_better():
+    def distortion(state_bits):
+        codec = trellis(state_bits=state_bits)
+        X_IJE = random(16, 16, 256)
+        state = codec.fit(X_IJE, None, torch.Generator())
+        return float((codec.decode(codec.encode(X_IJE, state), state) - X_IJE).square().mean())
+
+    errors = [distortion(state_bits) for state_bits in (6, 8, 10, 12)]
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 2.03}, "2.03 bits; allowed are multiples of 0.0625 from 1 to 8"),
+        ({"tile_rows": 24}, "tiles of 24 rows; allowed are the divisors of 256"),
+        ({"tile_rows": 0}, "tiles of 0 rows"),
+        (
+            {"code": "mul2", "bits": 5},
+            "1280 bits a tile; allowed are multiples of 16 from 128 to 1024",
+        ),
+        ({"code": "mul1", "step_weights": 2}, "2 weights a step; allowed: "),
+        ({"code": "mul1", "table_bits": 9}, "only hybrid has a table"),
+        (
+            {"bits": 8, "state_bits": 8},
+            "2048 bits a tile; allowed are multiples of 16 from 256 to 1792",
+        ),
+    ],
+)
+def test_options_that_no_format_has_are_refused(options, message):
+    with pytest.raises(RecipeError, match=message):
+        trellis(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"state_bits": 3}, {"state_bits": 17}, {"bits": 0.5}, {"code": "x"}]
+)
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        trellis(**options)
+
+
+def test_a_specification_that_means_nothing_is_refused():
+    good = TrellisSpec(tile_rows=16, code="mul1", tile_bits=512, state_bits=12, step_weights=1)
+    for change in ({"state_bits": 20}, {"code": "mul9"}, {"tile_bits": 500}, {"table_bits": 4}):
+        with pytest.raises(ValueError, match=r"trellis-v1: .*(allowed|which has none)"):
+            formats.from_dict({**good.to_dict(), **change})
