@@ -27,6 +27,7 @@ from vqllm_kernels import formats, gpu, transforms
 from vqllm_kernels.e8p import triton as e8p
 from vqllm_kernels.hadamard import triton as hadamard
 from vqllm_kernels.lut import triton as lut
+from vqllm_kernels.trellis import viterbi
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {
@@ -48,7 +49,8 @@ E81B = {"format": "e81b-v1"}
 gpu.num_multiprocessors = lambda device: 132
 
 Case = tuple[Callable[[], None], str, int]
-"""What launches a kernel, the kernel's name, and the weights that a lane decodes in a step."""
+"""What launches a kernel, the kernel's name, and the weights that a lane decodes in a step, or the
+states that it goes through."""
 
 
 class Recorder:
@@ -180,6 +182,18 @@ def lut_values(rows: int, cols: int, bits: int) -> dict:
     return {"format": "lut-v1", "tile_rows": rows, "tile_cols": cols, "index_bits": bits}
 
 
+def search_case(state_bits: int, shifts: list[int], num_weights: int = 1) -> Case:
+    x = torch.zeros(1, len(shifts), num_weights)
+    values = torch.zeros(1 << state_bits, num_weights)
+    context = torch.zeros(1, dtype=torch.int32)
+
+    def launch() -> None:
+        viterbi.search(x, values, shifts, context)
+
+    states = viterbi.BLOCK // (32 * viterbi.NUM_WARPS) << max(shifts)
+    return launch, "search_kernel", states
+
+
 CASES: dict[str, tuple[ModuleType, Case]] = {
     "e8p fp16": (e8p, matmul_case(e8p, E8P, 1, "fp16")),
     "e8p bf16, 16 tokens": (e8p, matmul_case(e8p, E8P, 16, "bf16")),
@@ -197,6 +211,10 @@ CASES: dict[str, tuple[ModuleType, Case]] = {
     "hadamard 11008, bf16": (hadamard, hadamard_case(11008, "bf16")),
     "hadamard 14336, fp32": (hadamard, hadamard_case(14336, "fp32")),
     "hadamard, blocks of 128, bf16": (hadamard, hadamard_case(4096, "bf16", 128)),
+    "viterbi 2^16, 2 bits": (viterbi, search_case(16, [2] * 256)),
+    "viterbi 2^16, 4 bits": (viterbi, search_case(16, [4] * 256)),
+    "viterbi 2^12, 2.5 bits": (viterbi, search_case(12, [2, 3] * 128)),
+    "viterbi 2^16, pairs, 2 bits": (viterbi, search_case(16, [4] * 128, 2)),
 }
 
 

@@ -41,7 +41,14 @@ TRANSFORMS = {
     "hadamard 14336, fp32": (946, 1156, 192),
     "hadamard, blocks of 128, bf16": (896, 936, 128),
 }
-BUDGETS = MATMULS | DECODES | TRANSFORMS
+SEARCHES = {
+    # instructions a state
+    "viterbi 2^16, 2 bits": (7.25, 7.25, 64),
+    "viterbi 2^16, 4 bits": (6.82, 6.69, 64),
+    "viterbi 2^12, 2.5 bits": (7.60, 7.88, 64),
+    "viterbi 2^16, pairs, 2 bits": (14.1, 12.9, 80),
+}
+BUDGETS = MATMULS | DECODES | TRANSFORMS | SEARCHES
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +103,7 @@ def test_nothing_is_spilled(figures, name, sm):
     assert got["shared"] <= 48 * 1024
 
 
-@pytest.mark.parametrize("name", [*MATMULS, *DECODES])
+@pytest.mark.parametrize("name", [*MATMULS, *DECODES, *SEARCHES])
 def test_instructions_a_weight_stay_in_budget(figures, name, sm):
     assert figures[f"{name}, sm_{sm}"]["per_weight"] <= budget(name, sm)
 

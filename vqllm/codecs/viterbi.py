@@ -8,10 +8,13 @@ at 1 to 4 bits; the search of all paths of small tiles in the tests tells what t
 """
 
 import logging
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from vqllm_kernels import gpu
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +47,20 @@ def tail_biting(x_NTV: Tensor, values_SV: Tensor, shifts: list[int], around: int
             torch.get_num_threads(),
         )
         return torch.from_numpy(path_NT)
+    if x_NTV.device.type == "cuda" and gpu.declines(x_NTV.device) is None:
+        from vqllm_kernels.trellis import viterbi as kernel
+
+        return _tail_biting(kernel.search, x_NTV, values_SV, shifts, num_around)
     chunks = x_NTV.split(max(1, MAX_STATES // len(values_SV)))
-    return torch.cat([_tail_biting(x, values_SV, shifts, num_around) for x in chunks])
+    return torch.cat([_tail_biting(search, x, values_SV, shifts, num_around) for x in chunks])
 
 
-def _tail_biting(x_NTV: Tensor, values_SV: Tensor, shifts: list[int], num_around: int) -> Tensor:
+Search = Callable[[Tensor, Tensor, list[int], Tensor | None], Tensor]
+
+
+def _tail_biting(
+    search: Search, x_NTV: Tensor, values_SV: Tensor, shifts: list[int], num_around: int
+) -> Tensor:
     num_steps = len(shifts)
     order = [(num_steps - num_around + i) % num_steps for i in range(2 * num_around)]
     path_NT = search(x_NTV[:, order], values_SV, [shifts[t] for t in order], None)
