@@ -95,4 +95,11 @@ def from_dict(values: dict[str, Any]) -> FormatSpec:
 
 
 def _load_all() -> None:
-    from vqllm_kernels import e8p, lut, residual, trellis, uniform  # noqa: F401 - importing registers
+    from vqllm_kernels import (  # noqa: F401 - importing registers
+        e8p,
+        lut,
+        pyramid,
+        residual,
+        trellis,
+        uniform,
+    )

@@ -50,6 +50,8 @@ EXTRA = {
             {"type": "uniform", "bits": 3, "group": None},
         ],
     },
+    "pyramid-5": {"type": "pyramid", "dim": 5, "bits": 2.4},
+    "pyramid-32": {"type": "pyramid", "dim": 32, "pulses": 48, "levels": 5},
 }
 CONFIGURATIONS = {
     f"{name}-{i}": {"type": name, **point.options}

@@ -39,6 +39,7 @@ The weights of M
         e8p-v1, e81b-v1   vqllm_kernels.e8p.reference
         lut-v1            vqllm_kernels.lut.reference
         uniform-v1        vqllm_kernels.uniform.reference
+        pyramid-v1        vqllm_kernels.pyramid.reference
         residual-v1       vqllm_kernels.residual.reference
         trellis-v1        vqllm_kernels.trellis.reference
 

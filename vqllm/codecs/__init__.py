@@ -3,7 +3,14 @@
 Importing this package registers all of them in `CODECS`.
 """
 
-from vqllm.codecs import e8p, kmeans, residual, trellis, uniform  # noqa: F401 - importing registers
+from vqllm.codecs import (  # noqa: F401 - importing registers
+    e8p,
+    kmeans,
+    pyramid,
+    residual,
+    trellis,
+    uniform,
+)
 from vqllm.codecs.base import CODECS, SearchableCodec
 
 __all__ = ["CODECS", "SearchableCodec"]
