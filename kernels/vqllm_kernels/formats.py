@@ -96,6 +96,7 @@ def from_dict(values: dict[str, Any]) -> FormatSpec:
 
 def _load_all() -> None:
     from vqllm_kernels import (  # noqa: F401 - importing registers
+        convolutional,
         e8p,
         lut,
         pyramid,

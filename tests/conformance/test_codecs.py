@@ -52,6 +52,21 @@ EXTRA = {
     },
     "pyramid-5": {"type": "pyramid", "dim": 5, "bits": 2.4},
     "pyramid-32": {"type": "pyramid", "dim": 32, "pulses": 48, "levels": 5},
+    "convolutional-8": {"type": "convolutional", "group": 16, "maps": 2},
+    "convolutional-10-cubic": {
+        "type": "convolutional",
+        "index_bits": 10,
+        "shift": 4,
+        "levels": "cubic",
+        "group": None,
+    },
+    "convolutional-3x8": {
+        "type": "convolutional",
+        "tile_cols": 3,
+        "window": 4,
+        "shift": 2,
+        "group": 9,
+    },
 }
 CONFIGURATIONS = {
     f"{name}-{i}": {"type": name, **point.options}

@@ -40,6 +40,7 @@ The weights of M
         lut-v1            vqllm_kernels.lut.reference
         uniform-v1        vqllm_kernels.uniform.reference
         pyramid-v1        vqllm_kernels.pyramid.reference
+        convolutional-v1  vqllm_kernels.convolutional.reference
         residual-v1       vqllm_kernels.residual.reference
         trellis-v1        vqllm_kernels.trellis.reference
 

@@ -4,6 +4,7 @@ Importing this package registers all of them in `CODECS`.
 """
 
 from vqllm.codecs import (  # noqa: F401 - importing registers
+    convolutional,
     e8p,
     kmeans,
     pyramid,
