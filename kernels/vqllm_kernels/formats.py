@@ -98,6 +98,7 @@ def _load_all() -> None:
     from vqllm_kernels import (  # noqa: F401 - importing registers
         convolutional,
         e8p,
+        learned_lattice,
         lut,
         pyramid,
         residual,

@@ -67,6 +67,31 @@ EXTRA = {
         "shift": 2,
         "group": 9,
     },
+    "learned-lattice": {"type": "learned_lattice", "iterations": 2},
+    "learned-lattice-16-2.5": {
+        "type": "learned_lattice",
+        "dim": 16,
+        "bits": 2.5,
+        "companding": "mu",
+        "generator": "diagonal",
+        "group": 192,
+        "iterations": 1,
+    },
+    "learned-lattice-4-integers": {
+        "type": "learned_lattice",
+        "dim": 4,
+        "bits": 2.25,
+        "companding": "none",
+        "group": None,
+        "iterations": 3,
+    },
+    "learned-lattice-1": {
+        "type": "learned_lattice",
+        "dim": 1,
+        "bits": 3,
+        "group": 16,
+        "iterations": 1,
+    },
 }
 CONFIGURATIONS = {
     f"{name}-{i}": {"type": name, **point.options}

@@ -41,6 +41,7 @@ The weights of M
         uniform-v1        vqllm_kernels.uniform.reference
         pyramid-v1        vqllm_kernels.pyramid.reference
         convolutional-v1  vqllm_kernels.convolutional.reference
+        learned-lattice-v1 vqllm_kernels.learned_lattice.reference
         residual-v1       vqllm_kernels.residual.reference
         trellis-v1        vqllm_kernels.trellis.reference
 

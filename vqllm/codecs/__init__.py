@@ -7,6 +7,7 @@ from vqllm.codecs import (  # noqa: F401 - importing registers
     convolutional,
     e8p,
     kmeans,
+    learned_lattice,
     pyramid,
     residual,
     trellis,
