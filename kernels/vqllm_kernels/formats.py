@@ -97,8 +97,10 @@ def from_dict(values: dict[str, Any]) -> FormatSpec:
 def _load_all() -> None:
     from vqllm_kernels import (  # noqa: F401 - importing registers
         convolutional,
+        d4,
         e8p,
         learned_lattice,
+        leech,
         lut,
         pyramid,
         residual,

@@ -42,6 +42,8 @@ The weights of M
         pyramid-v1        vqllm_kernels.pyramid.reference
         convolutional-v1  vqllm_kernels.convolutional.reference
         learned-lattice-v1 vqllm_kernels.learned_lattice.reference
+        d4-v1             vqllm_kernels.d4.reference
+        leech-v1          vqllm_kernels.leech.reference
         residual-v1       vqllm_kernels.residual.reference
         trellis-v1        vqllm_kernels.trellis.reference
 

@@ -5,9 +5,11 @@ Importing this package registers all of them in `CODECS`.
 
 from vqllm.codecs import (  # noqa: F401 - importing registers
     convolutional,
+    d4,
     e8p,
     kmeans,
     learned_lattice,
+    leech,
     pyramid,
     residual,
     trellis,

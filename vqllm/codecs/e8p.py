@@ -27,7 +27,7 @@ from vqllm_kernels.e8p.spec import E8PSpec, E81BSpec
 
 
 class LatticeCodec(ScaledCodec, SearchableCodec):
-    """A fixed codebook of eight weights of a row, times one scale."""
+    """A fixed codebook of consecutive weights of a row, eight or as `tile` says; one scale."""
 
     weighted: ClassVar[bool] = True
 

@@ -12,6 +12,7 @@ core (of two, both busy with other work):
     e81b + e8p           3      0.02945   0.02908  6.9   0.02725  2.9   0.02643  1.7   0.02626  1.2
     e8p + e81b           3                0.03066  6.7   0.02833  2.0   0.02829  1.4   0.02826  1.0
     e8p + e8p            4      0.00958   0.00839  6.2   0.00783  1.8   0.00752  1.2   0.00744  0.9
+    d4 + d4              4                0.01043  2.6   0.00964  2.0   0.00964  1.1   0.00964  0.8
     e81b + e8p + e8p     5                0.00269  4.2   0.00236  1.1   0.00215  0.5   0.00207  0.3
 
 The QuIP# column is its scales, coded greedily. At 3 bits the coarse stage is the small codebook:
@@ -35,6 +36,7 @@ from vqllm_kernels.residual.reference import stage_tensors
 from vqllm_kernels.residual.spec import ResidualSpec
 
 _GAUSSIAN_SCALES: dict[tuple[str, ...], tuple[float, ...]] = {
+    ("d4", "d4"): (1.0, 0.277),
     ("e81b", "e8p"): (1.98, 0.56),
     ("e8p", "e81b"): (1.0, 0.565),
     ("e8p", "e8p"): (1.12, 0.305),
@@ -85,6 +87,7 @@ class Residual(Codec):
         _point("e81b", "e8p", mse=0.0264),
         _point("e8p", "e81b", mse=0.0286),
         _point("e8p", "e8p", mse=0.0075),
+        _point("d4", "d4", mse=0.0097),
         _point("e81b", "e8p", "e8p", mse=0.00216, num_weights=1 << 18),
     )
 
