@@ -5,7 +5,7 @@ AutoModelForCausalLM.from_pretrained(fake.folder)
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,15 @@ RECIPE = {"name": "fake", "seed": 7}
 class FakeCheckpoint:
     """A checkpoint and what it was made of.
 
-    `source` is the unquantized folder, `packed` the tensors of each quantized linear.
+    `source` is the unquantized folder, `packed` the tensors of each quantized module (`linears`),
+    `tied` the head that uses those of the embedding.
     """
 
     folder: Path
     source: Path
     linears: dict[str, LinearSpec]
     packed: dict[str, dict[str, Tensor]]
+    tied: dict[str, str] = field(default_factory=dict)
 
     def dense_model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The source model with the decoded weights in it: what a load must equal."""
@@ -55,6 +57,8 @@ class FakeCheckpoint:
         for name, spec in self.linears.items():
             W = spec.dequantize(self.packed[name]).to(dtype)
             model.get_submodule(name).weight = nn.Parameter(W, requires_grad=False)
+        for name, source in self.tied.items():
+            model.get_submodule(name).weight = model.get_submodule(source).weight
         return model
 
 
@@ -72,6 +76,13 @@ def linear_spec(format: FormatSpec, rows: int, cols: int) -> LinearSpec:
             ScaleSpec(side="out", size=rows),
         ),
     )
+
+
+def rows_spec(format: FormatSpec, rows: int, cols: int) -> LinearSpec:
+    """A specification with every kind of transform on the input side, so that rows are decoded one
+    by one."""
+    spec = linear_spec(format, rows, cols)
+    return replace(spec, transforms=tuple(t for t in spec.transforms if t.side == "in"))
 
 
 def random_packed(spec: LinearSpec, seed: int = 0) -> dict[str, Tensor]:
@@ -103,9 +114,14 @@ def _random(
 
 
 def fake_checkpoint(
-    folder: Path, arch: str = "llama", format: FormatSpec = FORMATS["e8p"], **overrides: Any
+    folder: Path,
+    arch: str = "llama",
+    format: FormatSpec = FORMATS["e8p"],
+    outside: FormatSpec | None = None,
+    **overrides: Any,
 ) -> FakeCheckpoint:
-    """Write `folder/source` and, from it, `folder/quantized` with every linear of the layers."""
+    """Write `folder/source` and, from it, `folder/quantized` with every linear of the layers, and
+    with embedding and head in the format `outside` if it is given."""
     source, output = save_tiny(folder / "source", arch, **overrides), folder / "quantized"
     staging = output / ".staging"
     staging.mkdir(parents=True)
@@ -116,9 +132,20 @@ def fake_checkpoint(
         for name, module in model.named_modules()
         if is_linear(module) and _layer_of(name) is not None
     }
+    inside = set(linears)
+    tied = {}
+    if outside is not None:
+        ends = {module: name for name, module in model.named_modules()}
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        linears[ends[embedding]] = rows_spec(outside, *embedding.weight.shape)
+        if head.weight is embedding.weight:
+            tied = {ends[head]: ends[embedding]}
+        else:
+            linears[ends[head]] = rows_spec(outside, *head.weight.shape)
     packed = {name: random_packed(spec, i) for i, (name, spec) in enumerate(linears.items())}
+    for name in (*packed, *tied):
+        stored.pop(f"{name}.weight", None)
     for name, tensors in packed.items():
-        del stored[f"{name}.weight"]
         stored |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
     num_shards = model.config.num_hidden_layers + 1
     checksums = {}
@@ -129,6 +156,8 @@ def fake_checkpoint(
         checksums[shard] = atomic.write_shard(output / shard, own, staging)
     config = QuantizationConfig.build(
         linears,
+        outside_layers=linears.keys() - inside,
+        tied=tied,
         recipe=RECIPE,
         not_quantized={"lm_head": "a linear outside the decoder layers"},
         producer={"vqllm": "0"},
@@ -137,7 +166,7 @@ def fake_checkpoint(
     writer.write_index(output, checksums, staging)
     writer.write_config(source, output, staging, config)
     staging.rmdir()
-    return FakeCheckpoint(output, source, linears, packed)
+    return FakeCheckpoint(output, source, linears, packed, tied)
 
 
 def _layer_of(name: str) -> int | None:

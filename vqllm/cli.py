@@ -253,7 +253,7 @@ def codecs(
     plot: Annotated[Path | None, typer.Option(help="draw the measurements here (PNG)")] = None,
     device: Device = None,
 ) -> None:
-    """List codecs, transforms and rounding rules with their options, or measure the codecs."""
+    """List codecs, transforms, rounding rules and tuning steps, or measure the codecs."""
     if bench:
         _bench_codecs(only or [], json_file, plot, device or "cpu")
         return
@@ -264,8 +264,9 @@ def codecs(
     from vqllm.recipe import fields_of
     from vqllm.rounding import ROUNDINGS
     from vqllm.transforms import TRANSFORMS
+    from vqllm.tuning import TUNINGS
 
-    for registry in (CODECS, TRANSFORMS, ROUNDINGS):
+    for registry in (CODECS, TRANSFORMS, ROUNDINGS, TUNINGS):
         table = Table(registry.kind, "option", "meaning")
         for name in registry:
             part: Any = registry.get(name)

@@ -140,6 +140,8 @@ def _encode(
         X_IJE, to_tiles(importance_CC, tile), rng.generator(recipe.seed, name, "codec")
     )
     codes_IJM, state = recipe.rounding(W_RC, H_CC, codec, state)
+    for tuning in recipe.tuning:
+        codes_IJM, state = tuning(W_RC, H_CC, codec, codes_IJM, state, recipe.rounding)
     tensors = codec.pack(codes_IJM, state)
     W_hat_RC = codec.spec().decode(tensors, *W_RC.shape)
     mse = float((W_hat_RC - W_RC).square().mean() / W_RC.square().mean().clamp_min(1e-30))

@@ -1,8 +1,8 @@
-"""Which modules of a model are linears that can be replaced by a quantized one."""
+"""Which modules of a model are linears or embeddings that can be replaced by a quantized one."""
 
 import copy
-from collections.abc import Collection
-from typing import TypeGuard
+from collections.abc import Callable, Collection
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -40,6 +40,107 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
         return torch.allclose(y, F.linear(x, weight, bias), rtol=0, atol=1e-12)
     except Exception:  # a forward that wants anything else is not that of a linear
         return False
+
+
+def why_not_embedding(module: nn.Module) -> str | None:
+    """Why a module cannot be replaced by packed rows that are decoded on look-up; None if it can.
+
+    It can if it looks up a row of its weight for every token, and does nothing else or something to
+    the looked-up rows alone (Gemma's scales them). Tried on a copy with 5 random rows.
+    """
+    kind = type(module).__name__
+    if not isinstance(module, nn.Embedding):
+        return f"{kind} is no torch.nn.Embedding"
+    if module.max_norm is not None:
+        return f"{kind} has max_norm, which changes its weights whenever they are used"
+    others = sorted(module.state_dict().keys() - {"weight"})
+    if others:
+        return f"{kind} has tensors beside its weight: {', '.join(others)}"
+    if type(module).forward is nn.Embedding.forward or _looks_up_rows(module):
+        return None
+    return f"{kind} does more than look up rows and work on each of them"
+
+
+def _looks_up_rows(module: nn.Embedding) -> bool:
+    """Whether `after_lookup` of the module, given rows, returns what the module itself does."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+    weight = random(5, module.embedding_dim)
+    tokens = torch.tensor([[1, 4, 4], [0, 2, 1]], device="cpu")
+    probe = copy.copy(module)
+    probe.__dict__["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
+    # Their values may be on the meta device. What holds for any values holds for theirs.
+    probe.__dict__["_buffers"] = {
+        name: random(*buffer.shape) if buffer.is_floating_point() else buffer
+        for name, buffer in module.named_buffers(recurse=False)
+    }
+    probe.num_embeddings, probe.padding_idx = len(weight), None
+    try:
+        # The class's forward: the instance's own may be a loader's, bound to the real weights.
+        wanted = type(module).forward(probe, tokens)
+        rest = after_lookup(probe)
+        return rest is not None and torch.allclose(
+            type(rest).forward(rest, weight[tokens]), wanted, rtol=0, atol=1e-12
+        )
+    except Exception:  # a forward that wants anything else is not that of an embedding
+        return False
+
+
+class AfterLookup(nn.Embedding):
+    """Stands between a subclass of `nn.Embedding` and `nn.Embedding`: what the subclass takes for
+    looked-up rows is its input.
+
+    It has no weight; code that asks for one gets an empty stand-in of the right dtype.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        return torch.empty(0, self.embedding_dim, dtype=self._dtype, device="meta")
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        return self
+
+    def __reduce__(self) -> Any:
+        return _after_lookup_of, (type(self).__bases__[0],), self.__dict__
+
+
+def after_lookup(module: nn.Embedding) -> AfterLookup | None:
+    """What an embedding of a subclass does to the rows that it has looked up, as a module that
+    takes rows; None for `nn.Embedding` itself.
+
+    It is a copy of the module without its weight, of the same class, so that whatever recognises
+    that class (transformers sets the scale of Gemma's) still does.
+    """
+    if type(module).forward is nn.Embedding.forward:
+        return None
+    rest = _after_lookup_of(type(module))
+    rest.__dict__.update(module.__dict__)
+    rest.__dict__["_parameters"] = {}
+    rest.padding_idx = None
+    rest._dtype = module.weight.dtype
+    return rest
+
+
+def before_lookup(rest: AfterLookup, weight: nn.Parameter) -> nn.Embedding:
+    """The embedding with this weight that `after_lookup` was made of."""
+    cls: Any = type(rest).__bases__[0]
+    module = cls.__new__(cls)
+    module.__dict__.update(rest.__dict__)
+    module.__dict__["_parameters"] = {"weight": weight}
+    return module
+
+
+def _after_lookup_of(cls: Any) -> AfterLookup:
+    kind: Any = type(f"AfterLookup{cls.__name__}", (cls, AfterLookup), {})
+    return kind.__new__(kind)
 
 
 def shared_modules(model: nn.Module, layers: Collection[str]) -> set[nn.Module]:

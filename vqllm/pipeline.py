@@ -15,6 +15,7 @@ from vqllm.calibration.tokens import calibration_sequences
 from vqllm.checkpoint.run import CheckpointRun
 from vqllm.errors import ModelError
 from vqllm.group import QuantizedLinear, quantize_group
+from vqllm.outside import Outside
 from vqllm.preflight import check_finite, check_model, chosen, planned
 from vqllm.progress import Progress
 from vqllm.recipe import Recipe
@@ -80,12 +81,14 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
         job.source, job.device, run.scratch / "offload", job.compute_dtype, job.trust_remote_code
     )
     check_finite(stream.model, "the model outside its layers")
-    run.begin(stream.model, stream.names, planned(stream, recipe))
+    outside = Outside(stream, run, recipe)
+    run.begin(stream.model, stream.names, planned(stream, recipe) | outside.specs, outside.tied)
+    outside.quantize_embedding(sequences["calibration"], progress)
     calibrator = LayerCalibrator(
         stream, sequences["calibration"], job.activation_budget, run.scratch
     )
     progress.layers(len(stream), run.num_finished)
-    unfinished = run.num_finished < len(stream)
+    unfinished = run.num_finished < len(stream) or outside.head_is_due
     for index, layer_name in enumerate(stream.names if unfinished else []):
         with stream.layer(index) as layer:
             linears = chosen(linears_of(layer, layer_name, stream.shared), recipe)
@@ -102,18 +105,23 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
                 run.write_layer(index, results)
             if index + 1 < len(stream):
                 calibrator.advance(index)
+            elif outside.head_is_due:
+                outside.measure_head(calibrator, index)
         progress.layer(index, run.records(index))
     calibrator.close()
+    outside.quantize_head(progress)
     progress.phase("writing the rest of the model")
-    kept = why_not_quantized(stream.model, stream.names, run.quantized, recipe.skip)
+    quantized = {*run.quantized, *outside.names}
+    kept = why_not_quantized(stream.model, stream.names, quantized, recipe.skip)
     if not run.quantized:
         raise ModelError(f"nothing in {job.model} was quantized: {nothing_to_quantize(kept)}")
-    run.finish(kept)
+    run.finish(kept, outside.results, outside.tied)
     seconds = {
         "calibration text": calibrated - start,
         "quantization": time.perf_counter() - calibrated,
     }
-    return Outcome(run.all_records(), kept, seconds, sequences["held_out"])
+    records = run.all_records() + [result.record for result in outside.results]
+    return Outcome(records, kept, seconds, sequences["held_out"])
 
 
 def _quantize_layer(

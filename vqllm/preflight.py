@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from vqllm import loading
+from vqllm import loading, outside
 from vqllm.calibration.stream import LayerStream, check_states, layer_names, linears_of
-from vqllm.checkpoint.source import stored_tensors
+from vqllm.checkpoint.source import SourceTensors, stored_tensors
 from vqllm.checkpoint.writer import read_dense_config
 from vqllm.errors import ModelError, NumericalError
 from vqllm.group import linear_spec
@@ -28,7 +29,8 @@ def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool
 
     Raises:
         ModelError: it is quantized already, a file is damaged, tensors are missing, the tokenizer
-            cannot be loaded, or there is nothing to quantize.
+            cannot be loaded, there is nothing to quantize, or the embedding or head cannot be
+            stored as the recipe wants.
     """
     read_dense_config(source)
     model = loading.skeleton(source, trust_remote_code=trust_remote_code)
@@ -45,6 +47,23 @@ def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool
             "modules of the decoder layers that no `skip` pattern of the recipe leaves out."
         )
     check_states(model, names)
+    _check_outside(source, model, recipe)
+
+
+def _check_outside(source: Path, model: PreTrainedModel, recipe: Recipe) -> None:
+    """Refuse an embedding or a head that the recipe has and that cannot be stored so."""
+    matrices = outside.plan(model, recipe)
+    if not matrices:
+        return
+    tensors = SourceTensors(source, model)
+    for matrix in matrices:
+        if not any(f"{name}.weight" in tensors for name in matrix.names):
+            changes = " ".join(f"--set {key}=null" for key in matrix.keys)
+            raise ModelError(
+                f"{source} stores no tensor {matrix.names[0]}.weight: its names differ from the "
+                f"model's, so this matrix must stay as it is: {changes}."
+            )
+    outside.check_called(model, matrices)
 
 
 def chosen(linears: Mapping[str, nn.Linear], recipe: Recipe) -> dict[str, nn.Linear]:

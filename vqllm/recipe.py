@@ -20,8 +20,12 @@ from vqllm.codecs import CODECS
 from vqllm.errors import RecipeError
 from vqllm.registry import Registry, unknown
 from vqllm.rounding import ROUNDINGS
+from vqllm.rounding.ldlq import LDLQ
+from vqllm.rounding.nearest import Nearest
 from vqllm.transforms import TRANSFORMS
-from vqllm.types import JSON, Codec, Part, Rounding, Settings, Transform
+from vqllm.tuning import TUNINGS
+from vqllm.types import JSON, Codec, Part, Rounding, Settings, Transform, Tuning
+from vqllm_kernels.linear import LinearSpec
 
 RECIPE_VERSION = 1
 MOST_TOKENS = 1 << 31
@@ -121,6 +125,57 @@ class Hessian(Settings):
     )
 
 
+class Vocabulary(Settings):
+    """How a matrix with a row for every token is stored: the input embedding or the output head."""
+
+    codec: Annotated[SerializeAsAny[Codec], _build(CODECS)]
+    transforms: Annotated[
+        tuple[Annotated[SerializeAsAny[Transform], _build(TRANSFORMS)], ...],
+        BeforeValidator(_both_sides),
+    ] = Field(default=(), description="of the input side only: the others mix rows")
+    rounding: Annotated[SerializeAsAny[Rounding], _build(ROUNDINGS)]
+
+    @model_validator(mode="after")
+    def _rows_stand_alone(self) -> "Vocabulary":
+        if any(transform.side == "out" for transform in self.transforms):
+            raise ValueError(
+                "a transform with `side: out` (or both) mixes rows, which are looked up one by "
+                "one; use `side: in`"
+            )
+        # Any size shows it whose rows are many enough for groups of them.
+        if not LinearSpec(rows=1 << 17, cols=1024, format=self.codec.spec()).row_wise():
+            raise ValueError(
+                f"the rows of codec {self.codec.type} with these options cannot be decoded one by "
+                "one, because some of what it stores belongs to groups of rows"
+            )
+        try:
+            self.rounding.check(self.codec)
+        except RecipeError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+
+class Embeddings(Vocabulary):
+    """How the input embedding is stored."""
+
+    rounding: Annotated[SerializeAsAny[Rounding], _build(ROUNDINGS)] = Nearest()
+
+    @model_validator(mode="after")
+    def _nearest(self) -> "Embeddings":
+        if not isinstance(self.rounding, Nearest):
+            raise ValueError(
+                f"rounding {self.rounding.type} needs the Hessian of an input, and an embedding "
+                "has none: use nearest. Where it is tied to the head, the rounding of `head` holds"
+            )
+        return self
+
+
+class Head(Vocabulary):
+    """How the output head is stored, and an embedding that is tied to it."""
+
+    rounding: Annotated[SerializeAsAny[Rounding], _build(ROUNDINGS)] = LDLQ()
+
+
 class Recipe(Settings):
     """What `vqllm quantize` does, except to which model and where."""
 
@@ -136,6 +191,19 @@ class Recipe(Settings):
     ] = ()
     codec: Annotated[SerializeAsAny[Codec], _build(CODECS)]
     rounding: Annotated[SerializeAsAny[Rounding], _build(ROUNDINGS)]
+    tuning: tuple[Annotated[SerializeAsAny[Tuning], _build(TUNINGS)], ...] = Field(
+        default=(), description="steps after rounding, of the linears in the layers"
+    )
+    embeddings: Embeddings | None = Field(
+        default=None,
+        description="codec, transforms of the input side and rounding of the input embedding; null "
+        "leaves it as it is",
+    )
+    head: Head | None = Field(
+        default=None,
+        description="the same of the output head; an embedding that is tied to it (one matrix) is "
+        "stored as the head is, and needs both keys",
+    )
     skip: tuple[str, ...] = Field(
         default=(),
         description="regular expressions; linears whose full name matches stay as they are",
@@ -155,9 +223,17 @@ class Recipe(Settings):
     def _parts_fit(self) -> "Recipe":
         try:
             self.rounding.check(self.codec)
+            for tuning in self.tuning:
+                tuning.check(self.codec)
         except RecipeError as error:
             raise ValueError(str(error)) from error
         return self
+
+    def of(self, part: Vocabulary) -> "Recipe":
+        """This recipe with the codec, transforms and rounding of the embedding or the head, and
+        without tuning."""
+        own = {name: getattr(part, name) for name in Vocabulary.model_fields}
+        return self.model_copy(update={"tuning": (), **own})
 
     def to_dict(self) -> JSON:
         """JSON values with every field present."""

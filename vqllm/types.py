@@ -131,6 +131,66 @@ class Codec(Part, ABC):
         """Exact bits of the stored tensors."""
         return count(self.spec().layout(rows, cols))
 
+    @property
+    def lists_codes(self) -> bool:
+        """Whether `shortlist` finds several codes for a tile, which a search over rows needs.
+
+        Such a codec codes a tile the same way wherever it stands, so that a search may put tiles in
+        any place of the grid.
+        """
+        return False
+
+    def shortlist(
+        self, X_IJE: Tensor, state: State, num: int, weight_E: Tensor | None = None
+    ) -> Tensor:
+        """Codes of good reproductions of each tile, int32 [I, J, K, M].
+
+        The first is that of `encode` or about as good. K is at most `num`; a code may occur more
+        than once.
+        """
+        raise NotImplementedError(f"codec {self.type} finds one code for a tile")
+
+    def project(self, state: State) -> State:
+        """The nearest state that can be stored.
+
+        For tuning, which moves the floating tensors of a state in whatever floating dtype it likes:
+        they come back in the dtype and among the values that `pack` stores without loss. A state
+        that can be stored is returned as it is. A codec whose state differs from its stored tensors
+        replaces this.
+        """
+        layout = self.spec().layout(*self.tile)
+        return {
+            name: _to_dtype(tensor, layout[name].dtype) if name in layout else tensor
+            for name, tensor in state.items()
+        }
+
+    @property
+    def refit_cols(self) -> int | None:
+        """Columns of W whose part of the state is fitted anew when a rule comes to them.
+
+        A rule that compensates errors calls `refit` before it codes the first of them, and hands
+        it the weights as they are by then. None: `fit` is all there is.
+        """
+        return None
+
+    def refit(self, X_IJE: Tensor, weight_IJE: Tensor | None, state: State, col: int) -> State:
+        """The state with the part of one group of `refit_cols` columns fitted to `X_IJE`.
+
+        Args:
+            X_IJE: all tiles of the group, with the errors of the columns coded so far made up for.
+            weight_IJE: as for `fit`.
+            col: grid column of the group's first tile, a multiple of refit_cols / tile_cols.
+        """
+        raise NotImplementedError(f"codec {self.type} has no groups of columns to fit anew")
+
+
+def _to_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest values of a stored dtype; what is too large becomes the largest it has."""
+    if tensor.dtype == dtype or not tensor.is_floating_point():
+        return tensor
+    limit = torch.finfo(dtype).max
+    return tensor.detach().clamp(-limit, limit).to(dtype)
+
 
 class Transform(Part, ABC):
     """An invertible change of one side of W (and of H), undone on the activations at run time.
@@ -181,5 +241,39 @@ class Rounding(Part, ABC):
             H_CC: damped, positive definite E[x xᵀ] in the same basis, float32.
         """
 
+    def refine(
+        self, W_RC: Tensor, H_CC: Tensor, codec: Codec, codes_IJM: Tensor, state: State
+    ) -> tuple[Tensor, State]:
+        """Codes and state, after `state` was tuned with the codes that this rule chose before.
+
+        By default codes are chosen from the beginning; a rule that can improve given ones does so.
+        """
+        return self(W_RC, H_CC, codec, state)
+
     def check(self, codec: Codec) -> None:
         """Raise RecipeError if this rule cannot serve `codec`; called when a recipe is read."""
+
+
+class Tuning(Part, ABC):
+    """A step after rounding that moves what the codec learned, the codes, or both."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        W_RC: Tensor,
+        H_CC: Tensor,
+        codec: Codec,
+        codes_IJM: Tensor,
+        state: State,
+        rounding: Rounding,
+    ) -> tuple[Tensor, State]:
+        """Codes [I, J, M] and state, with tr((W − Ŵ) H (W − Ŵ)ᵀ) no larger than before.
+
+        Args:
+            W_RC, H_CC: as of the rounding rule.
+            codes_IJM, state: what the rounding rule, or the tuning before this one, chose.
+            rounding: the rule, to choose codes again.
+        """
+
+    def check(self, codec: Codec) -> None:
+        """Raise RecipeError if this step cannot serve `codec`; called when a recipe is read."""

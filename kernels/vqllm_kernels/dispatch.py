@@ -40,7 +40,17 @@ from vqllm_kernels.choice import (
 from vqllm_kernels.formats import FormatSpec
 from vqllm_kernels.transforms import HadamardSpec, TransformSpec
 
-__all__ = ["Call", "Choice", "choices", "decode", "force", "forget", "matmul", "transform"]
+__all__ = [
+    "Call",
+    "Choice",
+    "choices",
+    "decode",
+    "decode_rows",
+    "force",
+    "forget",
+    "matmul",
+    "transform",
+]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -72,6 +82,12 @@ def decode(
     """The weights [rows, cols] in the transformed basis, rounded once to `dtype`."""
     packed = [tensors[name] for name in sorted(tensors)]
     return torch.ops.vqllm_kernels.decode(packed, _text(spec), rows, cols, dtype)
+
+
+def decode_rows(tensors: dict[str, Tensor], spec: FormatSpec, index_N: Tensor, cols: int) -> Tensor:
+    """Some rows of the weights in the transformed basis, float32 [N, cols]."""
+    packed = [tensors[name] for name in sorted(tensors)]
+    return torch.ops.vqllm_kernels.decode_rows(packed, _text(spec), index_N, cols)
 
 
 def transform(v: Tensor, spec: TransformSpec, tensors: dict[str, Tensor], direction: str) -> Tensor:
@@ -246,6 +262,11 @@ def _decode_op(packed: list[Tensor], text: str, rows: int, cols: int, dtype: tor
     return _decode_as(_named(spec, packed), spec, rows, cols, dtype)
 
 
+def _decode_rows_op(packed: list[Tensor], text: str, index: Tensor, cols: int) -> Tensor:
+    spec = _format(text)
+    return spec.decode_rows(_named(spec, packed), index, cols)
+
+
 def _transform_op(v: Tensor, packed: list[Tensor], text: str, size: int, direction: str) -> Tensor:
     spec = _transform(text, size)
     call = Call(operation="transform", spec=spec, device=v.device, dtype=v.dtype)
@@ -263,6 +284,10 @@ def _decode_fake(
     packed: list[Tensor], text: str, rows: int, cols: int, dtype: torch.dtype
 ) -> Tensor:
     return packed[0].new_empty(rows, cols, dtype=dtype)
+
+
+def _decode_rows_fake(packed: list[Tensor], text: str, index: Tensor, cols: int) -> Tensor:
+    return packed[0].new_empty(index.shape[0], cols, dtype=torch.float32)
 
 
 def _transform_fake(
@@ -300,12 +325,15 @@ def _transform_backward(ctx, grad):
 _LIBRARY = torch.library.Library("vqllm_kernels", "DEF")
 _LIBRARY.define("matmul(Tensor x, Tensor[] packed, str spec, int rows, int cols) -> Tensor")
 _LIBRARY.define("decode(Tensor[] packed, str spec, int rows, int cols, ScalarType dtype) -> Tensor")
+_LIBRARY.define("decode_rows(Tensor[] packed, str spec, Tensor index, int cols) -> Tensor")
 _LIBRARY.define("transform(Tensor v, Tensor[] packed, str spec, int size, str direction) -> Tensor")
 _LIBRARY.impl("matmul", _matmul_op, "CompositeExplicitAutograd")
 _LIBRARY.impl("decode", _decode_op, "CompositeExplicitAutograd")
+_LIBRARY.impl("decode_rows", _decode_rows_op, "CompositeExplicitAutograd")
 _LIBRARY.impl("transform", _transform_op, "CompositeExplicitAutograd")
 torch.library.register_fake("vqllm_kernels::matmul", _matmul_fake, lib=_LIBRARY)
 torch.library.register_fake("vqllm_kernels::decode", _decode_fake, lib=_LIBRARY)
+torch.library.register_fake("vqllm_kernels::decode_rows", _decode_rows_fake, lib=_LIBRARY)
 torch.library.register_fake("vqllm_kernels::transform", _transform_fake, lib=_LIBRARY)
 torch.library.register_autograd(
     "vqllm_kernels::matmul", _matmul_backward, setup_context=_matmul_context, lib=_LIBRARY

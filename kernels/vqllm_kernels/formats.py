@@ -99,11 +99,13 @@ def _load_all() -> None:
         convolutional,
         d4,
         e8p,
+        grouped,
         learned_lattice,
         leech,
         lut,
         pyramid,
         residual,
+        split,
         trellis,
         uniform,
     )

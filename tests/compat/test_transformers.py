@@ -199,8 +199,8 @@ def test_unknown_keys_survive_and_dequantize_is_not_saved(tmp_path: Path) -> Non
 
 def test_newer_format_is_refused_by_number(tmp_path: Path) -> None:
     fake = fake_checkpoint(tmp_path)
-    edit_json(fake.folder / "config.json", format_version=2)
-    with pytest.raises(CheckpointError, match=r"format version 2; .* up to 1\. Upgrade"):
+    edit_json(fake.folder / "config.json", format_version=3)
+    with pytest.raises(CheckpointError, match=r"format version 3; .* up to 2\. Upgrade"):
         AutoModelForCausalLM.from_pretrained(fake.folder)
 
 

@@ -24,34 +24,62 @@ EXTRA = {
     "kmeans-4x1-6": {"type": "kmeans", "tile_rows": 4, "tile_cols": 1, "index_bits": 6},
     "kmeans-2x2-5": {"type": "kmeans", "tile_rows": 2, "tile_cols": 2, "index_bits": 5},
     "kmeans-1x8-9": {"type": "kmeans", "tile_cols": 8, "index_bits": 9, "iterations": 3},
-    "e8p": {"type": "e8p"},
-    "e8p-0.9": {"type": "e8p", "scale_factor": 0.9},
-    "e81b": {"type": "e81b"},
-    "residual-3": {"type": "residual", "stages": [{"type": "e81b"}, {"type": "e8p"}]},
-    "residual-4": {"type": "residual", "stages": [{"type": "e8p"}, {"type": "e8p"}], "beam": 3},
-    "residual-greedy": {
-        "type": "residual",
-        "stages": [{"type": "e8p", "scale_factor": 0.9}, {"type": "e81b"}],
-        "beam": 1,
+    "grouped-kmeans-1x2-int8": {
+        "type": "grouped_kmeans",
+        "index_bits": 4,
+        "group_rows": 8,
+        "group_cols": 16,
     },
-    "residual-kmeans": {
-        "type": "residual",
-        "stages": [
-            {"type": "kmeans", "tile_cols": 4, "index_bits": 5},
-            {"type": "kmeans", "tile_cols": 4, "index_bits": 3},
-            {"type": "kmeans", "tile_cols": 4, "index_bits": 7},
-        ],
-        "beam": 2,
+    "grouped-kmeans-2x2-float16": {
+        "type": "grouped_kmeans",
+        "tile_rows": 2,
+        "index_bits": 5,
+        "group_rows": 8,
+        "group_cols": None,
+        "fit": "once",
+        "codebook": "float16",
     },
-    "residual-uniform": {
-        "type": "residual",
-        "stages": [
-            {"type": "uniform", "bits": 2, "group": 16},
-            {"type": "uniform", "bits": 3, "group": None},
-        ],
+    "grouped-kmeans-1x1-svd": {
+        "type": "grouped_kmeans",
+        "tile_cols": 1,
+        "index_bits": 3,
+        "group_rows": 4,
+        "group_cols": 32,
+        "codebook": "svd",
     },
-    "pyramid-5": {"type": "pyramid", "dim": 5, "bits": 2.4},
-    "pyramid-32": {"type": "pyramid", "dim": 32, "pulses": 48, "levels": 5},
+    "grouped-kmeans-1x4-scales": {
+        "type": "grouped_kmeans",
+        "tile_cols": 4,
+        "index_bits": 5,
+        "group_cols": 32,
+        "scale_cols": 16,
+    },
+    "grouped-kmeans-3x1-scales": {
+        "type": "grouped_kmeans",
+        "tile_rows": 3,
+        "tile_cols": 1,
+        "index_bits": 6,
+        "group_cols": 10,
+        "scale_cols": 5,
+        "codebook": "float16",
+    },
+    "grouped-1x1-2": {
+        "type": "grouped",
+        "tile_cols": 1,
+        "index_bits": 2,
+        "groups": 1,
+        "rounds": 0,
+        "passes": 2,
+    },
+    "grouped-1x2-5": {"type": "grouped", "tile_cols": 2, "index_bits": 5, "passes": 1},
+    "grouped-1x8-3": {
+        "type": "grouped",
+        "tile_cols": 8,
+        "index_bits": 3,
+        "groups": 8,
+        "rounds": 1,
+        "neighbours": 3,
+    },
     "convolutional-8": {"type": "convolutional", "group": 16, "maps": 2},
     "convolutional-10-cubic": {
         "type": "convolutional",
@@ -67,6 +95,34 @@ EXTRA = {
         "shift": 2,
         "group": 9,
     },
+    "e8p": {"type": "e8p"},
+    "split-4x1-6x1": {
+        "type": "split",
+        "share": 0.1,
+        "first": {"type": "kmeans", "tile_rows": 4, "tile_cols": 1, "index_bits": 6},
+        "rest": {
+            "type": "residual",
+            "stages": [
+                {"type": "kmeans", "tile_rows": 6, "tile_cols": 1, "index_bits": 5},
+                {"type": "kmeans", "tile_rows": 6, "tile_cols": 1, "index_bits": 4},
+            ],
+            "beam": 2,
+        },
+    },
+    "split-1x4-1x8": {
+        "type": "split",
+        "share": 0.4,
+        "first": {"type": "grouped_kmeans", "tile_cols": 4, "group_cols": 8, "fit": "once"},
+        "rest": {"type": "e8p"},
+    },
+    "split-1x8": {
+        "type": "split",
+        "share": 0.3,
+        "first": {"type": "residual", "stages": [{"type": "e8p"}, {"type": "e81b"}], "beam": 2},
+        "rest": {"type": "e8p"},
+    },
+    "e8p-0.9": {"type": "e8p", "scale_factor": 0.9},
+    "e81b": {"type": "e81b"},
     "learned-lattice": {"type": "learned_lattice", "iterations": 2},
     "learned-lattice-16-2.5": {
         "type": "learned_lattice",
@@ -91,6 +147,47 @@ EXTRA = {
         "bits": 3,
         "group": 16,
         "iterations": 1,
+    },
+    "pyramid-5": {"type": "pyramid", "dim": 5, "bits": 2.4},
+    "pyramid-32": {"type": "pyramid", "dim": 32, "pulses": 48, "levels": 5},
+    "residual-3": {"type": "residual", "stages": [{"type": "e81b"}, {"type": "e8p"}]},
+    "residual-4": {"type": "residual", "stages": [{"type": "e8p"}, {"type": "e8p"}], "beam": 3},
+    "residual-greedy": {
+        "type": "residual",
+        "stages": [{"type": "e8p", "scale_factor": 0.9}, {"type": "e81b"}],
+        "beam": 1,
+    },
+    "residual-kmeans": {
+        "type": "residual",
+        "stages": [
+            {"type": "kmeans", "tile_cols": 4, "index_bits": 5},
+            {"type": "kmeans", "tile_cols": 4, "index_bits": 3},
+            {"type": "kmeans", "tile_cols": 4, "index_bits": 7},
+        ],
+        "beam": 2,
+    },
+    "additive-1x4-5": {
+        "type": "additive",
+        "tile_cols": 4,
+        "index_bits": 5,
+        "beam": 4,
+        "iterations": 3,
+        "rounds": 2,
+    },
+    "additive-2x1-3": {
+        "type": "additive",
+        "codebooks": 3,
+        "tile_rows": 2,
+        "tile_cols": 1,
+        "index_bits": 3,
+        "rounds": 2,
+    },
+    "residual-uniform": {
+        "type": "residual",
+        "stages": [
+            {"type": "uniform", "bits": 2, "group": 16},
+            {"type": "uniform", "bits": 3, "group": None},
+        ],
     },
 }
 CONFIGURATIONS = {
@@ -307,6 +404,36 @@ def test_candidates_are_ordered_and_begin_with_the_nearest(name):
     torch.testing.assert_close(error[..., 0], errors(codec, X_IJE, codes_IJM, state))
     repeated = codes_IJK == codes_IJK[..., :1]
     assert bool(((error.diff(dim=-1) >= -1e-4) | repeated[..., 1:]).all())
+
+
+@each_configuration
+def test_shortlists_begin_with_the_code(name):
+    codec, X_IJE, state, codes_IJM = fitted(name, (16, 24))
+    if not codec.lists_codes:
+        pytest.skip(f"{codec.type} finds one code for a tile")
+    num_elements = X_IJE.shape[2]
+    factor_EE = torch.randn(num_elements, num_elements, generator=generator(2))
+    weights = [None]
+    if codec.weighted and num_elements > 1:
+        weights.append(factor_EE @ factor_EE.T + 0.1 * torch.eye(num_elements))
+
+    def error(codes, weight_EE):
+        gap_IJE = codec.decode(codes, state) - X_IJE
+        weighted_IJE = gap_IJE if weight_EE is None else gap_IJE @ weight_EE
+        error_IJ = (weighted_IJE * gap_IJE).sum(2)
+        return error_IJ if codec.exact else error_IJ.mean()
+
+    for weight_EE in weights:
+        best = error(codec.encode(X_IJE, state, weight_E=weight_EE), weight_EE)
+        for num in (1, 4):
+            codes_IJKM = codec.shortlist(X_IJE, state, num, weight_EE)
+            assert codes_IJKM.dtype == torch.int32
+            assert 1 <= codes_IJKM.shape[2] <= num
+            assert codes_IJKM[:, :, 0].shape == codes_IJM.shape
+            first = error(codes_IJKM[:, :, 0], weight_EE)
+            assert bool((first <= 1.001 * best + 1e-5).all())
+            moved = codec.shortlist(X_IJE.transpose(0, 1), state, num, weight_EE)
+            assert torch.equal(moved.transpose(0, 1), codes_IJKM), "its place does not matter"
 
 
 @pytest.mark.parametrize("kind", ["elements", "spike", "dense"])

@@ -69,8 +69,8 @@ def test_config_describes_each_distinct_specification_once() -> None:
     ("change", "message"),
     [
         ({"quant_method": "gptq"}, "quantized by 'gptq', not by 'vqllm'"),
-        ({"format_version": 7}, "format version 7; this vqllm reads versions up to 1. Upgrade"),
-        ({"format_version": "one"}, "format_version is 'one', expected a number from 1 to 1"),
+        ({"format_version": 7}, "format version 7; this vqllm reads versions up to 2. Upgrade"),
+        ({"format_version": "one"}, "format_version is 'one', expected a number from 1 to 2"),
         ({"format_version": True}, "format_version is True"),
         ({"specs": None}, "must be JSON objects, found NoneType and dict"),
         ({"modules": {"a": "9"}}, "name the specifications 9, which `specs` does not have"),
@@ -81,6 +81,28 @@ def test_config_that_cannot_be_read(change: dict[str, object], message: str) -> 
     with pytest.raises(CheckpointError) as caught:
         QuantizationConfig.parse({**values, **change}, "here")
     assert message in str(caught.value)
+
+
+def test_version_2_says_what_is_tied_and_what_is_outside_the_layers() -> None:
+    linears = {name: linear_spec(FORMATS["e8p"], 8, 8) for name in ("layers.0.up", "emb")}
+    inside = QuantizationConfig.build({"layers.0.up": linears["layers.0.up"]}).to_dict()
+    assert inside["format_version"] == 1
+    assert not inside.keys() & {"tied", "outside_layers"}
+    config = QuantizationConfig.build(linears, outside_layers={"emb"}, tied={"head": "emb"})
+    values = json.loads(json.dumps(config.to_dict()))
+    assert values["format_version"] == 2
+    assert values["tied"] == {"head": "emb"}
+    assert QuantizationConfig.parse(values, "here") == config
+    for change in (
+        {"tied": {"head": "nothing"}},
+        {"tied": {"emb": "emb"}},
+        {"tied": None},
+        {"outside_layers": ["nothing"]},
+        {"outside_layers": "emb"},
+        {"outside_layers": [3]},
+    ):
+        with pytest.raises(CheckpointError, match=r"here: `tied` must be an object and"):
+            QuantizationConfig.parse({**values, **change}, "here")
 
 
 @pytest.mark.parametrize(
@@ -452,16 +474,21 @@ def test_dequantize_refuses_weights_beyond_float16(tmp_path: Path) -> None:
     dequantize_checkpoint(fake.folder, tmp_path / "out", "bfloat16")
 
 
-def test_the_documented_example_is_a_valid_configuration() -> None:
+@pytest.mark.parametrize(
+    ("number", "version", "num_modules", "module"),
+    [(1, 1, 2, "model.layers.0.mlp.down_proj"), (2, 2, 1, "model.embed_tokens")],
+)
+def test_the_documented_examples_are_valid_configurations(
+    number: int, version: int, num_modules: int, module: str
+) -> None:
     page = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
-    example = page.split("```jsonc\n")[1].split("```")[0]
+    example = page.split("```jsonc\n")[number].split("```")[0]
     values = json.loads("{" + re.sub(r" +//.*", "", example) + "}")["quantization_config"]
-    linears = QuantizationConfig.parse(values, "the example").linears()
-    assert len(linears) == 2
-    documented = re.findall(
-        r"^    model\.layers\.0\.mlp\.down_proj\.(\w+) +(\w+) +\[(.*)\]", page, re.M
-    )
-    layout = linears["model.layers.0.mlp.down_proj"].layout()
+    config = QuantizationConfig.parse(values, "the example")
+    linears = config.linears()
+    assert (config.format_version, len(linears)) == (version, num_modules)
+    documented = re.findall(rf"^    {re.escape(module)}\.(\w+) +(\w+) +\[(.*)\]", page, re.M)
+    layout = linears[module].layout()
     assert [(name, dtype, shape) for name, dtype, shape in documented] == [
         (name, str(t.dtype).removeprefix("torch."), ", ".join(map(str, t.shape)))
         for name, t in layout.items()

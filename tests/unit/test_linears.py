@@ -1,11 +1,20 @@
-"""Linears are known by what they compute, and shared modules by where they are."""
+"""Linears and embeddings are known by what they compute, shared modules by where they are."""
+
+import copy
+import pickle
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqllm.linears import is_linear, shared_modules
+from vqllm.linears import (
+    after_lookup,
+    before_lookup,
+    is_linear,
+    shared_modules,
+    why_not_embedding,
+)
 
 
 class TwoSteps(nn.Linear):
@@ -61,6 +70,77 @@ def test_the_global_generator_is_left_alone() -> None:
     state = torch.get_rng_state()
     is_linear(module)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class ScaledRows(nn.Embedding):
+    """As in Gemma."""
+
+    def __init__(self, *args: int, scale: float = 3.0) -> None:
+        super().__init__(*args)
+        self.register_buffer("factor", torch.tensor(scale), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.factor.to(self.weight.dtype)
+
+
+class NormedRows(nn.Embedding):
+    def __init__(self, *args: int, weight: bool = False) -> None:
+        super().__init__(*args)
+        self.norm = nn.RMSNorm(args[1], elementwise_affine=weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.norm(super().forward(input))
+
+
+class OwnRows(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return self.weight[input] + 1
+
+
+class Positions(nn.Embedding):
+    """As in OPT."""
+
+    def forward(self, mask: Tensor) -> Tensor:
+        return super().forward(mask.cumsum(1) + 1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_is_an_embedding(device: str) -> None:
+    for module, reason in [
+        (nn.Embedding(7, 4), None),
+        (nn.Embedding(7, 4, padding_idx=1), None),
+        (ScaledRows(7, 4), None),
+        (NormedRows(7, 4), None),
+        (NormedRows(7, 4, weight=True), "has tensors beside its weight: norm.weight"),
+        (nn.Embedding(7, 4, max_norm=1.0), "max_norm"),
+        (OwnRows(7, 4), "OwnRows does more than look up rows"),
+        (Positions(7, 4), "Positions does more than look up rows"),
+        (nn.Linear(7, 4), "Linear is no torch.nn.Embedding"),
+    ]:
+        module = module.to(device)
+        before = dict(module.named_parameters())
+        with torch.device(device):  # as in a loader
+            found = why_not_embedding(module)
+        assert (found is None) if reason is None else reason in str(found), module
+        assert all(value is before[name] for name, value in module.named_parameters())
+
+
+def test_what_an_embedding_does_after_the_look_up() -> None:
+    assert after_lookup(nn.Embedding(7, 4)) is None
+    module = ScaledRows(7, 4)
+    rest = after_lookup(module)
+    assert isinstance(rest, ScaledRows)
+    rows = torch.randn(2, 4)
+    for same in (rest, copy.deepcopy(rest), pickle.loads(pickle.dumps(rest))):
+        assert torch.equal(same(rows), 3 * rows)
+        assert not same.state_dict()
+        assert same.weight.dtype == torch.float32
+    assert copy.deepcopy(rest).half().weight.dtype == torch.float16
+    again = before_lookup(rest, module.weight)
+    assert type(again) is ScaledRows
+    assert again.weight is module.weight
+    tokens = torch.tensor([3, 0])
+    assert torch.equal(again(tokens), module(tokens))
 
 
 def test_shared_modules() -> None:

@@ -44,6 +44,16 @@ def test_best_recipes_are_shipped() -> None:
         ({"codec": {"type": "residual", "stages": [{"type": "e8p"}]}}, "stages"),
         ({"version": 99}, "recipe version 99; this vqllm reads version 1"),
         ({"codec": 5}, r"codec: .*\(it is 5\)"),
+        ({"head": {}}, "head.codec: missing"),
+        ({"embeddings": {"codec": {"type": "e8p"}, "rows": 3}}, "embeddings.rows: unknown key"),
+        (
+            {"head": {"codec": {"type": "e8p"}, "transforms": [{"type": "scale", "side": "both"}]}},
+            "head: a transform with `side: out` .or both. mixes rows",
+        ),
+        (
+            {"embeddings": {"codec": {"type": "e8p"}, "rounding": {"type": "ldlq"}}},
+            "embeddings: rounding ldlq needs the Hessian of an input",
+        ),
         ({"codec": {"type": ["e8p"]}}, "unknown codec"),
         ({"codec": {"type": "uniform", "bits": True}}, "codec: bits: true is neither a number"),
         (

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vqllm import linalg, metrics
 from vqllm.codecs import CODECS
-from vqllm.errors import NumericalError
+from vqllm.errors import NumericalError, RecipeError
 from vqllm.rounding import ROUNDINGS
 from vqllm.rounding.columns import PADDING, TileColumns
 from vqllm.rounding.coordinate import descend
@@ -84,7 +84,7 @@ def reproduce(codes_IJM: Tensor, codec: Codec, state: State, W_RC: Tensor) -> Te
 
 
 def loss_of(rounding: Rounding, W_RC: Tensor, H_CC: Tensor, codec: Codec, state: State) -> float:
-    codes_IJM, _ = rounding(W_RC, H_CC, codec, state)
+    codes_IJM, state = rounding(W_RC, H_CC, codec, state)
     return metrics.proxy_loss(W_RC, reproduce(codes_IJM, codec, state, W_RC), H_CC)
 
 
@@ -327,14 +327,125 @@ class TestShapes:
             rule("ldlq", **options)
 
 
+class Refitting(Checkerboard):
+    """The same, fitted anew to every `group` columns: it notes to what, and changes nothing."""
+
+    group: int = 16
+
+    given: ClassVar[list[tuple[int, Tensor, Tensor | None]]] = []
+
+    @property
+    def refit_cols(self) -> int | None:
+        return self.group
+
+    def refit(self, X_IJE: Tensor, weight_IJE: Tensor | None, state: State, col: int) -> State:
+        self.given.append((col, X_IJE, weight_IJE))
+        return {**state, f"fitted{col}": X_IJE.mean()}
+
+
+class TestRefit:
+    @pytest.mark.parametrize("group", [16, 48, 64, 1000])
+    @pytest.mark.parametrize("tile", [(1, 1), (1, 4), (4, 1), (2, 8)])
+    def test_a_group_is_fitted_to_what_is_then_coded(
+        self, tile: tuple[int, int], group: int
+    ) -> None:
+        """X = W + (W − Ŵ) L, with the columns right of the group coded, weighed by D."""
+        W, H = weights(12, 144), hessian("mixed", 144)
+        codec = Refitting(rows=tile[0], cols=tile[1], group=group)
+        L, D = linalg.block_ldl(H, tile[1])
+        for stripe in (1, 24, 1000):
+            codec.given.clear()
+            columns = TileColumns.of(W, H, codec, {})
+            E = feedback(columns, stripe)
+            assert torch.equal(columns.codes_IJM, plain_ldlq(W, H, codec))
+            starts = list(reversed(range(0, 144, group)))
+            assert [col * tile[1] for col, _, _ in codec.given] == starts
+            assert set(columns.state) == {f"fitted{start // tile[1]}" for start in starts}
+            for start, (_, X_IJE, weight_IJE) in zip(starts, codec.given):
+                own, after = slice(start, start + group), slice(start + group, None)
+                X = W[:, own] + E[:, after] @ L[after, own]
+                torch.testing.assert_close(X_IJE, to_tiles(X, tile))
+                diagonal = torch.diagonal(D, dim1=1, dim2=2).flatten()[own]
+                assert weight_IJE is not None
+                torch.testing.assert_close(
+                    weight_IJE.expand_as(X_IJE), to_tiles(diagonal.expand(12, -1), tile)
+                )
+
+    def test_coded_order_by_hessian_is_refused(self) -> None:
+        rule("ldlq").check(Refitting())
+        rule("ldlq", order="hessian").check(Checkerboard())
+        with pytest.raises(RecipeError, match=r"order hessian .* every 16 columns"):
+            rule("ldlq", order="hessian").check(Refitting())
+
+    def test_the_state_returned_is_the_one_that_was_fitted(self) -> None:
+        W, H = weights(37, 43).float(), hessian("mixed", 43).float()
+        values = {"type": "grouped_kmeans", "index_bits": 4, "group_rows": 8, "group_cols": 12}
+        codec = CODECS.get("grouped_kmeans").model_validate(values)
+        fitted = codec.fit(to_tiles(W, codec.tile), None, torch.Generator().manual_seed(0))
+        codes, state = rule("ldlq", passes=1)(W, H, codec, fitted)
+        assert not torch.equal(state["codebook"], fitted["codebook"])
+        decoded = codec.spec().decode(codec.pack(codes, state), *W.shape)
+        assert torch.equal(decoded, reproduce(codes, codec, state, W))
+
+
+class TestRefine:
+    @pytest.mark.parametrize("options", [{}, {"order": "hessian"}, {"passes": 3}])
+    @pytest.mark.parametrize("tile", [(1, 1), (1, 4), (3, 2)])
+    def test_given_codes_do_not_get_worse(
+        self, tile: tuple[int, int], options: dict[str, Any]
+    ) -> None:
+        W, H = weights(21, 64), hessian("mixed", 64)
+        codec = Checkerboard(rows=tile[0], cols=tile[1], step=1.0)
+        codes, _ = rule("nearest")(W, H, codec, {})
+        before = metrics.proxy_loss(W, reproduce(codes, codec, {}, W), H)
+        refined, state = rule("ldlq", **options).refine(W, H, codec, codes, {})
+        assert state == {}
+        after = metrics.proxy_loss(W, reproduce(refined, codec, {}, W), H)
+        assert after < before
+        again, _ = rule("ldlq", **options).refine(W, H, codec, refined, {})
+        assert metrics.proxy_loss(W, reproduce(again, codec, {}, W), H) <= after
+
+    def test_a_state_that_was_fitted_in_the_loop_stays(self) -> None:
+        W, H = weights(16, 64), hessian("mixed", 64)
+        codec = Refitting(cols=2)
+        codes, _ = rule("ldlq")(W, H, codec, {})
+        codec.given.clear()
+        _, state = rule("ldlq").refine(W, H, codec, codes, {"kept": W})
+        assert set(state) == {"kept"}
+        assert not codec.given
+
+
 CODECS_BY_NAME: dict[str, dict[str, Any]] = {
     "uniform-row": {"type": "uniform", "bits": 3, "group": None},
     "uniform-16": {"type": "uniform", "bits": 2, "group": 16},
     "kmeans-1x4": {"type": "kmeans", "tile_rows": 1, "tile_cols": 4, "index_bits": 7},
     "kmeans-4x1": {"type": "kmeans", "tile_rows": 4, "tile_cols": 1, "index_bits": 7},
+    "grouped-1x2": {"type": "grouped", "tile_cols": 2, "index_bits": 4, "rounds": 1},
+    "grouped-kmeans": {
+        "type": "grouped_kmeans",
+        "index_bits": 4,
+        "group_rows": 16,
+        "group_cols": 12,
+        "fit": "once",
+    },
+    "split": {
+        "type": "split",
+        "share": 0.1,
+        "first": {"type": "kmeans", "tile_rows": 2, "tile_cols": 1, "index_bits": 6},
+        "rest": {"type": "kmeans", "tile_rows": 3, "tile_cols": 1, "index_bits": 6},
+    },
+    "additive": {"type": "additive", "tile_cols": 4, "index_bits": 5, "iterations": 5},
     "e8p": {"type": "e8p"},
     "e81b": {"type": "e81b"},
     "e8p+e81b": {"type": "residual", "stages": [{"type": "e8p"}, {"type": "e81b"}], "beam": 2},
+}
+
+# A codec that is not named above is here with its first point, a quick one if it has one.
+CODECS_BY_NAME |= {
+    name: {"type": name, **point.options}
+    for name in CODECS
+    if name not in {values["type"] for values in CODECS_BY_NAME.values()}
+    for point in sorted(CODECS.get(name).points, key=lambda point: not point.quick)[:1]
 }
 
 

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.fake_checkpoint import FORMATS, linear_spec, random_packed
+from tests.fake_checkpoint import FORMATS, linear_spec, random_packed, rows_spec
 from vqllm.errors import CheckpointError
-from vqllm.runtime import VQLinear, describe, replace_linears, set_weight_cache
+from vqllm.runtime import VQEmbedding, VQLinear, describe, replace_modules, set_weight_cache
 from vqllm.runtime import cache as weight_cache
+from vqllm.runtime import embedding as embedding_module
+from vqllm_kernels import linear as linear_module
 
 ROWS, COLS = 20, 37
 
@@ -222,13 +224,105 @@ def test_tensors_that_are_not_those_of_the_spec() -> None:
         VQLinear.from_tensors(spec, {}, None, torch.float32)
 
 
+TOKENS = torch.tensor([[3, 0, 19], [7, 7, 12]])
+
+
+def vq_embedding(format: str = "residual", dtype: torch.dtype = torch.float32) -> VQEmbedding:
+    spec = rows_spec(FORMATS[format], ROWS, COLS)
+    return VQEmbedding(spec, dtype).fill(random_packed(spec))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_equal_those_of_the_dense_matrix(
+    format: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedding = vq_embedding(format, dtype)
+    dense = embedding.dequantize()
+    assert (dense.shape, dense.dtype) == ((ROWS, COLS), dtype)
+    wanted = F.embedding(TOKENS, dense)
+    close = {"rtol": 1e-5 if dtype == torch.float32 else 2**-7, "atol": 1e-5}
+    assert torch.allclose(embedding(TOKENS), wanted, **close)
+    whole = embedding(TOKENS)
+    monkeypatch.setattr(embedding_module, "CHUNK_WEIGHTS", 2 * COLS)  # two tokens at a time, or one
+    assert torch.allclose(embedding(TOKENS.int()), whole, **close)
+    assert embedding(TOKENS[0, 1]).shape == (COLS,)
+    assert embedding(TOKENS[:, :0]).shape == (2, 0, COLS)
+    with pytest.raises(IndexError):
+        embedding(torch.tensor([ROWS * 8]))
+
+
+def test_an_embedding_keeps_dense_weights_only_when_told_to() -> None:
+    embedding = vq_embedding()
+    wanted = embedding(TOKENS)
+    assert embedding._dense is None
+    assert describe(embedding, (1,))[0].implementation == "reference"
+    set_weight_cache("on")
+    assert torch.allclose(embedding(TOKENS), wanted, atol=1e-6)
+    assert embedding._dense is not None
+    assert describe(embedding, (1,))[0].implementation == "dense weights, kept"
+
+
+@pytest.mark.parametrize("format", ["lut_col", "uniform"])
+def test_an_embedding_keeps_its_packed_dtypes(format: str) -> None:
+    embedding = vq_embedding(format)
+    before = {name: tensor.clone() for name, tensor in embedding.packed.items()}
+    embedding.to(torch.bfloat16)
+    assert all(torch.equal(t, before[n]) for n, t in embedding.packed.items())
+    assert embedding(TOKENS).dtype == embedding.weight.dtype == torch.bfloat16
+    assert embedding.weight.is_meta
+    assert set(embedding.state_dict()) == set(embedding.spec.layout())
+
+
+def test_an_embedding_compiles_to_one_graph() -> None:
+    embedding = vq_embedding("e8p")
+    torch._dynamo.reset()
+    compiled = torch.compile(embedding, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(TOKENS), embedding(TOKENS))
+
+
+def test_rows_that_hang_together_are_no_embedding() -> None:
+    with pytest.raises(ValueError, match="cannot be decoded one by one"):
+        VQEmbedding(linear_spec(FORMATS["e8p"], ROWS, COLS), torch.float32)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_large_head_is_decoded_in_blocks(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_module, "BLOCK_ROWS", 1)
+    set_weight_cache("off")
+    spec = rows_spec(FORMATS[format], ROWS, COLS)
+    tensors, x = random_packed(spec), inputs(4)
+    whole = VQLinear.from_tensors(spec, tensors, None, torch.float32)
+    y, W_RC = whole(x), whole.dequantize()
+    monkeypatch.setattr(linear_module, "BLOCK_WEIGHTS", 7 * COLS)
+    assert len(spec.row_blocks()) > 2
+    blocks = VQLinear.from_tensors(spec, tensors, None, torch.float32)
+    assert relative_error(blocks(x), y) < 1e-6
+    assert torch.allclose(blocks.dequantize(), W_RC, rtol=0, atol=1e-6)
+    # A transform that mixes rows leaves no blocks.
+    assert len(linear_spec(FORMATS[format], ROWS, COLS).row_blocks()) == 1
+
+
+def test_tied_modules_have_one_set_of_tensors() -> None:
+    linked = nn.ModuleDict({"emb": nn.Embedding(ROWS, COLS), "head": nn.Linear(COLS, ROWS)})
+    spec = rows_spec(FORMATS["uniform"], ROWS, COLS)
+    replace_modules(linked, {"emb": spec}, {"head": "emb"})
+    emb, head = linked["emb"], linked["head"]
+    assert isinstance(emb, VQEmbedding)
+    assert isinstance(head, VQLinear)
+    assert all(head.packed[name] is tensor for name, tensor in emb.packed.items())
+    assert head.bias is not None
+    moved = linked.to_empty(device="cpu").to(torch.float64)
+    assert moved["head"].codes.dtype == torch.uint8
+
+
 def model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(COLS, ROWS), nn.ReLU(), nn.Linear(ROWS, 3, bias=False))
 
 
 def test_replacement_by_name() -> None:
     changed = model().eval()
-    replace_linears(changed, {"0": linear_spec(FORMATS["e8p"], ROWS, COLS)})
+    replace_modules(changed, {"0": linear_spec(FORMATS["e8p"], ROWS, COLS)})
     assert isinstance(changed[0], VQLinear)
     assert type(changed[2]) is nn.Linear
     assert changed[0].bias is not None
@@ -238,7 +332,7 @@ def test_replacement_by_name() -> None:
 @pytest.mark.parametrize(
     ("name", "rows", "message"),
     [
-        ("0", 99, "0 is a quantized linear of 99 x 37, but Sequential has 20 x 37 there"),
+        ("0", 99, "0 is quantized, 99 x 37, but Sequential has 20 x 37 there"),
         ("1", ROWS, "but it is a ReLU in Sequential"),
         ("5.up", ROWS, "but Sequential has no module of that name"),
     ],
@@ -250,10 +344,10 @@ def test_replacement_that_does_not_fit_changes_nothing(name: str, rows: int, mes
         name: linear_spec(FORMATS["e8p"], rows, COLS),
     }
     with pytest.raises(CheckpointError, match=re.escape(message)):
-        replace_linears(unchanged, linears)
+        replace_modules(unchanged, linears)
     assert [type(module) for module in unchanged] == [nn.Linear, nn.ReLU, nn.Linear]
     with pytest.raises(CheckpointError, match="names no quantized module"):
-        replace_linears(unchanged, {})
+        replace_modules(unchanged, {})
 
 
 def test_describe() -> None:

@@ -12,7 +12,7 @@ from vqllm.calibration.hessian import Hessian
 from vqllm.calibration.replay import Replay
 from vqllm.calibration.store import ActivationStore
 from vqllm.calibration.stream import LayerDone, LayerStream, capture_inputs
-from vqllm.errors import NumericalError
+from vqllm.errors import ModelError, NumericalError
 
 BATCH_TOKENS = 8192
 """Tokens that run through a layer at once on an accelerator: enough for full matrix units."""
@@ -110,6 +110,29 @@ class LayerCalibrator:
             self._forward(index, rows, watched, visit)
         return hessians
 
+    def hessian_beyond(self, index: int, name: str, linear: nn.Linear) -> Hessian:
+        """The Hessian of a linear that runs after loaded layer `index`, the last one, such as the
+        output head, over all sequences.
+
+        Raises:
+            ModelError: the model does not call it.
+        """
+        hessian = Hessian.empty(linear.in_features, self._stream.device)
+
+        def visit(_: str, x: Tensor) -> None:
+            hessian.add(x.reshape(-1, x.shape[-1]))
+            raise LayerDone
+
+        for rows in self._batches():
+            self._forward(index, rows, {name: linear}, visit, beyond=True)
+        if hessian.num_tokens == 0:
+            raise ModelError(
+                f"{type(self._stream.model).__name__} does not call its output head {name}, so "
+                "there is no Hessian of its input. Leave it as it is: --set head=null, into "
+                "another output folder (and embeddings=null where the two are tied)."
+            )
+        return hessian
+
     def settle(self, layer: nn.Module, unfinished: Iterable[nn.Module]) -> None:
         """The linears of `layer` have their final weights but for these: what the next passes need
         of the rest is computed once."""
@@ -155,6 +178,7 @@ class LayerCalibrator:
         rows: slice,
         linears: Mapping[str, nn.Linear],
         visit: Callable[[str, Tensor], None],
+        beyond: bool = False,
     ) -> Tensor | None:
         self._replay.begin(rows.start)
         # The first layer's input is the embeddings; the store is filled batch by batch by its
@@ -164,7 +188,7 @@ class LayerCalibrator:
             assert self._store is not None, "layers are advanced in order"
             states = self._store.read(rows, self._stream.device)
         with capture_inputs(dict(linears), visit):
-            return self._stream.run(index, self._tokens[rows], states)
+            return self._stream.run(index, self._tokens[rows], states, beyond=beyond)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

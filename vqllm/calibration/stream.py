@@ -98,6 +98,8 @@ class LayerStream:
         index: int,
         tokens: Tensor,
         states: Tensor | None,
+        *,
+        beyond: bool = False,
     ) -> Tensor | None:
         """The output of loaded layer `index` for a batch; None if a hook ended the layer early.
 
@@ -105,6 +107,7 @@ class LayerStream:
             index: the layer; it must be loaded and of `compute_dtype`.
             tokens: int64 [S, L], what the model is called with.
             states: the layer's input [S, L, D], or None for the first layer (the embeddings).
+            beyond: go on with what follows the layer, for a hook there that ends the call.
         """
         result: list[Tensor] = []
         reached = False
@@ -123,7 +126,8 @@ class LayerStream:
         def keep_output(_: nn.Module, args: Any, output: Any) -> None:
             self._returns[index] = returns = _Output.of(output, self.names[index])
             result.append(returns.states(output))
-            raise LayerDone
+            if not beyond:
+                raise LayerDone
 
         for earlier in range(index):
             self.layers[earlier].forward = self._passing_on(earlier)
@@ -160,11 +164,14 @@ class LayerStream:
 
     def _cast_outside_layers(self) -> None:
         inside = {id(module) for layer in self.layers for module in layer.modules()}
+        cast: dict[nn.Parameter, nn.Parameter] = {}  # so that what was tied still is
         for module in self.model.modules():
             if id(module) not in inside:
                 for name, value in module.named_parameters(recurse=False):
                     if value.is_floating_point() and not value.is_meta:
-                        setattr(module, name, _frozen(value.to(self.compute_dtype)))
+                        if value not in cast:
+                            cast[value] = _frozen(value.to(self.compute_dtype))
+                        setattr(module, name, cast[value])
 
 
 @dataclass(frozen=True)

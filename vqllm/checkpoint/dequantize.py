@@ -140,10 +140,16 @@ def _split(sizes: dict[str, int]) -> Iterator[list[str]]:
 
 def _dense_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
     module = name.removesuffix(".weight")
-    stored = checkpoint.dense(module) if module in checkpoint.linears else checkpoint.read(name)
-    if not stored.is_floating_point():
-        return stored
-    dense = stored.to(dtype)
+    if module in checkpoint.linears:
+        dense = checkpoint.dense(module, dtype)
+        if bool(torch.isfinite(dense).all()):
+            return dense
+        stored = checkpoint.dense(module)
+    else:
+        stored = checkpoint.read(name)
+        if not stored.is_floating_point():
+            return stored
+        dense = stored.to(dtype)
     if not bool(torch.isfinite(dense).all()) and bool(torch.isfinite(stored).all()):
         raise CheckpointError(
             f"{name} has values up to {float(stored.abs().max()):.4g}, beyond the range of "

@@ -1,4 +1,7 @@
-"""Format version 1 of a quantized checkpoint: its specification, and `quantization_config`.
+"""Format versions 1 and 2 of a quantized checkpoint: specification, and `quantization_config`.
+
+Version 2 is version 1 with an embedding or an output head among the quantized modules. A writer
+uses it only where there is one, so that older readers read all they can.
 
 A checkpoint is an ordinary Hugging Face folder of safetensors and JSON, nothing else.
 
@@ -15,17 +18,28 @@ Files
     have neither the checksums nor the division by layers.
 
 Tensors
-    A quantized linear M (the full name of the module in the model) has no tensor `M.weight`. It
-    has `M.` + the name of each tensor that its specification asks for, and `M.bias`, unchanged, if
-    the source has one. Every other tensor has the name, shape and dtype that it has in the source.
-    Tied tensors are stored once. Integers are little-endian, as always in safetensors.
+    A quantized module M (its full name in the model) has no tensor `M.weight`. It has `M.` + the
+    name of each tensor that its specification asks for, and `M.bias`, unchanged, if the source has
+    one. Every other tensor has the name, shape and dtype that it has in the source. Tied tensors
+    are stored once. Integers are little-endian, as always in safetensors.
+
+    In version 1 every M is a linear of the decoder layers. In version 2 M may also be the model's
+    input embedding (`get_input_embeddings()` of the model) or its output head
+    (`get_output_embeddings()`); what kind of module it is, the model tells. Other embeddings, such
+    as learned positions, are never quantized.
 
 quantization_config
     quant_method     "vqllm"
-    format_version   1
+    format_version   1 or 2
     specs            {id: {"rows": R, "cols": C, "codec": {...}, "transforms": [...]}}, each
                      distinct one once; an id is a decimal number as a string
-    modules          {M: id} for every quantized linear, W of R x C (out_features x in_features)
+    modules          {M: id} for every quantized module, W of R x C (out_features x in_features
+                     of a linear, num_embeddings x embedding_dim of an embedding)
+    tied             version 2 only: {head: embedding}, or {} where they are two matrices. A tied
+                     head is not among `modules` and has no tensors but its bias; its W is that of
+                     the embedding, one of `modules`
+    outside_layers   version 2 only: those of `modules` that are not in the decoder layers, which
+                     sizes in bits a weight of the linears leave out
     not_quantized    {module: reason}, optional, for people
     recipe           what the checkpoint was made with, optional, for people
     producer         {"vqllm": version}, optional, for people
@@ -36,15 +50,18 @@ The weights of M
     1.  `codec` has the key "format", a format id, and the fields of that format. It gives names,
         shapes and dtypes of the stored tensors, and W' [R, C] from them:
 
-        e8p-v1, e81b-v1   vqllm_kernels.e8p.reference
-        lut-v1            vqllm_kernels.lut.reference
-        uniform-v1        vqllm_kernels.uniform.reference
-        pyramid-v1        vqllm_kernels.pyramid.reference
         convolutional-v1  vqllm_kernels.convolutional.reference
-        learned-lattice-v1 vqllm_kernels.learned_lattice.reference
         d4-v1             vqllm_kernels.d4.reference
+        e8p-v1, e81b-v1   vqllm_kernels.e8p.reference
+        grouped-v1        vqllm_kernels.grouped.reference
         leech-v1          vqllm_kernels.leech.reference
+        learned-lattice-v1  vqllm_kernels.learned_lattice.reference
+        lut-v1            vqllm_kernels.lut.reference
+        lut-v2            vqllm_kernels.lut.reference_v2
+        pyramid-v1        vqllm_kernels.pyramid.reference
+        uniform-v1        vqllm_kernels.uniform.reference
         residual-v1       vqllm_kernels.residual.reference
+        split-v1          vqllm_kernels.split.reference
         trellis-v1        vqllm_kernels.trellis.reference
 
         Codes narrower than a byte are packed as vqllm_kernels.bitpack says: least significant bit
@@ -58,10 +75,15 @@ The weights of M
     All arithmetic of the definition is float32. A linear computes y = x Wᵀ + bias; equivalently,
     the input-side transforms act on x in their order, then W', then the inverses of the output-side
     transforms in reverse order.
+
+    An embedding looks up rows of W; what its class does to them afterwards (a scale, as in Gemma)
+    is that of the model. Its transforms are of the input side only, so that a row of W comes from
+    the same row of W', and W' from the stored tensors row by row: a tensor has a first axis that
+    runs over the rows of tiles, or does not depend on the number of rows.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +92,8 @@ from vqllm_kernels.linear import LinearSpec
 
 JSON = dict[str, Any]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest one. Without an embedding or a head among the quantized modules, 1 is written."""
 QUANT_METHOD = "vqllm"
 
 CONFIG = "config.json"
@@ -95,7 +118,9 @@ class QuantizationConfig:
 
     specs: dict[str, JSON]
     modules: dict[str, str]
-    format_version: int = FORMAT_VERSION
+    tied: dict[str, str] = field(default_factory=dict)
+    outside_layers: tuple[str, ...] = ()
+    format_version: int = 1
     extra: JSON = field(default_factory=dict)
 
     @classmethod
@@ -103,17 +128,22 @@ class QuantizationConfig:
         cls,
         linears: Mapping[str, LinearSpec],
         *,
+        outside_layers: Collection[str] = (),
+        tied: Mapping[str, str] | None = None,
         recipe: JSON | None = None,
         not_quantized: Mapping[str, str] | None = None,
         producer: JSON | None = None,
     ) -> "QuantizationConfig":
-        """Describe quantized linears. Ids depend on the specifications only, not on their order."""
+        """Describe quantized modules. Ids depend on the specifications only, not on their order."""
         texts = {name: _canonical(spec) for name, spec in linears.items()}
         ids = {text: str(i) for i, text in enumerate(sorted(set(texts.values())))}
         told = {"recipe": recipe, "not_quantized": not_quantized, "producer": producer}
         return cls(
             specs={id: json.loads(text) for text, id in ids.items()},
             modules={name: ids[text] for name, text in texts.items()},
+            tied=dict(tied or {}),
+            outside_layers=tuple(sorted(outside_layers)),
+            format_version=2 if outside_layers else 1,
             extra={key: value for key, value in told.items() if value is not None},
         )
 
@@ -160,20 +190,33 @@ class QuantizationConfig:
                 f"{origin}: modules name the specifications {', '.join(unknown)}, which `specs` "
                 "does not have. Get an undamaged copy."
             )
-        return cls(specs=specs, modules=modules, format_version=version, extra=rest)
+        tied, outside = {}, ()
+        if version > 1:
+            tied, outside = rest.pop("tied", None), rest.pop("outside_layers", None)
+            _check_outside(tied, outside, modules, origin)
+        return cls(
+            specs=specs,
+            modules=modules,
+            tied=tied,
+            outside_layers=tuple(outside),
+            format_version=version,
+            extra=rest,
+        )
 
     def to_dict(self) -> JSON:
         """The JSON object that stands under `quantization_config`."""
+        version_2 = {"tied": self.tied, "outside_layers": list(self.outside_layers)}
         return {
             **self.extra,
             "quant_method": QUANT_METHOD,
             "format_version": self.format_version,
             "specs": self.specs,
             "modules": self.modules,
+            **(version_2 if self.format_version > 1 else {}),
         }
 
     def linears(self) -> dict[str, LinearSpec]:
-        """The specification of every quantized linear by module name.
+        """The specification of every quantized module by name, without those tied to another.
 
         Raises:
             CheckpointError: a specification that this version cannot decode.
@@ -190,6 +233,21 @@ def spec_to_dict(spec: LinearSpec) -> JSON:
 def spec_from_dict(values: JSON) -> LinearSpec:
     """The specification that `spec_to_dict` described. ValueError for anything unknown."""
     return LinearSpec.from_dict(values, values["rows"], values["cols"])
+
+
+def _check_outside(tied: Any, outside: Any, modules: JSON, origin: str) -> None:
+    """Raise CheckpointError unless what version 2 adds fits the quantized modules."""
+    right = (
+        isinstance(tied, dict)
+        and isinstance(outside, list)
+        and all(isinstance(name, str) and name in modules for name in [*outside, *tied.values()])
+        and not tied.keys() & modules.keys()
+    )
+    if not right:
+        raise CheckpointError(
+            f"{origin}: `tied` must be an object and `outside_layers` a list, of names that are "
+            "among `modules`. Get an undamaged copy."
+        )
 
 
 def _canonical(spec: LinearSpec) -> str:

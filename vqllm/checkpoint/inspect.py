@@ -1,5 +1,6 @@
 """What is in a checkpoint: recipe, layer specifications, exact sizes from the stored tensors."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -14,10 +15,11 @@ def inspect_checkpoint(folder: str | Path, verify: bool = True) -> JSON:
     """Describe a checkpoint in JSON values. Unless `verify`, no weights are read.
 
     Returns:
-        `linears`, one entry a quantized linear (name, rows, cols, codec, spec, the bits of its
-        stored tensors by what they hold, bits_per_weight, and proxy_loss if the run's report is
-        there); `bits_per_weight`, the three figures by label; `not_quantized`, reasons by module;
-        `recipe` and `recipe_yaml`; `producer`; `format_version`; `num_bytes` of all tensors.
+        `linears`, one entry a quantized linear or embedding (name, rows, cols, codec, spec, the
+        bits of its stored tensors by what they hold, bits_per_weight, and proxy_loss if the run's
+        report is there); `tied`, the head that has the weights of the embedding; `bits_per_weight`,
+        the three figures by label; `not_quantized`, reasons by module; `recipe` and `recipe_yaml`;
+        `producer`; `format_version`; `num_bytes` of all tensors.
 
     Raises:
         CheckpointError: not a vqllm checkpoint, a newer format, or damaged.
@@ -33,6 +35,7 @@ def inspect_checkpoint(folder: str | Path, verify: bool = True) -> JSON:
         "recipe": recipe,
         "recipe_yaml": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         "linears": _linears(checkpoint, bits),
+        "tied": checkpoint.quantization.tied,
         "not_quantized": told.get("not_quantized") or {},
         "bits_per_weight": bits_per_weight(checkpoint),
         "num_bytes": checkpoint.num_bytes,
@@ -42,20 +45,26 @@ def inspect_checkpoint(folder: str | Path, verify: bool = True) -> JSON:
 def bits_per_weight(checkpoint: Checkpoint) -> dict[str, float]:
     """The three figures, always together.
 
-    The first two are over the weights of the quantized linears. The third is over the parameters of
-    the whole model, tied ones once, and counts every stored tensor.
+    The first two are over the weights of the quantized linears of the decoder layers, as published
+    tables count them, whatever embedding and head are stored as. The third is over the parameters
+    of the whole model, tied ones once, and counts every stored tensor.
     """
-    total = sum((checkpoint.bits(name) for name in checkpoint.linears), BitCount())
-    num_weights = sum(spec.rows * spec.cols for spec in checkpoint.linears.values())
+    outside = checkpoint.quantization.outside_layers
+    inside = [name for name in checkpoint.linears if name not in outside]
+    bits = sum((checkpoint.bits(name) for name in inside), BitCount())
+    num_weights = _num_weights(checkpoint, inside)
     others = [checkpoint.tensors[name] for name in checkpoint.other_tensors()]
-    other_bits = 8 * sum(tensor.num_bytes for tensor in others)
-    num_parameters = num_weights + sum(tensor.numel for tensor in others)
+    num_parameters = _num_weights(checkpoint, checkpoint.linears)
+    num_parameters += sum(tensor.numel for tensor in others)
     return {
-        "codes only": total.codes / max(num_weights, 1),
-        "all of a quantized linear": total.total / max(num_weights, 1),
-        "whole checkpoint, embeddings included": (total.total + other_bits)
-        / max(num_parameters, 1),
+        "codes only": bits.codes / max(num_weights, 1),
+        "all of a quantized linear": bits.total / max(num_weights, 1),
+        "whole checkpoint, embeddings included": 8 * checkpoint.num_bytes / max(num_parameters, 1),
     }
+
+
+def _num_weights(checkpoint: Checkpoint, modules: Iterable[str]) -> int:
+    return sum(checkpoint.linears[name].rows * checkpoint.linears[name].cols for name in modules)
 
 
 def _linears(checkpoint: Checkpoint, bits: dict[str, BitCount]) -> list[JSON]:

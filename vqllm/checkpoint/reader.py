@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -39,7 +40,8 @@ class Checkpoint:
         folder: where it is.
         config: all of config.json.
         quantization: its `quantization_config`.
-        linears: the specification of every quantized linear by full module name.
+        linears: the specification of every quantized module (linears, and an embedding if one is
+            quantized) by full name.
         tensors: every stored tensor by full name.
     """
 
@@ -121,12 +123,13 @@ class Checkpoint:
             raise CheckpointError(f"{path} cannot be read: {error}. {DAMAGED}") from error
 
     def packed(self, module: str) -> dict[str, Tensor]:
-        """The stored tensors of a quantized linear under their own names, bias excluded."""
+        """The stored tensors of a quantized module under their own names, bias excluded."""
         return {name: self.read(f"{module}.{name}") for name in self.linears[module].layout()}
 
-    def dense(self, module: str) -> Tensor:
-        """The weights of a quantized linear, float32 [R, C], in the model's own basis."""
-        return self.linears[module].dequantize(self.packed(module))
+    def dense(self, module: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights of a quantized module [R, C] in the model's own basis, computed in float32
+        and rounded once to `dtype`."""
+        return self.linears[module].dequantize(self.packed(module), dtype)
 
     @property
     def num_bytes(self) -> int:
@@ -134,7 +137,7 @@ class Checkpoint:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
     def bits(self, module: str) -> BitCount:
-        """Exact bits of the stored tensors of a quantized linear, bias excluded."""
+        """Exact bits of the stored tensors of a quantized module, bias excluded."""
         bits = {"codes": 0, "codebook": 0, "side": 0}
         for name, tensor in self.linears[module].layout().items():
             bits[tensor.kind] += 8 * self.tensors[f"{module}.{name}"].num_bytes
@@ -148,7 +151,7 @@ class Checkpoint:
         return sorted(self._files.keys() - packed)
 
     def records(self) -> dict[str, JSON]:
-        """The report's line of each quantized linear by name; empty where there is no report."""
+        """The report's line of each quantized module by name; empty where there is no report."""
         return {record["name"]: record for record in self._report_lines()}
 
     def _report_lines(self) -> Iterator[JSON]:

@@ -2,11 +2,13 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -30,8 +32,12 @@ from vqllm_kernels.linear import LinearSpec
 logger = logging.getLogger(__name__)
 
 
+TOLD = "told"
+"""In a file of `keep_packed`, beside the packed tensors: all else about it, JSON in UTF-8."""
+
+
 class Packed(Protocol):
-    """A quantized linear, as far as it is written."""
+    """A quantized matrix, as far as it is written."""
 
     @property
     def name(self) -> str: ...
@@ -41,6 +47,16 @@ class Packed(Protocol):
     def tensors(self) -> Mapping[str, Tensor]: ...
     @property
     def record(self) -> JSON: ...
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A quantized matrix that was kept for when the run goes on."""
+
+    name: str
+    spec: LinearSpec
+    tensors: dict[str, Tensor]
+    record: JSON
 
 
 class CheckpointRun:
@@ -90,7 +106,7 @@ class CheckpointRun:
 
     @property
     def quantized(self) -> dict[str, LinearSpec]:
-        """The linears of all finished layers."""
+        """The quantized linears of all finished layers."""
         return {
             name: spec_from_dict(values)
             for layer in self._journal.finished
@@ -99,23 +115,55 @@ class CheckpointRun:
 
     def keep(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors that are made once a run and read back when it goes on."""
-        path = self.scratch / f"{name}.safetensors"
-        if path.is_file():
-            try:
-                return load_file(path)
-            except (SafetensorError, OSError) as error:
-                logger.warning("%s cannot be read (%s): it is made again", path, error)
-        atomic.write_shard(path, make(), self.scratch)
-        return load_file(path)
+        kept = self._kept(name)
+        if kept is not None:
+            return kept
+        atomic.write_shard(self._kept_path(name), make(), self.scratch)
+        return load_file(self._kept_path(name))
+
+    def _kept(self, name: str) -> dict[str, Tensor] | None:
+        path = self._kept_path(name)
+        try:
+            return load_file(path) if path.is_file() else None
+        except (SafetensorError, OSError) as error:
+            logger.warning("%s cannot be read (%s): it is made again", path, error)
+            return None
+
+    def _kept_path(self, name: str) -> Path:
+        return self.scratch / f"{name}.safetensors"
+
+    def keep_packed(self, name: str, made: Packed) -> Kept:
+        """Keep a quantized matrix for when the run goes on."""
+        told = {"name": made.name, "spec": spec_to_dict(made.spec), "record": made.record}
+        text = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
+        tensors = {f"packed.{key}": tensor.cpu() for key, tensor in made.tensors.items()}
+        atomic.write_shard(self._kept_path(name), {TOLD: text, **tensors}, self.scratch)
+        kept = self.kept_packed(name)
+        assert kept is not None, "it was just written"
+        return kept
+
+    def kept_packed(self, name: str) -> Kept | None:
+        """What `keep_packed` kept; None if there is nothing, or it is damaged."""
+        tensors = self._kept(name)
+        if tensors is None:
+            return None
+        told = json.loads(bytes(tensors.pop(TOLD).tolist()))
+        packed = {key.removeprefix("packed."): tensor for key, tensor in tensors.items()}
+        return Kept(told["name"], spec_from_dict(told["spec"]), packed, told["record"])
 
     def begin(
-        self, model: nn.Module, layer_names: list[str], planned: Mapping[str, LinearSpec]
+        self,
+        model: nn.Module,
+        layer_names: list[str],
+        planned: Mapping[str, LinearSpec],
+        tied: Collection[str] = (),
     ) -> None:
         """Learn the model's layers, and check that its tensors are found and the disk has room.
 
         Args:
             model: on the meta device or elsewhere; only names and shapes are read.
-            planned: the linears that will be quantized.
+            planned: the linears and embeddings that will be quantized.
+            tied: modules that will use the tensors of another one.
 
         Raises:
             ModelError: the source has no tensors under the names that the model uses.
@@ -125,7 +173,7 @@ class CheckpointRun:
         self._layer_names = layer_names
         if self.num_finished == 0:
             packed = sum(count(spec.layout()).total for spec in planned.values()) // 8
-            replaced = self._tensors.num_bytes(f"{name}.weight" for name in planned)
+            replaced = self._tensors.num_bytes(f"{name}.weight" for name in (*planned, *tied))
             needed = self._tensors.num_bytes() - replaced + packed
             atomic.check_space(self._output, needed)
 
@@ -174,20 +222,50 @@ class CheckpointRun:
         """The report lines of all finished layers."""
         return [record for layer in self._journal.finished for record in layer.records]
 
-    def finish(self, not_quantized: dict[str, str]) -> None:
-        """Write everything outside the layers, the report's records, the index and config.json."""
+    def read_rows(self, module: str, start: int, stop: int) -> Tensor:
+        """Rows of the weight of a module of the source model, as stored."""
+        return self._tensors.read_rows(f"{module}.weight", start, stop)
+
+    def stores(self, module: str) -> bool:
+        """Whether the source model has a weight under the name of this module."""
+        return f"{module}.weight" in self._tensors
+
+    def finish(
+        self,
+        not_quantized: dict[str, str],
+        outside: Sequence[Packed] = (),
+        tied: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write everything outside the layers, the report's records, the index and config.json.
+
+        Args:
+            not_quantized: reasons by module.
+            outside: quantized matrices outside the layers.
+            tied: modules that use the tensors of one of them, which is the value.
+        """
+        tied = tied or {}
         inside = tuple(f"{name}." for name in self._layer_names)
-        rest = {n: self._tensors.read(n) for n in self._tensors if not n.startswith(inside)}
+        replaced = {f"{name}.weight" for name in (*tied, *(result.name for result in outside))}
+        rest = {
+            name: self._tensors.read(name)
+            for name in self._tensors
+            if not name.startswith(inside) and name not in replaced
+        }
+        for result in outside:
+            rest |= {f"{result.name}.{key}": tensor for key, tensor in result.tensors.items()}
         checksums = {layer.shard: layer.sha256 for layer in self._journal.finished}
         last = self._shard(len(self._layer_names))
         checksums[last] = atomic.write_shard(self._output / last, rest, self.scratch)
         config = QuantizationConfig.build(
-            self.quantized,
+            self.quantized | {result.name: result.spec for result in outside},
+            outside_layers=[result.name for result in outside],
+            tied=tied,
             recipe=self._recipe,
             not_quantized=not_quantized,
             producer={"vqllm": vqllm.__version__},
         )
-        lines = [json.dumps(record, sort_keys=True) + "\n" for record in self.all_records()]
+        records = [*self.all_records(), *(result.record for result in outside)]
+        lines = [json.dumps(record, sort_keys=True) + "\n" for record in records]
         atomic.write_bytes(self._output / RECORDS, "".join(lines).encode(), self.scratch)
         writer.copy_files(self._source, self._output, self.scratch, self._trust_remote_code)
         writer.write_index(self._output, checksums, self.scratch)

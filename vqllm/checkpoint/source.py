@@ -50,6 +50,15 @@ class SourceTensors:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} cannot be read: {error} Get an undamaged copy.") from error
 
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of a matrix as stored. ModelError when the file is damaged."""
+        path, key = self._files[name]
+        try:
+            with safe_open(path, "pt") as file:
+                return file.get_slice(key)[start:stop]
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} cannot be read: {error} Get an undamaged copy.") from error
+
     def num_bytes(self, names: Iterable[str] | None = None) -> int:
         """Bytes of these tensors, or of all; names that are not here count nothing."""
         return sum(self._bytes.get(name, 0) for name in (self._bytes if names is None else names))

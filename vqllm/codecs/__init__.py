@@ -4,14 +4,18 @@ Importing this package registers all of them in `CODECS`.
 """
 
 from vqllm.codecs import (  # noqa: F401 - importing registers
+    additive,
     convolutional,
     d4,
     e8p,
+    grouped,
+    grouped_kmeans,
     kmeans,
     learned_lattice,
     leech,
     pyramid,
     residual,
+    split,
     trellis,
     uniform,
 )

@@ -26,6 +26,9 @@ class SearchableCodec(Codec, ABC):
     Searches over sums of codecs may therefore regroup tiles, and keep several codes for each.
     """
 
+    weighs_candidates: ClassVar[bool] = False
+    """Whether `candidates` are near in the norm of the weights."""
+
     @abstractmethod
     def candidates(
         self, X_IJE: Tensor, state: State, num: int, weight_E: Tensor | None = None
@@ -35,6 +38,21 @@ class SearchableCodec(Codec, ABC):
         Where there are fewer, a code may occur more than once. Weights are those of `encode`, but
         may be disregarded: the search for a sum weighs the sums itself.
         """
+
+    @property
+    def lists_codes(self) -> bool:
+        return True
+
+    def shortlist(
+        self, X_IJE: Tensor, state: State, num: int, weight_E: Tensor | None = None
+    ) -> Tensor:
+        if num == 1:
+            return self.encode(X_IJE, state, weight_E=weight_E)[:, :, None]
+        codes_IJK = self.candidates(X_IJE, state, num, weight_E)
+        if weight_E is not None and not self.weighs_candidates:
+            nearest_IJM = self.encode(X_IJE, state, weight_E=weight_E)
+            codes_IJK = torch.cat((nearest_IJM, codes_IJK[..., : num - 1]), -1)
+        return codes_IJK[..., None]
 
 
 class ScaledCodec(Codec, ABC):

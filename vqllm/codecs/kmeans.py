@@ -4,37 +4,26 @@ Tiles lie along a row, (1, d) as in GPTVQ, or along a column, (v, 1) as in VPTQ.
 minimises the squared error, weighted by the importance that `fit` is given (Lloyd's algorithm).
 There is no weight scale: bringing the rows of a matrix to one scale is the work of a transform.
 
-Fitting gives the same bytes with any number of threads: vectors are assigned independently of each
-other, and the means are summed on the CPU in the order of the vectors, in float64.
-
-Source: Lloyd, IEEE Trans. Inform. Theory 28 (1982), 129-137; k-means++, Arthur and Vassilvitskii,
-SODA 2007; GPTVQ, arXiv 2402.15319; VPTQ, arXiv 2409.17066.
+Source: VPTQ, arXiv 2409.17066; GPTVQ, arXiv 2402.15319.
 """
 
+from abc import ABC
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from vqllm.codecs.base import (
-    CODECS,
-    MAX_DISTANCES,
-    SearchableCodec,
-    check_finite,
-    nearest_entry,
-    weigh,
-)
-from vqllm.errors import NumericalError
-from vqllm.types import Point, State
+from vqllm.codecs import lloyd
+from vqllm.codecs.base import CODECS, SearchableCodec, check_finite, nearest_entry, weigh
+from vqllm.errors import CheckpointError, NumericalError, RecipeError
+from vqllm.types import Codec, Point, State
 from vqllm_kernels.bitpack import MAX_WIDTH, pack_bits, unpack_bits
 from vqllm_kernels.lut.spec import LutSpec
 
-_PLUS_PLUS_ENTRIES = 4096
-"""Largest codebook that is started with k-means++, whose time grows with its square."""
-_PLUS_PLUS_SAMPLE = 16
-"""Vectors for each entry of the codebook that k-means++ chooses from."""
-
+_SAMPLE = 1 << 17
+_SAMPLE_PER_ENTRY = 16
+"""Default of `sample`: never fewer tiles than 131072, nor than 16 for each entry."""
 
 _MAX = "Lloyd-Max: Max, IRE Trans. Inform. Theory 6 (1960), table I"
 _PALETTE = "Q-Palette, arXiv 2509.20214"
@@ -51,15 +40,84 @@ def _point(tile_cols: int, index_bits: int, mse: float, source: str, **options: 
     )
 
 
+class ClusteredCodec(Codec, ABC):
+    """The options of a fit by Lloyd's algorithm."""
+
+    weighted: ClassVar[bool] = True
+
+    tile_rows: int = Field(1, ge=1, le=64, description="rows of W in a tile")
+    tile_cols: int = Field(2, ge=1, le=64, description="columns of W in a tile")
+    index_bits: int = Field(
+        8, ge=1, le=MAX_WIDTH, description="bits of an index; a codebook has 2^index_bits entries"
+    )
+    init: lloyd.Init = Field(
+        "auto",
+        description="codebook before the first pass: tiles drawn far from each other (kmeans++), "
+        "tiles at evenly spaced ranks of their Mahalanobis distance from the mean (mahalanobis); "
+        f"auto is kmeans++ up to {lloyd.PLUS_PLUS_ENTRIES} entries, spread random tiles above, "
+        "and evenly spaced ranks of single weights",
+    )
+    iterations: int = Field(25, ge=1, description="passes of Lloyd's algorithm, at most")
+    sample: int | None = Field(
+        None,
+        ge=1,
+        description="tiles a codebook is fitted on, at most, drawn at random; null is "
+        f"{_SAMPLE}, or {_SAMPLE_PER_ENTRY} for each entry where that is more",
+    )
+
+    @model_validator(mode="after")
+    def _start_is_affordable(self) -> "ClusteredCodec":
+        limit = lloyd.PLUS_PLUS_ENTRIES
+        if self.init == "kmeans++" and self.num_entries > limit:
+            raise RecipeError(
+                f"codec {self.type}: init kmeans++ with {self.num_entries} entries; it is for "
+                f"{limit} at most (index_bits {limit.bit_length() - 1}). Use auto or mahalanobis"
+            )
+        return self
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        return (self.tile_rows, self.tile_cols)
+
+    @property
+    def num_entries(self) -> int:
+        return 1 << self.index_bits
+
+    @property
+    def largest_sample(self) -> int:
+        return self.sample or max(_SAMPLE, _SAMPLE_PER_ENTRY * self.num_entries)
+
+    def cluster(
+        self, x_GNE: Tensor, weight_GNE: Tensor | None, generator: torch.Generator
+    ) -> Tensor:
+        """A codebook for each group, float32 [G, K, E], of a sample of its vectors."""
+        num_vectors = x_GNE.shape[1]
+        if num_vectors > self.largest_sample:
+            drawn = lloyd.draw(num_vectors, self.largest_sample, generator).to(x_GNE.device)
+            x_GNE = x_GNE[:, drawn]
+            weight_GNE = None if weight_GNE is None else weight_GNE[:, drawn]
+        entries_GKE = lloyd.start(x_GNE, weight_GNE, self.num_entries, self.init, generator)
+        return lloyd.lloyd(x_GNE, weight_GNE, entries_GKE, self.iterations)
+
+    def half(self, entries: Tensor) -> Tensor:
+        """Entries as they are stored in float16."""
+        if entries.abs().max() > torch.finfo(torch.float16).max:
+            raise NumericalError(
+                f"codec {self.type}: weights up to {float(entries.abs().max()):.3g} do not fit a "
+                "float16 codebook (65504). Scale the weights down with a scaling transform."
+            )
+        return entries.half()
+
+
 @CODECS.register("kmeans")
-class KMeans(SearchableCodec):
+class KMeans(ClusteredCodec, SearchableCodec):
     """A codebook learned for each matrix, stored in float16.
 
     A matrix with fewer distinct tiles than the codebook has entries gives a codebook with
     duplicates; the matrix is then coded without loss (but for the rounding to float16).
     """
 
-    weighted: ClassVar[bool] = True
+    weighs_candidates: ClassVar[bool] = True
 
     points: ClassVar[tuple[Point, ...]] = (
         _point(1, 2, 0.1175, _MAX),
@@ -73,19 +131,6 @@ class KMeans(SearchableCodec):
     )
 
     type: Literal["kmeans"] = "kmeans"
-    tile_rows: int = Field(1, ge=1, le=64, description="rows of W in a tile")
-    tile_cols: int = Field(2, ge=1, le=64, description="columns of W in a tile")
-    index_bits: int = Field(
-        8, ge=1, le=MAX_WIDTH, description="bits of an index; the codebook has 2^index_bits entries"
-    )
-    iterations: int = Field(25, ge=1, description="passes of Lloyd's algorithm, at most")
-    sample: int = Field(
-        1 << 17, ge=1, description="tiles the codebook is fitted on, at most, drawn at random"
-    )
-
-    @property
-    def tile(self) -> tuple[int, int]:
-        return (self.tile_rows, self.tile_cols)
 
     def spec(self) -> LutSpec:
         return LutSpec(
@@ -95,25 +140,13 @@ class KMeans(SearchableCodec):
     def fit(self, X_IJE: Tensor, weight_IJE: Tensor | None, generator: torch.Generator) -> State:
         """`codebook` float16 [2^index_bits, E]."""
         check_finite(X_IJE, self)
-        x_NE = X_IJE.flatten(0, 1).float()
-        weight_NE = None
+        x_1NE = X_IJE.flatten(0, 1)[None].float()
+        weight_1NE = None
         if weight_IJE is not None:
-            if bool((weight_IJE == weight_IJE[..., :1]).all()):
-                weight_IJE = weight_IJE[..., :1]  # One weight a tile leaves distances Euclidean.
+            weight_IJE = narrowed(weight_IJE)
             shape = (*X_IJE.shape[:2], weight_IJE.shape[-1])
-            weight_NE = weight_IJE.float().expand(shape).flatten(0, 1)
-        if len(x_NE) > self.sample:
-            drawn = _draw(len(x_NE), self.sample, generator).to(x_NE.device)
-            x_NE = x_NE[drawn]
-            weight_NE = None if weight_NE is None else weight_NE[drawn]
-        entries_KE = _start(x_NE, weight_NE, 1 << self.index_bits, generator)
-        entries_KE = _lloyd(x_NE, weight_NE, entries_KE, self.iterations)
-        if entries_KE.abs().max() > torch.finfo(torch.float16).max:
-            raise NumericalError(
-                f"codec kmeans: weights up to {float(entries_KE.abs().max()):.3g} do not fit a "
-                "float16 codebook (65504). Scale the weights down with a scaling transform."
-            )
-        return {"codebook": entries_KE.half()}
+            weight_1NE = weight_IJE.float().expand(shape).flatten(0, 1)[None]
+        return {"codebook": self.half(self.cluster(x_1NE, weight_1NE, generator)[0])}
 
     def encode(
         self, X_IJE: Tensor, state: State, col: int = 0, weight_E: Tensor | None = None
@@ -131,113 +164,31 @@ class KMeans(SearchableCodec):
         return index_NK.to(torch.int32).unflatten(0, X_IJE.shape[:2])
 
     def decode(self, codes_IJM: Tensor, state: State, col: int = 0) -> Tensor:
-        return torch.nn.functional.embedding(codes_IJM[..., 0], state["codebook"].float())
+        index_IJ = codes_IJM[..., 0] & (self.num_entries - 1)
+        return torch.nn.functional.embedding(index_IJ, state["codebook"].float())
 
     def pack(self, codes_IJM: Tensor, state: State) -> dict[str, Tensor]:
         return {"codes": pack_bits(codes_IJM[..., 0], self.index_bits), **state}
 
     def unpack(self, tensors: dict[str, Tensor], rows: int, cols: int) -> tuple[Tensor, State]:
+        check_tables(tensors, self)
         _, num_tile_cols = self.spec().grid(rows, cols)
         codes_IJM = unpack_bits(tensors["codes"], self.index_bits, num_tile_cols)[..., None]
         return codes_IJM, {"codebook": tensors["codebook"]}
 
 
-def _draw(num_vectors: int, num: int, generator: torch.Generator) -> Tensor:
-    """Indices of `num` vectors without repetition, in ascending order."""
-    return torch.randperm(num_vectors, generator=generator)[:num].sort().values
+def narrowed(weight_IJE: Tensor) -> Tensor:
+    """Weights as [..., 1] where each tile has one, which leaves its distances Euclidean."""
+    one = bool((weight_IJE == weight_IJE[..., :1]).all())
+    return weight_IJE[..., :1] if one else weight_IJE
 
 
-def _start(
-    x_NE: Tensor, weight_NE: Tensor | None, num_entries: int, generator: torch.Generator
-) -> Tensor:
-    """The codebook before the first pass.
-
-    k-means++ where it is affordable: after 40 passes on 2^16 Gaussian pairs with 256 entries the
-    distortion is 0.0076, against 0.0083 from random vectors or from vectors of evenly spaced norm.
-    Larger codebooks start from random vectors and scalar ones from evenly spaced ranks, both spread
-    from their mean to the density that is optimal for a Gaussian (a Gaussian of (E + 2)/E times the
-    variance): 0.0078 in the same test.
-    """
-    num_elements = x_NE.shape[1]
-    if num_elements == 1:
-        rank_K = (torch.arange(num_entries) * 2 + 1) * len(x_NE) // (2 * num_entries)
-        start_KE = x_NE.sort(dim=0).values[rank_K.to(x_NE.device)]
-    elif num_entries > _PLUS_PLUS_ENTRIES:
-        drawn = torch.randperm(len(x_NE), generator=generator)[:num_entries]
-        start_KE = x_NE[drawn.repeat(-(-num_entries // len(drawn)))[:num_entries].to(x_NE.device)]
-    else:
-        num = min(len(x_NE), _PLUS_PLUS_SAMPLE * num_entries)
-        drawn = _draw(len(x_NE), num, generator).to(x_NE.device)
-        weight = torch.ones_like(x_NE[:, :1]) if weight_NE is None else weight_NE
-        # On the CPU: a cumulative sum on a GPU is not the same twice.
-        entries_KE = _plus_plus(x_NE[drawn].cpu(), weight[drawn].cpu(), num_entries, generator)
-        return entries_KE.to(x_NE.device)
-    everything = torch.zeros(len(x_NE), dtype=torch.int64)
-    mean_E = _means(x_NE, None, everything, 1)[0][0].float()
-    return mean_E + (start_KE - mean_E) * ((num_elements + 2) / num_elements) ** 0.5
-
-
-def _plus_plus(
-    x_NE: Tensor, weight_NE: Tensor, num_entries: int, generator: torch.Generator
-) -> Tensor:
-    """Vectors drawn one by one with probability proportional to their error so far."""
-    uniform_K = torch.rand(num_entries, generator=generator, dtype=torch.float64).tolist()
-    error_N = (weight_NE * torch.ones_like(x_NE)).sum(1)
-    nearest_N = torch.full_like(error_N, torch.inf)
-    chosen = []
-    for uniform in uniform_K:
-        cumulative_N = error_N.double().cumsum(0)
-        place = torch.searchsorted(cumulative_N, uniform * cumulative_N[-1:], right=True)
-        entry_E = x_NE[place.clamp(max=len(x_NE) - 1)]
-        chosen.append(entry_E)
-        nearest_N = torch.minimum(nearest_N, (weight_NE * (x_NE - entry_E) ** 2).sum(1))
-        error_N = nearest_N
-    return torch.cat(chosen)
-
-
-def _lloyd(x_NE: Tensor, weight_NE: Tensor | None, entries_KE: Tensor, iterations: int) -> Tensor:
-    """Alternate between assigning vectors to entries and moving entries to their means."""
-    previous_N = None
-    for _ in range(iterations):
-        index_N = _assign(x_NE, weight_NE, entries_KE)
-        if previous_N is not None and torch.equal(index_N, previous_N):
-            break
-        previous_N = index_N
-        mean_KE, mass_KE = _means(x_NE, weight_NE, index_N, len(entries_KE))
-        moved_KE = torch.where(mass_KE > 0, mean_KE, entries_KE.double()).float()
-        empty = (mass_KE.amax(1) == 0).nonzero()[:, 0][: len(x_NE)]
-        if len(empty):
-            # An entry without vectors takes the place of a vector that is represented worst.
-            error_NE = (x_NE - entries_KE[index_N]) ** 2
-            error_N = (error_NE if weight_NE is None else weight_NE * error_NE).sum(1)
-            moved_KE[empty] = x_NE[error_N.topk(len(empty)).indices]
-        entries_KE = moved_KE
-    return entries_KE
-
-
-def _assign(x_NE: Tensor, weight_NE: Tensor | None, entries_KE: Tensor) -> Tensor:
-    """The nearest entry of each vector, int64 [N], errors weighted by element."""
-    if weight_NE is None or weight_NE.shape[1] == 1:
-        return nearest_entry(x_NE, entries_KE)[:, 0]
-    center_E = (entries_KE.amin(0) + entries_KE.amax(0)) / 2
-    x_NE, entries_KE = x_NE - center_E, entries_KE - center_E
-    features_KF = torch.cat((-2 * entries_KE, entries_KE**2), 1)
-    features_NF = torch.cat((weight_NE * x_NE, weight_NE), 1)
-    chunks = features_NF.split(max(1, MAX_DISTANCES // len(entries_KE)))
-    return torch.cat([(chunk @ features_KF.T).argmin(1) for chunk in chunks])
-
-
-def _means(
-    x_NE: Tensor, weight_NE: Tensor | None, index_N: Tensor, num_entries: int
-) -> tuple[Tensor, Tensor]:
-    """Weighted means of the vectors of each entry and their total weights, float64 [K, E]."""
-    index_N = index_N.cpu()
-    weight = torch.ones_like(x_NE[:, :1]) if weight_NE is None else weight_NE
-
-    def total(values_NE: Tensor) -> Tensor:
-        columns = values_NE.double().cpu().unbind(1)
-        return torch.stack([torch.bincount(index_N, v, num_entries) for v in columns], 1)
-
-    mass_KE = total(weight).to(x_NE.device)
-    sums_KE = total(weight * x_NE).to(x_NE.device)
-    return sums_KE / mass_KE, mass_KE.expand_as(sums_KE)
+def check_tables(tensors: dict[str, Tensor], codec: Codec) -> None:
+    """Raise CheckpointError if a stored table has a NaN or an infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            bad = int((~tensor.isfinite()).sum())
+            raise CheckpointError(
+                f"codec {codec.type}: {bad} of the {tensor.numel()} numbers of {name} are NaN or "
+                "infinite; only finite ones can be decoded. Get an undamaged copy."
+            )

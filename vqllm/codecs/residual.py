@@ -117,6 +117,11 @@ class Residual(Codec):
             )
         if any(isinstance(stage, Residual) for stage in self.stages):
             raise RecipeError("codec residual: a stage is itself residual; list its stages instead")
+        if any(stage.refit_cols is not None for stage in self.stages):
+            raise RecipeError(
+                "codec residual: a stage fits codebooks while columns are coded (fit per_group), "
+                "which only a codec by itself can; set its fit to once"
+            )
         if self.beam is not None and self.beam > 1 and not self._searchable:
             names = [s.type for s in self.stages if not isinstance(s, SearchableCodec)]
             raise RecipeError(
@@ -168,9 +173,27 @@ class Residual(Codec):
         beam = self.beam or (_DEFAULT_BEAM if self._searchable else 1)
         if beam == 1:
             return self._encode_greedily(X_IJE, state, col, weight_E)
+        return self._searched(X_IJE, state, beam, weight_E)[:, :, 0]
+
+    @property
+    def lists_codes(self) -> bool:
+        return self._searchable
+
+    def shortlist(
+        self, X_IJE: Tensor, state: State, num: int, weight_E: Tensor | None = None
+    ) -> Tensor:
+        check_finite(X_IJE, self)
+        if num == 1:
+            return self.encode(X_IJE, state, weight_E=weight_E)[:, :, None]
+        beam = max(self.beam or _DEFAULT_BEAM, num)
+        return self._searched(X_IJE, state, beam, weight_E, num)
+
+    def _searched(
+        self, X_IJE: Tensor, state: State, beam: int, weight_E: Tensor | None, num: int = 1
+    ) -> Tensor:
         chunks = X_IJE.flatten(0, 1).split(_CHUNK)
-        codes_NM = torch.cat([self._search(x_NE, state, beam, weight_E) for x_NE in chunks])
-        return codes_NM.unflatten(0, X_IJE.shape[:2])
+        found = [self._search(x_NE, state, beam, weight_E, num) for x_NE in chunks]
+        return torch.cat(found).unflatten(0, X_IJE.shape[:2])
 
     def _encode_greedily(
         self, X_IJE: Tensor, state: State, col: int, weight_E: Tensor | None
@@ -183,8 +206,13 @@ class Residual(Codec):
             rest_IJE = rest_IJE - stage.decode(codes[-1], own, col)
         return torch.cat(codes, -1)
 
-    def _search(self, x_NE: Tensor, state: State, beam: int, weight_E: Tensor | None) -> Tensor:
-        """Codes [N, M] of the best of `beam` partial sums (B) that are kept after each stage."""
+    def _search(
+        self, x_NE: Tensor, state: State, beam: int, weight_E: Tensor | None, num: int
+    ) -> Tensor:
+        """Codes of the `num` best of `beam` partial sums (B) kept after each stage, [N, num, M].
+
+        Each partial sum ends in its best code of the last stage.
+        """
         rest_NBE = x_NE[:, None]
         codes_NBM = torch.empty(len(x_NE), 1, 0, dtype=torch.int32, device=x_NE.device)
         for i, stage in enumerate(self.stages):
@@ -198,17 +226,23 @@ class Residual(Codec):
             codes_NCM = torch.cat((codes_NCM, code_NBK.flatten(1)[..., None]), 2)
             error_NCE = rest_NCE if weight_E is None else weigh(rest_NCE, weight_E)
             error_NC = (error_NCE**2).sum(2)
-            num_kept = min(1 if last else beam, error_NC.shape[1])
+            num_kept = min(num if last else beam, error_NC.shape[1])
             best_NB = error_NC.topk(num_kept, largest=False).indices
             rest_NBE = rest_NCE.take_along_dim(best_NB[..., None], 1)
             codes_NBM = codes_NCM.take_along_dim(best_NB[..., None], 1)
-        return codes_NBM[:, 0]
+        return codes_NBM
 
     def decode(self, codes_IJM: Tensor, state: State, col: int = 0) -> Tensor:
         X_IJE = self.stages[0].decode(codes_IJM[..., :1], stage_tensors(state, 0), col)
         for i, stage in enumerate(self.stages[1:], start=1):
             X_IJE = X_IJE + stage.decode(codes_IJM[..., i : i + 1], stage_tensors(state, i), col)
         return X_IJE
+
+    def project(self, state: State) -> State:
+        states = [
+            stage.project(stage_tensors(state, i)).items() for i, stage in enumerate(self.stages)
+        ]
+        return {f"s{i}_{k}": v for i, own in enumerate(states) for k, v in own}
 
     def pack(self, codes_IJM: Tensor, state: State) -> dict[str, Tensor]:
         packed = {}

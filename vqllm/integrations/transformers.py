@@ -2,11 +2,14 @@
 
 `register()` makes `AutoModelForCausalLM.from_pretrained` understand checkpoints whose config.json
 says `quant_method: vqllm`. On the way, before the weights are read, every quantized `nn.Linear` of
-the model, which is on the meta device, gives way to an empty `VQLinear`. Its parameters carry the
-names of the stored tensors, so that the ordinary loader fills them and the ordinary
-`save_pretrained` writes them back.
+the model, which is on the meta device, gives way to an empty `VQLinear`, a quantized `nn.Embedding`
+to a `VQEmbedding`. Their parameters carry the names of the stored tensors, so that the ordinary
+loader fills them and the ordinary `save_pretrained` writes them back. The packed tensors of a tied
+head are tied to those of the embedding in the way in which transformers ties weights.
 """
 
+import re
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from vqllm.checkpoint.format import QUANT_METHOD, QuantizationConfig
 from vqllm.checkpoint.shards import DAMAGED, read_header
 from vqllm.errors import CheckpointError
+from vqllm.linears import before_lookup
+from vqllm.runtime.embedding import VQEmbedding
 from vqllm.runtime.linear import VQLinear
-from vqllm.runtime.replace import replace_linears
+from vqllm.runtime.packed import PackedModule, frozen
+from vqllm.runtime.replace import replace_modules
 from vqllm_kernels import layout
 
 LOADING_KEYS = ("dequantize",)
@@ -56,10 +62,12 @@ class VqllmConfig(QuantizationConfigMixin):
 
 
 class VqllmQuantizer(HfQuantizer):
-    """Puts `VQLinear` in place of `nn.Linear` while transformers loads a checkpoint."""
+    """Puts packed modules in place of torch's while transformers loads a checkpoint."""
 
     requires_calibration = True  # a dense model cannot be quantized by passing a config to load it
     quantization_config: VqllmConfig
+    _declared_ties: dict[str, dict[str, str]]
+    """What the model and models inside it declare to be tied, by name, where that was changed."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         self.quantization_config.parse()
@@ -68,30 +76,40 @@ class VqllmQuantizer(HfQuantizer):
         for path in kwargs.get("checkpoint_files") or ():
             if str(path).endswith(".safetensors"):
                 read_header(Path(path))  # names a truncated file, which the loader does not
-        linears = self.quantization_config.parse().linears()
+        quantization = self.quantization_config.parse()
+        specs = quantization.linears()
         with torch.device("meta"):
-            replace_linears(model, linears)
+            replace_modules(model, specs, quantization.tied)
+        self._declared_ties = _tie_packed(model, {*specs, *quantization.tied}, quantization.tied)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        linears = _vq_linears(model)
-        _check_loaded(model, linears)
-        for linear in linears.values():
-            linear.requires_grad_(False)  # the loader wraps float tensors anew, with gradient
+        packed = _packed_modules(model)
+        _check_loaded(model, packed)
+        for module in packed.values():
+            module.requires_grad_(False)  # the loader wraps float tensors anew, with gradient
         if self.pre_quantized and self.quantization_config.dequantize:
             return self._dequantize(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        linears = _vq_linears(model)
-        offloaded = [name for name, linear in linears.items() if linear.is_offloaded()]
+        packed = _packed_modules(model)
+        offloaded = [name for name, module in packed.items() if module.is_offloaded()]
         if offloaded:
             raise CheckpointError(
                 f"{len(offloaded)} quantized linears are offloaded, so their dense weights have no "
                 "place to be. Load without device_map, or write a dense folder: vqllm dequantize."
             )
-        for name, linear in linears.items():
-            model.set_submodule(name, _dense_linear(linear, wanted))
+        tied = self.quantization_config.parse().tied
+        for name, module in packed.items():
+            if name not in tied:
+                weight = frozen(module.dequantize(wanted))
+                model.set_submodule(name, _dense(module, weight))
+        for name, source in tied.items():
+            model.set_submodule(name, _dense(packed[name], model.get_submodule(source).weight))
+        for name, declared in self._declared_ties.items():
+            model.get_submodule(name)._tied_weights_keys = declared
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> Any:
@@ -116,40 +134,103 @@ def register() -> None:
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (config,)
 
 
-def _vq_linears(model: nn.Module) -> dict[str, VQLinear]:
-    return {n: module for n, module in model.named_modules() if isinstance(module, VQLinear)}
+def _packed_modules(model: nn.Module) -> dict[str, PackedModule]:
+    return {n: module for n, module in model.named_modules() if isinstance(module, PackedModule)}
 
 
-def _dense_linear(linear: VQLinear, dtype: torch.dtype | None) -> nn.Linear:
-    weight = linear.dequantize(dtype)
-    dense = nn.Linear(
-        linear.in_features,
-        linear.out_features,
-        linear.bias is not None,
-        device="meta",
-        dtype=weight.dtype,
-    )
-    dense.weight = nn.Parameter(weight, requires_grad=False)
+def _dense(module: PackedModule, weight: nn.Parameter) -> nn.Module:
+    """The ordinary module with this weight."""
+    if isinstance(module, VQEmbedding):
+        dense = _dense_embedding(module, weight)
+    else:
+        assert isinstance(module, VQLinear)
+        dense = _dense_linear(module, weight)
+    return dense.train(module.training)
+
+
+def _dense_linear(linear: VQLinear, weight: nn.Parameter) -> nn.Linear:
+    rows, cols = weight.shape
+    dense = nn.Linear(cols, rows, linear.bias is not None, device="meta", dtype=weight.dtype)
+    dense.weight = weight
     if linear.bias is not None:
-        dense.bias = nn.Parameter(linear.bias.to(weight.dtype), requires_grad=False)
-    return dense.train(linear.training)
+        dense.bias = frozen(linear.bias.to(weight.dtype))
+    return dense
 
 
-def _check_loaded(model: nn.Module, linears: dict[str, VQLinear]) -> None:
+def _dense_embedding(embedding: VQEmbedding, weight: nn.Parameter) -> nn.Embedding:
+    if embedding.rest is None:
+        rows, cols = weight.shape
+        dense = nn.Embedding(rows, cols, device="meta", dtype=weight.dtype)
+        dense.weight = weight
+    else:
+        dense = before_lookup(embedding.rest, weight)
+    dense.padding_idx = embedding.padding_idx
+    return dense
+
+
+def _tie_packed(
+    model: Any, quantized: set[str], tied: Mapping[str, str]
+) -> dict[str, dict[str, str]]:
+    """Tell transformers which tensors are tied: packed ones, in place of weights that are gone.
+
+    Without, it would look for the weights while it loads, and write tied tensors twice.
+
+    Args:
+        quantized: full names of all quantized modules.
+        tied: those that use the tensors of another one.
+
+    Returns:
+        What the model, and models inside it, declared before, by their names, where it changed.
+    """
+    # This file is imported in the middle of the import of this class.
+    from transformers import PreTrainedModel
+
+    weights = {f"{name}.weight" for name in quantized}
+    pairs = {
+        f"{name}.{tensor}": f"{source}.{tensor}"
+        for name, source in tied.items()
+        for tensor in model.get_submodule(source).packed
+    }
+    before = {}
+    for prefix, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        declared: dict[str, str] = module._tied_weights_keys or {}
+        own = {name.removeprefix(f"{prefix}.") for name in weights}
+        now = {
+            target: source
+            for target, source in declared.items()
+            if not any(re.search(f"^{pattern}", n) for pattern in (target, source) for n in own)
+        }
+        if module is model:  # these are patterns
+            now |= {f"{re.escape(n)}$": f"{re.escape(source)}$" for n, source in pairs.items()}
+        if now != declared:
+            before[prefix] = declared
+            module._tied_weights_keys = now  # of the instance, not of its class
+    kept = {
+        target: source
+        for target, source in model.all_tied_weights_keys.items()
+        if not {target, source} & weights
+    }
+    model.all_tied_weights_keys = kept | pairs
+    return before
+
+
+def _check_loaded(model: nn.Module, packed: dict[str, PackedModule]) -> None:
     """Refuse a model with packed tensors that the checkpoint does not have or has otherwise.
 
     transformers fills missing parameters with whatever is in memory and only logs it. Those that it
     did load carry its mark; parameters on the meta device are offloaded.
     """
     marked = any(hasattr(parameter, "_is_hf_initialized") for parameter in model.parameters())
-    for name, linear in linears.items():
-        loaded = {key: tensor for key, tensor in linear.packed.items() if not tensor.is_meta}
+    for name, module in packed.items():
+        loaded = {key: tensor for key, tensor in module.packed.items() if not tensor.is_meta}
         missing = [key for key, t in loaded.items() if not hasattr(t, "_is_hf_initialized")]
         if marked and missing:
             raise CheckpointError(
                 f"the checkpoint lacks tensors of {name}: {', '.join(missing)}. {DAMAGED}"
             )
-        expected = {key: t for key, t in linear.spec.layout().items() if key in loaded}
+        expected = {key: t for key, t in module.spec.layout().items() if key in loaded}
         try:
             layout.check(loaded, expected, name)
         except ValueError as error:

@@ -17,7 +17,7 @@ def plot_proxy_loss(records: Sequence[JSON]) -> bytes:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     kinds: dict[str, list[tuple[int, float]]] = {}
-    for record in records:
+    for record in (record for record in records if record["layer"] is not None):
         kind = record["name"].rsplit(".", 1)[-1]
         kinds.setdefault(kind, []).append((record["layer"], record["proxy_loss"]))
     for kind, points in kinds.items():

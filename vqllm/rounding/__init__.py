@@ -1,6 +1,6 @@
 """Rules that choose codes, given H."""
 
-from vqllm.rounding import ldlq, nearest
+from vqllm.rounding import beam, ldlq, nearest
 from vqllm.rounding.base import ROUNDINGS
 
-__all__ = ["ROUNDINGS", "ldlq", "nearest"]
+__all__ = ["ROUNDINGS", "beam", "ldlq", "nearest"]

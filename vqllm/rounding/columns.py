@@ -1,5 +1,6 @@
 """What rules that code one tile column after another have in common: padding, order, coding."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -73,6 +74,43 @@ class TileColumns:
         codes_I1M = self.codec.encode(to_tiles(X_RT, tile), self.state, col, weight_EE)
         X_hat_I1E = self.codec.decode(codes_I1M, self.state, col)
         return codes_I1M, from_tiles(X_hat_I1E, tile, len(X_RT), tile_cols)
+
+    def groups(self) -> Iterator[range]:
+        """Ranges of tile columns for which the codec fits its state anew, from last to first.
+
+        All columns are one range for a codec that does not.
+        """
+        refit_cols = self.codec.refit_cols
+        per_group = len(self) if refit_cols is None else refit_cols // self.width
+        for start in reversed(range(0, len(self), per_group)):
+            yield range(start, min(start + per_group, len(self)))
+
+    def refit(self, X_RG: Tensor, group: range, D_KTT: Tensor) -> None:
+        """Let the codec fit its state to the columns of a group, if it does.
+
+        Args:
+            X_RG: targets of the group's columns of W, the coded columns made up for.
+            D_KTT: error weights of all tile columns. Their diagonals weigh the fit: what `code`
+                minimises is the error in the norm of D, not in that of H.
+        """
+        if self.codec.refit_cols is None:
+            return
+        tile_rows = self.codec.tile[0]
+        weight_KT = torch.diagonal(D_KTT[group.start : group.stop], dim1=1, dim2=2)
+        weight_1KE = weight_KT[None].repeat(1, 1, tile_rows)
+        X_IKE = to_tiles(X_RG, self.codec.tile)
+        self.state = self.codec.refit(X_IKE, weight_1KE, self.state, group.start)
+
+    def keep_all(self, codes_IJM: Tensor) -> Tensor:
+        """Take up codes of the whole grid; returns W − Ŵ, [R, C], in the order of the columns."""
+        E_RC = self.W_RC.clone()
+        for k, col in enumerate(self.order):
+            codes_I1M = codes_IJM[:, col : col + 1]
+            self.kept[col] = codes_I1M
+            X_hat_I1E = self.codec.decode(codes_I1M, self.state, col)
+            own = slice(k * self.width, (k + 1) * self.width)
+            E_RC[:, own] -= from_tiles(X_hat_I1E, self.codec.tile, len(E_RC), self.width)
+        return E_RC
 
     def keep(self, codes_I1M: Tensor, k: int, rows_I: Tensor | None = None) -> None:
         """Take up codes of tile column k of the order; only where `rows_I` is true, if given."""

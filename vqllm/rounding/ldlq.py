@@ -14,10 +14,16 @@ columns, in another arrangement of the arithmetic.
     └───┴──────────────┴─────────────┘         columns contribute
       ◄───── coded from last to first
 
+A codec may fit the codebook of a group of columns when its turn comes, to the targets X as they are
+by then (GPTVQ). Stripes then lie inside groups, and the product with what is right of the group is
+made once for all of them.
+
 Source: Chee et al., "QuIP", arXiv 2307.13304, algorithm 3; Tseng et al., "QuIP#", arXiv 2402.04396,
 section 4.1 (blocks). Equality with GPTQ: QuIP, theorem 6; Frantar et al., arXiv 2210.17323.
+Codebooks fitted inside the loop: van Baalen et al., "GPTVQ", arXiv 2402.15319.
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -25,6 +31,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vqllm import linalg
+from vqllm.errors import RecipeError
 from vqllm.rounding.base import ROUNDINGS
 from vqllm.rounding.columns import TileColumns
 from vqllm.rounding.coordinate import descend
@@ -54,11 +61,33 @@ class LDLQ(Rounding):
     def __call__(
         self, W_RC: Tensor, H_CC: Tensor, codec: Codec, state: State
     ) -> tuple[Tensor, State]:
-        columns = TileColumns.of(W_RC, H_CC, codec, state, heavy_last=self.order == "hessian")
+        columns = self._columns(W_RC, H_CC, codec, state)
         E_RC = feedback(columns, STRIPE)
         for _ in range(self.passes):
             descend(columns, E_RC, STRIPE)
+        return columns.codes_IJM, columns.state
+
+    def refine(
+        self, W_RC: Tensor, H_CC: Tensor, codec: Codec, codes_IJM: Tensor, state: State
+    ) -> tuple[Tensor, State]:
+        """Coordinate descent from `codes_IJM`, at least one pass; the state stays as it is."""
+        columns = self._columns(W_RC, H_CC, codec, state)
+        E_RC = columns.keep_all(codes_IJM)
+        for _ in range(max(self.passes, 1)):
+            descend(columns, E_RC, STRIPE)
         return columns.codes_IJM, state
+
+    def _columns(self, W_RC: Tensor, H_CC: Tensor, codec: Codec, state: State) -> TileColumns:
+        return TileColumns.of(W_RC, H_CC, codec, state, heavy_last=self.order == "hessian")
+
+    def check(self, codec: Codec) -> None:
+        if self.order != "natural" and codec.refit_cols is not None:
+            raise RecipeError(
+                f"rounding ldlq: order {self.order} with codec {codec.type}, which fits a codebook "
+                f"to every {codec.refit_cols} columns as their turn comes; that needs order "
+                "natural. Sort the columns with a permutation transform, or set the codec's fit to "
+                "once"
+            )
 
 
 def feedback(columns: TileColumns, stripe: int) -> Tensor:
@@ -71,16 +100,28 @@ def feedback(columns: TileColumns, stripe: int) -> Tensor:
     W_RC, width = columns.W_RC, columns.width
     L_CC, D_KTT = linalg.block_ldl(columns.H_CC, width)
     E_RC = torch.zeros_like(W_RC)
-    tiles_per_stripe = max(stripe // width, 1)
-    for end_tile in range(len(columns), 0, -tiles_per_stripe):
-        start_tile = max(end_tile - tiles_per_stripe, 0)
-        start, end = start_tile * width, end_tile * width
-        X_RS = W_RC[:, start:end] + E_RC[:, end:] @ L_CC[end:, start:end]
-        for k in reversed(range(start_tile, end_tile)):
-            own = slice(k * width, (k + 1) * width)
-            done = slice(own.stop, end)
-            X_RT = X_RS[:, own.start - start : own.stop - start] + E_RC[:, done] @ L_CC[done, own]
-            codes_I1M, W_hat_RT = columns.code(X_RT, k, D_KTT[k])
-            columns.keep(codes_I1M, k)
-            E_RC[:, own] = W_RC[:, own] - W_hat_RT
+    for group in columns.groups():
+        first, last = group.start * width, group.stop * width
+        X_RG = W_RC[:, first:last]
+        if group.stop < len(columns):
+            X_RG = X_RG + E_RC[:, last:] @ L_CC[last:, first:last]
+        columns.refit(X_RG, group, D_KTT)
+        for start_tile, end_tile in _stripes(group, max(stripe // width, 1)):
+            start, end = start_tile * width, end_tile * width
+            known = slice(end, last)
+            X_RS = X_RG[:, start - first : end - first] + E_RC[:, known] @ L_CC[known, start:end]
+            for k in reversed(range(start_tile, end_tile)):
+                own = slice(k * width, (k + 1) * width)
+                done = slice(own.stop, end)
+                X_RT = X_RS[:, own.start - start : own.stop - start]
+                X_RT = X_RT + E_RC[:, done] @ L_CC[done, own]
+                codes_I1M, W_hat_RT = columns.code(X_RT, k, D_KTT[k])
+                columns.keep(codes_I1M, k)
+                E_RC[:, own] = W_RC[:, own] - W_hat_RT
     return E_RC
+
+
+def _stripes(group: range, num_tiles: int) -> Iterator[tuple[int, int]]:
+    """First tile column and the one after the last of each stripe of a group, from its end."""
+    for end in range(group.stop, group.start, -num_tiles):
+        yield max(end - num_tiles, group.start), end

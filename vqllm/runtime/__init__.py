@@ -1,7 +1,16 @@
-"""Running a quantized model: `VQLinear` in place of `nn.Linear`."""
+"""Running a quantized model: `VQLinear` and `VQEmbedding` in place of torch's modules."""
 
 from vqllm.runtime.cache import set_weight_cache
+from vqllm.runtime.embedding import VQEmbedding
 from vqllm.runtime.linear import VQLinear
-from vqllm.runtime.replace import describe, replace_linears
+from vqllm.runtime.packed import PackedModule
+from vqllm.runtime.replace import describe, replace_modules
 
-__all__ = ["VQLinear", "describe", "replace_linears", "set_weight_cache"]
+__all__ = [
+    "PackedModule",
+    "VQEmbedding",
+    "VQLinear",
+    "describe",
+    "replace_modules",
+    "set_weight_cache",
+]

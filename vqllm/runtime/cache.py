@@ -24,7 +24,8 @@ def set_weight_cache(mode: Mode) -> None:
     Args:
         mode: "auto" keeps them on the CPU, where decoding at every call costs far more than the
             product itself, and not on other devices; modules that are offloaded to disk or to
-            another device never keep them. "on" keeps them on every device, "off" on none.
+            another device never keep them. "on" keeps them on every device, "off" on none. An
+            embedding, which decodes no more rows than it looks up, keeps them with "on" only.
     """
     global _mode, _told
     if mode not in get_args(Mode):

@@ -1,4 +1,4 @@
-"""`nn.Linear` -> `VQLinear` by module name, and what each of them runs on."""
+"""Torch's modules -> packed ones by module name, and what each of them runs on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,61 +7,105 @@ import torch
 from torch import nn
 
 from vqllm.errors import CheckpointError
-from vqllm.linears import is_linear
+from vqllm.linears import is_linear, why_not_embedding
 from vqllm.runtime import cache
+from vqllm.runtime.embedding import VQEmbedding
 from vqllm.runtime.linear import VQLinear
+from vqllm.runtime.packed import PackedModule
 from vqllm_kernels import dispatch
 from vqllm_kernels.choice import bucket
 from vqllm_kernels.linear import LinearSpec
 
+ADVICE = "config.json and the weights must be those of one checkpoint."
 
-def replace_linears(model: nn.Module, linears: Mapping[str, LinearSpec]) -> None:
-    """Put an empty `VQLinear`, on the meta device, in the place of each named `nn.Linear`.
+
+def replace_modules(
+    model: nn.Module, specs: Mapping[str, LinearSpec], tied: Mapping[str, str] | None = None
+) -> None:
+    """Put an empty `VQLinear` or `VQEmbedding`, on the meta device, in the place of each named
+    `nn.Linear` or `nn.Embedding`.
 
     Args:
         model: changed in place.
-        linears: the specification of every quantized linear by full module name.
+        specs: the specification of every quantized module by full name.
+        tied: modules that use the packed tensors of another one of `specs`, which is the value.
 
     Raises:
-        CheckpointError: there is nothing to replace, or the model has no linear of that name and
-            size. The model is then unchanged.
+        CheckpointError: there is nothing to replace, or the model has no linear or embedding of
+            that name and size. The model is then unchanged.
     """
-    if not linears:
+    if not specs:
         raise CheckpointError(
             "the checkpoint names no quantized module, so nothing of it would run quantized. Get "
             "an undamaged copy, or load it as an ordinary model without its quantization_config."
         )
-    found = {name: _find(model, name, spec) for name, spec in linears.items()}
-    for name, old in found.items():
-        new = VQLinear(linears[name], old.bias is not None, old.weight.dtype)
-        new.train(old.training)
-        model.set_submodule(name, new)
+    tied = tied or {}
+    every = {**specs, **{name: specs[source] for name, source in tied.items()}}
+    new = {name: _packed_like(_find(model, name, spec), spec) for name, spec in every.items()}
+    for name, source in tied.items():
+        new[name].tie(new[source])
+    for name, module in new.items():
+        module.train(model.get_submodule(name).training)
+        model.set_submodule(name, module)
+    for name, module in new.items():
+        if isinstance(module, VQEmbedding):
+            _put_last(model, name)
 
 
-def _find(model: nn.Module, name: str, spec: LinearSpec) -> nn.Linear:
-    what = f"the checkpoint says that {name} is a quantized linear of {spec.rows} x {spec.cols}"
-    advice = "config.json and the weights must be those of one checkpoint."
+def _packed_like(old: nn.Linear | nn.Embedding, spec: LinearSpec) -> PackedModule:
+    if isinstance(old, nn.Embedding):
+        return VQEmbedding.like(old, spec)
+    return VQLinear(spec, old.bias is not None, old.weight.dtype)
+
+
+def _put_last(model: nn.Module, name: str) -> None:
+    """Order modules such that what holds packed tensors comes after what does not.
+
+    transformers takes the dtype of the first floating parameter for that of the model, also when
+    it writes config.json. That is ordinarily the embedding's; now it would be that of a scale.
+    """
+    parts = name.split(".")[:-1]
+    for i in range(len(parts) + 1):
+        parent = model.get_submodule(".".join(parts[:i]))
+        if isinstance(parent, nn.Sequential | nn.ModuleList):  # their order is what they compute
+            continue
+        children = sorted(parent._modules.items(), key=lambda item: _holds_packed(item[1]))
+        parent._modules.clear()
+        parent._modules.update(children)
+
+
+def _holds_packed(module: nn.Module | None) -> bool:
+    return module is not None and any(isinstance(m, PackedModule) for m in module.modules())
+
+
+def _find(model: nn.Module, name: str, spec: LinearSpec) -> nn.Linear | nn.Embedding:
+    what = f"the checkpoint says that {name} is quantized, {spec.rows} x {spec.cols}"
     try:
         module = model.get_submodule(name)
     except AttributeError as error:
         raise CheckpointError(
-            f"{what}, but {type(model).__name__} has no module of that name. {advice}"
+            f"{what}, but {type(model).__name__} has no module of that name. {ADVICE}"
         ) from error
-    if not is_linear(module):
+    if is_linear(module):
+        size = module.out_features, module.in_features
+    elif isinstance(module, nn.Embedding) and why_not_embedding(module) is None:
+        size = module.num_embeddings, module.embedding_dim
+        if not spec.row_wise():
+            raise CheckpointError(f"{what}, with rows that cannot be decoded one by one. {ADVICE}")
+    else:
         raise CheckpointError(
-            f"{what}, but it is a {type(module).__name__} in {type(model).__name__}. {advice}"
+            f"{what}, but it is a {type(module).__name__} in {type(model).__name__}. {ADVICE}"
         )
-    if (module.out_features, module.in_features) != (spec.rows, spec.cols):
+    if size != (spec.rows, spec.cols):
         raise CheckpointError(
-            f"{what}, but {type(model).__name__} has {module.out_features} x "
-            f"{module.in_features} there. {advice}"
+            f"{what}, but {type(model).__name__} has {size[0]} x {size[1]} there. {ADVICE}"
         )
     return module
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a quantized linear runs on. `num_rows` of x are those of one call."""
+    """What a quantized module runs on. `num_rows` of x, or tokens, are those of one call."""
 
     name: str
     spec: LinearSpec
@@ -72,7 +116,7 @@ class Run:
 
 
 def describe(model: nn.Module, num_rows: tuple[int, ...] = (1, 2048)) -> list[Run]:
-    """Which implementation each quantized linear of a model uses, and why.
+    """Which implementation each quantized linear or embedding of a model uses, and why.
 
     Args:
         num_rows: rows of x (tokens in one call) to answer for: generation feeds one a sequence, a
@@ -81,19 +125,22 @@ def describe(model: nn.Module, num_rows: tuple[int, ...] = (1, 2048)) -> list[Ru
     return [
         _describe(name, module, rows)
         for name, module in model.named_modules()
-        if isinstance(module, VQLinear)
+        if isinstance(module, PackedModule)
         for rows in num_rows
     ]
 
 
-def _describe(name: str, module: VQLinear, num_rows: int) -> Run:
+def _describe(name: str, module: PackedModule, num_rows: int) -> Run:
     device = module.device
     if module.keeps_weights():
         implementation = "dense weights, kept"
         reason = f"weight cache {cache.weight_cache()!r} on {device.type}"
+    elif isinstance(module, VQEmbedding):
+        implementation, reason = "reference", "only the rows that are looked up are decoded"
     elif device.type == "meta":
         implementation, reason = "chosen when called", "its tensors are offloaded"
     else:
+        assert isinstance(module, VQLinear)
         choice = _choice(module, num_rows)
         implementation, reason = choice.implementation, choice.reason
     return Run(

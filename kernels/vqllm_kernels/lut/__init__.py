@@ -1,3 +1,3 @@
-"""Tiles of weights as indices into one learned table: format lut-v1."""
+"""Tiles of weights as indices into learned tables: formats lut-v1 and lut-v2."""
 
-from vqllm_kernels.lut import spec  # noqa: F401 - importing registers the format
+from vqllm_kernels.lut import spec  # noqa: F401 - importing registers the formats

@@ -1,4 +1,8 @@
-"""Format lut-v1: 1 to 16 bits a tile and a table of float16; the bits are in `reference`."""
+"""Formats lut-v1 and lut-v2: 1 to 16 bits a tile, indices into tables.
+
+lut-v1 has one table of float16 (the bits are in `reference`), lut-v2 one for every group of rows
+and columns, in one of three forms, and scales (`reference_v2`).
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,7 +13,10 @@ from torch import Tensor
 from vqllm_kernels.bitpack import MAX_WIDTH, packed_bytes
 from vqllm_kernels.formats import FormatSpec, register
 from vqllm_kernels.layout import TensorLayout
-from vqllm_kernels.lut import reference
+from vqllm_kernels.lut import reference, reference_v2
+
+CODEBOOKS = ("float16", "int8", "svd")
+"""Forms in which the codebooks of lut-v2 are stored."""
 
 
 @register
@@ -45,3 +52,120 @@ class LutSpec(FormatSpec):
 
     def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Tensor:
         return reference.decode(tensors, self.tile, self.index_bits, rows, cols)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class GroupedLutSpec(FormatSpec):
+    """A codebook for each group of `group_rows` x `group_cols` weights; None is all of them.
+
+    `codebook` is the form in which codebooks are stored, `rank` belongs to "svd" only. Where
+    `scale_cols` is not None, every row of tiles has a scale for so many columns of W.
+    """
+
+    format_id: ClassVar[str] = "lut-v2"
+
+    tile_rows: int
+    tile_cols: int
+    index_bits: int
+    group_rows: int | None = None
+    group_cols: int | None = None
+    codebook: str = "float16"
+    rank: int | None = None
+    scale_cols: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tile_rows < 1 or self.tile_cols < 1 or not 1 <= self.index_bits <= MAX_WIDTH:
+            raise ValueError(
+                f"{self.format_id}: tile {self.tile} of {self.index_bits} bits; a tile has at "
+                f"least one row and column and 1..{MAX_WIDTH} bits"
+            )
+        for name, size, unit in (
+            ("group_rows", self.group_rows, self.tile_rows),
+            ("group_cols", self.group_cols, self.tile_cols),
+            ("scale_cols", self.scale_cols, self.tile_cols),
+        ):
+            if size is not None and (size < 1 or size % unit):
+                raise ValueError(
+                    f"{self.format_id}: {name} is {size}; allowed are multiples of {unit}, the "
+                    "size of a tile, and None"
+                )
+        if self.codebook not in CODEBOOKS:
+            raise ValueError(
+                f"{self.format_id}: codebook {self.codebook!r}; allowed are {', '.join(CODEBOOKS)}"
+            )
+        if self.codebook == "svd":
+            if self.rank is None or self.rank < 1 or self.tile != (1, 1):
+                raise ValueError(
+                    f"{self.format_id}: codebook svd of rank {self.rank} with tiles {self.tile}; "
+                    "needed are a rank of at least 1 and tiles (1, 1)"
+                )
+        elif self.rank is not None:
+            raise ValueError(
+                f"{self.format_id}: rank {self.rank} with codebook {self.codebook}; allowed is None"
+            )
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        return (self.tile_rows, self.tile_cols)
+
+    def num_groups(self, rows: int, cols: int) -> tuple[int, int]:
+        """Rows and columns of groups."""
+        return -(-rows // (self.group_rows or rows)), -(-cols // (self.group_cols or cols))
+
+    def layout(self, rows: int, cols: int) -> dict[str, TensorLayout]:
+        num_tile_rows, num_tile_cols = self.grid(rows, cols)
+        codes = (num_tile_rows, packed_bytes(num_tile_cols, self.index_bits))
+        layout = {"codes": TensorLayout(codes, torch.uint8, "codes", by_tile_row=True)}
+        layout |= self._codebook_layout(*self.num_groups(rows, cols))
+        if self.scale_cols is not None:
+            num_blocks = -(-cols // self.scale_cols)
+            index = (num_tile_rows, packed_bytes(num_blocks, reference_v2.SCALE_BITS))
+            table = (num_blocks, 1 << reference_v2.SCALE_BITS)
+            layout["scale_index"] = TensorLayout(index, torch.uint8, "side", by_tile_row=True)
+            layout["scale_table"] = TensorLayout(table, torch.bfloat16, "side")
+        return layout
+
+    def _codebook_layout(self, *groups: int) -> dict[str, TensorLayout]:
+        num_entries, num_elements = 1 << self.index_bits, self.tile_rows * self.tile_cols
+        entries = (*groups, num_entries, num_elements)
+        if self.codebook == "float16":
+            return {"codebook": TensorLayout(entries, torch.float16, "codebook")}
+        if self.codebook == "int8":
+            return {
+                "codebook": TensorLayout(entries, torch.int8, "codebook"),
+                "codebook_scale": TensorLayout(groups, torch.bfloat16, "codebook"),
+            }
+        assert self.rank is not None
+        return {
+            "coefficients": TensorLayout((*groups, self.rank), torch.int8, "codebook"),
+            "basis": TensorLayout((self.rank, num_entries), torch.float32, "codebook"),
+        }
+
+    def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Tensor:
+        num_tile_rows, _ = self.grid(rows, cols)
+        tile_row_I = torch.arange(num_tile_rows, device=tensors["codes"].device)
+        return self._decode(tensors, tile_row_I, cols)[:rows]
+
+    def decode_rows(self, tensors: dict[str, Tensor], index_N: Tensor, cols: int) -> Tensor:
+        tile_row_N = index_N // self.tile_rows
+        by_tile_row = {k: t.by_tile_row for k, t in self.layout(self.tile_rows, cols).items()}
+        own = {k: t[tile_row_N] if by_tile_row[k] else t for k, t in tensors.items()}
+        W_NTC = self._decode(own, tile_row_N, cols).unflatten(0, (-1, self.tile_rows))
+        return W_NTC[torch.arange(len(index_N), device=index_N.device), index_N % self.tile_rows]
+
+    def _decode(self, tensors: dict[str, Tensor], tile_row_I: Tensor, cols: int) -> Tensor:
+        """Weights of rows of tiles, given their places, [I · tile_rows, cols]."""
+        if self.group_rows is None:
+            group_I = torch.zeros_like(tile_row_I)
+        else:
+            group_I = tile_row_I // (self.group_rows // self.tile_rows)
+        return reference_v2.decode(
+            tensors,
+            self.tile,
+            self.index_bits,
+            self.group_cols and self.group_cols // self.tile_cols,
+            self.scale_cols and self.scale_cols // self.tile_cols,
+            group_I,
+            cols,
+        )

@@ -21,3 +21,13 @@ def decode(
     for i, stage in enumerate(stages[1:], start=1):
         W_RC = W_RC + stage.decode(stage_tensors(tensors, i), rows, cols)
     return W_RC
+
+
+def decode_rows(
+    tensors: dict[str, Tensor], stages: Sequence[FormatSpec], index_N: Tensor, cols: int
+) -> Tensor:
+    """Some rows of the weights, float32 [N, cols]; a stage may depend on the place of a row."""
+    W_NC = stages[0].decode_rows(stage_tensors(tensors, 0), index_N, cols)
+    for i, stage in enumerate(stages[1:], start=1):
+        W_NC = W_NC + stage.decode_rows(stage_tensors(tensors, i), index_N, cols)
+    return W_NC

@@ -42,6 +42,9 @@ class ResidualSpec(FormatSpec):
     def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Tensor:
         return reference.decode(tensors, self.stages, rows, cols)
 
+    def decode_rows(self, tensors: dict[str, Tensor], index_N: Tensor, cols: int) -> Tensor:
+        return reference.decode_rows(tensors, self.stages, index_N, cols)
+
     def to_dict(self) -> dict[str, Any]:
         return {"format": self.format_id, "stages": [stage.to_dict() for stage in self.stages]}
 

@@ -1,0 +1,93 @@
+"""An embedding whose rows stay packed until they are looked up."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vqllm.linears import AfterLookup, after_lookup
+from vqllm.runtime import cache
+from vqllm.runtime.packed import PackedModule
+from vqllm_kernels import dispatch
+from vqllm_kernels.linear import LinearSpec
+from vqllm_kernels.transforms import HadamardSpec
+
+CHUNK_WEIGHTS = 1 << 22
+"""Weights that are decoded at a time: 16 MB in float32."""
+
+
+class VQEmbedding(PackedModule):
+    """Rows of a packed matrix by token, in the dtype of the model.
+
+    Only the looked-up rows are decoded. One row of 576 features takes 0.4 ms on a CPU, 2048 take
+    11 ms (E8P twice) or 36 ms (uniform), so unlike linears an embedding keeps its decoded weights
+    only where the weight cache is "on".
+
+    Attributes:
+        rest: what the model's own kind of embedding does to the rows after the look-up, if
+            anything (Gemma scales them).
+    """
+
+    rest: AfterLookup | None
+
+    def __init__(
+        self,
+        spec: LinearSpec,
+        dtype: torch.dtype,
+        rest: AfterLookup | None = None,
+        padding_idx: int | None = None,
+        device: torch.device | str = "meta",
+    ) -> None:
+        """An empty embedding.
+
+        Args:
+            spec: what is packed, and how; it must be `row_wise`.
+            dtype: that of the rows.
+            padding_idx: as that of `nn.Embedding`, where it means something to training only.
+            device: where the tensors are made; "meta" waits for a loader to fill them.
+        """
+        super().__init__(spec, dtype, device)
+        if not spec.row_wise():
+            raise ValueError(f"rows of {spec} cannot be decoded one by one")
+        self.num_embeddings, self.embedding_dim = spec.rows, spec.cols
+        self.padding_idx = padding_idx
+        self.rest = rest
+
+    @classmethod
+    def like(cls, module: nn.Embedding, spec: LinearSpec) -> "VQEmbedding":
+        """An empty embedding in the place of `module`."""
+        return cls(spec, module.weight.dtype, after_lookup(module), module.padding_idx)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows [..., embedding_dim] of tokens [...]."""
+        W_RC = self._kept_weights(self._dtype)
+        rows = self._decoded(input) if W_RC is None else F.embedding(input, W_RC)
+        return rows if self.rest is None else self.rest(rows)
+
+    def _decoded(self, tokens: Tensor) -> Tensor:
+        """Rows of tokens [...], decoded a chunk of tokens at a time."""
+        if tokens.numel() == 0:
+            shape = (*tokens.shape, self.embedding_dim)
+            return torch.empty(shape, dtype=self._dtype, device=tokens.device)
+        chunk = max(1, CHUNK_WEIGHTS // (self.spec.format.tile[0] * self.embedding_dim))
+        own, states = self.spec.split(self.packed)
+        parts = []
+        for index_N in tokens.reshape(-1).long().split(chunk):
+            rows = dispatch.decode_rows(own, self.spec.format, index_N, self.embedding_dim)
+            for transform, state in reversed(list(zip(self.spec.transforms, states))):
+                if isinstance(transform, HadamardSpec):  # the inverse is the transpose
+                    rows = dispatch.transform(rows, transform, state, "output")
+                else:
+                    rows = transform.inverse(rows, state)
+            parts.append(rows.to(self._dtype))
+        return torch.cat(parts).view(*tokens.shape, self.embedding_dim)
+
+    def keeps_weights(self) -> bool:
+        """Whether the decoded weights are kept from one call to the next."""
+        return cache.weight_cache() == "on" and super().keeps_weights()
+
+    def extra_repr(self) -> str:
+        transforms = ", ".join(t.kind for t in self.spec.transforms) or "none"
+        return (
+            f"{self.num_embeddings}, {self.embedding_dim}, format={self.spec.format.format_id}, "
+            f"transforms={transforms}"
+        )

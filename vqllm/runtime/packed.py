@@ -1,0 +1,127 @@
+"""What modules with a packed matrix have in common: its tensors, and how they move and are kept."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from vqllm.runtime import cache
+from vqllm_kernels import layout
+from vqllm_kernels.linear import LinearSpec
+
+
+class PackedModule(nn.Module):
+    """A matrix [rows, cols] packed as `spec` says.
+
+    The packed tensors are parameters (accelerate moves parameters when it offloads, buffers stay
+    behind) under the names of `spec.layout()`, and need no gradient. Their dtypes belong to the
+    format: `.to(dtype)`, `.half()` and the like leave them alone.
+    """
+
+    def __init__(
+        self, spec: LinearSpec, dtype: torch.dtype, device: torch.device | str = "meta"
+    ) -> None:
+        """Empty tensors.
+
+        Args:
+            spec: what is packed, and how.
+            dtype: that of the weight, to code that asks.
+            device: where the tensors are made; "meta" waits for a loader to fill them.
+        """
+        super().__init__()
+        self.spec = spec
+        self._dtype = dtype
+        for name, tensor in spec.layout().items():
+            self.register_parameter(
+                name, frozen(torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+            )
+        self._packed_names = list(spec.layout())
+        self._dense: Tensor | None = None
+        self._dense_key: tuple[object, ...] = ()
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> Self:
+        """Take these tensors as the packed ones. ValueError if they are not those of `spec`."""
+        layout.check(dict(tensors), self.spec.layout(), "packed tensors")
+        for name, tensor in tensors.items():
+            self.register_parameter(name, frozen(tensor))
+        return self
+
+    def tie(self, other: "PackedModule") -> None:
+        """Use the packed tensors of another module of the same specification, not a copy."""
+        for name in self._packed_names:
+            self.register_parameter(name, getattr(other, name))
+
+    @property
+    def weight(self) -> Tensor:
+        """A stand-in on the meta device, for model code that asks for shape or dtype."""
+        return torch.empty(self.spec.rows, self.spec.cols, dtype=self._dtype, device="meta")
+
+    @property
+    def packed(self) -> dict[str, Tensor]:
+        """The packed tensors by name."""
+        return {name: getattr(self, name) for name in self._packed_names}
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weights [rows, cols] in the model's own basis.
+
+        Args:
+            dtype: what they are rounded to, once, from float32; None is the dtype of the model.
+        """
+        return self.spec.dequantize(self.packed, dtype or self._dtype)
+
+    def is_offloaded(self) -> bool:
+        """Whether accelerate moves the tensors in and out at every call."""
+        hook = getattr(self, "_hf_hook", None)
+        return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,)))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed tensors are; "meta" while they are offloaded."""
+        return getattr(self, self._packed_names[0]).device
+
+    def keeps_weights(self) -> bool:
+        """Whether the decoded weights are kept from one call to the next."""
+        return cache.keeps_weights(self.device) and not self.is_offloaded()
+
+    def _kept_weights(self, dtype: torch.dtype) -> Tensor | None:
+        if torch.compiler.is_compiling():
+            # A graph takes what an earlier call decoded; keeping something new would break it.
+            return self._dense if self._dense is not None and self._dense.dtype == dtype else None
+        if not self.keeps_weights():
+            self._dense = None
+            return None
+        # The address and version of each packed tensor tell a replaced or overwritten one.
+        key = (dtype, *((t.data_ptr(), _version(t)) for t in self.packed.values()))
+        if self._dense is None or key != self._dense_key:
+            cache.tell_once(dtype)
+            # What is decoded in inference mode could never be used with gradients.
+            with torch.inference_mode(False), torch.no_grad():
+                self._dense, self._dense_key = self.dequantize(dtype), key
+        return self._dense
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        packed = {id(tensor) for tensor in self.packed.values()}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            if id(tensor) in packed and changed.dtype != tensor.dtype:
+                return tensor.to(changed.device)
+            return changed
+
+        super()._apply(keep_dtype, recurse)
+        self._dense = None
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_dense": None, "_dense_key": ()}
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A parameter that needs no gradient."""
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
