@@ -1,6 +1,7 @@
 """Learned codebooks: the assignments, the means, the weights and the odd inputs."""
 
 import itertools
+import resource
 
 import pytest
 import torch
@@ -166,6 +167,21 @@ def test_same_bytes_with_any_number_of_threads(tile_cols, index_bits, weighted):
     assert all(torch.equal(codebook, codebooks[0]) for codebook in codebooks)
     other = codec.fit(X, weight, generator(1))["codebook"]
     assert not torch.equal(other, codebooks[0]), "another sample"
+
+
+def test_memory_does_not_grow_with_the_number_of_vectors():
+    """With 65536 entries there are 32 vectors to a chunk of distances, 8 MB."""
+    table = gaussian(1 << 16, 8)
+    nearest_entry(gaussian(64, 8), table)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    nearest_entry(gaussian(1 << 12, 8, seed=1), table)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # of 1024 bytes
+
+
+def test_many_entries_are_fitted_on_enough_tiles():
+    assert build(index_bits=8).largest_sample == 1 << 17
+    assert build(index_bits=16).largest_sample == 1 << 20
+    assert build(index_bits=16, sample=1000).largest_sample == 1000
 
 
 def test_weights_too_large_for_float16():

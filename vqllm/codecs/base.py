@@ -120,14 +120,15 @@ def nearest_entry(x_NE: Tensor, table_KE: Tensor, num: int = 1) -> Tensor:
     center_E = (table_KE.amin(0) + table_KE.amax(0)) / 2
     table_KE = table_KE - center_E
     norms_K = (table_KE * table_KE).sum(1)
-    indices = []
-    for chunk in (x_NE - center_E).split(max(1, MAX_DISTANCES // len(table_KE))):
-        cost_NK = torch.addmm(norms_K, chunk, table_KE.T, alpha=-2)
-        if num == 1:
-            indices.append(cost_NK.argmin(1, keepdim=True))
-        else:
-            indices.append(smallest(cost_NK, num))
-    return torch.cat(indices)
+    index_NK = torch.empty(len(x_NE), num, dtype=torch.int64, device=x_NE.device)
+    at_a_time = max(1, MAX_DISTANCES // len(table_KE))
+    for start in range(0, len(x_NE), at_a_time):
+        own = slice(start, start + at_a_time)
+        cost_NK = torch.addmm(norms_K, x_NE[own] - center_E, table_KE.T, alpha=-2)
+        # Small tensors that outlive a pass would lie in the holes that the large ones leave in the
+        # heap: with 65536 entries 2^16 vectors then took 17 GB.
+        index_NK[own] = cost_NK.argmin(1, keepdim=True) if num == 1 else smallest(cost_NK, num)
+    return index_NK
 
 
 def smallest(values_NK: Tensor, num: int) -> Tensor:
