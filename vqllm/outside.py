@@ -147,7 +147,9 @@ def plan(model: Any, recipe: Recipe) -> list[Matrix]:
         if len(parts) < 2:
             return []
         names = (parts["embeddings"][0], parts["head"][0])
-        return [_matrix(names, parts["head"][1], recipe.of(parts["head"][2]), is_head=True)]
+        assert recipe.head is not None, "checked"
+        both = recipe.head.model_copy(update={"damping": recipe.head.tied_damping()})
+        return [_matrix(names, parts["head"][1], recipe.of(both), is_head=True)]
     return [
         _matrix((name,), module, recipe.of(part), is_head=key == "head")
         for key, (name, module, part) in parts.items()

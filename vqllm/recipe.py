@@ -174,6 +174,22 @@ class Head(Vocabulary):
     """How the output head is stored, and an embedding that is tied to it."""
 
     rounding: Annotated[SerializeAsAny[Rounding], _build(ROUNDINGS)] = LDLQ()
+    damping: float | None = Field(
+        default=None,
+        gt=0,
+        le=10,
+        description="of the Hessian of the head's input; by default hessian.damping, and 1 where "
+        "an embedding is tied to the head",
+    )
+
+    def tied_damping(self) -> float:
+        """`damping` for a matrix that is an embedding too: errors of its looked-up rows count in
+        all features alike, as much as those of the head do on average.
+
+        The demo model with layers at 2 bits, 2 windows, ratio of the perplexities with this matrix
+        at 4 bits and as it was: 1.043 at 0.01, 1.027 at 0.1, 1.017 at 1, 1.036 at 3.
+        """
+        return 1.0 if self.damping is None else self.damping
 
 
 class Recipe(Settings):
@@ -233,6 +249,9 @@ class Recipe(Settings):
         """This recipe with the codec, transforms and rounding of the embedding or the head, and
         without tuning."""
         own = {name: getattr(part, name) for name in Vocabulary.model_fields}
+        damping = getattr(part, "damping", None)
+        if damping is not None:
+            own["hessian"] = self.hessian.model_copy(update={"damping": damping})
         return self.model_copy(update={"tuning": (), **own})
 
     def to_dict(self) -> JSON:

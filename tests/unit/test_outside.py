@@ -153,12 +153,16 @@ def test_plan() -> None:
     assert both.names == ("model.embed_tokens", "lm_head")
     assert both.tied == {"lm_head": "model.embed_tokens"}
     assert (both.is_head, both.recipe.rounding.type) == (True, "ldlq")
+    assert both.recipe.hessian.damping == 1
+    given = recipe(embeddings={"codec": UNIFORM}, head={"codec": UNIFORM, "damping": 0.2})
+    assert outside.plan(tied, given)[0].recipe.hessian.damping == 0.2
     embedding, head = outside.plan(tiny_model("llama", tie_word_embeddings=False), BOTH)
     assert (embedding.names, embedding.recipe.rounding.type) == (
         ("model.embed_tokens",),
         "nearest",
     )
     assert (head.names, head.is_head, head.tied) == (("lm_head",), True, {})
+    assert head.recipe.hessian.damping == embedding.recipe.hessian.damping == 0.01
     skipped = recipe(embeddings={"codec": UNIFORM}, head={"codec": UNIFORM}, skip=["lm_head"])
     assert outside.plan(tied, skipped) == []
 
