@@ -86,6 +86,11 @@ class Codec(Part, ABC):
     def tile(self) -> tuple[int, int]:
         """(rows, cols) of W that are coded together."""
 
+    @property
+    def num_symbols(self) -> int:
+        """Integers that code one tile, M."""
+        return 1
+
     @abstractmethod
     def spec(self) -> FormatSpec:
         """The packed format: joins this codec, its stored tensors and its kernels."""

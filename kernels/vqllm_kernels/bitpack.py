@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 MAX_WIDTH = 16
+_AT_A_TIME = 1 << 22
+"""Symbols at a time where only a number of them is wanted."""
 
 
 def packed_bytes(num_symbols: int, width: int) -> int:
@@ -127,6 +129,25 @@ def unpack_wide(packed: Tensor, width: int, num_symbols: int) -> Tensor:
     symbol = torch.arange(num_symbols, device=packed.device)[:, None]
     first = symbol * width + MAX_WIDTH * torch.arange(len(widths), device=packed.device)
     return _windows(packed, first) & ((1 << widths) - 1)
+
+
+def count_beyond(packed: Tensor, width: int, num_symbols: int, limit: int) -> int:
+    """How many of the packed symbols are `limit` or larger.
+
+    Args:
+        packed: uint8 tensor [rows, ceil(num_symbols·width/8)].
+    """
+    if limit >= 1 << width:
+        return 0
+    total = 0
+    for part in packed.split(max(_AT_A_TIME // num_symbols, 1)):
+        limbs = unpack_wide(part, width, num_symbols)
+        beyond = torch.ones_like(limbs[..., 0], dtype=torch.bool)
+        for m in range(limbs.shape[-1]):  # the last limb, the highest, decides first
+            own = limit >> MAX_WIDTH * m & (1 << MAX_WIDTH) - 1
+            beyond = (limbs[..., m] > own) | (limbs[..., m] == own) & beyond
+        total += int(beyond.sum())
+    return total
 
 
 def _limb_widths(width: int) -> list[int]:

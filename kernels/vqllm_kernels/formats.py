@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor
 
-from vqllm_kernels.layout import TensorLayout
+from vqllm_kernels.layout import TensorLayout, not_finite
 
 SpecClass = TypeVar("SpecClass", bound="type[FormatSpec]")
 
@@ -52,6 +52,14 @@ class FormatSpec(ABC):
         own = {k: t[tile_row_N] if by_tile_row[k] else t for k, t in tensors.items()}
         W_NTC = self.decode(own, len(index_N) * tile_rows, cols).unflatten(0, (-1, tile_rows))
         return W_NTC[torch.arange(len(index_N), device=index_N.device), index_N % tile_rows]
+
+    def problem(self, tensors: dict[str, Tensor], rows: int, cols: int) -> str | None:
+        """What is wrong with the values of tensors that are those of the layout, or None.
+
+        Readers refuse tensors with a problem. Here: a number that is not finite. A format in which
+        some codes, or some values of other tensors, mean nothing looks for those as well.
+        """
+        return not_finite(tensors)
 
     def grid(self, rows: int, cols: int) -> tuple[int, int]:
         """Tile rows and tile columns of a linear, padding included."""

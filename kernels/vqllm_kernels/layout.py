@@ -1,6 +1,7 @@
 """What tensors a packed linear has: the vocabulary shared by formats, readers and writers."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,3 +37,12 @@ def check(tensors: dict[str, torch.Tensor], layout: dict[str, TensorLayout], wha
                 f"{what}: {name} is {got.dtype} {tuple(got.shape)}, "
                 f"expected {want.dtype} {want.shape}"
             )
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Which of the tensors has a NaN or an infinity, and how many; None if there is none."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            bad = int((~tensor.isfinite()).sum())
+            return f"{bad} of the {tensor.numel()} numbers of {name} are NaN or infinite"
+    return None

@@ -50,6 +50,14 @@ class LinearSpec:
         ]
         return own, others
 
+    def problem(self, tensors: dict[str, Tensor]) -> str | None:
+        """What is wrong with the values of tensors that are those of the layout, or None."""
+        own, others = self.split(tensors)
+        for transform, state in zip(self.transforms, others):
+            if problem := transform.problem(state):
+                return f"{transform.kind} transform: {problem}"
+        return self.format.problem(own, self.rows, self.cols)
+
     def row_wise(self) -> bool:
         """Whether some rows can be decoded without the others: no transform mixes rows, and every
         stored tensor either has its own part for each row of tiles or is the same for all rows."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vqllm_kernels.bitpack import pack_bits, packed_bytes, unpack_bits
 from vqllm_kernels.hadamard import reference as hadamard
-from vqllm_kernels.layout import TensorLayout
+from vqllm_kernels.layout import TensorLayout, not_finite
 
 Tensors = dict[str, Tensor]
 
@@ -55,6 +55,10 @@ class TransformSpec(ABC):
     @abstractmethod
     def apply_transpose(self, v: Tensor, tensors: Tensors) -> Tensor:
         """Aᵀ v along the last axis: the inverse of `apply_inverse_transpose`."""
+
+    def problem(self, tensors: Tensors) -> str | None:
+        """What is wrong with the values of the stored tensors, or None."""
+        return not_finite(tensors)
 
     def input(self, x: Tensor, tensors: Tensors) -> Tensor:
         """x' from x, any leading axes (side "in")."""
@@ -158,6 +162,10 @@ class ScaleSpec(TransformSpec):
     apply_inverse_transpose = apply_inverse
     apply_transpose = apply
 
+    def problem(self, tensors: Tensors) -> str | None:
+        zeros = int((tensors["scale"] == 0).sum())
+        return super().problem(tensors) or (f"{zeros} entries of scale are 0" if zeros else None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PermutationSpec(TransformSpec):
@@ -176,6 +184,13 @@ class PermutationSpec(TransformSpec):
 
     apply_inverse_transpose = apply
     apply_transpose = apply_inverse
+
+    def problem(self, tensors: Tensors) -> str | None:
+        p = tensors["permutation"]
+        once = torch.arange(self.size, dtype=p.dtype, device=p.device)
+        if torch.equal(p.sort().values, once):
+            return None
+        return f"permutation does not have every index of 0..{self.size - 1} once"
 
 
 _KINDS: dict[str, type[TransformSpec]] = {

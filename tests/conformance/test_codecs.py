@@ -182,6 +182,14 @@ EXTRA = {
         "index_bits": 3,
         "rounds": 2,
     },
+    "residual-several-symbols": {
+        "type": "residual",
+        "stages": [
+            {"type": "pyramid", "dim": 8, "bits": 3},
+            {"type": "learned_lattice", "dim": 8, "bits": 1},
+            {"type": "e81b"},
+        ],
+    },
     "residual-uniform": {
         "type": "residual",
         "stages": [
@@ -241,6 +249,7 @@ def test_codes_and_reproductions_have_the_declared_form(name, shape):
     codec, X_IJE, state, codes_IJM = fitted(name, shape)
     assert codes_IJM.dtype == torch.int32
     assert codes_IJM.shape[:2] == tiles.grid(*shape, codec.tile) == codec.spec().grid(*shape)
+    assert codes_IJM.shape[2] == codec.num_symbols
     decoded = codec.decode(codes_IJM, state)
     assert decoded.dtype == torch.float32
     assert decoded.shape == X_IJE.shape
@@ -290,6 +299,22 @@ def test_format_decodes_what_the_codec_decodes(name, shape):
     from_format = codec.spec().decode(codec.pack(codes_IJM, state), *shape)
     assert from_format.dtype == torch.float32
     assert torch.equal(from_format, W_RC)
+
+
+@each_shape
+@each_configuration
+def test_packed_tensors_have_no_problem_unless_not_finite(name, shape):
+    codec, _, state, codes_IJM = fitted(name, shape)
+    packed, spec = codec.pack(codes_IJM, state), codec.spec()
+    assert spec.problem(packed, *shape) is None
+    if shape == SHAPES[0]:
+        for key, tensor in packed.items():
+            if tensor.is_floating_point():
+                broken = tensor.clone()
+                broken.flatten()[-1] = torch.nan
+                problem = spec.problem({**packed, key: broken}, *shape)
+                assert problem is not None
+                assert "are NaN or infinite" in problem
 
 
 @each_shape

@@ -366,6 +366,32 @@ def test_tensor_that_is_not_what_its_specification_asks_for(
         Checkpoint.open(fake.folder, verify=False)
 
 
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("s0_scale", lambda t: t * torch.nan, "stage 0: 1 of the 1 numbers of scale are NaN"),
+        ("t0_scale", lambda t: t * 0, "scale transform: 64 entries of scale are 0"),
+        ("t1_permutation", lambda t: t * 0, "not have every index of 0..63 once"),
+    ],
+)
+def test_values_that_cannot_be_decoded(
+    key: str,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    message: str,
+    fake: FakeCheckpoint,
+    tmp_path: Path,
+) -> None:
+    module = "model.layers.0.mlp.up_proj"
+    tensors = load_file(fake.folder / SHARD)
+    tensors[f"{module}.{key}"] = change(tensors[f"{module}.{key}"])
+    atomic.write_shard(fake.folder / SHARD, tensors, tmp_path)
+    checkpoint = Checkpoint.open(fake.folder, verify=False)
+    with pytest.raises(CheckpointError, match=rf"{module}: .*{message}"):
+        checkpoint.dense(module)
+    with pytest.raises(CheckpointError, match=rf"{module}: .*{message}"):
+        AutoModelForCausalLM.from_pretrained(fake.folder)
+
+
 def test_no_folder_and_no_json(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is no checkpoint: it has no config\.json"):
         Checkpoint.open(tmp_path / "absent")

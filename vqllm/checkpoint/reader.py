@@ -123,8 +123,15 @@ class Checkpoint:
             raise CheckpointError(f"{path} cannot be read: {error}. {DAMAGED}") from error
 
     def packed(self, module: str) -> dict[str, Tensor]:
-        """The stored tensors of a quantized module under their own names, bias excluded."""
-        return {name: self.read(f"{module}.{name}") for name in self.linears[module].layout()}
+        """The stored tensors of a quantized module under their own names, bias excluded.
+
+        CheckpointError when a file is damaged or a value cannot be decoded.
+        """
+        spec = self.linears[module]
+        tensors = {name: self.read(f"{module}.{name}") for name in spec.layout()}
+        if problem := spec.problem(tensors):
+            raise CheckpointError(f"{self.folder}: {module}: {problem}. {DAMAGED}")
+        return tensors
 
     def dense(self, module: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights of a quantized module [R, C] in the model's own basis, computed in float32

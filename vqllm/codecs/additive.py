@@ -35,7 +35,7 @@ from torch import Tensor
 
 from vqllm.codecs import lloyd
 from vqllm.codecs.base import CODECS, check_finite, weigh
-from vqllm.codecs.kmeans import ClusteredCodec, check_tables, narrowed
+from vqllm.codecs.kmeans import ClusteredCodec, narrowed
 from vqllm.types import Point, State
 from vqllm_kernels.bitpack import pack_bits, unpack_bits
 from vqllm_kernels.lut.spec import LutSpec
@@ -82,6 +82,10 @@ class Additive(ClusteredCodec):
     rounds: int = Field(
         10, ge=0, description="improvements of all codes and codebooks together, at most"
     )
+
+    @property
+    def num_symbols(self) -> int:
+        return self.codebooks
 
     def spec(self) -> ResidualSpec:
         stage = LutSpec(
@@ -173,7 +177,6 @@ class Additive(ClusteredCodec):
         return {f"s{m}_codes": pack_bits(c, self.index_bits) for m, c in enumerate(codes)} | state
 
     def unpack(self, tensors: dict[str, Tensor], rows: int, cols: int) -> tuple[Tensor, State]:
-        check_tables(tensors, self)
         _, num_tile_cols = self.spec().grid(rows, cols)
         stages = [stage_tensors(tensors, m) for m in range(self.codebooks)]
         codes = [unpack_bits(own["codes"], self.index_bits, num_tile_cols) for own in stages]

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from vqllm.codecs import lloyd
 from vqllm.codecs.base import CODECS, check_finite, weigh
-from vqllm.codecs.kmeans import ClusteredCodec, check_tables, narrowed
+from vqllm.codecs.kmeans import ClusteredCodec, narrowed
 from vqllm.errors import RecipeError
 from vqllm.types import Point, State
 from vqllm_kernels.bitpack import pack_bits, unpack_bits
@@ -277,7 +277,6 @@ class GroupedKMeans(ClusteredCodec):
         return packed
 
     def unpack(self, tensors: dict[str, Tensor], rows: int, cols: int) -> tuple[Tensor, State]:
-        check_tables(tensors, self)
         _, num_tile_cols = self.spec().grid(rows, cols)
         codes_IJM = unpack_bits(tensors["codes"], self.index_bits, num_tile_cols)[..., None]
         state = {}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vqllm.codecs import lloyd
 from vqllm.codecs.base import CODECS, SearchableCodec, check_finite, nearest_entry, weigh
-from vqllm.errors import CheckpointError, NumericalError, RecipeError
+from vqllm.errors import NumericalError, RecipeError
 from vqllm.types import Codec, Point, State
 from vqllm_kernels.bitpack import MAX_WIDTH, pack_bits, unpack_bits
 from vqllm_kernels.lut.spec import LutSpec
@@ -174,7 +174,6 @@ class KMeans(ClusteredCodec, SearchableCodec):
         return {"codes": pack_bits(codes_IJM[..., 0], self.index_bits), **state}
 
     def unpack(self, tensors: dict[str, Tensor], rows: int, cols: int) -> tuple[Tensor, State]:
-        check_tables(tensors, self)
         _, num_tile_cols = self.spec().grid(rows, cols)
         codes_IJM = unpack_bits(tensors["codes"], self.index_bits, num_tile_cols)[..., None]
         return codes_IJM, {"codebook": tensors["codebook"]}
@@ -184,14 +183,3 @@ def narrowed(weight_IJE: Tensor) -> Tensor:
     """Weights as [..., 1] where each tile has one, which leaves its distances Euclidean."""
     one = bool((weight_IJE == weight_IJE[..., :1]).all())
     return weight_IJE[..., :1] if one else weight_IJE
-
-
-def check_tables(tensors: dict[str, Tensor], codec: Codec) -> None:
-    """Raise CheckpointError if a stored table has a NaN or an infinity."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            bad = int((~tensor.isfinite()).sum())
-            raise CheckpointError(
-                f"codec {codec.type}: {bad} of the {tensor.numel()} numbers of {name} are NaN or "
-                "infinite; only finite ones can be decoded. Get an undamaged copy."
-            )

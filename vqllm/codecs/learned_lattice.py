@@ -171,6 +171,10 @@ class LearnedLattice(Codec):
     def tile(self) -> tuple[int, int]:
         return (1, self.dim)
 
+    @property
+    def num_symbols(self) -> int:
+        return self.dim
+
     def spec(self) -> LearnedLatticeSpec:
         return LearnedLatticeSpec(
             widths=self._widths,

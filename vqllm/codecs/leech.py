@@ -20,6 +20,8 @@ once, or those of 12 twice, of 11 three times, of 10 four times ... each time wi
 Source: LLVQ, arXiv 2603.11021 (spherical and shape-gain); the fitted gains are ours.
 """
 
+import logging
+from functools import cache
 from typing import ClassVar, Literal
 
 import torch
@@ -32,6 +34,8 @@ from vqllm.types import Point, State
 from vqllm_kernels.bitpack import pack_bits, unpack_bits
 from vqllm_kernels.leech import reference
 from vqllm_kernels.leech.spec import LeechSpec
+
+logger = logging.getLogger(__name__)
 
 _SPHERICAL_SCALE = 0.98
 """Distortion of 2^20 Gaussian weights: 0.07754 at 0.96, 0.07726 at 0.98, 0.07742 at 1."""
@@ -143,6 +147,10 @@ class Leech(ScaledCodec):
     def tile(self) -> tuple[int, int]:
         return (1, reference.DIMENSIONS)
 
+    @property
+    def num_symbols(self) -> int:
+        return self.spec().index_bits // reference.SYMBOL_BITS
+
     def _levels(self) -> list[tuple[int, float]]:
         """Shell and norm of each level."""
         radii = _RADII[self.shape, self.rate]
@@ -167,6 +175,8 @@ class Leech(ScaledCodec):
         # Imported here: numba takes longer to import than all the rest.
         from vqllm.codecs import leech_nearest
 
+        if X_IJE.device.type != "cpu":
+            _tell_once()
         spec, gain_L = self.spec(), state["gains"].cpu().double()
         weight_EE = None
         if weight_E is not None:
@@ -192,7 +202,15 @@ class Leech(ScaledCodec):
 
     def unpack(self, tensors: dict[str, Tensor], rows: int, cols: int) -> tuple[Tensor, State]:
         spec = self.spec()
-        num_symbols = spec.index_bits // reference.SYMBOL_BITS
         num_tile_cols = spec.grid(rows, cols)[1]
-        codes = unpack_bits(tensors["codes"], reference.SYMBOL_BITS, num_tile_cols * num_symbols)
-        return codes.unflatten(1, (-1, num_symbols)), {"gains": tensors["gains"]}
+        codes = unpack_bits(
+            tensors["codes"], reference.SYMBOL_BITS, num_tile_cols * self.num_symbols
+        )
+        return codes.unflatten(1, (-1, self.num_symbols)), {"gains": tensors["gains"]}
+
+
+@cache
+def _tell_once() -> None:
+    logger.warning(
+        "the search for Leech points runs on the CPU, whatever the device of the weights"
+    )

@@ -128,6 +128,10 @@ class Pyramid(ScaledCodec):
     def tile(self) -> tuple[int, int]:
         return (1, self.dim)
 
+    @property
+    def num_symbols(self) -> int:
+        return -(-self.spec().tile_bits // reference.SYMBOL_BITS)
+
     def spec(self) -> PyramidSpec:
         if self.pulses is not None and self.levels is not None:
             return PyramidSpec(dim=self.dim, pulses=self.pulses, levels=self.levels)

@@ -23,6 +23,7 @@ Source: residual vector quantization; the E8 pairs with other scales and greedy 
 arXiv 2402.04396, section 4.
 """
 
+from functools import reduce
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -138,6 +139,10 @@ class Residual(Codec):
     def tile(self) -> tuple[int, int]:
         return self.stages[0].tile
 
+    @property
+    def num_symbols(self) -> int:
+        return sum(stage.num_symbols for stage in self.stages)
+
     def spec(self) -> ResidualSpec:
         return ResidualSpec(stages=tuple(stage.spec() for stage in self.stages))
 
@@ -202,7 +207,6 @@ class Residual(Codec):
         for i, stage in enumerate(self.stages):
             own = stage_tensors(state, i)
             codes.append(stage.encode(rest_IJE, own, col, weight_E))
-            assert codes[-1].shape[2] == 1, f"{stage.type} codes a tile in several symbols"
             rest_IJE = rest_IJE - stage.decode(codes[-1], own, col)
         return torch.cat(codes, -1)
 
@@ -233,10 +237,15 @@ class Residual(Codec):
         return codes_NBM
 
     def decode(self, codes_IJM: Tensor, state: State, col: int = 0) -> Tensor:
-        X_IJE = self.stages[0].decode(codes_IJM[..., :1], stage_tensors(state, 0), col)
-        for i, stage in enumerate(self.stages[1:], start=1):
-            X_IJE = X_IJE + stage.decode(codes_IJM[..., i : i + 1], stage_tensors(state, i), col)
-        return X_IJE
+        decoded = [
+            stage.decode(own_IJM, stage_tensors(state, i), col)
+            for i, (stage, own_IJM) in enumerate(zip(self.stages, self._by_stage(codes_IJM)))
+        ]
+        return reduce(torch.add, decoded)
+
+    def _by_stage(self, codes_IJM: Tensor) -> tuple[Tensor, ...]:
+        """The symbols of each stage."""
+        return codes_IJM.split([stage.num_symbols for stage in self.stages], -1)
 
     def project(self, state: State) -> State:
         states = [
@@ -246,8 +255,8 @@ class Residual(Codec):
 
     def pack(self, codes_IJM: Tensor, state: State) -> dict[str, Tensor]:
         packed = {}
-        for i, stage in enumerate(self.stages):
-            tensors = stage.pack(codes_IJM[..., i : i + 1], stage_tensors(state, i))
+        for i, (stage, own_IJM) in enumerate(zip(self.stages, self._by_stage(codes_IJM))):
+            tensors = stage.pack(own_IJM, stage_tensors(state, i))
             packed |= {f"s{i}_{name}": tensor for name, tensor in tensors.items()}
         return packed
 

@@ -126,6 +126,11 @@ class Split(Codec):
         return self.spec().tile
 
     @property
+    def num_symbols(self) -> int:
+        sizes = zip(self._inner, self._parts)
+        return max(inner.num[0] * inner.num[1] * part.num_symbols for inner, part in sizes)
+
+    @property
     def weighted(self) -> bool:  # type: ignore[override]
         # Tiles that are coded one by one inside a larger one would need its weights in parts.
         return self.first.tile == self.rest.tile and all(part.weighted for part in self._parts)
@@ -140,22 +145,19 @@ class Split(Codec):
     def fit(self, X_IJE: Tensor, weight_IJE: Tensor | None, generator: torch.Generator) -> State:
         """The states of the parts under `first_` and `rest_` + name.
 
-        Also `num_first` int64 [1], the columns of tiles of the first part, and `num_symbols` int64
-        [2], of a tile of each part.
+        Also `num_first` int64 [1], the columns of tiles of the first part.
         """
         check_finite(X_IJE, self)
         first, _ = num_columns(self.share, X_IJE.shape[1])
         # Without a column of its own the first part is fitted to all: it has tensors to store.
         owns = slice(0, first or None), slice(first, None)
-        state = {}
-        num_symbols = []
+        state = {"num_first": torch.tensor([first], device=X_IJE.device)}
         for name, part, inner, own in zip(PARTS, self._parts, self._inner, owns):
             weight = None if weight_IJE is None else weight_IJE.expand_as(X_IJE)[:, own]
             x_IJE = inner.inward(X_IJE[:, own])
             fitted = part.fit(x_IJE, None if weight is None else inner.inward(weight), generator)
-            num_symbols.append(part.encode(x_IJE[:, :1], fitted).shape[2])
             state |= {f"{name}_{key}": tensor for key, tensor in fitted.items()}
-        return state | _counts(first, num_symbols, X_IJE.device)
+        return state
 
     def encode(
         self, X_IJE: Tensor, state: State, col: int = 0, weight_E: Tensor | None = None
@@ -163,20 +165,19 @@ class Split(Codec):
         check_finite(X_IJE, self)
         if not self.weighted:
             weight_E = None
-        total = self._num_symbols(state)
         codes = []
         for i, own, part_col in self._stretches(state, col, X_IJE.shape[1]):
             part, inner = self._parts[i], self._inner[i]
             own_state = part_tensors(state, PARTS[i])
             found = part.encode(inner.inward(X_IJE[:, own]), own_state, part_col, weight_E)
-            codes.append(inner.symbols_outward(found, total))
+            codes.append(inner.symbols_outward(found, self.num_symbols))
         return torch.cat(codes, 1)
 
     def decode(self, codes_IJM: Tensor, state: State, col: int = 0) -> Tensor:
         tiles = []
         for i, own, part_col in self._stretches(state, col, codes_IJM.shape[1]):
             part, inner = self._parts[i], self._inner[i]
-            codes = inner.symbols_inward(codes_IJM[:, own], int(state["num_symbols"][i]))
+            codes = inner.symbols_inward(codes_IJM[:, own], part.num_symbols)
             decoded = part.decode(codes, part_tensors(state, PARTS[i]), part_col)
             tiles.append(inner.outward(decoded))
         return torch.cat(tiles, 1)
@@ -195,7 +196,7 @@ class Split(Codec):
             name, part, inner = PARTS[i], self._parts[i], self._inner[i]
             if own.shape[1] == 0:
                 own = torch.zeros_like(codes_IJM[:, :1])
-            codes = inner.symbols_inward(own, int(state["num_symbols"][i]))
+            codes = inner.symbols_inward(own, part.num_symbols)
             tensors = part.pack(codes, part_tensors(state, name))
             tensors = stacked(tensors, part.spec(), self.tile[0])
             packed |= {f"{name}_{key}": tensor for key, tensor in tensors.items()}
@@ -212,18 +213,12 @@ class Split(Codec):
             own_codes, own_state = part.unpack(own, *size)
             codes.append(own_codes)
             state |= {f"{name}_{key}": tensor for key, tensor in own_state.items()}
-        state |= _counts(nums[0], [c.shape[2] for c in codes], codes[0].device)
-        total = self._num_symbols(state)
+        state["num_first"] = torch.tensor(nums[:1], device=codes[0].device)
         outward = [
-            inner.symbols_outward(c, total)[:, :num]
+            inner.symbols_outward(c, self.num_symbols)[:, :num]
             for inner, c, num in zip(self._inner, codes, nums)
         ]
         return torch.cat(outward, 1), state
-
-    def _num_symbols(self, state: State) -> int:
-        """Symbols of a tile of the whole."""
-        sizes = zip(self._inner, state["num_symbols"].tolist())
-        return max(inner.num[0] * inner.num[1] * num for inner, num in sizes)
 
     def _stretches(self, state: State, col: int, num_cols: int) -> list[tuple[int, slice, int]]:
         """The parts that `num_cols` columns of tiles from `col` on belong to.
@@ -241,10 +236,3 @@ class Split(Codec):
             start = max(col - first, 0) * self._inner[1].num[1]
             stretches.append((1, slice(border, num_cols), start))
         return stretches
-
-
-def _counts(first: int, num_symbols: list[int], device: torch.device) -> State:
-    return {
-        "num_first": torch.tensor([first], device=device),
-        "num_symbols": torch.tensor(num_symbols, device=device),
-    }

@@ -132,6 +132,10 @@ class Trellis(ScaledCodec):
         return (self.tile_rows, reference.WEIGHTS // self.tile_rows)
 
     @property
+    def num_symbols(self) -> int:
+        return self.spec().tile_bits // reference.WORD
+
+    @property
     def gaussian_scale(self) -> float:  # type: ignore[override]
         # A trained table has the scale in it.
         stored = self.code in reference.STORED

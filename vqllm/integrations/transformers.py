@@ -217,7 +217,7 @@ def _tie_packed(
 
 
 def _check_loaded(model: nn.Module, packed: dict[str, PackedModule]) -> None:
-    """Refuse a model with packed tensors that the checkpoint does not have or has otherwise.
+    """Refuse a model with packed tensors that the checkpoint lacks or that cannot be decoded.
 
     transformers fills missing parameters with whatever is in memory and only logs it. Those that it
     did load carry its mark; parameters on the meta device are offloaded.
@@ -235,3 +235,5 @@ def _check_loaded(model: nn.Module, packed: dict[str, PackedModule]) -> None:
             layout.check(loaded, expected, name)
         except ValueError as error:
             raise CheckpointError(f"{error}. {DAMAGED}") from error
+        if len(loaded) == len(module.packed) and (problem := module.spec.problem(loaded)):
+            raise CheckpointError(f"{name}: {problem}. {DAMAGED}")

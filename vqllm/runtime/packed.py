@@ -41,8 +41,13 @@ class PackedModule(nn.Module):
         self._dense_key: tuple[object, ...] = ()
 
     def fill(self, tensors: Mapping[str, Tensor]) -> Self:
-        """Take these tensors as the packed ones. ValueError if they are not those of `spec`."""
+        """Take these tensors as the packed ones.
+
+        ValueError if they are not those of `spec`, or if their values cannot be decoded.
+        """
         layout.check(dict(tensors), self.spec.layout(), "packed tensors")
+        if problem := self.spec.problem(dict(tensors)):
+            raise ValueError(f"packed tensors: {problem}")
         for name, tensor in tensors.items():
             self.register_parameter(name, frozen(tensor))
         return self

@@ -33,6 +33,8 @@ from vqllm_kernels.bitpack import unpack_bits
 
 FRACTION_BITS = 4
 """Bits of a and c below the point. Whole numbers are 0.6 % worse at 8 bits, 8 bits no better."""
+LIMIT = 1 << 24
+"""a k + c is below this, and not negative."""
 SCALE_BITS = 4
 """Bits of a group scale."""
 _CURVE = 5

@@ -86,3 +86,14 @@ class ConvolutionalSpec(FormatSpec):
             rows,
             cols,
         )
+
+    def problem(self, tensors: dict[str, Tensor], rows: int, cols: int) -> str | None:
+        a_I, c_I = tensors["code_map"].to(torch.int64).unbind(1)
+        largest_I = a_I * ((1 << self.index_bits) - 1) + c_I
+        bad = int(((a_I < 0) | (c_I < 0) | (largest_I >= reference.LIMIT)).sum())
+        if bad:
+            return (
+                f"{bad} of the {len(a_I)} rows of code_map (a, c) take codes outside "
+                f"0..{reference.LIMIT - 1}"
+            )
+        return super().problem(tensors, rows, cols)

@@ -53,3 +53,17 @@ class GroupedSpec(FormatSpec):
 
     def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Tensor:
         return reference.decode(tensors, self.tile_cols, self.index_bits, rows, cols)
+
+    def problem(self, tensors: dict[str, Tensor], rows: int, cols: int) -> str | None:
+        stored = tensors["scale"].float()
+        if problem := super().problem(tensors, rows, cols):
+            return problem
+        # The smallest normal number begins the band of group 0; every band is BAND octaves.
+        low, high = 2.0**-126, 2.0 ** (reference.BAND * self.groups - 126)
+        bad = int(((stored < low) | (stored >= high)).sum())
+        if bad:
+            return (
+                f"{bad} of the {len(stored)} stored scales are outside {low:.4g}..{high:.4g}, and "
+                f"so name none of the {self.groups} groups"
+            )
+        return None

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vqllm_kernels.bitpack import packed_bytes
+from vqllm_kernels.bitpack import count_beyond, packed_bytes
 from vqllm_kernels.formats import FormatSpec, register
 from vqllm_kernels.layout import TensorLayout
 from vqllm_kernels.leech import reference
@@ -58,3 +58,10 @@ class LeechSpec(FormatSpec):
 
     def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Tensor:
         return reference.decode(tensors, self.index_bits, self.shells, rows, cols)
+
+    def problem(self, tensors: dict[str, Tensor], rows: int, cols: int) -> str | None:
+        last = reference.origin(self.shells)
+        _, num_tile_cols = self.grid(rows, cols)
+        if bad := count_beyond(tensors["codes"], self.index_bits, num_tile_cols, last + 1):
+            return f"{bad} codes are above {last}, the last that stands for a point"
+        return super().problem(tensors, rows, cols)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vqllm_kernels.bitpack import packed_bytes
+from vqllm_kernels.bitpack import count_beyond, packed_bytes
 from vqllm_kernels.formats import FormatSpec, register
 from vqllm_kernels.layout import TensorLayout
 from vqllm_kernels.pyramid import reference
@@ -60,3 +60,10 @@ class PyramidSpec(FormatSpec):
 
     def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Tensor:
         return reference.decode(tensors, self.dim, self.pulses, rows, cols)
+
+    def problem(self, tensors: dict[str, Tensor], rows: int, cols: int) -> str | None:
+        num_codes = reference.num_directions(self.dim, self.pulses) * self.levels
+        _, num_tile_cols = self.grid(rows, cols)
+        if bad := count_beyond(tensors["codes"], self.tile_bits, num_tile_cols, num_codes):
+            return f"{bad} codes are not below {num_codes}, the number of codewords"
+        return super().problem(tensors, rows, cols)

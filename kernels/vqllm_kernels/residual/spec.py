@@ -45,6 +45,12 @@ class ResidualSpec(FormatSpec):
     def decode_rows(self, tensors: dict[str, Tensor], index_N: Tensor, cols: int) -> Tensor:
         return reference.decode_rows(tensors, self.stages, index_N, cols)
 
+    def problem(self, tensors: dict[str, Tensor], rows: int, cols: int) -> str | None:
+        for i, stage in enumerate(self.stages):
+            if problem := stage.problem(reference.stage_tensors(tensors, i), rows, cols):
+                return f"stage {i}: {problem}"
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         return {"format": self.format_id, "stages": [stage.to_dict() for stage in self.stages]}
 

@@ -70,6 +70,15 @@ class SplitSpec(FormatSpec):
                 decoded.append(part.decode_rows(own, index_N, num * tile_cols))
         return torch.cat(decoded, 1)[:, :cols]
 
+    def problem(self, tensors: dict[str, Tensor], rows: int, cols: int) -> str | None:
+        tile_rows, tile_cols = self.tile
+        num_rows = self.grid(rows, cols)[0] * tile_rows
+        for name, part, num in zip(reference.PARTS, self.parts, self.num_columns(cols)):
+            own = reference.unstacked(reference.part_tensors(tensors, name), part)
+            if num and (problem := part.problem(own, num_rows, num * tile_cols)):
+                return f"part {name}: {problem}"
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         parts = {"first": self.first.to_dict(), "rest": self.rest.to_dict()}
         return {"format": self.format_id, "share": self.share, **parts}

@@ -48,3 +48,9 @@ class UniformSpec(FormatSpec):
 
     def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Tensor:
         return reference.decode(tensors, self.bits, self.group, rows, cols)
+
+    def problem(self, tensors: dict[str, Tensor], rows: int, cols: int) -> str | None:
+        largest = int(tensors["zero"].max())
+        if largest >= 1 << self.bits:
+            return f"a zero point is {largest}; allowed are 0..{(1 << self.bits) - 1}"
+        return super().problem(tensors, rows, cols)
