@@ -145,7 +145,7 @@ def _encode(
     tensors = codec.pack(codes_IJM, state)
     W_hat_RC = codec.spec().decode(tensors, *W_RC.shape)
     mse = float((W_hat_RC - W_RC).square().mean() / W_RC.square().mean().clamp_min(1e-30))
-    return tensors, mse, metrics.code_entropy(codes_IJM)
+    return tensors, mse, sum(map(metrics.code_entropy, codec.streams(codes_IJM)))
 
 
 def _bit_fields(bits: BitCount, numel: int) -> JSON:

@@ -40,23 +40,31 @@ def gaussian_efficiency(mse: float, bits: float) -> float:
 def code_entropy(codes_IJM: Tensor) -> float:
     """Bits that an ideal lossless coder without memory would still need for all the symbols.
 
-    The empirical entropy of each of the M symbols of a tile, summed over tiles, in bits. A symbol
-    is cut into bytes that are coded one by one: in a matrix there are too few symbols of 16 bits to
-    tell their frequencies from chance. What the tables of frequencies would take is not counted.
+    The empirical entropy of each of the M symbols of a tile, summed over tiles, in bits. What the
+    tables of frequencies would take is not counted, so a table must be small beside the symbols:
+    where they are fewer than 16 for each of its entries, as with symbols of 16 bits in most
+    matrices, their frequencies cannot be told from chance. Such a symbol is cut into bytes that are
+    coded one by one, which no coder needs more than.
 
     Args:
         codes_IJM: non-negative integers.
     """
     total = 0.0
     for symbols_N in codes_IJM.flatten(0, 1).unbind(1):
-        while True:
-            counts = torch.bincount(symbols_N & 0xFF, minlength=256).double().cpu()
-            counts = counts[counts > 0]
-            total -= float((counts * (counts / counts.sum()).log2()).sum())
+        if symbols_N.numel() and int(symbols_N.max()) < max(symbols_N.numel() // 16, 256):
+            total += _entropy(symbols_N)
+            continue
+        while symbols_N.numel() and bool(symbols_N.any()):
+            total += _entropy(symbols_N & 0xFF)
             symbols_N = symbols_N >> 8
-            if not bool(symbols_N.any()):
-                break
     return total
+
+
+def _entropy(symbols_N: Tensor) -> float:
+    """The empirical entropy of symbols, times their number, in bits."""
+    counts = torch.bincount(symbols_N).double().cpu()
+    counts = counts[counts > 0]
+    return -float((counts * (counts / counts.sum()).log2()).sum())
 
 
 def _weighted_energy(A_RC: Tensor, H_CC: Tensor) -> float:

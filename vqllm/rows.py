@@ -198,7 +198,9 @@ class _Coder:
         if self.fits_rows:
             state = _fit(self.matrix.names[0], recipe, W_RC, self.H_damped, weight_R)
         codes_IJM, state = recipe.rounding(W_RC, self.H_damped, recipe.codec, state)
-        return recipe.codec.pack(codes_IJM, state), metrics.code_entropy(codes_IJM)
+        return recipe.codec.pack(codes_IJM, state), sum(
+            map(metrics.code_entropy, recipe.codec.streams(codes_IJM))
+        )
 
     def transformed(self, W_RC: Tensor) -> Tensor:
         """Rows in the basis in which they are coded."""

@@ -136,6 +136,11 @@ class Codec(Part, ABC):
         """Exact bits of the stored tensors."""
         return count(self.spec().layout(rows, cols))
 
+    def streams(self, codes_IJM: Tensor) -> list[Tensor]:
+        """The codes in parts [I, J, M] with symbols of one kind each, as a lossless coder would
+        take them; without padding."""
+        return [codes_IJM]
+
     @property
     def lists_codes(self) -> bool:
         """Whether `shortlist` finds several codes for a tile, which a search over rows needs.

@@ -38,7 +38,7 @@ def _point(tile_cols: int, index_bits: int, mse: float, source: str, **options: 
         options={"tile_cols": tile_cols, "index_bits": index_bits, **options},
         mse=mse,
         source=source,
-        num_weights=1 << (18 if index_bits >= 12 else 20),
+        num_weights=1 << (18 if (tile_cols, index_bits) == (4, 12) else 20),
         quick=False,
     )
 
@@ -126,11 +126,15 @@ class KMeans(ClusteredCodec, SearchableCodec):
         _point(1, 2, 0.1175, _MAX),
         _point(1, 3, 0.0345, _MAX),
         _point(1, 4, 0.0095, _MAX),
+        _point(2, 3, 0.2012, _PALETTE),
         _point(2, 4, 0.1086, _PALETTE),
+        _point(2, 5, 0.0571, _PALETTE),
         _point(2, 6, 0.0297, _PALETTE),
+        _point(2, 7, 0.0152, _PALETTE, iterations=60),
         _point(2, 8, 0.00776, _PALETTE, iterations=40),
         _point(4, 8, 0.0989, "measured", sample=1 << 16),
         _point(4, 12, 0.0273, "measured", iterations=4, sample=1 << 15),
+        _point(6, 12, 0.0943, "8 passes of k-means", iterations=8),
     )
 
     type: Literal["kmeans"] = "kmeans"

@@ -85,6 +85,17 @@ class LearnedLattice(Codec):
         _point(2, 8, "tanh", 0.0979),
         _point(3, 8, "tanh", 0.0268),
         _point(4, 8, "tanh", 0.00705),
+        *(
+            Point(
+                label=f"GLVQ: integers, d = {dim}, mu, G of {dim} x {dim} for 128 columns",
+                options={"dim": dim, "lattice": "integers", "companding": "mu"},
+                mse=mse,
+                source="measured",
+                num_weights=1 << 18,
+                quick=False,
+            )
+            for dim, mse in ((8, 0.1162), (32, 0.1105))
+        ),
     )
 
     # `bits` in a recipe; as an attribute that name is the method that counts the stored bits.

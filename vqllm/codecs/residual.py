@@ -74,7 +74,7 @@ def _build_stage(stage: Any) -> Codec:
         raise RecipeError(
             f"codec residual: stage {stage!r} has no `type`; allowed are {', '.join(CODECS)}"
         )
-    return CODECS.get(stage["type"]).model_validate(stage)
+    return CODECS.get(str(stage["type"])).model_validate(stage)
 
 
 @CODECS.register("residual")
@@ -246,6 +246,10 @@ class Residual(Codec):
     def _by_stage(self, codes_IJM: Tensor) -> tuple[Tensor, ...]:
         """The symbols of each stage."""
         return codes_IJM.split([stage.num_symbols for stage in self.stages], -1)
+
+    def streams(self, codes_IJM: Tensor) -> list[Tensor]:
+        parts = zip(self.stages, self._by_stage(codes_IJM))
+        return [stream for stage, own_IJM in parts for stream in stage.streams(own_IJM)]
 
     def project(self, state: State) -> State:
         states = [

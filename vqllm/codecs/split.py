@@ -182,6 +182,16 @@ class Split(Codec):
             tiles.append(inner.outward(decoded))
         return torch.cat(tiles, 1)
 
+    def streams(self, codes_IJM: Tensor) -> list[Tensor]:
+        first, _ = num_columns(self.share, codes_IJM.shape[1])
+        found = []
+        for part, inner, own in zip(
+            self._parts, self._inner, (codes_IJM[:, :first], codes_IJM[:, first:])
+        ):
+            if own.shape[1]:
+                found += part.streams(inner.symbols_inward(own, part.num_symbols))
+        return found
+
     def project(self, state: State) -> State:
         projected = dict(state)
         for name, part in zip(PARTS, self._parts):

@@ -35,12 +35,17 @@ _SCALES = {
 """Best scale over the root mean square of Gaussian weights by state bits and rate, from parabolas
 through five scales. mul1 and 3inst agree within 1 %; a scale 4 % off costs 0.3 % at 2 bits."""
 
+_TABLE_BITS = 9
+"""Of the hybrid code unless given: 512 pairs, 2 KB."""
 _ROUNDS = 60
 """Passes that train a table. At 2^8 states and 2 bits the distortion is 0.0842 with the computed
 values, 0.0818 after 5 rounds, 0.0798 after 20."""
 
 
 _QTIP = "QTIP, arXiv 2406.11235, tables 1 and 2"
+_TABLE = "a random table: QTIP, arXiv 2406.11235, table 2"
+_PALETTE = "Q-Palette, arXiv 2509.20214"
+_RUN = "the code itself, on 48 tiles"
 
 
 def _points(
@@ -65,18 +70,23 @@ class Trellis(ScaledCodec):
 
     exact: ClassVar[bool] = False
     points: ClassVar[tuple[Point, ...]] = (
-        *_points("mul1", 8, {1: 0.3085, 2: 0.0842, 3: 0.0237, 3.5: 0.0127, 4: 0.0075}),
-        *_points("mul1", 10, {1: 0.2916, 2: 0.0779, 3: 0.0203, 4: 0.0055, 5: 0.00167}),
-        *_points("mul1", 12, {1: 0.2849, 1.5: 0.1445, 2: 0.0718, 2.5: 0.0372, 3: 0.0188}),
-        *_points("mul1", 12, {3.5: 0.00985, 4: 0.0051, 4.5: 0.00265, 5: 0.00140}),
-        *_points("3inst", 12, {1: 0.2798, 2: 0.0733, 3: 0.0195, 4: 0.0053}, _QTIP),
-        *_points("mul1", 16, {2: 0.0703, 3: 0.0175, 4: 0.0045}),
-        *_points("3inst", 16, {2: 0.0684}, _QTIP),
+        *_points("mul1", 8, {1: 0.3085, 2: 0.0842, 3: 0.0237, 4: 0.0075}, _RUN),
+        *_points("mul1", 8, {3.5: 0.0127}),
+        *_points("mul1", 10, {1: 0.2916, 2: 0.0779, 3: 0.0203, 4: 0.0055}, _RUN),
+        *_points("mul1", 10, {5: 0.00167}),
+        *_points("mul1", 12, {1: 0.2849, 2: 0.0718, 3: 0.0188, 4: 0.0051}, _RUN),
+        *_points("mul1", 12, {1.5: 0.1445, 2.5: 0.0372, 3.5: 0.00985, 4.5: 0.00265, 5: 0.00140}),
+        *_points("mul1", 14, {2: 0.0712, 4: 0.0048}, _RUN),
+        *_points("mul1", 14, {3: 0.0182}),
+        *_points("mul1", 16, {2: 0.0703, 3: 0.0175, 4: 0.0045}, _RUN),
+        *_points("3inst", 12, {1: 0.2798, 2: 0.0733, 3: 0.0195, 4: 0.0053}, _RUN),
+        *_points("3inst", 16, {2: 0.0684, 3: 0.0178, 4: 0.00468}, _RUN),
         *_points("1mad", 16, {2: 0.069}, _QTIP),
         *_points("mul2", 16, {2: 0.0722}),
         *_points("hybrid", 12, {2: 0.0750}),
-        *_points("hybrid", 16, {2: 0.0710, 3: 0.0189}, "Q-Palette, arXiv 2509.20214"),
+        *_points("hybrid", 16, {2: 0.0710, 3: 0.0189, 4: 0.00590}, _PALETTE),
         *_points("table", 8, {2: 0.0795, 3: 0.0216, 4: 0.00595}),
+        *_points("table", 12, {1: 0.2803, 2: 0.0733}, _TABLE),
     )
 
     # `bits` in a recipe; as an attribute that name is the method that counts the stored bits.
@@ -103,7 +113,8 @@ class Trellis(ScaledCodec):
         None,
         ge=1,
         le=15,
-        description="hybrid: 2^table_bits entries; null is 9, and more from 4 bits a weight on",
+        description="hybrid: 2^table_bits entries, fewer than there are states; null is 9, or one "
+        "bit less than a state",
     )
     tile_rows: int = Field(
         16, description="rows of a tile of 256 weights: a power of two up to 256"
@@ -111,10 +122,11 @@ class Trellis(ScaledCodec):
 
     @model_validator(mode="after")
     def _has_a_format(self) -> "Trellis":
-        if self.rate / _RATE_UNIT % 1:
+        most = min(8, self.state_bits - 1) / self._step_weights
+        if self.rate / _RATE_UNIT % 1 or self.rate > most:
             raise RecipeError(
-                f"codec trellis: {self.rate} bits; allowed are multiples of {_RATE_UNIT} from 1 "
-                "to 8"
+                f"codec trellis: {self.rate:g} bits; allowed are multiples of {_RATE_UNIT} from 1 "
+                f"to {most:g} with code {self.code} and state_bits {self.state_bits}"
             )
         if self.table_bits is not None and self.code != "hybrid":
             raise RecipeError(
@@ -132,6 +144,10 @@ class Trellis(ScaledCodec):
         return (self.tile_rows, reference.WEIGHTS // self.tile_rows)
 
     @property
+    def _step_weights(self) -> int:
+        return self.step_weights or (2 if self.code in ("mul2", "hybrid") else 1)
+
+    @property
     def num_symbols(self) -> int:
         return self.spec().tile_bits // reference.WORD
 
@@ -144,13 +160,13 @@ class Trellis(ScaledCodec):
     def spec(self) -> TrellisSpec:
         table_bits = 0
         if self.code == "hybrid":
-            table_bits = self.table_bits or max(9, min(int(2 * self.rate) + 1, self.state_bits - 1))
+            table_bits = self.table_bits or min(_TABLE_BITS, self.state_bits - 1)
         return TrellisSpec(
             tile_rows=self.tile_rows,
             code=self.code,
             tile_bits=round(self.rate * reference.WEIGHTS),
             state_bits=self.state_bits,
-            step_weights=self.step_weights or (2 if self.code in ("mul2", "hybrid") else 1),
+            step_weights=self._step_weights,
             table_bits=table_bits,
         )
 

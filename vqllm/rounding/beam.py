@@ -121,8 +121,8 @@ class Beam(Rounding):
         if not codec.lists_codes:
             raise RecipeError(
                 f"rounding beam: codec {codec.type} finds one code for a target, and the search "
-                "needs several. Use codec additive, kmeans, e8p, or a residual of these; or "
-                "rounding ldlq"
+                "needs several. Use additive, kmeans, e8p, d4, or another codec that lists codes, "
+                "or a residual of these; or rounding ldlq"
             )
 
 

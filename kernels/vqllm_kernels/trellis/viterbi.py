@@ -4,8 +4,9 @@ Only the least cost of every group of states is kept from one step to the next, 
 the cost of a state is best[s >> k] plus its own error. With 2^16 states and 2 new bits that is 64
 KB a step, which stays in the first-level cache; the costs themselves would not fit there. Programs
 are persistent, so that what is kept to trace the path back, a byte a group and step (4 MB a tile),
-is needed once for each program and not for each tile. At 7 instructions a state an H100 has issue
-slots for 50 million weights a second with 2^16 states, the guess of the context included.
+is needed once for each program and not for each tile. At 7 instructions a state (counted in the
+compiled code) an H100 has issue slots for 50 million weights a second with 2^16 states, the guess
+of the context included; that is computed, it has not been measured on a GPU.
 
 The values of the states are looked up as float16, 128 KB for 2^16 states. That rounds them, for the
 search only, by 2^-11 of their size.
