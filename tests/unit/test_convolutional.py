@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from vqllm.codecs import CODECS, convolutional
+from vqllm.codecs import CODECS, base, convolutional
 from vqllm.codecs.base import nearest_entry
 from vqllm.codecs.convolutional_maps import KNOWN, Constants
 from vqllm.errors import RecipeError
@@ -138,7 +138,7 @@ def test_no_vectors_are_no_codes():
 def test_without_numba_the_codes_are_as_near(constants, monkeypatch):
     codec, X_IJE, state = fitted(gaussian(6, 50), constants, group=None)
     with_numba = distortion(codec, X_IJE, state)
-    monkeypatch.setattr(convolutional, "_has_numba", lambda: False)
+    monkeypatch.setattr(base, "has_numba", lambda: False)
     assert distortion(codec, X_IJE, state) == pytest.approx(with_numba, rel=1e-6)
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from vqllm.codecs import CODECS, viterbi
+from vqllm.codecs import CODECS, compiled, viterbi
 from vqllm.errors import RecipeError
 from vqllm_kernels import formats
 from vqllm_kernels.trellis import reference
@@ -134,17 +134,17 @@ def test_compiled_search_is_as_good_as_the_one_in_torch(rate, num_weights, monke
     shift_T = shifts(round(rate * 256), steps)
     values_SV = random(1 << 10, num_weights)
     x_NTV = random(6, steps, num_weights, seed=1)
-    compiled = viterbi.tail_biting(x_NTV, values_SV, shift_T).long()
-    monkeypatch.setattr(viterbi, "_has_numba", lambda: False)
+    with_numba = viterbi.tail_biting(x_NTV, values_SV, shift_T).long()
+    monkeypatch.setattr(viterbi, "has_numba", lambda: False)
     plain = viterbi.tail_biting(x_NTV, values_SV, shift_T).long()
-    errors = [(values_SV[path] - x_NTV).square().sum((1, 2)) for path in (compiled, plain)]
+    errors = [(values_SV[path] - x_NTV).square().sum((1, 2)) for path in (with_numba, plain)]
     # Costs are summed in another order, so that ties may fall otherwise.
     torch.testing.assert_close(errors[0].mean(), errors[1].mean(), rtol=1e-3, atol=0)
 
 
 def test_without_numba_it_is_said_once(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "numba", None)
-    viterbi._has_numba.cache_clear()
+    compiled.has_numba.cache_clear()
     try:
         codec = trellis(state_bits=6)
         X_IJE = random(2, 1, 256)
@@ -152,7 +152,7 @@ def test_without_numba_it_is_said_once(monkeypatch, caplog):
         codec.encode(X_IJE, state)
         codec.encode(X_IJE, state)
     finally:
-        viterbi._has_numba.cache_clear()
+        compiled.has_numba.cache_clear()
     assert ["numba cannot be imported" in r.message for r in caplog.records] == [True]
 
 
@@ -186,13 +186,13 @@ def test_more_states_are_better():
         ({"tile_rows": 0}, "tiles of 0 rows"),
         (
             {"code": "mul2", "bits": 5},
-            "1280 bits a tile; allowed are multiples of 16 from 128 to 1024",
+            "5 bits; allowed are multiples of 0.0625 from 1 to 4 with code",
         ),
         ({"code": "mul1", "step_weights": 2}, "2 weights a step; allowed: "),
         ({"code": "mul1", "table_bits": 9}, "only hybrid has a table"),
         (
             {"bits": 8, "state_bits": 8},
-            "2048 bits a tile; allowed are multiples of 16 from 256 to 1792",
+            "8 bits; allowed are multiples of 0.0625 from 1 to 7 with code",
         ),
     ],
 )

@@ -7,6 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from vqllm.codecs.compiled import has_numba
 from vqllm.errors import NumericalError
 from vqllm.registry import Registry
 from vqllm.types import Codec, State
@@ -119,6 +120,16 @@ def nearest_entry(x_NE: Tensor, table_KE: Tensor, num: int = 1) -> Tensor:
     # Distances from a common centre: otherwise the rounding of |c|² − 2 x·c hides them.
     center_E = (table_KE.amin(0) + table_KE.amax(0)) / 2
     table_KE = table_KE - center_E
+    if num == 1 and table_KE.shape[1] <= 8 and x_NE.device.type == "cpu" and has_numba():
+        # Imported here: numba takes longer to import than all the rest.
+        from vqllm.codecs import nearest_numba
+
+        index_N = nearest_numba.nearest(
+            (x_NE - center_E).detach().contiguous().numpy(),
+            table_KE.detach().contiguous().numpy(),
+            torch.get_num_threads(),
+        )
+        return torch.from_numpy(index_N).long()[:, None]
     norms_K = (table_KE * table_KE).sum(1)
     index_NK = torch.empty(len(x_NE), num, dtype=torch.int64, device=x_NE.device)
     at_a_time = max(1, MAX_DISTANCES // len(table_KE))

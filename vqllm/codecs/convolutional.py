@@ -23,8 +23,7 @@ Source: CCQ, arXiv 2507.07145; for the bits, the decoders WINT2 and WINT2.5 of F
 WINT2.75 of PaddleNLP. How its encoder finds maps and scales is not published; this one is ours.
 """
 
-import logging
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
@@ -38,8 +37,6 @@ from vqllm.types import Codec, Point, State
 from vqllm_kernels.bitpack import pack_bits, unpack_bits
 from vqllm_kernels.convolutional import reference
 from vqllm_kernels.convolutional.spec import ConvolutionalSpec
-
-logger = logging.getLogger(__name__)
 
 _MAX_WEIGHTS = 1 << 20
 """Weights that are fitted at a time; rows are fitted alone."""
@@ -284,25 +281,4 @@ def _table(scale: int, offset: int, constants: Constants, device: torch.device) 
 
 def _nearest(x_NE: Tensor, table_KE: Tensor) -> Tensor:
     """The index of the entry nearest to each vector, int32 [N]."""
-    if x_NE.device.type == "cpu" and _has_numba():
-        from vqllm.codecs import nearest_numba
-
-        index_N = nearest_numba.nearest(
-            x_NE.contiguous().numpy(), table_KE.contiguous().numpy(), torch.get_num_threads()
-        )
-        return torch.from_numpy(index_N)
     return nearest_entry(x_NE, table_KE)[:, 0].to(torch.int32)
-
-
-@cache
-def _has_numba() -> bool:
-    try:
-        import numba  # noqa: F401
-    except ImportError as error:  # missing, or refusing the numpy that is installed
-        logger.warning(
-            "numba cannot be imported (%s): the search for convolutional codes runs in torch, "
-            "which takes 5 to 12 times as long. pip install numba",
-            error,
-        )
-        return False
-    return True

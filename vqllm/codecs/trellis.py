@@ -113,8 +113,7 @@ class Trellis(ScaledCodec):
         None,
         ge=1,
         le=15,
-        description="hybrid: 2^table_bits entries, fewer than there are states; null is 9, or one "
-        "bit less than a state",
+        description=f"hybrid: 2^table_bits entries; null is {_TABLE_BITS}",
     )
     tile_rows: int = Field(
         16, description="rows of a tile of 256 weights: a power of two up to 256"
@@ -160,7 +159,7 @@ class Trellis(ScaledCodec):
     def spec(self) -> TrellisSpec:
         table_bits = 0
         if self.code == "hybrid":
-            table_bits = self.table_bits or min(_TABLE_BITS, self.state_bits - 1)
+            table_bits = self.table_bits or _TABLE_BITS
         return TrellisSpec(
             tile_rows=self.tile_rows,
             code=self.code,

@@ -7,16 +7,13 @@ the same with a whole turn). Nothing is gained by more than 8 · L / k steps on 
 at 1 to 4 bits; the search of all paths of small tiles in the tests tells what the guess costs.
 """
 
-import logging
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from vqllm.codecs.compiled import has_numba
 from vqllm_kernels import gpu
-
-logger = logging.getLogger(__name__)
 
 MAX_STATES = 1 << 24
 """States of all tiles together that the search in torch holds at a time: 64 MB of costs."""
@@ -36,7 +33,7 @@ def tail_biting(x_NTV: Tensor, values_SV: Tensor, shifts: list[int], around: int
     """
     state_bits = len(values_SV).bit_length() - 1
     num_around = min(-(-around * state_bits // min(shifts)), len(shifts) // 2)
-    if x_NTV.device.type == "cpu" and _has_numba():
+    if x_NTV.device.type == "cpu" and has_numba():
         from vqllm.codecs import viterbi_numba
 
         path_NT = viterbi_numba.tail_biting(
@@ -103,17 +100,3 @@ def search(x_NTV: Tensor, values_SV: Tensor, shifts: list[int], context_N: Tenso
         state_N = before_N * (num_states >> shifts[t]) + group_N
         path.append(state_N)
     return torch.stack(path[::-1], 1).to(torch.int32)
-
-
-@cache
-def _has_numba() -> bool:
-    try:
-        import numba  # noqa: F401
-    except ImportError as error:  # missing, or refusing the numpy that is installed
-        logger.warning(
-            "numba cannot be imported (%s): the trellis search runs in torch, which takes about 20 "
-            "times as long. pip install numba",
-            error,
-        )
-        return False
-    return True

@@ -56,12 +56,8 @@ class TrellisSpec(FormatSpec):
                 f"{self.tile_bits} bits a tile; allowed are multiples of {reference.WORD} from "
                 f"{low} to {high}"
             )
-        largest = min(MAX_TABLE_BITS, self.state_bits - 1)
-        if self.code == "hybrid" and not 1 <= self.table_bits <= largest:
-            return (
-                f"a table of 2^{self.table_bits} entries for 2^{self.state_bits} states; allowed "
-                f"are 2^1 to 2^{largest}"
-            )
+        if self.code == "hybrid" and not 1 <= self.table_bits <= MAX_TABLE_BITS:
+            return f"a table of 2^{self.table_bits} entries; allowed are 1 to {MAX_TABLE_BITS}"
         if self.code != "hybrid" and self.table_bits:
             return f"table_bits {self.table_bits} with code {self.code}, which has none"
         return None
