@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vqllm import memory
+from vqllm.calibration.gradients import GradientPass, token_weights
 from vqllm.calibration.layer import InputGroup, LayerCalibrator
 from vqllm.calibration.stream import LayerStream, linears_of
 from vqllm.calibration.tokens import calibration_sequences
@@ -77,15 +78,17 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
     progress.phase("calibration text")
     sequences = run.keep("sequences", lambda: _sequences(job))
     calibrated = time.perf_counter()
-    stream = LayerStream(
-        job.source, job.device, run.scratch / "offload", job.compute_dtype, job.trust_remote_code
-    )
+    saliency = {}
+    if recipe.hessian.weights == "output":
+        progress.phase("gradients of the predictions")
+        saliency = run.keep("saliency", lambda: _saliency(job, run, sequences["calibration"]))
+    stream = _open_stream(job, run)
     check_finite(stream.model, "the model outside its layers")
     outside = Outside(stream, run, recipe)
     run.begin(stream.model, stream.names, planned(stream, recipe) | outside.specs, outside.tied)
     outside.quantize_embedding(sequences["calibration"], progress)
     calibrator = LayerCalibrator(
-        stream, sequences["calibration"], job.activation_budget, run.scratch
+        stream, sequences["calibration"], job.activation_budget, run.scratch, saliency
     )
     progress.layers(len(stream), run.num_finished)
     unfinished = run.num_finished < len(stream) or outside.head_is_due
@@ -178,6 +181,24 @@ def _quantize_stage(
 def _install(linear: nn.Linear, W_hat_RC: Tensor) -> None:
     """Let the layer run with the weights that a reader will decode."""
     linear.weight.data = W_hat_RC.to(linear.weight.dtype)
+
+
+def _open_stream(job: Job, run: CheckpointRun) -> LayerStream:
+    return LayerStream(
+        job.source, job.device, run.scratch / "offload", job.compute_dtype, job.trust_remote_code
+    )
+
+
+def _saliency(job: Job, run: CheckpointRun, tokens: Tensor) -> dict[str, Tensor]:
+    """What each calibration token weighs in the Hessians of each linear, [S, L] by full name."""
+    gradients = GradientPass(
+        lambda: _open_stream(job, run),
+        tokens,
+        job.recipe.seed,
+        job.activation_budget,
+        run.scratch / "gradients",
+    )
+    return token_weights(gradients, tokens, lambda linears: chosen(linears, job.recipe))
 
 
 def _sequences(job: Job) -> dict[str, Tensor]:

@@ -123,6 +123,12 @@ class Hessian(Settings):
         description="measure each input group after the groups before it in the layer are "
         "quantized (group), or all groups of a layer at once (layer)",
     )
+    weights: Literal["none", "output"] = Field(
+        default="none",
+        description="how much a token counts in H: all the same (none), or as much as the model's "
+        "predictions depend on the outputs of the linears there (output), which takes a pass with "
+        "gradients through the unquantized model",
+    )
 
 
 class Vocabulary(Settings):

@@ -199,6 +199,20 @@ def test_another_recipe_is_refused_on_resume_with_the_difference(tmp_path: Path)
         run(source, tmp_path / "out", recipe=recipe(hessian={"damping": 0.02}))
 
 
+def test_output_weights_change_the_bytes_and_survive_a_stop(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    weighted = recipe(hessian={"weights": "output"})
+    run(source, tmp_path / "plain")
+    run(source, tmp_path / "whole", recipe=weighted)
+    assert not same_files(tmp_path / "plain", tmp_path / "whole")
+    for event in (2, 3, 12):  # before and after the gradients, and between layers
+        out = tmp_path / f"out{event}"
+        with pytest.raises(Killed):
+            run(source, out, recipe=weighted, progress=KillAt(event))
+        run(source, out, recipe=weighted)
+        assert same_files(tmp_path / "whole", out)
+
+
 def test_hessian_refresh_by_layer_differs_and_works(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source")
     run(source, tmp_path / "group")

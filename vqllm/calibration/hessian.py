@@ -1,4 +1,4 @@
-"""H = E[x xᵀ] of an input group, accumulated in float32 over batches of tokens."""
+"""H = E[w x xᵀ] of an input group, accumulated in float32 over batches of tokens."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ BLOCK = 512
 
 @dataclass
 class Hessian:
-    """The running sum of x xᵀ over the tokens seen so far.
+    """The running sum of w x xᵀ over the tokens seen so far, w = 1 unless given.
 
     `matrix` is the mean, float32 [C, C]; it is not centred: E[x xᵀ] is what the error of a linear
     map depends on, its mean included. Below the diagonal blocks, `total_CC` is zero.
@@ -22,14 +22,21 @@ class Hessian:
 
     total_CC: Tensor
     num_tokens: int = 0
+    mass: float = 0.0
+    """the sum of the weights"""
 
     @classmethod
     def empty(cls, num_features: int, device: torch.device) -> "Hessian":
         return cls(torch.zeros(num_features, num_features, dtype=torch.float32, device=device))
 
-    def add(self, x_NC: Tensor) -> None:
-        """Add a batch of tokens, any float dtype, [N, C]."""
+    def add(self, x_NC: Tensor, weight_N: Tensor | None = None) -> None:
+        """Add a batch of tokens, any float dtype, [N, C], each with its weight, 0 or more."""
         x_NC = x_NC.float()
+        if weight_N is None:
+            self.mass += len(x_NC)
+        else:
+            x_NC = x_NC * weight_N.sqrt()[:, None]
+            self.mass += float(weight_N.sum())
         num_features = x_NC.shape[1]
         size = -(-num_features // -(-num_features // BLOCK))
         for start in range(0, num_features, size):
@@ -38,10 +45,10 @@ class Hessian:
         self.num_tokens += x_NC.shape[0]
 
     def matrix(self, name: str) -> Tensor:
-        """E[x xᵀ]. NumericalError if no token came or a value is not finite."""
-        if self.num_tokens == 0:
+        """E[w x xᵀ] / E[w]. NumericalError if no token came or a value is not finite."""
+        if self.num_tokens == 0 or self.mass <= 0:
             raise NumericalError(f"no calibration token reached {name}: it has no Hessian")
-        H = self.total_CC / self.num_tokens
+        H = self.total_CC / self.mass
         if not bool(torch.isfinite(H).all()):
             raise NumericalError(
                 f"the Hessian of {name} has {int((~torch.isfinite(H)).sum())} non-finite entries "

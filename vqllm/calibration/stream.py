@@ -100,6 +100,7 @@ class LayerStream:
         states: Tensor | None,
         *,
         beyond: bool = False,
+        grad: bool = False,
     ) -> Tensor | None:
         """The output of loaded layer `index` for a batch; None if a hook ended the layer early.
 
@@ -108,6 +109,7 @@ class LayerStream:
             tokens: int64 [S, L], what the model is called with.
             states: the layer's input [S, L, D], or None for the first layer (the embeddings).
             beyond: go on with what follows the layer, for a hook there that ends the call.
+            grad: record what is needed for gradients in `states`.
         """
         result: list[Tensor] = []
         reached = False
@@ -136,7 +138,7 @@ class LayerStream:
             layer.register_forward_hook(keep_output),
         ]
         try:
-            with torch.no_grad(), contextlib.suppress(LayerDone):
+            with torch.set_grad_enabled(grad), contextlib.suppress(LayerDone):
                 self.model(input_ids=tokens.to(self.device), use_cache=False)
         finally:
             for handle in handles:
@@ -146,6 +148,11 @@ class LayerStream:
         if not reached:
             raise ModelError(f"{self.names[index]} was never called by {type(self.model).__name__}")
         return result[0] if result else None
+
+    def returns_like(self, other: "LayerStream") -> None:
+        """Take over what another stream of the same model has learned about what layers return, to
+        run them in any order."""
+        self._returns = dict(other._returns)
 
     def _passing_on(self, index: int) -> Callable[..., Any]:
         returns = self._returns.get(index, _Output(None))

@@ -1,0 +1,122 @@
+"""Gradients of layers run one at a time are those of the whole model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from tests.tiny import ARCHITECTURES, save_tiny
+from vqllm import rng
+from vqllm.calibration import layer as layer_module
+from vqllm.calibration.gradients import GradientPass, draw, token_weights
+from vqllm.calibration.stream import LayerStream
+from vqllm.errors import ModelError, NumericalError
+
+TOKENS = torch.randint(3, 384, (5, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _batches_of_two_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_module, "CPU_BATCH_TOKENS", 48)
+
+
+def gradient_pass(folder: Path, budget: int = 1 << 30) -> GradientPass:
+    def open_stream() -> LayerStream:
+        return LayerStream(folder, torch.device("cpu"), folder.parent / "offload")
+
+    return GradientPass(open_stream, TOKENS, 3, budget, folder.parent / "stored")
+
+
+def collected(gradients: GradientPass) -> dict[str, torch.Tensor]:
+    """The gradients in the outputs of all linears, [S, L, R] by name."""
+    found: dict[str, dict[int, torch.Tensor]] = {}
+    gradients.run(
+        lambda linears: linears,
+        lambda name, rows, x, g: found.setdefault(name, {}).update({rows.start: g}),
+    )
+    return {
+        name: torch.cat([parts[start] for start in sorted(parts)]) for name, parts in found.items()
+    }
+
+
+@pytest.mark.parametrize("budget", [1 << 30, 0], ids=["memory", "file"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_gradients_equal_those_of_the_whole_model(arch: str, budget: int, tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", arch, num_hidden_layers=3)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    outputs: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if type(module) is torch.nn.Linear and ".layers." in f".{name}":
+            module.register_forward_hook(
+                lambda _, args, y, name=name: (y.retain_grad(), outputs.update({name: y}))[0]
+            )
+    log_p = F.log_softmax(model(TOKENS).logits, -1)
+    loss = torch.zeros(())
+    for start in (0, 2, 4):
+        log_p_NV = log_p[start : start + 2].flatten(0, 1)
+        labels = draw(log_p_NV.detach(), rng.generator(3, f"sequence {start}", "labels"))
+        loss = loss + F.nll_loss(log_p_NV, labels, reduction="sum")
+    loss.backward()
+    found = collected(gradient_pass(source, budget))
+    assert set(found) == set(outputs)
+    for name, y in outputs.items():
+        assert y.grad is not None
+        torch.testing.assert_close(found[name], y.grad, rtol=1e-3, atol=1e-5, msg=name)
+    assert not list((tmp_path / "stored").glob("*"))
+
+
+def test_same_seed_same_bytes(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", "llama")
+    once, again = (collected(gradient_pass(source)) for _ in range(2))
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+def test_labels_follow_their_probabilities() -> None:
+    p = torch.tensor([0.5, 0.0, 0.2, 0.3])
+    labels = draw(p.log().expand(20000, 4), torch.Generator().manual_seed(0))
+    counts = torch.bincount(labels, minlength=4) / 20000
+    torch.testing.assert_close(counts, p, rtol=0, atol=0.01)
+    assert counts[1] == 0
+
+
+def test_weights_are_the_squared_gradients_over_their_mean(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", "llama")
+    expected = collected(gradient_pass(source))
+    weights = token_weights(gradient_pass(source), TOKENS, lambda linears: linears)
+    assert set(weights) == set(expected)
+    for name, g_SLR in expected.items():
+        square_SL = g_SLR.square().mean(-1)
+        torch.testing.assert_close(weights[name], square_SL / square_SL.mean())
+
+
+def test_layers_without_gradients_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_tiny(tmp_path / "source", "llama")
+    run = LayerStream.run
+
+    def detached(*args: Any, **options: Any) -> Any:
+        output = run(*args, **options)
+        return None if output is None else output.detach()
+
+    monkeypatch.setattr(LayerStream, "run", detached)
+    with pytest.raises(ModelError, match=r"layers\.0 has no gradient.* hessian\.weights=none"):
+        collected(gradient_pass(source))
+
+
+@pytest.mark.parametrize(("value", "message"), [(0.0, "has no gradient"), (torch.nan, "has a NaN")])
+def test_gradients_that_weigh_nothing_are_refused(
+    value: float, message: str, tmp_path: Path
+) -> None:
+    gradients = gradient_pass(save_tiny(tmp_path / "source", "llama"))
+    run = gradients.run
+
+    def changed(chosen: Any, visit: Any) -> None:
+        run(chosen, lambda name, rows, x, g: visit(name, rows, x, g * value))
+
+    gradients.run = changed  # type: ignore[method-assign]
+    with pytest.raises(NumericalError, match=rf"the loss {message}.* hessian\.weights=none"):
+        token_weights(gradients, TOKENS, lambda linears: linears)

@@ -1,0 +1,277 @@
+"""Gradients of the model's loss in the outputs of its linears, one layer in memory at a time.
+
+The loss is the cross entropy of labels drawn from the model's own predictions. With these labels
+the mean of the squared gradients is the Fisher information, the curvature of the KL divergence of
+the predictions: it tells what an error in each output would do to them.
+
+    forward     layer 0 → 1 → … → n − 1, the input of every layer is stored
+    loss        layer n − 1 and what follows it; labels are drawn; back to the input of layer n − 1
+    backward    layer n − 2 → … → 0: each runs once more on its stored input, with gradients
+
+Every layer is read twice from disk and run twice, once with gradients. Stored are the inputs of
+all layers, 2 · layers · tokens · features bytes in a 16-bit dtype, in mapped files where they do
+not fit the budget.
+
+Source: the labels and their use for rounding: Tseng et al., "YAQA", arXiv 2505.22988, section 3;
+Kim et al., "GuidedQuant", arXiv 2505.07004.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vqllm import rng
+from vqllm.calibration.layer import batches
+from vqllm.calibration.store import ActivationStore
+from vqllm.calibration.stream import LayerStream, linears_of
+from vqllm.errors import ModelError, NumericalError
+
+logger = logging.getLogger(__name__)
+
+WITHOUT = "--set hessian.weights=none"
+LOGIT_BYTES = 1 << 28
+"""Of the logits of a batch in float32, unless a single sequence has more. Their gradients and the
+probabilities take as much each."""
+
+Choice = Callable[[Mapping[str, nn.Linear]], Mapping[str, nn.Linear]]
+Visit = Callable[[str, slice, Tensor, Tensor], None]
+"""Called with a linear's full name, the sequences of the batch, its input [.., C] and the gradient
+in its output [.., R]; where both have the leading axes [S, L], they are those of the batch."""
+
+
+class GradientPass:
+    """The forward and the backward pass over all calibration sequences.
+
+    `open_stream` opens the unquantized model anew, which each direction does once. `tokens` is
+    int64 [S, L]. Within `budget_bytes` the stored inputs are in memory, beyond in files below
+    `folder`.
+    """
+
+    def __init__(
+        self,
+        open_stream: Callable[[], LayerStream],
+        tokens: Tensor,
+        seed: int,
+        budget_bytes: int,
+        folder: Path,
+    ) -> None:
+        self._open_stream = open_stream
+        self._tokens = tokens
+        self._seed = seed
+        self._budget_bytes = budget_bytes
+        self._folder = folder
+        self._inputs: list[ActivationStore] = []
+        self._gradient: ActivationStore | None = None
+
+    def run(
+        self,
+        chosen: Choice,
+        visit: Visit,
+        done: Callable[[int], None] = lambda index: None,
+    ) -> None:
+        """Call `visit` for every call of every linear, the last layer first.
+
+        Args:
+            chosen: which of a layer's linears are wanted.
+            done: called when a layer is through, with its index.
+
+        Raises:
+            ModelError: the loss has no gradient in the output of some layer.
+            NumericalError: a gradient is not finite.
+        """
+        try:
+            stream = self._forward()
+            last = len(stream) - 1
+            for index in reversed(range(len(stream))):
+                with stream.layer(index) as layer:
+                    name = stream.names[index]
+                    linears = chosen(linears_of(layer, name, stream.shared))
+                    layer.to(stream.compute_dtype)
+                    self._backward(stream, index, linears, visit, index == last)
+                done(index)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Free what is stored."""
+        for store in [*self._inputs, self._gradient]:
+            if store is not None:
+                store.close()
+        self._inputs, self._gradient = [], None
+
+    def _forward(self) -> LayerStream:
+        """Store the input of every layer but the first; the stream for the way back."""
+        stream = self._open_stream()
+        for index in range(len(stream) - 1):
+            with stream.layer(index) as layer:
+                layer.to(stream.compute_dtype)
+                for rows in batches(self._tokens, stream.device):
+                    output = stream.run(index, self._tokens[rows], self._input(stream, index, rows))
+                    assert output is not None, "no hook ends this pass early"
+                    if len(self._inputs) == index:
+                        store = self._store(len(stream), output, f"input-{index + 1}")
+                        self._inputs.append(store)
+                    self._inputs[index].write(rows, output)
+        back = self._open_stream()
+        back.returns_like(stream)
+        return back
+
+    def _backward(
+        self,
+        stream: LayerStream,
+        index: int,
+        linears: Mapping[str, nn.Linear],
+        visit: Visit,
+        last: bool,
+    ) -> None:
+        per_batch = None
+        if last:
+            vocabulary = stream.model.config.get_text_config().vocab_size
+            per_batch = max(1, LOGIT_BYTES // (4 * vocabulary * self._tokens.shape[1]))
+        for rows in batches(self._tokens, stream.device, per_batch):
+            states = self._input(stream, index, rows)
+            if states is not None:
+                states.requires_grad_()
+            with watched(linears, lambda name, x, g, rows=rows: visit(name, rows, x, g)):
+                if last:
+                    self._loss(stream, index, rows, states).backward()
+                else:
+                    output = stream.run(index, self._tokens[rows], states, grad=True)
+                    assert output is not None
+                    assert self._gradient is not None
+                    _check_gradient(output, stream.names[index])
+                    # A copy: what the hooks see may be this very memory, which is written next.
+                    gradient = self._gradient.read(rows, stream.device).clone()
+                    output.backward(gradient.to(output.dtype))
+            if states is not None:
+                self._keep_gradient(stream, rows, states, stream.names[index])
+
+    def _loss(self, stream: LayerStream, index: int, rows: slice, states: Tensor | None) -> Tensor:
+        """The summed cross entropy of labels drawn from the predictions, one for every token."""
+        logits = []
+
+        def keep(_: nn.Module, args: object, output: Any) -> None:
+            logits.append(output.logits)
+
+        handle = stream.model.register_forward_hook(keep)
+        try:
+            stream.run(index, self._tokens[rows], states, beyond=True, grad=True)
+        finally:
+            handle.remove()
+        log_p_NV = F.log_softmax(logits[0].float(), -1).flatten(0, 1)
+        _check_gradient(log_p_NV, stream.names[index])
+        generator = rng.generator(self._seed, f"sequence {rows.start}", "labels")
+        return F.nll_loss(log_p_NV, draw(log_p_NV.detach(), generator), reduction="sum")
+
+    def _input(self, stream: LayerStream, index: int, rows: slice) -> Tensor | None:
+        """What layer `index` is given; None for the first, whose input are the embeddings."""
+        return self._inputs[index - 1].read(rows, stream.device) if index else None
+
+    def _keep_gradient(self, stream: LayerStream, rows: slice, states: Tensor, name: str) -> None:
+        gradient = states.grad
+        if gradient is None or not bool(gradient.isfinite().all()):
+            what = "no" if gradient is None else "a NaN or infinite"
+            raise NumericalError(
+                f"the loss has {what} gradient in the input of {name} in {stream.compute_dtype}. "
+                "Run with --compute-dtype float32, or without gradients: "
+                f"{WITHOUT}"
+            )
+        if self._gradient is None:
+            self._gradient = self._store(len(stream), gradient, "gradient")
+        self._gradient.write(rows, gradient)
+
+    def _store(self, num_layers: int, states: Tensor, name: str) -> ActivationStore:
+        num_sequences, length = self._tokens.shape
+        shape = (num_sequences, length, states.shape[-1])
+        budget_bytes = self._budget_bytes // num_layers
+        return ActivationStore(shape, states.dtype, budget_bytes, self._folder / f"{name}.bin")
+
+
+def token_weights(gradients: GradientPass, tokens: Tensor, chosen: Choice) -> dict[str, Tensor]:
+    """The mean square of the gradients in each linear's outputs at each token, over its mean.
+
+    E[w x xᵀ] is then the block of the Fisher information that belongs to a row of W, averaged over
+    the rows (GuidedQuant with one group of rows).
+
+    Args:
+        tokens: those of the pass, [S, L].
+        chosen: as for `GradientPass.run`.
+
+    Returns:
+        float32 [S, L] by full name, without linears that see some of the tokens only.
+    """
+    weights: dict[str, Tensor] = {}
+    partial: set[str] = set()
+
+    def visit(name: str, rows: slice, x: Tensor, g: Tensor) -> None:
+        if g.shape[:-1] != tokens[rows].shape:
+            partial.add(name)
+            return
+        total_SL = weights.setdefault(name, torch.zeros(tokens.shape))
+        total_SL[rows] += g.float().square().mean(-1).cpu()
+
+    gradients.run(chosen, visit)
+    if partial:
+        logger.warning(
+            "%d linears see only some tokens (%s, ...): all weigh the same in their Hessians",
+            len(partial),
+            min(partial),
+        )
+    for name, total_SL in weights.items():
+        mean = total_SL.mean()
+        if not bool(mean.isfinite() & (mean > 0)):
+            raise NumericalError(
+                f"the loss has {'no' if mean == 0 else 'a NaN or infinite'} gradient in the "
+                f"outputs of {name}, so its tokens have no weights. Run with --compute-dtype "
+                f"float32, or without gradients: {WITHOUT}"
+            )
+        total_SL /= mean
+    return {name: weights[name] for name in sorted(weights.keys() - partial)}
+
+
+def watched(
+    linears: Mapping[str, nn.Linear], visit: Callable[[str, Tensor, Tensor], None]
+) -> ExitStack:
+    """Call `visit(name, x, g)` with the input of each linear and the gradient in its output, when
+    that is known, for every time it runs until closed."""
+    stack = ExitStack()
+    for name, linear in linears.items():
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor, name: str = name) -> None:
+            x = args[0].detach()
+            if not y.requires_grad:  # nothing before it does: the first layer
+                y.requires_grad_()
+            y.register_hook(lambda g: visit(name, x, g.detach()))
+
+        stack.callback(linear.register_forward_hook(hook).remove)
+    return stack
+
+
+def draw(log_p_NV: Tensor, generator: torch.Generator) -> Tensor:
+    """A label for each token from its predictions, int64 [N]; the same on every device but for
+    ties in rounding.
+
+    Args:
+        log_p_NV: logarithms of probabilities, float32.
+        generator: on the CPU.
+    """
+    u_N1 = torch.rand(len(log_p_NV), 1, generator=generator, dtype=torch.float64)
+    below_NV = log_p_NV.double().exp().cumsum(-1)
+    u_N1 = u_N1.to(below_NV.device) * below_NV[:, -1:]
+    label_N = torch.searchsorted(below_NV, u_N1, right=True)[:, 0]
+    return label_N.clamp(max=log_p_NV.shape[1] - 1)
+
+
+def _check_gradient(output: Tensor, name: str) -> None:
+    if not output.requires_grad:
+        raise ModelError(
+            f"the output of {name} has no gradient in its linears: the layer computes in a way "
+            "that cannot be differentiated. Choose a recipe that needs no gradients: "
+            f"{WITHOUT}"
+        )
