@@ -310,9 +310,10 @@ def load(name_or_file: str | Path, changes: tuple[str, ...] = ()) -> Recipe:
     return from_dict(values, str(name_or_file))
 
 
-BEST = {2: "e8p-2bit", 3: "e8p-3bit", 4: "e8p-4bit"}
-"""The shipped recipe of lowest perplexity at each number of bits; the table in README.md says
-which were compared."""
+BEST = {2: "trellis-2bit", 3: "trellis-3bit", 4: "trellis-4bit"}
+"""The shipped recipe of lowest perplexity at each number of bits among those that take minutes on a
+CPU; the table in docs/codecs.md says which were compared. Those named `-best` search 16 times as
+many states, for 16 times the time."""
 
 
 def best(bits: int) -> str:
