@@ -12,7 +12,8 @@ from tests.tiny import ARCHITECTURES, save_tiny
 from vqllm import rng
 from vqllm.calibration import layer as layer_module
 from vqllm.calibration.gradients import GradientPass, draw, token_weights
-from vqllm.calibration.stream import LayerStream
+from vqllm.calibration.layer import LayerCalibrator
+from vqllm.calibration.stream import LayerStream, linears_of
 from vqllm.errors import ModelError, NumericalError
 
 TOKENS = torch.randint(3, 384, (5, 24), generator=torch.Generator().manual_seed(0))
@@ -120,3 +121,44 @@ def test_gradients_that_weigh_nothing_are_refused(
     gradients.run = changed  # type: ignore[method-assign]
     with pytest.raises(NumericalError, match=rf"the loss {message}.* hessian\.weights=none"):
         token_weights(gradients, TOKENS, lambda linears: linears)
+
+
+def test_linears_that_see_some_tokens_only_have_no_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gradients = gradient_pass(save_tiny(tmp_path / "source", "llama"))
+    run = gradients.run
+
+    def changed(chosen: Any, visit: Any) -> None:
+        def routed(name: str, rows: slice, x: torch.Tensor, g: torch.Tensor) -> None:
+            visit(name, rows, x, g.flatten(0, 1)[:7] if "up_proj" in name else g)
+
+        run(chosen, routed)
+
+    gradients.run = changed  # type: ignore[method-assign]
+    weights = token_weights(gradients, TOKENS, lambda linears: linears)
+    assert weights
+    assert not [name for name in weights if "up_proj" in name]
+    assert "2 linears see only some tokens (model.layers.0.mlp.up_proj, ...)" in caplog.text
+
+
+def test_hessians_weigh_tokens(tmp_path: Path) -> None:
+    stream = LayerStream(
+        save_tiny(tmp_path / "source", "llama"), torch.device("cpu"), tmp_path / "offload"
+    )
+    weights = {
+        f"model.layers.0.self_attn.{kind}_proj": torch.rand(TOKENS.shape) for kind in ("q", "k")
+    }
+    inputs: list[torch.Tensor] = []
+    calibrator = LayerCalibrator(stream, TOKENS, 1 << 30, tmp_path, weights)
+    with stream.layer(0) as layer:
+        linears = linears_of(layer, "model.layers.0")
+        groups = calibrator.groups(0, linears)
+        linears[groups[0].names[0]].register_forward_pre_hook(
+            lambda _, args: inputs.append(args[0].flatten(0, 1).float())
+        )
+        hessians = calibrator.hessians(0, linears, groups)
+    assert {"q_proj", "k_proj", "v_proj"} == {name.split(".")[-1] for name in groups[0].names}
+    x_NC, w_N = torch.cat(inputs), sum(weights.values()).flatten() / 2
+    expected = (x_NC * w_N[:, None]).T @ x_NC / w_N.sum()
+    torch.testing.assert_close(hessians[0].matrix("q"), expected)
