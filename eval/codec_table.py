@@ -50,7 +50,7 @@ def main() -> None:
 def table(rows: list[JSON]) -> str:
     """Markdown, by rate to the nearest half bit and then by distance to Shannon's limit."""
     lines = [
-        "| codec | bits | MSE | published | source | above Shannon | encode | decode |",
+        "| codec | bits | MSE | held to | source | above Shannon | encode | decode |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: (round(2 * row["bits"]), row["gap_db"])):
