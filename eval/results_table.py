@@ -122,19 +122,26 @@ def table(results: JSON) -> str:
         "|---|---|---|---|---|---|---|",
     ]
 
-    def bits(name: str) -> list[float]:
-        return list(results[name]["bits_per_weight"].values())
-
-    for name in sorted(results, key=lambda name: (bits(name)[1], name)):
+    for name in sorted(results, key=lambda name: (bits(results[name])[1], name)):
         row = results[name]
         measured = row["evaluation"]
         perplexity, base = measured["perplexity"], measured["baseline_perplexity"]
         lines.append(
-            f"| {name} | {' / '.join(f'{value:.2f}' for value in bits(name))} "
+            f"| {name} | {' / '.join(f'{value:.2f}' for value in bits(row))} "
             f"| {row['bytes'] / 1e6:.1f} MB | {perplexity:.2f} | {perplexity / base:.3f} "
             f"| {measured['kl']:.3f} | {100 * measured['top1']:.1f} % |"
         )
     return "\n".join(lines) + "\n"
+
+
+def bits(row: JSON) -> tuple[float, float, float]:
+    """Bits a weight: codes only, all of the linears, the whole file."""
+    by_name = row["bits_per_weight"]  # in the file its keys are sorted
+    codes, linears, file = (
+        next(value for key, value in by_name.items() if word in key)
+        for word in ("codes", "linear", "whole")
+    )
+    return codes, linears, file
 
 
 def entropy(records: list[JSON]) -> float:
@@ -153,11 +160,11 @@ def long_table(results: JSON) -> str:
 
     def order(name: str) -> tuple[float, float]:
         row = results[name]
-        return round(2 * list(row["bits_per_weight"].values())[1]), row["evaluation"]["kl"]
+        return round(2 * bits(row)[1]), row["evaluation"]["kl"]
 
     for name in sorted(results, key=order):
         row = results[name]
-        measured, (codes, linears, _) = row["evaluation"], row["bits_per_weight"].values()
+        measured, (codes, linears, _) = row["evaluation"], bits(row)
         ratio = measured["perplexity"] / measured["baseline_perplexity"]
         seconds = row["seconds"]["quantization"] / row["mweights"]
         lines.append(
