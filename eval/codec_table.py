@@ -16,6 +16,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from markers import rewrite
+
 from vqllm.codec_bench import bench
 from vqllm.codecs import CODECS
 from vqllm.report.plot import plot_codecs
@@ -24,7 +26,6 @@ from vqllm.types import JSON
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results" / "codecs.json"
 PAGE, PLOT = ROOT / "docs" / "codecs.md", ROOT / "docs" / "codecs.png"
-BEGIN, END = "<!-- gaussian: begin -->\n", "<!-- gaussian: end -->\n"
 
 
 def main() -> None:
@@ -41,9 +42,7 @@ def main() -> None:
             kept.append(row | {"machine": platform.machine()})
         kept.sort(key=lambda row: (row["codec"], row["bits"], row["label"]))
         RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(before + BEGIN + table(kept) + END + after)
+    rewrite(PAGE, "gaussian", table(kept))
     PLOT.write_bytes(plot_codecs(kept))
 
 

@@ -17,12 +17,13 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from markers import rewrite
+
 from vqllm import api
 from vqllm import recipe as recipes
 from vqllm.types import JSON
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
 TEXTS = ("c4.txt", "wiki.txt")
 WINDOWS = 24
 
@@ -71,21 +72,14 @@ def main() -> None:
         }
         results_file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     shown = {name: results[name] for name in README_ROWS if name in results}
-    rewrite(ROOT / "README.md", table(shown))
-    rewrite(ROOT / "docs" / "codecs.md", long_table(results))
+    rewrite(ROOT / "README.md", "results", table(shown))
+    rewrite(ROOT / "docs" / "codecs.md", "results", long_table(results))
 
 
 def settings_of(recipe: JSON) -> JSON:
     """All of a recipe but its words, with the defaults of keys that came after it was measured."""
     values = recipes.from_dict(recipe, recipe["name"]).to_dict()
     return {key: value for key, value in values.items() if key not in ("name", "description")}
-
-
-def rewrite(page: Path, text: str) -> None:
-    """Put a table between the markers of a page."""
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(before + BEGIN + text + END + after)
 
 
 def measure(model: str, recipe: str, data: Path, work: Path) -> JSON:

@@ -50,8 +50,20 @@ class FormatSpec(ABC):
         tile_row_N = index_N // tile_rows
         by_tile_row = {k: t.by_tile_row for k, t in self.layout(tile_rows, cols).items()}
         own = {k: t[tile_row_N] if by_tile_row[k] else t for k, t in tensors.items()}
-        W_NTC = self.decode(own, len(index_N) * tile_rows, cols).unflatten(0, (-1, tile_rows))
+        W_NTC = self._decode_tile_rows(own, tile_row_N, cols).unflatten(0, (-1, tile_rows))
         return W_NTC[torch.arange(len(index_N), device=index_N.device), index_N % tile_rows]
+
+    def _decode_tile_rows(
+        self, tensors: dict[str, Tensor], tile_row_N: Tensor, cols: int
+    ) -> Tensor:
+        """Weights of some rows of tiles, float32 [N · tile_rows, cols].
+
+        Args:
+            tensors: those with an axis of tile rows hold these rows only.
+            tile_row_N: where the rows of tiles stand in the matrix, for a format to which it
+                matters.
+        """
+        return self.decode(tensors, len(tile_row_N) * self.tile[0], cols)
 
     def problem(self, tensors: dict[str, Tensor], rows: int, cols: int) -> str | None:
         """What is wrong with the values of tensors that are those of the layout, or None.

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.gaussian import gaussian, generator
 from vqllm import tiles
 from vqllm.codecs import CODECS
 from vqllm.codecs.additive import Additive, _least, _least_squares, _search
@@ -16,14 +17,6 @@ from vqllm.types import State
 
 def build(**options: Any) -> Additive:
     return Additive.model_validate({"type": "additive", **options})
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=generator(seed))
 
 
 def tables_of(num: int, entries: int, size: int) -> list[Tensor]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from tests.gaussian import gaussian
 from vqllm.codecs import CODECS, base, convolutional
 from vqllm.codecs.base import nearest_entry
 from vqllm.codecs.convolutional_maps import KNOWN, Constants
@@ -34,10 +35,6 @@ def build(constants=None, **options):
     return CODECS.get("convolutional").model_validate(
         {"type": "convolutional", **values, **options}
     )
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def fitted(W_RC, constants=None, weight_RC=None, **options):

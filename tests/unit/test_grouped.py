@@ -8,6 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from tests.gaussian import generator
 from vqllm import metrics, tiles
 from vqllm.codecs import CODECS
 from vqllm.codecs.grouped import Grouped
@@ -21,10 +22,6 @@ ALL_SCALES = torch.arange(106 << 7, 137 << 7, dtype=torch.int16).view(torch.bflo
 
 def build(**options: object) -> Grouped:
     return Grouped.model_validate({"type": "grouped", **options})
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def mixed_rows(rows: int, cols: int, seed: int = 0) -> tuple[Tensor, Tensor]:

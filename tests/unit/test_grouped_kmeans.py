@@ -4,6 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from tests.gaussian import fitted, gaussian, generator
 from vqllm import linalg, metrics, tiles
 from vqllm.codecs import CODECS, lloyd
 from vqllm.errors import NumericalError, RecipeError
@@ -27,20 +28,6 @@ each_form = pytest.mark.parametrize("form", FORMS)
 
 def build(**options):
     return CODECS.get("grouped_kmeans").model_validate({"type": "grouped_kmeans", **options})
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(shape, generator=generator(seed))
-
-
-def fitted(codec, W_RC):
-    X_IJE = tiles.to_tiles(W_RC, codec.tile)
-    state = codec.fit(X_IJE, None, generator())
-    return X_IJE, state, codec.encode(X_IJE, state)
 
 
 def error(codec, W_RC):

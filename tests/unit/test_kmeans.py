@@ -6,6 +6,7 @@ import resource
 import pytest
 import torch
 
+from tests.gaussian import gaussian, generator
 from vqllm import tiles
 from vqllm.codecs import CODECS
 from vqllm.codecs.base import nearest_entry
@@ -14,14 +15,6 @@ from vqllm.errors import NumericalError
 
 def build(**options):
     return CODECS.get("kmeans").model_validate({"type": "kmeans", **options})
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(shape, generator=generator(seed))
 
 
 def reproduced(codec, X_IJE, state):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from tests.gaussian import gaussian, generator
 from vqllm import tiles
 from vqllm.codecs import CODECS
 from vqllm.codecs.learned_lattice_nearest import Lattice
@@ -18,14 +19,6 @@ COMPANDINGS = ("none", "mu", "tanh")
 
 def build(**options):
     return CODECS.get("learned_lattice").model_validate({"type": "learned_lattice", **options})
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(shape, generator=generator(seed))
 
 
 def laplacian(*shape, seed=0):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from tests.gaussian import generator
 from vqllm.codecs import CODECS
 from vqllm.errors import RecipeError
 from vqllm_kernels import formats, layout
@@ -14,10 +15,6 @@ from vqllm_kernels.leech import reference
 from vqllm_kernels.leech.spec import LeechSpec
 
 FITTED = CODECS.get("leech")().spec()
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def gaussian(num, seed=0):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from tests.gaussian import gaussian, generator
 from vqllm.codecs import CODECS, pyramid_design, pyramid_nearest, pyramid_weighted
 from vqllm.errors import RecipeError
 from vqllm_kernels.pyramid import reference
@@ -18,14 +19,6 @@ WIDE = [(16, 49), (32, 21), (32, 97), (64, 42), (128, 27)]
 
 def build(**options):
     return CODECS.get("pyramid").model_validate({"type": "pyramid", **options})
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def gaussian(num, dim, seed=0):
-    return torch.randn(num, dim, generator=generator(seed))
 
 
 def all_vectors(dim, pulses):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from tests.gaussian import fitted, gaussian, generator
 from vqllm import linalg, metrics, rng, tiles
 from vqllm.codecs import CODECS
 from vqllm.errors import RecipeError
@@ -46,20 +47,6 @@ each = pytest.mark.parametrize("name", OPTIONS)
 
 def build(**options):
     return CODECS.get("split").model_validate({"type": "split", **options})
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(shape, generator=generator(seed))
-
-
-def fitted(codec, W_RC):
-    X_IJE = tiles.to_tiles(W_RC, codec.tile)
-    state = codec.fit(X_IJE, None, generator())
-    return X_IJE, state, codec.encode(X_IJE, state)
 
 
 @pytest.mark.parametrize(

@@ -73,13 +73,11 @@ class GradientPass:
         self,
         chosen: Choice,
         visit: Visit,
-        done: Callable[[int], None] = lambda index: None,
     ) -> None:
         """Call `visit` for every call of every linear, the last layer first.
 
         Args:
             chosen: which of a layer's linears are wanted.
-            done: called when a layer is through, with its index.
 
         Raises:
             ModelError: the loss has no gradient in the output of some layer.
@@ -94,7 +92,6 @@ class GradientPass:
                     linears = chosen(linears_of(layer, name, stream.shared))
                     layer.to(stream.compute_dtype)
                     self._backward(stream, index, linears, visit, index == last)
-                done(index)
         finally:
             self.close()
 

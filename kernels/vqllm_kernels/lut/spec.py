@@ -31,11 +31,7 @@ class LutSpec(FormatSpec):
     index_bits: int
 
     def __post_init__(self) -> None:
-        if self.tile_rows < 1 or self.tile_cols < 1 or not 1 <= self.index_bits <= MAX_WIDTH:
-            raise ValueError(
-                f"{self.format_id}: tile {self.tile} of {self.index_bits} bits; a tile has at "
-                f"least one row and column and 1..{MAX_WIDTH} bits"
-            )
+        _check_tile(self)
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -75,11 +71,7 @@ class GroupedLutSpec(FormatSpec):
     scale_cols: int | None = None
 
     def __post_init__(self) -> None:
-        if self.tile_rows < 1 or self.tile_cols < 1 or not 1 <= self.index_bits <= MAX_WIDTH:
-            raise ValueError(
-                f"{self.format_id}: tile {self.tile} of {self.index_bits} bits; a tile has at "
-                f"least one row and column and 1..{MAX_WIDTH} bits"
-            )
+        _check_tile(self)
         for name, size, unit in (
             ("group_rows", self.group_rows, self.tile_rows),
             ("group_cols", self.group_cols, self.tile_cols),
@@ -145,21 +137,15 @@ class GroupedLutSpec(FormatSpec):
     def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Tensor:
         num_tile_rows, _ = self.grid(rows, cols)
         tile_row_I = torch.arange(num_tile_rows, device=tensors["codes"].device)
-        return self._decode(tensors, tile_row_I, cols)[:rows]
+        return self._decode_tile_rows(tensors, tile_row_I, cols)[:rows]
 
-    def decode_rows(self, tensors: dict[str, Tensor], index_N: Tensor, cols: int) -> Tensor:
-        tile_row_N = index_N // self.tile_rows
-        by_tile_row = {k: t.by_tile_row for k, t in self.layout(self.tile_rows, cols).items()}
-        own = {k: t[tile_row_N] if by_tile_row[k] else t for k, t in tensors.items()}
-        W_NTC = self._decode(own, tile_row_N, cols).unflatten(0, (-1, self.tile_rows))
-        return W_NTC[torch.arange(len(index_N), device=index_N.device), index_N % self.tile_rows]
-
-    def _decode(self, tensors: dict[str, Tensor], tile_row_I: Tensor, cols: int) -> Tensor:
-        """Weights of rows of tiles, given their places, [I · tile_rows, cols]."""
+    def _decode_tile_rows(
+        self, tensors: dict[str, Tensor], tile_row_N: Tensor, cols: int
+    ) -> Tensor:
         if self.group_rows is None:
-            group_I = torch.zeros_like(tile_row_I)
+            group_I = torch.zeros_like(tile_row_N)
         else:
-            group_I = tile_row_I // (self.group_rows // self.tile_rows)
+            group_I = tile_row_N // (self.group_rows // self.tile_rows)
         return reference_v2.decode(
             tensors,
             self.tile,
@@ -168,4 +154,12 @@ class GroupedLutSpec(FormatSpec):
             self.scale_cols and self.scale_cols // self.tile_cols,
             group_I,
             cols,
+        )
+
+
+def _check_tile(spec: LutSpec | GroupedLutSpec) -> None:
+    if spec.tile_rows < 1 or spec.tile_cols < 1 or not 1 <= spec.index_bits <= MAX_WIDTH:
+        raise ValueError(
+            f"{spec.format_id}: tile {spec.tile} of {spec.index_bits} bits; a tile has at "
+            f"least one row and column and 1..{MAX_WIDTH} bits"
         )
