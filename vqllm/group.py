@@ -9,8 +9,10 @@ from torch import Tensor
 
 from vqllm import linalg, metrics, rng
 from vqllm.bits import BitCount, count
+from vqllm.calibration.drift import Drift
 from vqllm.errors import NumericalError
 from vqllm.recipe import Recipe
+from vqllm.target import corrected
 from vqllm.tiles import to_tiles
 from vqllm.types import JSON, State
 from vqllm_kernels.linear import LinearSpec
@@ -42,7 +44,11 @@ class _Transformed:
 
 
 def quantize_group(
-    weights: Mapping[str, Tensor], H_CC: Tensor, num_tokens: int, recipe: Recipe
+    weights: Mapping[str, Tensor],
+    H_CC: Tensor,
+    num_tokens: int,
+    recipe: Recipe,
+    drift: Drift | None = None,
 ) -> list[QuantizedLinear]:
     """Quantize linears that read the same input. A pure function of its arguments.
 
@@ -51,10 +57,13 @@ def quantize_group(
         H_CC: E[x xᵀ] of their input, float32, not damped.
         num_tokens: how many tokens H was measured on.
         recipe: which transforms, codec and rounding.
+        drift: of the input from that in the original model, for a recipe whose target is not the
+            weights themselves; None where it is not known, which makes them the target.
     """
     for name, W_RC in weights.items():
         _check_finite(name, W_RC)
-    linears, H_prime = _transform(weights, H_CC, recipe)
+    targets = _targets(weights, H_CC, recipe, drift)
+    linears, H_prime = _transform(targets, H_CC, recipe)
     if bool((torch.diagonal(H_CC) > 0).any()):
         H_damped = linalg.damp(H_prime, recipe.hessian.damping)
     else:
@@ -70,8 +79,10 @@ def quantize_group(
         except NumericalError as error:
             raise NumericalError(f"{name}, damping {recipe.hessian.damping}: {error}") from error
         for i, state in enumerate(linear.states):
-            # A copy: the input side's state is shared by the group, stored tensors share nothing.
-            tensors |= {f"t{i}_{key}": value.clone() for key, value in state.items()}
+            tensors |= {f"t{i}_{key}": value for key, value in state.items()}
+        # Copies: the input side's state is shared by the group, a fixed table by all linears, and
+        # a file takes no tensors that share memory.
+        tensors = {key: value.clone() for key, value in tensors.items()}
         R, C = weights[name].shape
         spec = linear_spec(R, C, recipe)
         W_hat_RC = spec.dequantize(tensors)
@@ -84,7 +95,8 @@ def quantize_group(
             "codec": recipe.codec.format_id,
             **_bit_fields(bits, R * C),
             "code_entropy": round(entropy / (R * C), 4),
-            "proxy_loss": metrics.proxy_loss(weights[name], W_hat_RC, H_CC),
+            "proxy_loss": metrics.proxy_loss(targets[name], W_hat_RC, H_CC),
+            **_target_fields(weights[name], targets[name], H_CC, recipe, drift),
             "sqnr_db": metrics.sqnr_db(weights[name], W_hat_RC),
             "gaussian_efficiency": metrics.gaussian_efficiency(mse, bits.codes / (R * C)),
             "damping": recipe.hessian.damping,
@@ -92,6 +104,34 @@ def quantize_group(
         }
         results.append(QuantizedLinear(name, spec, tensors, W_hat_RC, record))
     return results
+
+
+def _targets(
+    weights: Mapping[str, Tensor], H_CC: Tensor, recipe: Recipe, drift: Drift | None
+) -> Mapping[str, Tensor]:
+    """What each linear's quantized weights are to come near to."""
+    if drift is None or not bool((torch.diagonal(H_CC) > 0).any()):
+        return weights
+    damping = recipe.target.damping
+    try:
+        return {name: corrected(W_RC, H_CC, drift, damping) for name, W_RC in weights.items()}
+    except NumericalError as error:
+        names = ", ".join(weights)
+        raise NumericalError(f"{names}, damping {damping} of the target: {error}") from error
+
+
+def _target_fields(
+    W_RC: Tensor, target_RC: Tensor, H_CC: Tensor, recipe: Recipe, drift: Drift | None
+) -> JSON:
+    """Of a report line: what was aimed at, and how far that is from the weights themselves."""
+    if recipe.target.of == "weights":
+        return {}
+    if drift is None:
+        return {"target": "weights", "target_change": 0.0}
+    return {
+        "target": "outputs" if drift.residual_RC is None else "residual",
+        "target_change": metrics.proxy_loss(W_RC, target_RC, H_CC),
+    }
 
 
 def linear_spec(rows: int, cols: int, recipe: Recipe) -> LinearSpec:

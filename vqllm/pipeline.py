@@ -88,7 +88,12 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
     run.begin(stream.model, stream.names, planned(stream, recipe) | outside.specs, outside.tied)
     outside.quantize_embedding(sequences["calibration"], progress)
     calibrator = LayerCalibrator(
-        stream, sequences["calibration"], job.activation_budget, run.scratch, saliency
+        stream,
+        sequences["calibration"],
+        job.activation_budget,
+        run.scratch,
+        saliency,
+        recipe.target.of,
     )
     progress.layers(len(stream), run.num_finished)
     unfinished = run.num_finished < len(stream) or outside.head_is_due
@@ -98,6 +103,7 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
             weights = {name: linear.weight.data for name, linear in linears.items()}
             check_finite(layer, layer_name, linears.values())
             layer.to(stream.compute_dtype)
+            calibrator.begin(linears)
             if index < run.num_finished:
                 for name, W_hat_RC in run.decoded(index):
                     _install(linears[name], W_hat_RC)
@@ -171,7 +177,7 @@ def _quantize_stage(
             continue
         W = {name: weights[name].float() for name in group.names}
         H_CC = hessian.matrix(group.names[0])
-        results += quantize_group(W, H_CC, hessian.num_tokens, recipe)
+        results += quantize_group(W, H_CC, hessian.num_tokens, recipe, hessian.drift)
     for quantized in results:
         quantized.record["layer"] = index
         _install(linears[quantized.name], quantized.W_hat_RC)

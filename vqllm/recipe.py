@@ -131,6 +131,25 @@ class Hessian(Settings):
     )
 
 
+class Target(Settings):
+    """What the quantized weights of a linear are to reproduce; formulas in `vqllm.target`."""
+
+    of: Literal["weights", "outputs", "residual"] = Field(
+        default="weights",
+        description="the linear's weights (weights); its outputs in the original model, from the "
+        "input that it has after layers that are quantized (outputs); the sum of the residual "
+        "stream and its output in the original model, where the output is added to the stream, "
+        "and outputs elsewhere (residual). The last two run the original model as well",
+    )
+    damping: float = Field(
+        default=0.1,
+        gt=0,
+        le=10,
+        description="added to the diagonal of the Hessian that the target is computed with, "
+        "relative to its mean",
+    )
+
+
 class Vocabulary(Settings):
     """How a matrix with a row for every token is stored: the input embedding or the output head."""
 
@@ -207,6 +226,7 @@ class Recipe(Settings):
     seed: int = Field(default=0, ge=0)
     calibration: Calibration = Calibration()
     hessian: Hessian = Hessian()
+    target: Target = Target()
     transforms: Annotated[
         tuple[Annotated[SerializeAsAny[Transform], _build(TRANSFORMS)], ...],
         BeforeValidator(_both_sides),
@@ -258,7 +278,7 @@ class Recipe(Settings):
         damping = getattr(part, "damping", None)
         if damping is not None:
             own["hessian"] = self.hessian.model_copy(update={"damping": damping})
-        return self.model_copy(update={"tuning": (), **own})
+        return self.model_copy(update={"tuning": (), "target": Target(), **own})
 
     def to_dict(self) -> JSON:
         """JSON values with every field present."""

@@ -199,18 +199,55 @@ def test_another_recipe_is_refused_on_resume_with_the_difference(tmp_path: Path)
         run(source, tmp_path / "out", recipe=recipe(hessian={"damping": 0.02}))
 
 
-def test_output_weights_change_the_bytes_and_survive_a_stop(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "events"),
+    [
+        ({"hessian": {"weights": "output"}}, (2, 3, 12)),  # around the gradients, between layers
+        ({"target": {"of": "outputs"}}, (5, 12)),
+        ({"target": {"of": "residual"}}, (5, 12)),
+    ],
+    ids=["output weights", "outputs", "residual"],
+)
+def test_objectives_change_the_bytes_and_survive_a_stop(
+    changes: dict[str, dict[str, str]], events: tuple[int, ...], tmp_path: Path
+) -> None:
     source = save_tiny(tmp_path / "source")
-    weighted = recipe(hessian={"weights": "output"})
+    changed = recipe(**changes)
     run(source, tmp_path / "plain")
-    run(source, tmp_path / "whole", recipe=weighted)
+    run(source, tmp_path / "whole", recipe=changed)
     assert not same_files(tmp_path / "plain", tmp_path / "whole")
-    for event in (2, 3, 12):  # before and after the gradients, and between layers
+    for event in events:
         out = tmp_path / f"out{event}"
         with pytest.raises(Killed):
-            run(source, out, recipe=weighted, progress=KillAt(event))
-        run(source, out, recipe=weighted)
+            run(source, out, recipe=changed, progress=KillAt(event))
+        run(source, out, recipe=changed)
         assert same_files(tmp_path / "whole", out)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt_neox"])
+def test_targets_make_up_for_the_errors_of_earlier_layers(arch: str, tmp_path: Path) -> None:
+    """KL on held-out text falls by 17 to 59 %; which of the two is better depends on the model."""
+    source = save_tiny(tmp_path / "source", arch, num_hidden_layers=4)
+    source_text = {"source": ["self"], "sequences": 64, "length": 32}
+    kl = {}
+    for of in ("weights", "outputs", "residual"):
+        wanted = recipe(target={"of": of}, calibration=source_text)
+        summary = api.quantize(source, tmp_path / of, recipe=wanted)
+        assert summary.evaluation is not None
+        kl[of] = summary.evaluation["kl"]
+        lines = (tmp_path / of / "report.jsonl").read_text().splitlines()
+        targets = {json.loads(line).get("target") for line in lines}
+        adds = arch != "gemma2"  # whose outputs pass through a norm first
+        assert (
+            targets
+            == {
+                "weights": {None},
+                "outputs": {"outputs"},
+                "residual": {"outputs", "residual"} if adds else {"outputs"},
+            }[of]
+        )
+    assert kl["outputs"] < 0.9 * kl["weights"]
+    assert kl["residual"] < 0.9 * kl["weights"]
 
 
 def test_hessian_refresh_by_layer_differs_and_works(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def losses(
             linears = linears_of(layer, layer_name)
             weights = {name: linear.weight.data.float() for name, linear in linears.items()}
             layer.to(stream.compute_dtype)
+            calibrator.begin(linears)
             groups = calibrator.groups(index, linears)
             for group, hessian in zip(groups, calibrator.hessians(index, linears, groups)):
                 W = {name: weights[name] for name in group.names}

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny import ARCHITECTURES, save_tiny
 from vqllm import rng
-from vqllm.calibration import layer as layer_module
+from vqllm.calibration import passes as passes_module
 from vqllm.calibration.gradients import GradientPass, draw, token_weights
 from vqllm.calibration.layer import LayerCalibrator
 from vqllm.calibration.stream import LayerStream, linears_of
@@ -21,7 +21,7 @@ TOKENS = torch.randint(3, 384, (5, 24), generator=torch.Generator().manual_seed(
 
 @pytest.fixture(autouse=True)
 def _batches_of_two_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_module, "CPU_BATCH_TOKENS", 48)
+    monkeypatch.setattr(passes_module, "CPU_BATCH_TOKENS", 48)
 
 
 def gradient_pass(folder: Path, budget: int = 1 << 30) -> GradientPass:
@@ -153,6 +153,7 @@ def test_hessians_weigh_tokens(tmp_path: Path) -> None:
     calibrator = LayerCalibrator(stream, TOKENS, 1 << 30, tmp_path, weights)
     with stream.layer(0) as layer:
         linears = linears_of(layer, "model.layers.0")
+        calibrator.begin(linears)
         groups = calibrator.groups(0, linears)
         linears[groups[0].names[0]].register_forward_pre_hook(
             lambda _, args: inputs.append(args[0].flatten(0, 1).float())

@@ -16,8 +16,9 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tests.tiny import ARCHITECTURES, save_tiny
-from vqllm.calibration import layer as layer_module
+from vqllm.calibration import passes as passes_module
 from vqllm.calibration.layer import LayerCalibrator
+from vqllm.calibration.passes import Model
 from vqllm.calibration.stream import LayerStream, check_states, layer_names, linears_of
 from vqllm.errors import ModelError, NumericalError
 from vqllm.loading import skeleton
@@ -27,11 +28,16 @@ TOKENS = torch.randint(3, 384, (5, 24), generator=torch.Generator().manual_seed(
 
 @pytest.fixture(autouse=True)
 def _batches_of_two_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_module, "CPU_BATCH_TOKENS", 48)
+    monkeypatch.setattr(passes_module, "CPU_BATCH_TOKENS", 48)
 
 
 def stream_of(folder: Path) -> LayerStream:
     return LayerStream(folder, torch.device("cpu"), folder.parent / "offload")
+
+
+def states_of(calibrator: LayerCalibrator, model: Model = "quantized") -> Tensor:
+    store = calibrator._passes._stores[model]
+    return store.read(slice(None), torch.device("cpu")).clone()
 
 
 @pytest.mark.parametrize("budget", [1 << 30, 0], ids=["memory", "file"])
@@ -52,6 +58,7 @@ def test_states_and_hessians_equal_the_whole_model(arch: str, budget: int, tmp_p
     for index, layer_name in enumerate(stream.names):
         with stream.layer(index) as layer:
             linears = linears_of(layer, layer_name)
+            calibrator.begin(linears)
             groups = calibrator.groups(index, linears)
             hessians = calibrator.hessians(index, linears, groups)
             calibrator.advance(index)
@@ -63,18 +70,17 @@ def test_states_and_hessians_equal_the_whole_model(arch: str, budget: int, tmp_p
                 assert hessian.num_tokens == TOKENS.numel()
                 torch.testing.assert_close(H, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
         if index + 1 < len(stream):  # the last one's state comes with the final norm
-            states = calibrator._store
-            assert states is not None
-            got = states.read(slice(None), torch.device("cpu"))
+            got = states_of(calibrator)
             torch.testing.assert_close(got, expected[index + 1], rtol=1e-4, atol=1e-4)
     calibrator.close()
-    assert not (tmp_path / "states.bin").exists()
+    assert not list(tmp_path.glob("states*"))
 
 
 def test_linears_of_one_input_are_one_group(tmp_path: Path) -> None:
     stream = stream_of(save_tiny(tmp_path / "source", "llama"))
     calibrator = LayerCalibrator(stream, TOKENS, 1 << 30, tmp_path)
     with stream.layer(0) as layer:
+        calibrator.begin(linears_of(layer, stream.names[0]))
         groups = calibrator.groups(0, linears_of(layer, stream.names[0]))
     kinds = [[name.rsplit(".", 1)[-1] for name in group.names] for group in groups]
     assert kinds == [
@@ -120,6 +126,7 @@ def test_settled_children_run_once_and_change_nothing(
         calibrator = LayerCalibrator(stream, TOKENS, budget, tmp_path)
         with stream.layer(0) as layer:
             linears = linears_of(layer, stream.names[0])
+            calibrator.begin(linears)
             groups = calibrator.groups(0, linears)
             late = [group for group in groups if f".{attention}." not in group.names[0]]
             if settle:
@@ -131,8 +138,7 @@ def test_settled_children_run_once_and_change_nothing(
             calibrator.advance(0)
             assert len(calls) == num_batches * (passes if settle else 1 + len(late))
         assert len(late) == 2
-        assert calibrator._store is not None
-        results.append((hessians, calibrator._store.read(slice(None), torch.device("cpu"))))
+        results.append((hessians, states_of(calibrator)))
         calibrator.close()
     (plain, plain_states), (kept, kept_states) = results
     for a, b in zip(plain, kept):
@@ -148,6 +154,7 @@ def test_a_child_with_an_unfinished_linear_runs_again(tmp_path: Path) -> None:
         calibrator = LayerCalibrator(stream, TOKENS, 1 << 30, tmp_path)
         with stream.layer(0) as layer:
             linears = linears_of(layer, stream.names[0])
+            calibrator.begin(linears)
             groups = calibrator.groups(0, linears)
             attention_last, late = groups[1], groups[2]
             o_proj = linears[attention_last.names[0]]

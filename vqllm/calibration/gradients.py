@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqllm import rng
-from vqllm.calibration.layer import batches
+from vqllm.calibration.passes import batches
 from vqllm.calibration.store import ActivationStore
 from vqllm.calibration.stream import LayerStream, linears_of
 from vqllm.errors import ModelError, NumericalError

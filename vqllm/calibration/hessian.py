@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vqllm.calibration.drift import Drift
 from vqllm.errors import NumericalError
 
 BLOCK = 512
@@ -24,6 +25,8 @@ class Hessian:
     num_tokens: int = 0
     mass: float = 0.0
     """the sum of the weights"""
+    drift: Drift | None = None
+    """how far the input is from that of the original model, where it was measured"""
 
     @classmethod
     def empty(cls, num_features: int, device: torch.device) -> "Hessian":

@@ -1,25 +1,20 @@
 """What one decoder layer sees during calibration: input groups, their Hessians, the next states."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from vqllm.calibration.drift import Drift, Writer, silenced, writers
 from vqllm.calibration.hessian import Hessian
-from vqllm.calibration.replay import Replay
-from vqllm.calibration.store import ActivationStore
-from vqllm.calibration.stream import LayerDone, LayerStream, capture_inputs
-from vqllm.errors import ModelError, NumericalError
+from vqllm.calibration.passes import Model, Passes
+from vqllm.calibration.stream import LayerDone, LayerStream
+from vqllm.errors import ModelError
 
-BATCH_TOKENS = 8192
-"""Tokens that run through a layer at once on an accelerator: enough for full matrix units."""
-CPU_BATCH_TOKENS = 1024
-"""Tokens that run through a layer at once on the CPU. 1024 to 8192 take the same time where memory
-is reused (2.2 s for 65,536 tokens of a layer of 576 x 1536), but the larger blocks of 4096 and 8192
-come as new pages each time (2.7 to 3.2 s)."""
 GROUP_TOKENS = 2048
 """Tokens that show which linears read the same input."""
 
@@ -31,13 +26,34 @@ class InputGroup:
     names: tuple[str, ...]
 
 
+@dataclass
+class _Seen:
+    """What a batch showed in a layer: the inputs of linears, one for each time they ran, and the
+    residual stream before the one that is silenced, if one is."""
+
+    inputs: dict[str, list[Tensor]]
+    residual: Tensor | None = None
+
+
+@dataclass
+class _Layer:
+    """What is known of the layer at work."""
+
+    repeats: bool = False
+    """a linear runs more than once"""
+    unreached: bool = False
+    """the first tokens did not reach all linears"""
+    writers: dict[str, Writer] = field(default_factory=dict)
+
+
 class LayerCalibrator:
     """Runs the calibration sequences through the layers of a stream, one layer after another.
 
-    `tokens` is int64 [S, L]. Half of `budget_bytes` is for the hidden states between layers, which
-    beyond that are in a mapped file below `folder`; half is for outputs inside a layer that its
-    next passes need, which beyond that are computed again. `weights` are those of the tokens in the
-    Hessians of linears, float32 [S, L] by full name; without, all weigh the same.
+    `tokens` is int64 [S, L]; `budget_bytes` and `folder` are for states, as `Passes` says.
+    `weights` are those of the tokens in the Hessians of linears, float32 [S, L] by full name;
+    without, all weigh the same. With `target` "outputs" the original model runs beside the one
+    with quantized layers, and Hessians come with the drift of the inputs between the two; with
+    "residual" that of the residual stream is measured too.
     """
 
     def __init__(
@@ -47,16 +63,21 @@ class LayerCalibrator:
         budget_bytes: int,
         folder: Path,
         weights: Mapping[str, Tensor] | None = None,
+        target: Literal["weights", "outputs", "residual"] = "weights",
     ) -> None:
-        self._stream = stream
-        self._tokens = tokens
         self._weights = weights or {}
-        self._budget_bytes = budget_bytes // 2
-        self._folder = folder
-        self._store: ActivationStore | None = None
-        self._repeats = False
-        self._unreached = False
-        self._replay = Replay(0)
+        self._target = target
+        models: tuple[Model, ...] = ("quantized",)
+        if target != "weights":
+            models = ("quantized", "original")
+        self._passes = Passes(stream, tokens, budget_bytes, folder, models)
+        self._stream = stream
+        self._layer = _Layer()
+
+    def begin(self, linears: Mapping[str, nn.Linear]) -> None:
+        """A layer is loaded, in the compute dtype; these linears of it have their own weights."""
+        self._passes.begin(linears)
+        self._layer = _Layer()
 
     def groups(self, index: int, linears: Mapping[str, nn.Linear]) -> list[InputGroup]:
         """Which linears of loaded layer `index` share an input, found by running one batch.
@@ -75,12 +96,10 @@ class LayerCalibrator:
                     return
             inputs.append((x, [name]))
 
-        self._replay.close()
-        self._replay = Replay(self._budget_bytes)
-        num_sequences = max(1, GROUP_TOKENS // self._tokens.shape[1])
-        self._forward(index, slice(0, num_sequences), linears, visit)
-        self._repeats = max(num_calls.values(), default=0) > 1
-        self._unreached = len(num_calls) < len(linears)
+        few = slice(0, max(1, GROUP_TOKENS // self._passes.tokens.shape[1]))
+        self._passes.run(index, few, linears, visit)
+        self._layer.repeats = max(num_calls.values(), default=0) > 1
+        self._layer.unreached = len(num_calls) < len(linears)
         first_input: dict[str, int] = {}
         for i, (_, names) in enumerate(inputs):
             for name in names:
@@ -89,9 +108,11 @@ class LayerCalibrator:
             InputGroup(tuple(name for name in dict.fromkeys(names) if first_input[name] == i))
             for i, (_, names) in enumerate(inputs)
         ]
-        return [group for group in groups if group.names] + [
-            InputGroup((name,)) for name in linears if name not in first_input
-        ]
+        groups = [group for group in groups if group.names]
+        groups += [InputGroup((name,)) for name in linears if name not in first_input]
+        if self._target == "residual":
+            self._find_writers(index, few, linears, groups)
+        return groups
 
     def hessians(
         self, index: int, linears: Mapping[str, nn.Linear], groups: list[InputGroup]
@@ -99,38 +120,17 @@ class LayerCalibrator:
         """The Hessian of each group over all sequences.
 
         The weight of a token is the mean of its weights for the linears of the group. Where a
-        linear sees some tokens only (an expert), all weigh the same.
+        linear sees some tokens only (an expert), all weigh the same and nothing is known of its
+        drift.
         """
-        first = {group.names[0]: i for i, group in enumerate(groups)}
-        device = self._stream.device
-        hessians = [Hessian.empty(linears[g.names[0]].in_features, device) for g in groups]
-        weights = {group.names[0]: self._weight(group) for group in groups}
-
-        waiting: set[str] = set()
-        batch = slice(0)
-
-        def visit(name: str, x: Tensor) -> None:
-            weight_SL = weights[name]
-            weight_N = None
-            if weight_SL is not None and x.shape[:-1] == weight_SL[batch].shape:
-                weight_N = weight_SL[batch].flatten().to(device)
-            hessians[first[name]].add(x.reshape(-1, x.shape[-1]), weight_N)
-            waiting.discard(name)
-            # The rest of the layer is of no use here. Four input groups measured one after the
-            # other cost 1.4 passes through a Llama layer instead of 4.
-            if not waiting and not self._repeats:
-                raise LayerDone
-
-        watched = {name: linears[name] for name in first}
-        for batch in self._batches():
-            waiting |= watched.keys()
-            self._forward(index, batch, watched, visit)
-        return hessians
-
-    def _weight(self, group: InputGroup) -> Tensor | None:
-        """The weights of all tokens in the Hessian of a group, [S, L]."""
-        known = [self._weights[name] for name in group.names if name in self._weights]
-        return torch.stack(known).mean(0) if known else None
+        hessians = {group: self._empty(linears[group.names[0]], group) for group in groups}
+        # What adds to the residual stream is silenced while it is measured: a pass of its own.
+        alone = [group for group in groups if group.names[0] in self._layer.writers]
+        others = [group for group in groups if group not in alone]
+        for together in [others, *([group] for group in alone)]:
+            if together:
+                self._measure(index, linears, {group: hessians[group] for group in together})
+        return list(hessians.values())
 
     def hessian_beyond(self, index: int, name: str, linear: nn.Linear) -> Hessian:
         """The Hessian of a linear that runs after loaded layer `index`, the last one, such as the
@@ -145,8 +145,8 @@ class LayerCalibrator:
             hessian.add(x.reshape(-1, x.shape[-1]))
             raise LayerDone
 
-        for rows in self._batches():
-            self._forward(index, rows, {name: linear}, visit, beyond=True)
+        for rows in self._passes.batches():
+            self._passes.run(index, rows, {name: linear}, visit, beyond=True)
         if hessian.num_tokens == 0:
             raise ModelError(
                 f"{type(self._stream.model).__name__} does not call its output head {name}, so "
@@ -159,63 +159,103 @@ class LayerCalibrator:
         """The linears of `layer` have their final weights but for these: what the next passes need
         of the rest is computed once."""
         # A linear that `groups` did not reach is finished last, wherever it runs.
-        if not self._unreached:
-            self._replay.settle(layer, unfinished)
+        if not self._layer.unreached:
+            self._passes.settle(layer, unfinished)
 
     def advance(self, index: int) -> None:
         """Replace the stored states by the outputs of loaded layer `index`."""
-        for rows in self._batches():
-            output = self._forward(index, rows, {}, lambda name, x: None)
-            assert output is not None, "no hook ends this pass early"
-            if self._store is None:
-                num_sequences, length = self._tokens.shape
-                shape = (num_sequences, length, output.shape[-1])
-                self._store = ActivationStore(
-                    shape, output.dtype, self._budget_bytes, self._folder / "states.bin"
-                )
-            if not bool(torch.isfinite(output).all()):
-                raise NumericalError(
-                    f"the output of {self._stream.names[index]} is not finite in "
-                    f"{self._stream.compute_dtype}: run with --compute-dtype float32"
-                )
-            self._store.write(rows, output)
-        self._replay.close()
+        self._passes.advance(index)
 
     def close(self) -> None:
         """Free the stored states."""
-        self._replay.close()
-        if self._store is not None:
-            self._store.close()
+        self._passes.close()
 
-    def _batches(self) -> Iterator[slice]:
-        return batches(self._tokens, self._stream.device)
-
-    def _forward(
+    def _find_writers(
         self,
         index: int,
-        rows: slice,
+        few: slice,
         linears: Mapping[str, nn.Linear],
-        visit: Callable[[str, Tensor], None],
-        beyond: bool = False,
-    ) -> Tensor | None:
-        self._replay.begin(rows.start)
-        # The first layer's input is the embeddings; the store is filled batch by batch by its
-        # output, and has nothing yet for the batches that follow.
-        states = None
-        if index > 0:
-            assert self._store is not None, "layers are advanced in order"
-            states = self._store.read(rows, self._stream.device)
-        with capture_inputs(dict(linears), visit):
-            return self._stream.run(index, self._tokens[rows], states, beyond=beyond)
+        groups: Iterable[InputGroup],
+    ) -> None:
+        def run() -> Tensor:
+            output = self._passes.run(index, few, {}, lambda name, x: None)
+            assert output is not None, "nothing ends this pass early"
+            return output
 
+        self._layer.writers = writers(run, linears, [group.names for group in groups])
 
-def batches(tokens: Tensor, device: torch.device, most: int | None = None) -> Iterator[slice]:
-    """The sequences of `tokens` [S, L] that run through a layer together, at most `most`."""
-    num_sequences, length = tokens.shape
-    step = max(1, (CPU_BATCH_TOKENS if device.type == "cpu" else BATCH_TOKENS) // length)
-    step = min(step, most or step)
-    for start in range(0, num_sequences, step):
-        yield slice(start, min(start + step, num_sequences))
+    def _empty(self, linear: nn.Linear, group: InputGroup) -> Hessian:
+        hessian = Hessian.empty(linear.in_features, self._stream.device)
+        if self._target != "weights":
+            adds = group.names[0] in self._layer.writers
+            hessian.drift = Drift.empty(linear, adds, self._stream.device)
+        return hessian
+
+    def _measure(
+        self,
+        index: int,
+        linears: Mapping[str, nn.Linear],
+        hessians: Mapping[InputGroup, Hessian],
+    ) -> None:
+        """Add all tokens to the Hessians of these groups."""
+        watched = {group.names[0]: linears[group.names[0]] for group in hessians}
+        for batch in self._passes.batches():
+            theirs = None
+            if self._target != "weights":
+                theirs = self._see(index, batch, watched, "original")
+            ours = self._see(index, batch, watched, "quantized")
+            for group, hessian in hessians.items():
+                for x in ours.inputs[group.names[0]]:
+                    hessian.add(x.reshape(-1, x.shape[-1]), self._weight(group, batch, x))
+                if hessian.drift is not None and theirs is not None:
+                    hessian.drift = self._with(hessian.drift, group, batch, ours, theirs)
+
+    def _see(
+        self, index: int, batch: slice, watched: Mapping[str, nn.Linear], model: Model
+    ) -> _Seen:
+        """Run a batch through the layer as far as the watched linears."""
+        writer = next((self._layer.writers.get(name) for name in watched), None)
+        seen = _Seen({name: [] for name in watched})
+        waiting = set(watched)
+
+        def visit(name: str, x: Tensor) -> None:
+            seen.inputs[name].append(x.clone())  # a layer may write into it later
+            waiting.discard(name)
+            # The rest of the layer is of no use here. Four input groups measured one after the
+            # other cost 1.4 passes through a Llama layer instead of 4.
+            if not waiting and not self._layer.repeats and writer is None:
+                raise LayerDone
+
+        with silenced([] if writer is None else [*watched.values(), *writer.later]):
+            output = self._passes.run(index, batch, watched, visit, model=model)
+        if writer is not None and output is not None:
+            seen.residual = output.float() / writer.gain
+        return seen
+
+    def _with(
+        self, drift: Drift, group: InputGroup, batch: slice, ours: _Seen, theirs: _Seen
+    ) -> Drift | None:
+        """The drift with a batch added; None where the linear runs on other tokens in the two
+        models (an expert), or more than once."""
+        num_tokens = self._passes.tokens[batch].numel()
+        inputs = [*theirs.inputs[group.names[0]], *ours.inputs[group.names[0]]]
+        if len(inputs) != 2 or any(x.shape[:-1].numel() != num_tokens for x in inputs):
+            return None
+        weight_N = self._weight(group, batch, inputs[1])
+        x0_NC, x_NC = (x.reshape(num_tokens, -1) for x in inputs)
+        drift.add(x0_NC, x_NC, weight_N)
+        if theirs.residual is not None and ours.residual is not None:
+            gap_NR = (theirs.residual - ours.residual).reshape(num_tokens, -1)
+            drift.add_residual(gap_NR, x_NC, weight_N)
+        return drift
+
+    def _weight(self, group: InputGroup, batch: slice, x: Tensor) -> Tensor | None:
+        """The weights of a batch's tokens in the Hessian of a group, [N]; None if x is that of some
+        of them only."""
+        known = [self._weights[name][batch] for name in group.names if name in self._weights]
+        if not known or x.shape[:-1] != known[0].shape:
+            return None
+        return torch.stack(known).mean(0).flatten().to(x.device)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

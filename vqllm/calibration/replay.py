@@ -9,7 +9,7 @@ saves two of four attentions.
     self_attn runs      runs, kept  replayed  replayed
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class Replay:
 
     def __init__(self, budget_bytes: int) -> None:
         self._left = budget_bytes
-        self._batch = 0
+        self._batch: Hashable = None
         self._children: dict[str, _Child] = {}
 
     def settle(self, layer: nn.Module, unfinished: Iterable[nn.Module]) -> None:
@@ -43,14 +43,14 @@ class Replay:
             if linears and not linears & waiting and name not in self._children:
                 self._children[name] = _Child(module, self)
 
-    def begin(self, batch: int) -> None:
-        """The next pass of the layer is for the sequences that begin at number `batch`."""
+    def begin(self, batch: Hashable) -> None:
+        """The next pass of the layer is for the batch of this name."""
         self._batch = batch
         for child in self._children.values():
             child.num_calls = 0
 
     @property
-    def batch(self) -> int:
+    def batch(self) -> Hashable:
         return self._batch
 
     def take(self, num_bytes: int) -> bool:
@@ -75,7 +75,7 @@ class _Child:
         self._replay = replay
         self._own: Callable[..., Any] = module.forward
         self._instances_own = module.__dict__.get("forward")
-        self._outputs: dict[int, Any] = {}
+        self._outputs: dict[Hashable, Any] = {}
         self._called_twice = False
         module.forward = self._forward
 
