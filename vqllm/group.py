@@ -43,6 +43,18 @@ class _Transformed:
     states: list[State]
 
 
+@dataclass(frozen=True)
+class _Task:
+    """A linear to be quantized: as it is, as it is to be, and both transformed."""
+
+    name: str
+    W_RC: Tensor
+    target_RC: Tensor
+    H_CC: Tensor
+    linear: _Transformed
+    H_damped: Tensor
+
+
 def quantize_group(
     weights: Mapping[str, Tensor],
     H_CC: Tensor,
@@ -74,36 +86,62 @@ def quantize_group(
         H_damped = torch.eye(len(H_CC), device=H_CC.device)
     results = []
     for name, linear in linears.items():
-        try:
-            tensors, mse, entropy = _encode(name, linear.W_RC, H_damped, recipe)
-        except NumericalError as error:
-            raise NumericalError(f"{name}, damping {recipe.hessian.damping}: {error}") from error
-        for i, state in enumerate(linear.states):
-            tensors |= {f"t{i}_{key}": value for key, value in state.items()}
-        # Copies: the input side's state is shared by the group, a fixed table by all linears, and
-        # a file takes no tensors that share memory.
-        tensors = {key: value.clone() for key, value in tensors.items()}
-        R, C = weights[name].shape
-        spec = linear_spec(R, C, recipe)
-        W_hat_RC = spec.dequantize(tensors)
-        bits = count(spec.layout())
-        record = {
-            "name": name,
-            "rows": R,
-            "cols": C,
-            "group": list(weights),
-            "codec": recipe.codec.format_id,
-            **_bit_fields(bits, R * C),
-            "code_entropy": round(entropy / (R * C), 4),
-            "proxy_loss": metrics.proxy_loss(targets[name], W_hat_RC, H_CC),
+        task = _Task(name, weights[name], targets[name], H_CC, linear, H_damped)
+        done = _quantize_linear(task, recipe)
+        if recipe.fragile is not None and done.record["proxy_loss"] > recipe.fragile.above:
+            done = _quantize_again(task, recipe, done)
+        done.record.update(
+            group=list(weights),
+            damping=recipe.hessian.damping,
+            num_tokens=num_tokens,
             **_target_fields(weights[name], targets[name], H_CC, recipe, drift),
-            "sqnr_db": metrics.sqnr_db(weights[name], W_hat_RC),
-            "gaussian_efficiency": metrics.gaussian_efficiency(mse, bits.codes / (R * C)),
-            "damping": recipe.hessian.damping,
-            "num_tokens": num_tokens,
-        }
-        results.append(QuantizedLinear(name, spec, tensors, W_hat_RC, record))
+        )
+        results.append(done)
     return results
+
+
+def _quantize_again(task: _Task, recipe: Recipe, first: QuantizedLinear) -> QuantizedLinear:
+    """A linear that the recipe's codec loses too much of, by the codec for such."""
+    assert recipe.fragile is not None, "asked for"
+    done = _quantize_linear(task, recipe.for_fragile())
+    before, after = first.record["proxy_loss"], done.record["proxy_loss"]
+    if after >= before:  # of no use, and larger
+        return first
+    done.record["fragile"] = {"codec": first.record["codec"], "proxy_loss": before}
+    logger.info(
+        "%s is fragile: proxy loss %.3g at %.2f bits, %.3g at %.2f",
+        *(task.name, before, first.record["bits_per_weight"]),
+        *(after, done.record["bits_per_weight"]),
+    )
+    return done
+
+
+def _quantize_linear(task: _Task, recipe: Recipe) -> QuantizedLinear:
+    name, (R, C) = task.name, task.W_RC.shape
+    try:
+        tensors, mse, entropy = _encode(name, task.linear.W_RC, task.H_damped, recipe)
+    except NumericalError as error:
+        raise NumericalError(f"{name}, damping {recipe.hessian.damping}: {error}") from error
+    for i, state in enumerate(task.linear.states):
+        tensors |= {f"t{i}_{key}": value for key, value in state.items()}
+    # Copies: the input side's state is shared by the group, a fixed table by all linears, and
+    # a file takes no tensors that share memory.
+    tensors = {key: value.clone() for key, value in tensors.items()}
+    spec = linear_spec(R, C, recipe)
+    W_hat_RC = spec.dequantize(tensors)
+    bits = count(spec.layout())
+    record = {
+        "name": name,
+        "rows": R,
+        "cols": C,
+        "codec": recipe.codec.format_id,
+        **_bit_fields(bits, R * C),
+        "code_entropy": round(entropy / (R * C), 4),
+        "proxy_loss": metrics.proxy_loss(task.target_RC, W_hat_RC, task.H_CC),
+        "sqnr_db": metrics.sqnr_db(task.W_RC, W_hat_RC),
+        "gaussian_efficiency": metrics.gaussian_efficiency(mse, bits.codes / (R * C)),
+    }
+    return QuantizedLinear(name, spec, tensors, W_hat_RC, record)
 
 
 def _targets(

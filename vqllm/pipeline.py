@@ -204,7 +204,10 @@ def _saliency(job: Job, run: CheckpointRun, tokens: Tensor) -> dict[str, Tensor]
         job.activation_budget,
         run.scratch / "gradients",
     )
-    return token_weights(gradients, tokens, lambda linears: chosen(linears, job.recipe))
+    recipe = job.recipe
+    return token_weights(
+        gradients, tokens, lambda linears: chosen(linears, recipe), recipe.hessian.power
+    )
 
 
 def _sequences(job: Job) -> dict[str, Tensor]:

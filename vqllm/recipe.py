@@ -129,6 +129,13 @@ class Hessian(Settings):
         "predictions depend on the outputs of the linears there (output), which takes a pass with "
         "gradients through the unquantized model",
     )
+    power: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="exponent of the weights: 1 is the Fisher information, which few tokens make "
+        "up",
+    )
 
 
 class Target(Settings):
@@ -148,6 +155,17 @@ class Target(Settings):
         description="added to the diagonal of the Hessian that the target is computed with, "
         "relative to its mean",
     )
+
+
+class Fragile(Settings):
+    """Which linears are coded again, with more bits, and how. The report names them."""
+
+    above: float = Field(
+        gt=0,
+        description="proxy loss, the relative error of a linear's outputs, from which on it is "
+        "fragile",
+    )
+    codec: Annotated[SerializeAsAny[Codec], _build(CODECS)]
 
 
 class Vocabulary(Settings):
@@ -236,6 +254,11 @@ class Recipe(Settings):
     tuning: tuple[Annotated[SerializeAsAny[Tuning], _build(TUNINGS)], ...] = Field(
         default=(), description="steps after rounding, of the linears in the layers"
     )
+    fragile: Fragile | None = Field(
+        default=None,
+        description="another codec for linears that the codec loses too much of; null codes all "
+        "alike",
+    )
     embeddings: Embeddings | None = Field(
         default=None,
         description="codec, transforms of the input side and rounding of the input embedding; null "
@@ -267,9 +290,17 @@ class Recipe(Settings):
             self.rounding.check(self.codec)
             for tuning in self.tuning:
                 tuning.check(self.codec)
+            if self.fragile is not None:
+                self.rounding.check(self.fragile.codec)
         except RecipeError as error:
             raise ValueError(str(error)) from error
         return self
+
+    def for_fragile(self) -> "Recipe":
+        """This recipe with the codec of fragile linears, and without tuning."""
+        assert self.fragile is not None, "the recipe has no such key"
+        update = {"codec": self.fragile.codec, "fragile": None, "tuning": ()}
+        return self.model_copy(update=update)
 
     def of(self, part: Vocabulary) -> "Recipe":
         """This recipe with the codec, transforms and rounding of the embedding or the head, and
@@ -278,7 +309,7 @@ class Recipe(Settings):
         damping = getattr(part, "damping", None)
         if damping is not None:
             own["hessian"] = self.hessian.model_copy(update={"damping": damping})
-        return self.model_copy(update={"tuning": (), "target": Target(), **own})
+        return self.model_copy(update={"tuning": (), "target": Target(), "fragile": None, **own})
 
     def to_dict(self) -> JSON:
         """JSON values with every field present."""

@@ -22,6 +22,7 @@ from vqllm.errors import (
     RecipeError,
 )
 from vqllm.recipe import Recipe, from_dict
+from vqllm.types import JSON
 
 SMALL = {"source": ["self"], "sequences": 6, "length": 32}
 
@@ -248,6 +249,35 @@ def test_targets_make_up_for_the_errors_of_earlier_layers(arch: str, tmp_path: P
         )
     assert kl["outputs"] < 0.9 * kl["weights"]
     assert kl["residual"] < 0.9 * kl["weights"]
+
+
+def test_fragile_linears_get_more_bits_and_are_named(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    run(source, tmp_path / "plain")
+    plain = _records(tmp_path / "plain")
+    above = sorted(record["proxy_loss"] for record in plain.values())[-4]
+    fragile = {"above": above, "codec": {"type": "uniform", "bits": 8}}
+    run(source, tmp_path / "out", recipe=recipe(fragile=fragile))
+    records = _records(tmp_path / "out")
+    again = {name for name, record in records.items() if "fragile" in record}
+    assert 0 < len(again) < len(records)
+    page = (tmp_path / "out" / "report.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name, record in records.items():
+        if name in again:
+            assert record["proxy_loss"] < above < record["fragile"]["proxy_loss"]
+            assert record["fragile"]["codec"] == "e8p-v1"
+            assert record["codec"] == "uniform-v1"
+            assert f"| {name} | {record['fragile']['proxy_loss']:.4g} |" in page
+        else:
+            assert record["proxy_loss"] <= above
+            assert record["codec"] == "e8p-v1"
+        assert model.get_submodule(name).spec.format.format_id == record["codec"]
+
+
+def _records(output: Path) -> dict[str, JSON]:
+    lines = map(json.loads, (output / "report.jsonl").read_text().splitlines())
+    return {line["name"]: line for line in lines}
 
 
 def test_hessian_refresh_by_layer_differs_and_works(tmp_path: Path) -> None:

@@ -91,6 +91,10 @@ def test_weights_are_the_squared_gradients_over_their_mean(tmp_path: Path) -> No
     for name, g_SLR in expected.items():
         square_SL = g_SLR.square().mean(-1)
         torch.testing.assert_close(weights[name], square_SL / square_SL.mean())
+    roots = token_weights(gradient_pass(source), TOKENS, lambda linears: linears, power=0.5)
+    for name, weight_SL in weights.items():
+        root_SL = weight_SL.sqrt()
+        torch.testing.assert_close(roots[name], root_SL / root_SL.mean())
 
 
 def test_layers_without_gradients_are_refused(

@@ -38,6 +38,16 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
         (r["name"], f"{r['proxy_loss']:.4g}", f"{r['sqnr_db']:.2f}", str(r["num_tokens"]))
         for r in worst(records)
     ]
+    fragile_rows = [
+        (
+            r["name"],
+            f"{r['fragile']['proxy_loss']:.4g}",
+            f"{r['proxy_loss']:.4g}",
+            f"{r['bits_per_weight']:.3f}",
+        )
+        for r in records
+        if "fragile" in r
+    ]
     kept = [(name, reason) for name, reason in summary.not_quantized.items()]
     return "\n".join(
         [
@@ -56,6 +66,11 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
             "## Worst linears",
             "",
             _table(("linear", "proxy loss", "SQNR dB", "tokens"), worst_rows),
+            *_section(
+                "Fragile linears, coded with more bits",
+                ("linear", "proxy loss before", "after", "bits"),
+                fragile_rows,
+            ),
             "## Not quantized",
             "",
             _table(("module", "reason"), kept),
@@ -65,6 +80,11 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
             "",
         ]
     )
+
+
+def _section(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table under its title; nothing if it has no rows."""
+    return [f"## {title}", "", _table(head, rows)] if rows else []
 
 
 def _card(summary: Summary, recipe_yaml: str) -> str:
