@@ -2,19 +2,20 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from vqllm import linalg, metrics, rng
 from vqllm.bits import BitCount, count
+from vqllm.calibration import saliency
 from vqllm.calibration.drift import Drift
 from vqllm.errors import NumericalError
 from vqllm.recipe import Recipe
 from vqllm.target import corrected
 from vqllm.tiles import to_tiles
-from vqllm.types import JSON, State
+from vqllm.types import JSON, OutputRounding, State
 from vqllm_kernels.linear import LinearSpec
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,20 @@ class _Transformed:
 
 
 @dataclass(frozen=True)
+class Statistics:
+    """What calibration found out about an input group."""
+
+    H_CC: Tensor
+    """E[x xᵀ] of the input, float32, not damped"""
+    num_tokens: int
+    drift: Drift | None = None
+    """of the input from that in the original model; None where it is not known, which makes the
+    weights themselves the target"""
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    """packed H_O by full name, for a rounding rule that asks for them"""
+
+
+@dataclass(frozen=True)
 class _Task:
     """A linear to be quantized: as it is, as it is to be, and both transformed."""
 
@@ -53,28 +68,23 @@ class _Task:
     H_CC: Tensor
     linear: _Transformed
     H_damped: Tensor
+    output_RR: Tensor | None
 
 
 def quantize_group(
-    weights: Mapping[str, Tensor],
-    H_CC: Tensor,
-    num_tokens: int,
-    recipe: Recipe,
-    drift: Drift | None = None,
+    weights: Mapping[str, Tensor], statistics: Statistics, recipe: Recipe
 ) -> list[QuantizedLinear]:
     """Quantize linears that read the same input. A pure function of its arguments.
 
     Args:
         weights: W [R, C] of each linear by full name, float32, all of the same C.
-        H_CC: E[x xᵀ] of their input, float32, not damped.
-        num_tokens: how many tokens H was measured on.
+        statistics: of their input, and of their outputs.
         recipe: which transforms, codec and rounding.
-        drift: of the input from that in the original model, for a recipe whose target is not the
-            weights themselves; None where it is not known, which makes them the target.
     """
     for name, W_RC in weights.items():
         _check_finite(name, W_RC)
-    targets = _targets(weights, H_CC, recipe, drift)
+    H_CC = statistics.H_CC
+    targets = _targets(weights, statistics, recipe)
     linears, H_prime = _transform(targets, H_CC, recipe)
     if bool((torch.diagonal(H_CC) > 0).any()):
         H_damped = linalg.damp(H_prime, recipe.hessian.damping)
@@ -86,15 +96,16 @@ def quantize_group(
         H_damped = torch.eye(len(H_CC), device=H_CC.device)
     results = []
     for name, linear in linears.items():
-        task = _Task(name, weights[name], targets[name], H_CC, linear, H_damped)
+        output_RR = _output_hessian(name, linear, statistics, recipe)
+        task = _Task(name, weights[name], targets[name], H_CC, linear, H_damped, output_RR)
         done = _quantize_linear(task, recipe)
         if recipe.fragile is not None and done.record["proxy_loss"] > recipe.fragile.above:
             done = _quantize_again(task, recipe, done)
         done.record.update(
             group=list(weights),
             damping=recipe.hessian.damping,
-            num_tokens=num_tokens,
-            **_target_fields(weights[name], targets[name], H_CC, recipe, drift),
+            num_tokens=statistics.num_tokens,
+            **_target_fields(weights[name], targets[name], statistics, recipe),
         )
         results.append(done)
     return results
@@ -119,7 +130,7 @@ def _quantize_again(task: _Task, recipe: Recipe, first: QuantizedLinear) -> Quan
 def _quantize_linear(task: _Task, recipe: Recipe) -> QuantizedLinear:
     name, (R, C) = task.name, task.W_RC.shape
     try:
-        tensors, mse, entropy = _encode(name, task.linear.W_RC, task.H_damped, recipe)
+        tensors, mse, entropy = _encode(task, recipe)
     except NumericalError as error:
         raise NumericalError(f"{name}, damping {recipe.hessian.damping}: {error}") from error
     for i, state in enumerate(task.linear.states):
@@ -145,9 +156,10 @@ def _quantize_linear(task: _Task, recipe: Recipe) -> QuantizedLinear:
 
 
 def _targets(
-    weights: Mapping[str, Tensor], H_CC: Tensor, recipe: Recipe, drift: Drift | None
+    weights: Mapping[str, Tensor], statistics: Statistics, recipe: Recipe
 ) -> Mapping[str, Tensor]:
     """What each linear's quantized weights are to come near to."""
+    H_CC, drift = statistics.H_CC, statistics.drift
     if drift is None or not bool((torch.diagonal(H_CC) > 0).any()):
         return weights
     damping = recipe.target.damping
@@ -158,17 +170,16 @@ def _targets(
         raise NumericalError(f"{names}, damping {damping} of the target: {error}") from error
 
 
-def _target_fields(
-    W_RC: Tensor, target_RC: Tensor, H_CC: Tensor, recipe: Recipe, drift: Drift | None
-) -> JSON:
+def _target_fields(W_RC: Tensor, target_RC: Tensor, statistics: Statistics, recipe: Recipe) -> JSON:
     """Of a report line: what was aimed at, and how far that is from the weights themselves."""
     if recipe.target.of == "weights":
         return {}
+    drift = statistics.drift
     if drift is None:
         return {"target": "weights", "target_change": 0.0}
     return {
         "target": "outputs" if drift.residual_RC is None else "residual",
-        "target_change": metrics.proxy_loss(W_RC, target_RC, H_CC),
+        "target_change": metrics.proxy_loss(W_RC, target_RC, statistics.H_CC),
     }
 
 
@@ -205,11 +216,34 @@ def _transform(
     return linears, H_CC
 
 
-def _encode(
-    name: str, W_RC: Tensor, H_CC: Tensor, recipe: Recipe
-) -> tuple[dict[str, Tensor], float, float]:
+def _output_hessian(
+    name: str, linear: _Transformed, statistics: Statistics, recipe: Recipe
+) -> Tensor | None:
+    """H_O in the basis of the transformed weights, if the rounding rule asks for it."""
+    if not isinstance(recipe.rounding, OutputRounding):
+        return None
+    R = len(linear.W_RC)
+    H_RR = saliency.unpack(statistics.outputs, name, R)
+    if H_RR is None:
+        logger.warning("%s: no gradient reached it, so its outputs count as uncoupled", name)
+        H_RR = torch.eye(R)
+    H_RR = H_RR.to(linear.W_RC.device)
+    for transform, state in zip(recipe.transforms, linear.states):
+        if transform.side == "out":
+            spec = transform.spec(R)
+            half_RR = spec.apply_inverse_transpose(H_RR, state)
+            H_RR = spec.apply_inverse_transpose(half_RR.T, state)
+    return (H_RR + H_RR.T) / 2
+
+
+def _encode(task: _Task, recipe: Recipe) -> tuple[dict[str, Tensor], float, float]:
     """Packed tensors of a transformed linear, its mean squared error at unit variance, and the
     entropy of its codes in bits."""
+    name, W_RC, H_CC = task.name, task.linear.W_RC, task.H_damped
+    rounding = recipe.rounding
+    if isinstance(rounding, OutputRounding):
+        assert task.output_RR is not None, "made for such rules"
+        rounding = rounding.with_outputs(task.output_RR)
     codec = recipe.codec
     tile = codec.tile
     X_IJE = to_tiles(W_RC, tile)
@@ -217,9 +251,9 @@ def _encode(
     state = codec.fit(
         X_IJE, to_tiles(importance_CC, tile), rng.generator(recipe.seed, name, "codec")
     )
-    codes_IJM, state = recipe.rounding(W_RC, H_CC, codec, state)
+    codes_IJM, state = rounding(W_RC, H_CC, codec, state)
     for tuning in recipe.tuning:
-        codes_IJM, state = tuning(W_RC, H_CC, codec, codes_IJM, state, recipe.rounding)
+        codes_IJM, state = tuning(W_RC, H_CC, codec, codes_IJM, state, rounding)
     tensors = codec.pack(codes_IJM, state)
     W_hat_RC = codec.spec().decode(tensors, *W_RC.shape)
     mse = float((W_hat_RC - W_RC).square().mean() / W_RC.square().mean().clamp_min(1e-30))

@@ -9,19 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from vqllm import memory
-from vqllm.calibration.gradients import GradientPass, token_weights
+from vqllm.calibration.gradients import GradientPass
 from vqllm.calibration.layer import InputGroup, LayerCalibrator
+from vqllm.calibration.saliency import OutputHessians, TokenWeights
 from vqllm.calibration.stream import LayerStream, linears_of
 from vqllm.calibration.tokens import calibration_sequences
 from vqllm.checkpoint.run import CheckpointRun
 from vqllm.errors import ModelError
-from vqllm.group import QuantizedLinear, quantize_group
+from vqllm.group import QuantizedLinear, Statistics, quantize_group
 from vqllm.outside import Outside
 from vqllm.preflight import check_finite, check_model, chosen, planned
 from vqllm.progress import Progress
 from vqllm.recipe import Recipe
 from vqllm.survey import nothing_to_quantize, why_not_quantized
-from vqllm.types import JSON
+from vqllm.types import JSON, OutputRounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +80,9 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
     sequences = run.keep("sequences", lambda: _sequences(job))
     calibrated = time.perf_counter()
     saliency = {}
-    if recipe.hessian.weights == "output":
+    if needs_gradients(recipe):
         progress.phase("gradients of the predictions")
-        saliency = run.keep("saliency", lambda: _saliency(job, run, sequences["calibration"]))
+        saliency = _saliency(job, run, sequences["calibration"])
     stream = _open_stream(job, run)
     check_finite(stream.model, "the model outside its layers")
     outside = Outside(stream, run, recipe)
@@ -108,10 +109,11 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
                 for name, W_hat_RC in run.decoded(index):
                     _install(linears[name], W_hat_RC)
             else:
-                results = _quantize_layer(
-                    index, layer, linears, weights, calibrator, recipe, progress
-                )
-                run.write_layer(index, results)
+                outputs = {}
+                if isinstance(recipe.rounding, OutputRounding):
+                    outputs = _outputs(job, run, sequences["calibration"], index)
+                task = _Layer(index, layer, linears, weights, outputs)
+                run.write_layer(index, _quantize_layer(task, calibrator, recipe, progress))
             if index + 1 < len(stream):
                 calibrator.advance(index)
             elif outside.head_is_due:
@@ -133,54 +135,58 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
     return Outcome(records, kept, seconds, sequences["held_out"])
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """A loaded layer that is to be quantized."""
+
+    index: int
+    module: nn.Module
+    linears: Mapping[str, nn.Linear]
+    weights: Mapping[str, Tensor]
+    """as the source stores them"""
+    outputs: Mapping[str, Tensor]
+    """packed H_O, where the rounding rule needs them"""
+
+
 def _quantize_layer(
-    index: int,
-    layer: nn.Module,
-    linears: Mapping[str, nn.Linear],
-    weights: Mapping[str, Tensor],
-    calibrator: LayerCalibrator,
-    recipe: Recipe,
-    progress: Progress,
+    layer: _Layer, calibrator: LayerCalibrator, recipe: Recipe, progress: Progress
 ) -> list[QuantizedLinear]:
     """Quantize the linears of a loaded layer, and install the decoded weights in it.
 
     With `refresh: group` the Hessian of each input group is measured after the groups that run
     before it are quantized; with `refresh: layer` all are measured on the unquantized layer.
     """
-    groups = calibrator.groups(index, linears)
+    groups = calibrator.groups(layer.index, layer.linears)
     stages = [[group] for group in groups] if recipe.hessian.refresh == "group" else [groups]
     results: list[QuantizedLinear] = []
-    unfinished = dict(linears)
+    unfinished = dict(layer.linears)
     for stage in stages:
-        for quantized in _quantize_stage(index, stage, linears, weights, calibrator, recipe):
+        for quantized in _quantize_stage(layer, stage, calibrator, recipe):
             progress.linear(quantized.record)
             results.append(quantized)
         for group in stage:
             for name in group.names:
                 del unfinished[name]
         if unfinished:  # without, only the output of the layer is left to compute
-            calibrator.settle(layer, unfinished.values())
+            calibrator.settle(layer.module, unfinished.values())
     return results
 
 
 def _quantize_stage(
-    index: int,
-    groups: list[InputGroup],
-    linears: Mapping[str, nn.Linear],
-    weights: Mapping[str, Tensor],
-    calibrator: LayerCalibrator,
-    recipe: Recipe,
+    layer: _Layer, groups: list[InputGroup], calibrator: LayerCalibrator, recipe: Recipe
 ) -> list[QuantizedLinear]:
     results: list[QuantizedLinear] = []
-    for group, hessian in zip(groups, calibrator.hessians(index, linears, groups)):
+    for group, hessian in zip(groups, calibrator.hessians(layer.index, layer.linears, groups)):
         if hessian.num_tokens == 0:
             continue
-        W = {name: weights[name].float() for name in group.names}
-        H_CC = hessian.matrix(group.names[0])
-        results += quantize_group(W, H_CC, hessian.num_tokens, recipe, hessian.drift)
+        W = {name: layer.weights[name].float() for name in group.names}
+        statistics = Statistics(
+            hessian.matrix(group.names[0]), hessian.num_tokens, hessian.drift, layer.outputs
+        )
+        results += quantize_group(W, statistics, recipe)
     for quantized in results:
-        quantized.record["layer"] = index
-        _install(linears[quantized.name], quantized.W_hat_RC)
+        quantized.record["layer"] = layer.index
+        _install(layer.linears[quantized.name], quantized.W_hat_RC)
     return results
 
 
@@ -195,19 +201,53 @@ def _open_stream(job: Job, run: CheckpointRun) -> LayerStream:
     )
 
 
+def needs_gradients(recipe: Recipe) -> bool:
+    """Whether a pass with gradients comes before the quantization."""
+    return recipe.hessian.weights == "output" or isinstance(recipe.rounding, OutputRounding)
+
+
 def _saliency(job: Job, run: CheckpointRun, tokens: Tensor) -> dict[str, Tensor]:
-    """What each calibration token weighs in the Hessians of each linear, [S, L] by full name."""
+    """What each calibration token weighs in the Hessians of each linear, [S, L] by full name; the
+    Hessians of outputs are kept by layer, where the rounding rule needs them."""
+    return run.keep("saliency", lambda: _gradients(job, run, tokens))
+
+
+def _gradients(job: Job, run: CheckpointRun, tokens: Tensor) -> dict[str, Tensor]:
+    recipe = job.recipe
     gradients = GradientPass(
         lambda: _open_stream(job, run),
         tokens,
-        job.recipe.seed,
+        recipe.seed,
         job.activation_budget,
         run.scratch / "gradients",
     )
-    recipe = job.recipe
-    return token_weights(
-        gradients, tokens, lambda linears: chosen(linears, recipe), recipe.hessian.power
+    weights = TokenWeights(tokens, recipe.hessian.power)
+    outputs = OutputHessians(
+        lambda index, blocks: run.put(_outputs_file(index), blocks), recipe.hessian.power
     )
+    visitors = [weights] if recipe.hessian.weights == "output" else []
+    visitors += [outputs] if isinstance(recipe.rounding, OutputRounding) else []
+
+    def visit(name: str, rows: slice, x: Tensor, g: Tensor) -> None:
+        for visitor in visitors:
+            visitor.visit(name, rows, x, g)
+
+    gradients.run(lambda linears: chosen(linears, recipe), visit, outputs.finish)
+    return weights.result()
+
+
+def _outputs(job: Job, run: CheckpointRun, tokens: Tensor, index: int) -> dict[str, Tensor]:
+    """The packed Hessians of a layer's outputs."""
+    outputs = run.kept(_outputs_file(index))
+    if outputs is None:  # the file is damaged
+        _gradients(job, run, tokens)
+        outputs = run.kept(_outputs_file(index))
+        assert outputs is not None, "it was just written"
+    return outputs
+
+
+def _outputs_file(index: int) -> str:
+    return f"outputs-{index}"
 
 
 def _sequences(job: Job) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from vqllm.rounding.ldlq import LDLQ
 from vqllm.rounding.nearest import Nearest
 from vqllm.transforms import TRANSFORMS
 from vqllm.tuning import TUNINGS
-from vqllm.types import JSON, Codec, Part, Rounding, Settings, Transform, Tuning
+from vqllm.types import JSON, Codec, OutputRounding, Part, Rounding, Settings, Transform, Tuning
 from vqllm_kernels.linear import LinearSpec
 
 RECIPE_VERSION = 1
@@ -190,6 +190,11 @@ class Vocabulary(Settings):
             raise ValueError(
                 f"the rows of codec {self.codec.type} with these options cannot be decoded one by "
                 "one, because some of what it stores belongs to groups of rows"
+            )
+        if isinstance(self.rounding, OutputRounding):
+            raise ValueError(
+                f"rounding {self.rounding.type} needs gradients in the outputs, which are measured "
+                "for linears in the layers only; use ldlq"
             )
         try:
             self.rounding.check(self.codec)

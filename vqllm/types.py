@@ -264,6 +264,15 @@ class Rounding(Part, ABC):
         """Raise RecipeError if this rule cannot serve `codec`; called when a recipe is read."""
 
 
+class OutputRounding(Rounding):
+    """A rule that also asks what errors in each output do to the model's loss."""
+
+    @abstractmethod
+    def with_outputs(self, output_RR: Tensor) -> Rounding:
+        """This rule for a linear whose outputs have H_O = E[g gᵀ], [R, R] float32, positive
+        semidefinite, in the basis of the transformed weights; g are gradients of the loss."""
+
+
 class Tuning(Part, ABC):
     """A step after rounding that moves what the codec learned, the codes, or both."""
 

@@ -204,10 +204,11 @@ def test_another_recipe_is_refused_on_resume_with_the_difference(tmp_path: Path)
     ("changes", "events"),
     [
         ({"hessian": {"weights": "output"}}, (2, 3, 12)),  # around the gradients, between layers
+        ({"rounding": {"type": "two_sided", "rows": 16}}, (2, 3, 12)),
         ({"target": {"of": "outputs"}}, (5, 12)),
         ({"target": {"of": "residual"}}, (5, 12)),
     ],
-    ids=["output weights", "outputs", "residual"],
+    ids=["output weights", "two-sided", "outputs", "residual"],
 )
 def test_objectives_change_the_bytes_and_survive_a_stop(
     changes: dict[str, dict[str, str]], events: tuple[int, ...], tmp_path: Path
@@ -223,6 +224,18 @@ def test_objectives_change_the_bytes_and_survive_a_stop(
             run(source, out, recipe=changed, progress=KillAt(event))
         run(source, out, recipe=changed)
         assert same_files(tmp_path / "whole", out)
+
+
+def test_damaged_hessians_of_outputs_are_made_again(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    two_sided = recipe(rounding={"type": "two_sided", "rows": 16})
+    run(source, tmp_path / "whole", recipe=two_sided)
+    with pytest.raises(Killed):
+        run(source, tmp_path / "out", recipe=two_sided, progress=KillAt(12))
+    (file,) = (tmp_path / "out" / ".vqllm").rglob("outputs-1.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    run(source, tmp_path / "out", recipe=two_sided)
+    assert same_files(tmp_path / "whole", tmp_path / "out")
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt_neox"])

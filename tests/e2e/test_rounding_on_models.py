@@ -10,7 +10,7 @@ import torch
 from tests.tiny import save_tiny
 from vqllm.calibration.layer import LayerCalibrator
 from vqllm.calibration.stream import LayerStream, linears_of
-from vqllm.group import quantize_group
+from vqllm.group import Statistics, quantize_group
 from vqllm.recipe import from_dict
 
 CODECS: dict[str, dict[str, Any]] = {
@@ -46,7 +46,7 @@ def losses(
             for group, hessian in zip(groups, calibrator.hessians(index, linears, groups)):
                 W = {name: weights[name] for name in group.names}
                 H = hessian.matrix(group.names[0])
-                for done in quantize_group(W, H, hessian.num_tokens, recipe):
+                for done in quantize_group(W, Statistics(H, hessian.num_tokens), recipe):
                     found[done.name] = done.record["proxy_loss"]
             calibrator.advance(index)
     calibrator.close()

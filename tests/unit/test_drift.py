@@ -146,7 +146,7 @@ def test_experts_have_no_drift(tmp_path: Path) -> None:
         | {"target": {"of": "outputs"}},
         "x",
     )
-    (done,) = group.quantize_group(W, torch.eye(4), 10, wanted, None)
+    (done,) = group.quantize_group(W, group.Statistics(torch.eye(4), 10), wanted)
     assert done.record["target"] == "weights"
 
 

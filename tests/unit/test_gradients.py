@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM
 from tests.tiny import ARCHITECTURES, save_tiny
 from vqllm import rng
 from vqllm.calibration import passes as passes_module
-from vqllm.calibration.gradients import GradientPass, draw, token_weights
+from vqllm.calibration import saliency as saliency_module
+from vqllm.calibration.gradients import GradientPass, draw
 from vqllm.calibration.layer import LayerCalibrator
+from vqllm.calibration.saliency import OutputHessians, TokenWeights, unpack
 from vqllm.calibration.stream import LayerStream, linears_of
 from vqllm.errors import ModelError, NumericalError
 
@@ -83,15 +85,21 @@ def test_labels_follow_their_probabilities() -> None:
     assert counts[1] == 0
 
 
+def token_weights(gradients: GradientPass, power: float = 1.0) -> dict[str, torch.Tensor]:
+    weights = TokenWeights(TOKENS, power)
+    gradients.run(lambda linears: linears, weights.visit)
+    return weights.result()
+
+
 def test_weights_are_the_squared_gradients_over_their_mean(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source", "llama")
     expected = collected(gradient_pass(source))
-    weights = token_weights(gradient_pass(source), TOKENS, lambda linears: linears)
+    weights = token_weights(gradient_pass(source))
     assert set(weights) == set(expected)
     for name, g_SLR in expected.items():
         square_SL = g_SLR.square().mean(-1)
         torch.testing.assert_close(weights[name], square_SL / square_SL.mean())
-    roots = token_weights(gradient_pass(source), TOKENS, lambda linears: linears, power=0.5)
+    roots = token_weights(gradient_pass(source), power=0.5)
     for name, weight_SL in weights.items():
         root_SL = weight_SL.sqrt()
         torch.testing.assert_close(roots[name], root_SL / root_SL.mean())
@@ -119,12 +127,12 @@ def test_gradients_that_weigh_nothing_are_refused(
     gradients = gradient_pass(save_tiny(tmp_path / "source", "llama"))
     run = gradients.run
 
-    def changed(chosen: Any, visit: Any) -> None:
+    def changed(chosen: Any, visit: Any, finished: Any = None) -> None:
         run(chosen, lambda name, rows, x, g: visit(name, rows, x, g * value))
 
     gradients.run = changed  # type: ignore[method-assign]
     with pytest.raises(NumericalError, match=rf"the loss {message}.* hessian\.weights=none"):
-        token_weights(gradients, TOKENS, lambda linears: linears)
+        token_weights(gradients)
 
 
 def test_linears_that_see_some_tokens_only_have_no_weights(
@@ -133,14 +141,14 @@ def test_linears_that_see_some_tokens_only_have_no_weights(
     gradients = gradient_pass(save_tiny(tmp_path / "source", "llama"))
     run = gradients.run
 
-    def changed(chosen: Any, visit: Any) -> None:
+    def changed(chosen: Any, visit: Any, finished: Any = None) -> None:
         def routed(name: str, rows: slice, x: torch.Tensor, g: torch.Tensor) -> None:
             visit(name, rows, x, g.flatten(0, 1)[:7] if "up_proj" in name else g)
 
         run(chosen, routed)
 
     gradients.run = changed  # type: ignore[method-assign]
-    weights = token_weights(gradients, TOKENS, lambda linears: linears)
+    weights = token_weights(gradients)
     assert weights
     assert not [name for name in weights if "up_proj" in name]
     assert "2 linears see only some tokens (model.layers.0.mlp.up_proj, ...)" in caplog.text
@@ -167,3 +175,40 @@ def test_hessians_weigh_tokens(tmp_path: Path) -> None:
     x_NC, w_N = torch.cat(inputs), sum(weights.values()).flatten() / 2
     expected = (x_NC * w_N[:, None]).T @ x_NC / w_N.sum()
     torch.testing.assert_close(hessians[0].matrix("q"), expected)
+
+
+@pytest.mark.parametrize(("power", "block"), [(1.0, 4096), (0.5, 4096), (1.0, 20)])
+def test_hessians_of_outputs(
+    power: float, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saliency_module, "BLOCK", block)
+    source = save_tiny(tmp_path / "source", "llama")
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+    outputs = OutputHessians(kept.__setitem__, power)
+    gradient_pass(source).run(lambda linears: linears, outputs.visit, outputs.finish)
+    assert sorted(kept) == [0, 1]
+    for name, g in collected(gradient_pass(source)).items():
+        packed = kept[int(name.split(".")[2])]
+        g_NR = g.flatten(0, 1)
+        g_NR = g_NR * g_NR.norm(dim=1, keepdim=True) ** (power - 1)
+        expected = g_NR.T @ g_NR
+        expected /= torch.diagonal(expected).mean()
+        size = -(-len(expected) // -(-len(expected) // block))
+        place = torch.arange(len(expected)) // size
+        expected[place[:, None] != place] = 0
+        got = unpack(packed, name, len(expected))
+        assert got is not None
+        error = (got - expected).norm() / expected.norm()
+        assert error < 0.004, name  # bfloat16
+        assert torch.equal(got, got.T)
+        lower = size * (size + 1) // 2
+        assert packed[name].nbytes == 2 * lower * -(-len(expected) // size)
+    assert unpack(kept[0], "model.layers.0.expert", 4) is None
+
+
+@pytest.mark.parametrize(("value", "message"), [(0.0, "has no gradient"), (torch.nan, "has a NaN")])
+def test_outputs_without_gradients_are_refused(value: float, message: str) -> None:
+    outputs = OutputHessians(lambda index, packed: None, 1.0)
+    outputs.visit("q", slice(0, 2), torch.zeros(2, 3, 4), torch.full((2, 3, 5), value))
+    with pytest.raises(NumericalError, match=rf"{message}.* outputs of q\..* two_sided"):
+        outputs.finish(0)

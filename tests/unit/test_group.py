@@ -16,7 +16,8 @@ def test_tensors_of_a_layer_go_into_one_file(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     W = {linear: torch.randn(16, 32, generator=generator) for linear in ("q", "k")}
     x_NC = torch.randn(256, 32, generator=generator)
-    done = group.quantize_group(W, x_NC.T @ x_NC / 256, 256, recipe.load(name))
+    statistics = group.Statistics(x_NC.T @ x_NC / 256, 256)
+    done = group.quantize_group(W, statistics, recipe.load(name))
     tensors = {f"{q.name}.{key}": tensor for q in done for key, tensor in q.tensors.items()}
     assert len(save(tensors)) > sum(tensor.nbytes for tensor in tensors.values())
     for quantized in done:

@@ -259,7 +259,7 @@ class TestRecipe:
         for steps in ([], [{"type": "codebook"}], [{"type": "codebook", "rounds": 2}]):
             tuned = recipe.from_dict({**self.VALUES, "tuning": steps}, "test")
             assert recipe.from_dict(tuned.to_dict(), "test") == tuned
-            (linear,) = group.quantize_group({"a": W}, H, 1000, tuned)
+            (linear,) = group.quantize_group({"a": W}, group.Statistics(H, 1000), tuned)
             losses.append(linear.record["proxy_loss"])
             assert metrics.proxy_loss(W, linear.W_hat_RC, H) == losses[-1]
         assert losses[2] < losses[1] < losses[0]

@@ -16,7 +16,6 @@ Source: the labels and their use for rounding: Tseng et al., "YAQA", arXiv 2505.
 Kim et al., "GuidedQuant", arXiv 2505.07004.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,9 +31,7 @@ from vqllm.calibration.store import ActivationStore
 from vqllm.calibration.stream import LayerStream, linears_of
 from vqllm.errors import ModelError, NumericalError
 
-logger = logging.getLogger(__name__)
-
-WITHOUT = "--set hessian.weights=none"
+WITHOUT = "--set hessian.weights=none and a rounding rule other than two_sided"
 LOGIT_BYTES = 1 << 28
 """Of the logits of a batch in float32, unless a single sequence has more. Their gradients and the
 probabilities take as much each."""
@@ -73,11 +70,13 @@ class GradientPass:
         self,
         chosen: Choice,
         visit: Visit,
+        finished: Callable[[int], None] = lambda index: None,
     ) -> None:
         """Call `visit` for every call of every linear, the last layer first.
 
         Args:
             chosen: which of a layer's linears are wanted.
+            finished: called with the number of a layer when all its linears were visited.
 
         Raises:
             ModelError: the loss has no gradient in the output of some layer.
@@ -92,6 +91,7 @@ class GradientPass:
                     linears = chosen(linears_of(layer, name, stream.shared))
                     layer.to(stream.compute_dtype)
                     self._backward(stream, index, linears, visit, index == last)
+                finished(index)
         finally:
             self.close()
 
@@ -188,54 +188,6 @@ class GradientPass:
         shape = (num_sequences, length, states.shape[-1])
         budget_bytes = self._budget_bytes // num_layers
         return ActivationStore(shape, states.dtype, budget_bytes, self._folder / f"{name}.bin")
-
-
-def token_weights(
-    gradients: GradientPass, tokens: Tensor, chosen: Choice, power: float = 1.0
-) -> dict[str, Tensor]:
-    """A power of the mean square of the gradients in each linear's outputs at each token, over its
-    mean.
-
-    E[w x xᵀ] with the first power is the block of the Fisher information that belongs to a row of
-    W, averaged over the rows (GuidedQuant with one group of rows). The mean squares have heavy
-    tails (largest 100 to 1000 times the mean); smaller powers let more tokens count.
-
-    Args:
-        tokens: those of the pass, [S, L].
-        chosen: as for `GradientPass.run`.
-        power: exponent, above 0.
-
-    Returns:
-        float32 [S, L] by full name, without linears that see some of the tokens only.
-    """
-    weights: dict[str, Tensor] = {}
-    partial: set[str] = set()
-
-    def visit(name: str, rows: slice, x: Tensor, g: Tensor) -> None:
-        if g.shape[:-1] != tokens[rows].shape:
-            partial.add(name)
-            return
-        total_SL = weights.setdefault(name, torch.zeros(tokens.shape))
-        total_SL[rows] += g.float().square().mean(-1).cpu()
-
-    gradients.run(chosen, visit)
-    if partial:
-        logger.warning(
-            "%d linears see only some tokens (%s, ...): all weigh the same in their Hessians",
-            len(partial),
-            min(partial),
-        )
-    for name, total_SL in weights.items():
-        mean = total_SL.mean()
-        if not bool(mean.isfinite() & (mean > 0)):
-            raise NumericalError(
-                f"the loss has {'no' if mean == 0 else 'a NaN or infinite'} gradient in the "
-                f"outputs of {name}, so its tokens have no weights. Run with --compute-dtype "
-                f"float32, or without gradients: {WITHOUT}"
-            )
-        powers_SL = (total_SL / mean) ** power
-        weights[name] = powers_SL / powers_SL.mean()
-    return {name: weights[name] for name in sorted(weights.keys() - partial)}
 
 
 def watched(

@@ -115,13 +115,18 @@ class CheckpointRun:
 
     def keep(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors that are made once a run and read back when it goes on."""
-        kept = self._kept(name)
+        kept = self.kept(name)
         if kept is not None:
             return kept
-        atomic.write_shard(self._kept_path(name), make(), self.scratch)
+        self.put(name, make())
         return load_file(self._kept_path(name))
 
-    def _kept(self, name: str) -> dict[str, Tensor] | None:
+    def put(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Keep tensors for later in the run, or for when it goes on."""
+        atomic.write_shard(self._kept_path(name), tensors, self.scratch)
+
+    def kept(self, name: str) -> dict[str, Tensor] | None:
+        """What `put` or `keep` kept; None if there is nothing, or it is damaged."""
         path = self._kept_path(name)
         try:
             return load_file(path) if path.is_file() else None
@@ -137,14 +142,14 @@ class CheckpointRun:
         told = {"name": made.name, "spec": spec_to_dict(made.spec), "record": made.record}
         text = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
         tensors = {f"packed.{key}": tensor.cpu() for key, tensor in made.tensors.items()}
-        atomic.write_shard(self._kept_path(name), {TOLD: text, **tensors}, self.scratch)
+        self.put(name, {TOLD: text, **tensors})
         kept = self.kept_packed(name)
         assert kept is not None, "it was just written"
         return kept
 
     def kept_packed(self, name: str) -> Kept | None:
         """What `keep_packed` kept; None if there is nothing, or it is damaged."""
-        tensors = self._kept(name)
+        tensors = self.kept(name)
         if tensors is None:
             return None
         told = json.loads(bytes(tensors.pop(TOLD).tolist()))

@@ -90,15 +90,18 @@ class LDLQ(Rounding):
             )
 
 
-def feedback(columns: TileColumns, stripe: int) -> Tensor:
+def feedback(
+    columns: TileColumns, stripe: int, factors: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Code all tile columns from last to first; returns W − Ŵ, [R, C].
 
     Args:
         columns: takes up the codes.
         stripe: columns of W that are coded between two products with the whole of L.
+        factors: L and D of the columns' H, if they are known.
     """
     W_RC, width = columns.W_RC, columns.width
-    L_CC, D_KTT = linalg.block_ldl(columns.H_CC, width)
+    L_CC, D_KTT = factors or linalg.block_ldl(columns.H_CC, width)
     E_RC = torch.zeros_like(W_RC)
     for group in columns.groups():
         first, last = group.start * width, group.stop * width

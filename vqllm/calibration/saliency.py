@@ -1,0 +1,145 @@
+"""What the gradients of the model's loss say about the outputs of its linears.
+
+Token weights: the mean square of the gradients at each token. E[w x xᵀ] is then the block of the
+Fisher information that belongs to a row of W, averaged over the rows (Kim et al., "GuidedQuant",
+arXiv 2505.07004, with one group of rows).
+
+H_O = E[g gᵀ]: with H = E[x xᵀ] it makes the Kronecker product H_O ⊗ H, the Fisher information of W
+where inputs and gradients of a token are independent (Martens and Grosse, "K-FAC",
+arXiv 1503.05671; for rounding, Tseng et al., "YAQA", arXiv 2505.22988). What is kept of a linear
+of R outputs: blocks of at most `BLOCK` of them, neighbours, without what couples one block to
+another; of each block the lower triangle, over the mean of the diagonal, in bfloat16. That is
+R · min(R, 4096) bytes: 0.17 GB for the demo model, 5 GB for 32 layers of 4096 and 14336, 35 GB for
+80 layers of 8192 and 28672.
+
+The squares have heavy tails (largest 100 to 1000 times the mean), so that few tokens make up
+either. A power below 1 of them lets more tokens count.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from vqllm.calibration.gradients import WITHOUT
+from vqllm.errors import NumericalError
+
+logger = logging.getLogger(__name__)
+
+BLOCK = 4096
+
+
+class TokenWeights:
+    """Collects what each token of `tokens`, [S, L], weighs in the Hessian of each linear: its mean
+    square over the mean of all, to a power."""
+
+    def __init__(self, tokens: Tensor, power: float) -> None:
+        self._tokens = tokens
+        self._power = power
+        self._squares: dict[str, Tensor] = {}
+        self._partial: set[str] = set()
+
+    def visit(self, name: str, rows: slice, x: Tensor, g: Tensor) -> None:
+        """Add the gradients of a batch in the outputs of a linear, [.., R]."""
+        if g.shape[:-1] != self._tokens[rows].shape:
+            self._partial.add(name)
+            return
+        total_SL = self._squares.setdefault(name, torch.zeros(self._tokens.shape))
+        total_SL[rows] += g.float().square().mean(-1).cpu()
+
+    def result(self) -> dict[str, Tensor]:
+        """float32 [S, L] with mean 1 by full name, without linears that see some tokens only."""
+        if self._partial:
+            logger.warning(
+                "%d linears see only some tokens (%s, ...): all weigh the same in their Hessians",
+                len(self._partial),
+                min(self._partial),
+            )
+        weights = {}
+        for name in sorted(self._squares.keys() - self._partial):
+            mean = self._squares[name].mean()
+            _check_mean(mean, name)
+            powers_SL = (self._squares[name] / mean) ** self._power
+            weights[name] = powers_SL / powers_SL.mean()
+        return weights
+
+
+class OutputHessians:
+    """Sums g gᵀ of the linears of a layer, and hands them on when the layer is done.
+
+    `keep(index, blocks)` is called with the packed blocks, by the linears' full names. A token
+    weighs |g|^(2 power − 2): with power 1 this is the Fisher information.
+    """
+
+    def __init__(self, keep: Callable[[int, dict[str, Tensor]], None], power: float) -> None:
+        self._keep = keep
+        self._power = power
+        self._sums: dict[str, Tensor] = {}
+        self._num_rows: dict[str, int] = {}
+
+    def visit(self, name: str, rows: slice, x: Tensor, g: Tensor) -> None:
+        """Add the gradients of a batch in the outputs of a linear, [.., R]."""
+        self._num_rows[name] = g.shape[-1]
+        g_NR = g.flatten(0, -2).float()
+        if self._power < 1:
+            norm_N1 = g_NR.norm(dim=1, keepdim=True)
+            g_NR = torch.where(norm_N1 > 0, g_NR * norm_N1.clamp_min(1e-30) ** (self._power - 1), 0)
+        g_NKB = _blocks(g_NR)
+        if name not in self._sums:
+            self._sums[name] = g_NKB.new_zeros(*g_NKB.shape[1:], g_NKB.shape[2])
+        g_KNB = g_NKB.transpose(0, 1)
+        self._sums[name].baddbmm_(g_KNB.mT, g_KNB)
+
+    def finish(self, index: int) -> None:
+        """All batches of layer `index` have been seen."""
+        packed = {}
+        for name, H_KBB in self._sums.items():
+            mean = torch.diagonal(H_KBB, dim1=1, dim2=2).sum() / self._num_rows[name]
+            _check_mean(mean, name)
+            packed[name] = _pack(H_KBB / mean)
+        self._keep(index, packed)
+        self._sums = {}
+
+
+def unpack(packed: Mapping[str, Tensor], name: str, num_rows: int) -> Tensor | None:
+    """H_O of a linear, float32 [R, R], its mean diagonal 1; None for one that was not seen.
+
+    Args:
+        packed: what `keep` was called with for its layer.
+        num_rows: R.
+    """
+    if name not in packed:
+        return None
+    num_blocks, size = _block_sizes(num_rows)
+    lower = torch.ones(size, size, dtype=torch.bool).tril()
+    H_KBB = torch.zeros(num_blocks, size, size)
+    for H_BB, values in zip(H_KBB, packed[name]):
+        H_BB[lower] = values.float()
+    H_KBB = H_KBB + H_KBB.tril(-1).mT
+    return torch.block_diag(*H_KBB)[:num_rows, :num_rows]
+
+
+def _check_mean(mean: Tensor, name: str) -> None:
+    if not bool(mean.isfinite() & (mean > 0)):
+        raise NumericalError(
+            f"the loss has {'no' if mean == 0 else 'a NaN or infinite'} gradient in the outputs of "
+            f"{name}. Run with --compute-dtype float32, or without gradients: {WITHOUT}"
+        )
+
+
+def _pack(H_KBB: Tensor) -> Tensor:
+    lower = torch.ones(H_KBB.shape[1:], dtype=torch.bool, device=H_KBB.device).tril()
+    return H_KBB[:, lower].bfloat16().cpu()
+
+
+def _blocks(g_NR: Tensor) -> Tensor:
+    """[N, K, B], the last block filled up with zeros."""
+    num_blocks, size = _block_sizes(g_NR.shape[1])
+    missing = num_blocks * size - g_NR.shape[1]
+    return torch.nn.functional.pad(g_NR, (0, missing)).unflatten(1, (num_blocks, size))
+
+
+def _block_sizes(num_rows: int) -> tuple[int, int]:
+    num_blocks = -(-num_rows // BLOCK)
+    return num_blocks, -(-num_rows // num_blocks)
