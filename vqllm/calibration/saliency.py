@@ -9,7 +9,7 @@ where inputs and gradients of a token are independent (Martens and Grosse, "K-FA
 arXiv 1503.05671; for rounding, Tseng et al., "YAQA", arXiv 2505.22988). What is kept of a linear
 of R outputs: blocks of at most `BLOCK` of them, neighbours, without what couples one block to
 another; of each block the lower triangle, over the mean of the diagonal, in bfloat16. That is
-R · min(R, 4096) bytes: 0.17 GB for the demo model, 5 GB for 32 layers of 4096 and 14336, 35 GB for
+R · min(R, 4096) bytes: 0.17 GB for the demo model, 5 GB for 32 layers of 4096 and 14336, 27 GB for
 80 layers of 8192 and 28672.
 
 The squares have heavy tails (largest 100 to 1000 times the mean), so that few tokens make up
