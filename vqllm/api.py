@@ -35,7 +35,8 @@ def quantize(
     output: str | Path,
     *,
     recipe: str | Path | Recipe | None = None,
-    bits: int | None = None,
+    bits: float | None = None,
+    preset: str | None = None,
     calibration: str | Path | Iterable[str | Path] | None = None,
     seed: int | None = None,
     changes: tuple[str, ...] = (),
@@ -55,6 +56,7 @@ def quantize(
         output: the folder to write; an unfinished run of the same command goes on.
         recipe: a shipped recipe's name, a YAML file or a Recipe; with `bits` instead, the best
             recipe for that number of bits (2 when neither is given).
+        preset: with `bits`: "fast", "balanced" (the default) or "best", by the time of a run.
         calibration: sources in place of the recipe's: "self", files, folders, datasets ids.
         seed: in place of the recipe's.
         changes: `dotted.key=value` changes of the recipe.
@@ -75,7 +77,7 @@ def quantize(
         one = isinstance(calibration, str | Path)
         calibration = [str(x) for x in ([calibration] if one else calibration)]
     command = command or _call(locals())
-    chosen = _recipe(recipe, bits, calibration, seed, changes)
+    chosen = _recipe(recipe, bits, preset, calibration, seed, changes)
     progress = progress or LogProgress()
     resolved = models.resolve(model, trust_remote_code=trust_remote_code)
     job = Job(
@@ -292,21 +294,22 @@ def _chat(tokenizer: Any, prompt: str) -> str:
 
 def _recipe(
     recipe: str | Path | Recipe | None,
-    bits: int | None,
+    bits: float | None,
+    preset: str | None,
     calibration: list[str] | None,
     seed: int | None,
     changes: tuple[str, ...],
 ) -> Recipe:
     """The recipe that the arguments of `quantize` mean."""
-    if recipe is not None and bits is not None:
-        raise RecipeError("give a recipe or a number of bits, not both.")
+    if recipe is not None and (bits is not None or preset is not None):
+        raise RecipeError("give a recipe, or a number of bits and a preset, not both.")
     if isinstance(recipe, Recipe):
         chosen = recipe
         if changes:
             raise RecipeError("changes apply to recipes by name or file; change the object itself.")
     else:
         if recipe is None:
-            recipe = recipes.best(DEFAULT_BITS if bits is None else bits)
+            recipe = recipes.best(DEFAULT_BITS if bits is None else bits, preset or "balanced")
         chosen = recipes.load(recipe, changes)
     values = chosen.to_dict()
     if calibration is not None:

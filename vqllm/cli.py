@@ -62,7 +62,12 @@ def quantize(
     model: Annotated[str, typer.Argument(help="demo, a hub id, a folder, or a .gguf file")],
     output: Annotated[Path, typer.Option(help="folder of the quantized model")],
     recipe: Annotated[str | None, typer.Option(help="a recipe's name, or a YAML file")] = None,
-    bits: Annotated[int | None, typer.Option(help="2, 3 or 4: the best recipe for it")] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="1.5, 2, 2.5, 3, 3.5 or 4: the best recipe for it")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="with --bits: fast, balanced (default) or best")
+    ] = None,
     calibration: Annotated[
         list[str] | None,
         typer.Option(help="self, a text, jsonl or parquet file, a folder, or a datasets id"),
@@ -94,6 +99,7 @@ def quantize(
             output,
             recipe=recipe,
             bits=bits,
+            preset=preset,
             calibration=calibration,
             seed=seed,
             changes=tuple(changes or ()),

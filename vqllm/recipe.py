@@ -366,20 +366,25 @@ def load(name_or_file: str | Path, changes: tuple[str, ...] = ()) -> Recipe:
     return from_dict(values, str(name_or_file))
 
 
-BEST = {2: "trellis-2bit", 3: "trellis-3bit", 4: "trellis-4bit"}
-"""The shipped recipe of lowest perplexity at each number of bits among those that take minutes on a
-CPU; the table in docs/codecs.md says which were compared. Those named `-best` search 16 times as
-many states, for 16 times the time."""
+PRESETS = ("fast", "balanced", "best")
+"""Along the axis of time: trellises of 2^8, 2^12 and 2^16 states. The last searches 16 times as
+many states as the one before, for about 5 times the time of a whole run."""
+BITS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
+"""Numbers of bits that have a recipe of each preset."""
 
 
-def best(bits: int) -> str:
-    """Name of the best recipe for a number of bits."""
-    if bits not in BEST:
+def best(bits: float, preset: str = "balanced") -> str:
+    """Name of the shipped recipe of lowest KL for a number of bits and a preset; the table in
+    docs/codecs.md says which were compared."""
+    if bits not in BITS:
         raise RecipeError(
-            f"--bits {bits}: there is a best recipe for {', '.join(map(str, BEST))} bits. "
-            "Name another one with --recipe (vqllm recipes lists them)."
+            f"--bits {bits:g}: there is a best recipe for {', '.join(f'{b:g}' for b in BITS)} "
+            "bits. Name another one with --recipe (vqllm recipes lists them)."
         )
-    return BEST[bits]
+    if preset not in PRESETS:
+        raise RecipeError(unknown("preset", preset, list(PRESETS)))
+    suffix = {"balanced": ""}.get(preset, f"-{preset}")
+    return f"trellis-{bits:g}bit{suffix}"
 
 
 def available() -> dict[str, Path]:

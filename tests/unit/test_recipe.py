@@ -23,9 +23,17 @@ def test_shipped_recipe_loads_and_survives_yaml(name: str, tmp_path: Path) -> No
 
 
 def test_best_recipes_are_shipped() -> None:
-    assert set(recipes.BEST.values()) <= set(recipes.available())
-    with pytest.raises(RecipeError, match="--bits 7: there is a best recipe for 2, 3, 4 bits"):
+    for bits in (1.5, 2, 2.5, 3, 3.5, 4):
+        names = [recipes.best(bits, preset) for preset in ("fast", "balanced", "best")]
+        found = [recipes.load(name) for name in names]
+        assert recipes.best(bits) == names[1]
+        assert [recipe.codec.bits(256, 256).codes for recipe in found] == [bits * 256 * 256] * 3
+        states = [recipe.to_dict()["codec"]["state_bits"] for recipe in found]
+        assert states == [8, 12, 16]
+    with pytest.raises(RecipeError, match=r"--bits 7: there is a best recipe for 1\.5, 2, 2\.5, 3"):
         recipes.best(7)
+    with pytest.raises(RecipeError, match=r"unknown preset 'quick'.* Known: fast, balanced, best"):
+        recipes.best(2, "quick")
 
 
 @pytest.mark.parametrize(
@@ -148,5 +156,5 @@ def test_number_of_sequences_depends_on_source_and_length(values: dict, number: 
 
 @pytest.mark.parametrize(("source", "number"), [(None, 256), (["text.txt"], 512)])
 def test_a_run_records_the_number_of_sequences(source: list[str] | None, number: int) -> None:
-    run = api._recipe(from_dict(MINIMAL, "test"), None, source, None, ())
+    run = api._recipe(from_dict(MINIMAL, "test"), None, None, source, None, ())
     assert run.to_dict()["calibration"]["sequences"] == number
