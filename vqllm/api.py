@@ -1,31 +1,24 @@
 """The Python interface: what the commands do, as functions."""
 
 import inspect
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from vqllm import evaluation, memory, models
+from vqllm import evaluation, models, quantization
 from vqllm import recipe as recipes
-from vqllm.checkpoint.inspect import bits_per_weight
-from vqllm.checkpoint.reader import Checkpoint, is_checkpoint
 from vqllm.errors import EvaluationError, ModelError, RecipeError
-from vqllm.loading import load_config, load_model, load_tokenizer, max_length
-from vqllm.pipeline import Job, Outcome, open_run
-from vqllm.pipeline import quantize as run_pipeline
+from vqllm.pipeline import Job
 from vqllm.progress import LogProgress, Progress
+from vqllm.quantization import measure_on, text_label, windows_of
 from vqllm.recipe import Recipe
-from vqllm.report.pages import report_pages
 from vqllm.report.summary import Summary
+from vqllm.running import load as load
+from vqllm.running import load_to_run
 from vqllm.texts import is_unicode
 from vqllm.types import JSON
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 DEFAULT_BITS = 2
 
@@ -78,7 +71,6 @@ def quantize(
         calibration = [str(x) for x in ([calibration] if one else calibration)]
     command = command or _call(locals())
     chosen = _recipe(recipe, bits, preset, calibration, seed, changes)
-    progress = progress or LogProgress()
     resolved = models.resolve(model, trust_remote_code=trust_remote_code)
     job = Job(
         source=resolved.path,
@@ -89,35 +81,18 @@ def quantize(
         compute_dtype=_dtype(compute_dtype),
         trust_remote_code=trust_remote_code,
     )
-    # Before the long part: a text that cannot be measured on is a mistake found at once.
-    measured_on = None
-    if evaluate and eval_text is not None:
-        measured_on = _windows(job, eval_text, eval_windows)
-    with open_run(job) as run:
-        outcome = run_pipeline(job, run, progress)
-        start = time.perf_counter()
-        evaluation = None
-        if evaluate:
-            progress.phase("evaluation against the original")
-            evaluation = _compare_with_original(job, measured_on or _held_out(job, outcome))
-        seconds = {**outcome.seconds, "evaluation": time.perf_counter() - start}
-        written = Checkpoint.open(job.output, verify=False)
-        summary = Summary(
-            model=resolved.name,
-            hub_id=resolved.hub_id,
-            recipe=chosen.name,
-            command=command,
-            output=job.output,
-            bytes_before=run.source_bytes(),
-            bytes_after=written.num_bytes,
-            bits_per_weight=bits_per_weight(written),
-            seconds=seconds,
-            peak_memory_bytes=memory.peak_resident(),
-            evaluation=evaluation,
-            not_quantized=outcome.not_quantized,
-        )
-        run.complete(report_pages(outcome.records, summary, chosen.to_yaml()))
-    return summary
+    measure = None
+    if evaluate:
+        # Before the long part: a text that cannot be measured on is a mistake found at once.
+        on_text = eval_text is not None
+        measure = measure_on(windows_of(job, eval_text, eval_windows) if on_text else None)
+    return quantization.run(
+        job,
+        measure,
+        hub_id=resolved.hub_id,
+        command=command,
+        progress=progress or LogProgress(),
+    )
 
 
 def _call(arguments: dict[str, Any]) -> str:
@@ -134,43 +109,6 @@ def _call(arguments: dict[str, Any]) -> str:
             plain = str(value) if isinstance(value, Path) else value
             shown.append(f"{name}={plain!r}")
     return f"vqllm.quantize({', '.join(shown)})"
-
-
-def load(
-    path: str | Path,
-    *,
-    dtype: str | torch.dtype = "auto",
-    device_map: str | dict[str, Any] | None = None,
-    verify: bool = True,
-    trust_remote_code: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load a model to run it, quantized by vqllm or not, and its tokenizer.
-
-    Args:
-        path: a quantized folder, or anything that names a model: an ordinary folder, a `.gguf`
-            file, a hub id, "demo".
-        dtype: of activations and of everything that is not packed; "auto" is that of the folder.
-        device_map: as in transformers: None is the CPU, "auto" whatever there is, or a dictionary.
-        verify: compare a checkpoint's shards with their checksums first.
-        trust_remote_code: whether Python code found in the folder may be executed.
-
-    Returns:
-        The model in evaluation mode, and its tokenizer, or None if the folder has none.
-
-    Raises:
-        ModelError: there is no such model, or transformers cannot load it.
-        CheckpointError: it is quantized, but damaged or of a newer format; names the file.
-    """
-    folder = models.resolve(path, trust_remote_code=trust_remote_code).path
-    if is_checkpoint(folder):
-        Checkpoint.open(folder, verify)
-    model = load_model(
-        folder, trust_remote_code=trust_remote_code, dtype=dtype, device_map=device_map
-    )
-    tokenizer = None
-    if any((folder / name).is_file() for name in TOKENIZER_FILES):
-        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    return model, tokenizer
 
 
 def evaluate(
@@ -216,15 +154,15 @@ def evaluate(
         from vqllm.integrations import lm_eval
 
         manager = lm_eval.task_manager(tasks, data=data, limit=limit)
-    target, tokenizer = _load_to_run(model, device, trust_remote_code)
+    target, tokenizer = load_to_run(model, _device(device), trust_remote_code)
     results: JSON = {"model": str(model)}
     if text is not None:
         tokens = evaluation.text_windows(text, tokenizer, num_windows, window_length)
-        label = _text_label(text, tokens)
+        label = text_label(text, tokens)
         if baseline is None:
             results["text"] = evaluation.perplexity(target, tokens, label).to_dict()
         else:
-            original, other = _load_to_run(baseline, device, trust_remote_code)
+            original, other = load_to_run(baseline, _device(device), trust_remote_code)
             evaluation.check_same_tokens(
                 tokens, evaluation.text_windows(text, other, num_windows, window_length)
             )
@@ -256,7 +194,7 @@ def generate(
         raise EvaluationError(f"{max_new_tokens} new tokens: it must be 1 or more.")
     if not is_unicode(prompt):
         raise EvaluationError("the prompt has lone surrogates: pass text that is valid Unicode.")
-    target, tokenizer = _load_to_run(model, device, trust_remote_code)
+    target, tokenizer = load_to_run(model, _device(device), trust_remote_code)
     if chat:
         prompt = _chat(tokenizer, prompt)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
@@ -320,49 +258,6 @@ def _recipe(
     # What is recorded with the result says how many, whatever later versions take by default.
     values["calibration"]["sequences"] = resolved.calibration.num_sequences
     return recipes.from_dict(values, chosen.name)
-
-
-def _windows(job: Job, text: str | Path, num_windows: int | None) -> tuple[torch.Tensor, str]:
-    """Windows of a text for a job's closing evaluation, and what to call them."""
-    config = load_config(job.source, trust_remote_code=job.trust_remote_code)
-    tokenizer = load_tokenizer(job.source, trust_remote_code=job.trust_remote_code)
-    length = min(evaluation.WINDOW_LENGTH, max_length(config) or evaluation.WINDOW_LENGTH)
-    tokens = evaluation.text_windows(text, tokenizer, num_windows, length)
-    return tokens, _text_label(text, tokens)
-
-
-def _held_out(job: Job, outcome: Outcome) -> tuple[torch.Tensor, str]:
-    """The held-out calibration sequences, and what to call them."""
-    tokens = outcome.held_out
-    source = "+".join(Path(name).name for name in job.recipe.calibration.source)
-    return tokens, f"{len(tokens)} held-out sequences of {tokens.shape[1]} tokens ({source})"
-
-
-def _compare_with_original(job: Job, measured_on: tuple[torch.Tensor, str]) -> JSON:
-    device = str(job.device)
-    original, _ = _load_to_run(job.source, device, job.trust_remote_code)
-    quantized, _ = _load_to_run(job.output, device, job.trust_remote_code)
-    tokens, label = measured_on
-    return evaluation.compare(quantized, original, tokens, label).to_dict()
-
-
-def _text_label(text: str | Path, tokens: torch.Tensor) -> str:
-    return f"{Path(text).name}, {len(tokens)} windows of {tokens.shape[1]} tokens"
-
-
-def _load_to_run(model: str | Path, device: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Model and tokenizer on the chosen device; on a CPU in bfloat16, which is there 3 times as
-    fast as float16 and 4 times as fast as float32."""
-    target = _device(device)
-    loaded, tokenizer = load(
-        model,
-        dtype=torch.bfloat16 if target.type == "cpu" else "auto",
-        device_map=None if target.type == "cpu" else str(target),
-        trust_remote_code=trust_remote_code,
-    )
-    if tokenizer is None:
-        raise ModelError(f"{model} has no tokenizer: save one into its folder.")
-    return loaded, tokenizer
 
 
 def _device(name: str | None) -> torch.device:

@@ -77,7 +77,7 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
     recipe, start = job.recipe, time.perf_counter()
     memory.keep_large_blocks_apart()
     progress.phase("calibration text")
-    sequences = run.keep("sequences", lambda: _sequences(job))
+    sequences = run.keep("sequences", lambda: sequences_of(job))
     calibrated = time.perf_counter()
     saliency = {}
     if needs_gradients(recipe):
@@ -250,7 +250,8 @@ def _outputs_file(index: int) -> str:
     return f"outputs-{index}"
 
 
-def _sequences(job: Job) -> dict[str, Tensor]:
+def sequences_of(job: Job) -> dict[str, Tensor]:
+    """The token sequences of a run, int64 [S, L]: to calibrate on, and held out."""
     calibration = job.recipe.calibration
     sequences = calibration_sequences(
         job.source,

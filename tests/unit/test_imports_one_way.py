@@ -25,7 +25,9 @@ LEVELS: list[set[str]] = [
     {"group"},
     {"outside"},
     {"models", "preflight"},
-    {"pipeline"},
+    {"pipeline", "running"},
+    {"quantization"},
+    {"comparison"},
     {"api"},
     {"cli"},
 ]

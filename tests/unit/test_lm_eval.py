@@ -146,7 +146,7 @@ def test_an_unknown_task_gets_near_names(model: Any, wrong: str, right: str) -> 
 
 
 def test_mistakes_are_found_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "_load_to_run", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(api, "load_to_run", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(EvaluationError, match="unknown task 'vqllm_piqua'"):
         api.evaluate("model", tasks=["vqllm_piqua"])
     with pytest.raises(EvaluationError, match="limit 0"):

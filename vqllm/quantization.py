@@ -1,0 +1,123 @@
+"""A whole run: the loop over the layers, the measurement of its result, the pages about it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from vqllm import evaluation, memory
+from vqllm.checkpoint.inspect import bits_per_weight
+from vqllm.checkpoint.reader import Checkpoint
+from vqllm.checkpoint.run import CheckpointRun
+from vqllm.loading import load_config, load_tokenizer, max_length
+from vqllm.pipeline import Job, Outcome, open_run
+from vqllm.pipeline import quantize as run_pipeline
+from vqllm.progress import Progress
+from vqllm.report.pages import report_pages
+from vqllm.report.summary import Summary
+from vqllm.running import load_to_run
+from vqllm.types import JSON
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What models are measured on: int64 tokens [S, L], and what to call them."""
+
+    tokens_SL: Tensor
+    label: str
+
+
+Measure = Callable[[Job, Outcome], JSON]
+"""Measures a quantized model whose folder is all but closed; what `evaluation.compare` returns."""
+
+
+def run(
+    job: Job,
+    measure: Measure | None,
+    *,
+    hub_id: str | None,
+    command: str,
+    progress: Progress,
+    prepare: Callable[[CheckpointRun], None] = lambda _: None,
+    keep: Callable[[Summary], None] = lambda _: None,
+) -> Summary:
+    """Quantize, measure and write the pages, going on where an earlier run of the job stopped.
+
+    Args:
+        measure: None leaves the result unmeasured.
+        hub_id: the model's repository on the hub, where that is known.
+        command: what the pages say the checkpoint was made with.
+        prepare: is given the opened folder before anything is computed.
+        keep: is given the summary before the folder is closed; until it returns, the run is
+            unfinished.
+
+    Raises:
+        VqllmError: a mistake that the message explains; finished layers are kept.
+    """
+    with open_run(job) as folder:
+        prepare(folder)
+        outcome = run_pipeline(job, folder, progress)
+        start = time.perf_counter()
+        measured = None
+        if measure is not None:
+            progress.phase("evaluation against the original")
+            measured = measure(job, outcome)
+        seconds = {**outcome.seconds, "evaluation": time.perf_counter() - start}
+        written = Checkpoint.open(job.output, verify=False)
+        summary = Summary(
+            model=job.model,
+            hub_id=hub_id,
+            recipe=job.recipe.name,
+            command=command,
+            output=job.output,
+            bytes_before=folder.source_bytes(),
+            bytes_after=written.num_bytes,
+            bits_per_weight=bits_per_weight(written),
+            seconds=seconds,
+            peak_memory_bytes=memory.peak_resident(),
+            evaluation=measured,
+            not_quantized=outcome.not_quantized,
+        )
+        keep(summary)
+        folder.complete(report_pages(outcome.records, summary, job.recipe.to_yaml()))
+    return summary
+
+
+def measure_on(windows: Windows | None) -> Measure:
+    """The measurement on some windows, or on what the run itself held out."""
+
+    def measure(job: Job, outcome: Outcome) -> JSON:
+        chosen = windows or held_out(job, outcome)
+        original, _ = load_to_run(job.source, job.device, job.trust_remote_code)
+        quantized, _ = load_to_run(job.output, job.device, job.trust_remote_code)
+        return evaluation.compare(quantized, original, chosen.tokens_SL, chosen.label).to_dict()
+
+    return measure
+
+
+def held_out(job: Job, outcome: Outcome) -> Windows:
+    """The held-out calibration sequences of a run."""
+    tokens_SL = outcome.held_out
+    num, length = tokens_SL.shape
+    source = "+".join(Path(name).name for name in job.recipe.calibration.source)
+    return Windows(tokens_SL, f"{num} held-out sequences of {length} tokens ({source})")
+
+
+def windows_of(job: Job, text: str | Path, num_windows: int | None) -> Windows:
+    """The first windows of a text, as long as the job's model takes them.
+
+    Raises:
+        EvaluationError: the text cannot be read or has fewer windows.
+    """
+    config = load_config(job.source, trust_remote_code=job.trust_remote_code)
+    tokenizer = load_tokenizer(job.source, trust_remote_code=job.trust_remote_code)
+    length = min(evaluation.WINDOW_LENGTH, max_length(config) or evaluation.WINDOW_LENGTH)
+    tokens_SL = evaluation.text_windows(text, tokenizer, num_windows, length)
+    return Windows(tokens_SL, text_label(text, tokens_SL))
+
+
+def text_label(text: str | Path, tokens_SL: Tensor) -> str:
+    """What results say they were measured on."""
+    return f"{Path(text).name}, {len(tokens_SL)} windows of {tokens_SL.shape[1]} tokens"
