@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vqllm.integrations import _autoregister
 
 if TYPE_CHECKING:
-    from vqllm.api import load, quantize
+    from vqllm.api import compare, load, quantize
     from vqllm.checkpoint.dequantize import dequantize_checkpoint as dequantize
     from vqllm.checkpoint.inspect import inspect_checkpoint as inspect
     from vqllm.checkpoint.reader import Checkpoint
@@ -30,6 +30,7 @@ _HOMES = {
     "Recipe": "vqllm.recipe:Recipe",
     "RecipeError": "vqllm.errors:RecipeError",
     "VqllmError": "vqllm.errors:VqllmError",
+    "compare": "vqllm.api:compare",
     "dequantize": "vqllm.checkpoint.dequantize:dequantize_checkpoint",
     "describe": "vqllm.runtime:describe",
     "inspect": "vqllm.checkpoint.inspect:inspect_checkpoint",
@@ -40,6 +41,7 @@ _HOMES = {
 
 __all__ = [  # noqa: RUF022 - by what one does, not by alphabet
     "quantize",
+    "compare",
     "load",
     "inspect",
     "dequantize",

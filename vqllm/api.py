@@ -1,7 +1,7 @@
 """The Python interface: what the commands do, as functions."""
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,12 @@ import torch
 
 from vqllm import evaluation, models, quantization
 from vqllm import recipe as recipes
+from vqllm.comparison.grid import Origin, expand
+from vqllm.comparison.result import ComparisonResult
+from vqllm.comparison.run import Plan
+from vqllm.comparison.run import run as run_comparison
 from vqllm.errors import EvaluationError, ModelError, RecipeError
+from vqllm.models import ResolvedModel
 from vqllm.pipeline import Job
 from vqllm.progress import LogProgress, Progress
 from vqllm.quantization import measure_on, text_label, windows_of
@@ -66,21 +71,11 @@ def quantize(
     Raises:
         VqllmError: a mistake that the message explains; finished layers are kept.
     """
-    if calibration is not None:
-        one = isinstance(calibration, str | Path)
-        calibration = [str(x) for x in ([calibration] if one else calibration)]
-    command = command or _call(locals())
+    calibration = _names(calibration)
+    command = command or _call(quantize, locals())
     chosen = _recipe(recipe, bits, preset, calibration, seed, changes)
     resolved = models.resolve(model, trust_remote_code=trust_remote_code)
-    job = Job(
-        source=resolved.path,
-        model=resolved.name,
-        recipe=chosen,
-        output=Path(output),
-        device=_device(device),
-        compute_dtype=_dtype(compute_dtype),
-        trust_remote_code=trust_remote_code,
-    )
+    job = _job(resolved, chosen, output, device, compute_dtype, trust_remote_code)
     measure = None
     if evaluate:
         # Before the long part: a text that cannot be measured on is a mistake found at once.
@@ -95,20 +90,129 @@ def quantize(
     )
 
 
-def _call(arguments: dict[str, Any]) -> str:
-    """The call of `quantize` with these arguments as Python text; what has its default is left
+def compare(
+    model: str | Path,
+    output: str | Path,
+    recipe: str | Path | Recipe | Iterable[str | Path | Recipe],
+    *,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    changes: tuple[str, ...] = (),
+    calibration: str | Path | Iterable[str | Path] | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    compute_dtype: str | None = None,
+    eval_text: str | Path | None = None,
+    eval_windows: int | None = None,
+    keep_checkpoints: bool = True,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> ComparisonResult:
+    """Quantize a model with several recipes, and rank them; the same as `vqllm compare`.
+
+    Each member is a run of `quantize` in a folder of its own. The original's predictions on the
+    text, and calibration sequences that members share, are computed once.
+
+    Args:
+        model: as in `quantize`; so are calibration, seed, changes, device, compute_dtype,
+            eval_windows, trust_remote_code, progress and command.
+        output: a folder for the members and the pages about them; a comparison that was stopped
+            goes on, and recipes may be added to it.
+        recipe: shipped names, patterns over them (`trellis-*`), YAML files and Recipes.
+        grid: values by dotted key of the recipe: every recipe is run with every combination.
+        eval_text: a text file to measure on; None takes the held-out sequences of the calibration
+            sources, which must then be the same for all.
+        keep_checkpoints: False deletes a member's weights once it is measured, and keeps its
+            report.
+
+    Returns:
+        The finished members, ranked, and the errors of those that failed.
+
+    Raises:
+        VqllmError: a mistake that is found before the first member is run, or a full disk.
+    """
+    several = not isinstance(recipe, str | Path | Recipe)
+    recipe = list(recipe) if several else [recipe]
+    calibration = _names(calibration)
+    given = dict(locals())
+
+    def build(origin: Origin, changed: tuple[str, ...]) -> Recipe:
+        return _recipe(origin, None, None, calibration, seed, changed)
+
+    members, repeated = expand(recipe, grid or {}, changes, build)
+    resolved = models.resolve(model, trust_remote_code=trust_remote_code)
+    jobs, commands = {}, {}
+    for member in members:
+        folder = Path(output) / member.name
+        options = (device, compute_dtype, trust_remote_code)
+        jobs[member.name] = _job(resolved, member.recipe, folder, *options)
+        own = {"recipe": member.origin, "changes": member.changes, "output": folder}
+        commands[member.name] = _call(quantize, given | own)
+    windows = None
+    if eval_text is not None:
+        windows = windows_of(next(iter(jobs.values())), eval_text, eval_windows)
+    elif eval_windows is not None:
+        raise EvaluationError("a number of windows is of a text: pass --eval-text FILE as well.")
+    plan = Plan(
+        model=resolved,
+        output=Path(output),
+        jobs=jobs,
+        repeated=repeated,
+        windows=windows,
+        commands=commands,
+        command=command or _call(compare, given),
+        keep_checkpoints=keep_checkpoints,
+    )
+    return run_comparison(plan, progress or LogProgress())
+
+
+def _call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
+    """The call of a function with these arguments as Python text; what has its default is left
     out."""
     shown = []
-    for name, parameter in inspect.signature(quantize).parameters.items():
-        value = arguments[name]
-        if isinstance(value, Recipe):
-            shown.append(f"{name}=vqllm.recipe.from_dict({value.to_dict()!r}, {value.name!r})")
-        elif parameter.default is inspect.Parameter.empty:
-            shown.append(repr(str(value)))
-        elif name != "progress" and value != parameter.default:
-            plain = str(value) if isinstance(value, Path) else value
-            shown.append(f"{name}={plain!r}")
-    return f"vqllm.quantize({', '.join(shown)})"
+    for name, parameter in inspect.signature(function).parameters.items():
+        value = arguments.get(name, parameter.default)
+        if parameter.default is inspect.Parameter.empty:
+            shown.append(_text_of(value))
+        elif name not in ("progress", "command") and value != parameter.default:
+            shown.append(f"{name}={_text_of(value)}")
+    return f"vqllm.{function.__name__}({', '.join(shown)})"
+
+
+def _text_of(value: Any) -> str:
+    """An argument as Python text."""
+    if isinstance(value, Recipe):
+        return f"vqllm.recipe.from_dict({value.to_dict()!r}, {value.name!r})"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_text_of, value))}]"
+    return repr(str(value) if isinstance(value, Path) else value)
+
+
+def _names(sources: str | Path | Iterable[str | Path] | None) -> list[str] | None:
+    """Calibration sources as the recipe has them."""
+    if sources is None:
+        return None
+    one = isinstance(sources, str | Path)
+    return [str(source) for source in ([sources] if one else sources)]
+
+
+def _job(
+    model: ResolvedModel,
+    recipe: Recipe,
+    output: str | Path,
+    device: str | None,
+    compute_dtype: str | None,
+    trust_remote_code: bool,
+) -> Job:
+    return Job(
+        source=model.path,
+        model=model.name,
+        recipe=recipe,
+        output=Path(output),
+        device=_device(device),
+        compute_dtype=_dtype(compute_dtype),
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def evaluate(

@@ -45,6 +45,8 @@ UsageError: type[Exception] = typer.BadParameter.__base__ or Exception
 """click's error for a wrong command line; newer typers carry a click of their own."""
 
 INTERRUPTED = 130
+WIDE = 400
+"""Characters of the longest line of a table that does not go to a terminal."""
 
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="run Python code found in the model's folder")
@@ -54,6 +56,21 @@ Device = Annotated[
 ]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", help="change a key of the recipe: key=value")
+]
+
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(help="self, a text, jsonl or parquet file, a folder, or a datasets id"),
+]
+Seed = Annotated[int | None, typer.Option(help="seed of everything random")]
+ComputeDtype = Annotated[
+    str | None, typer.Option(help="dtype in which layers run: bfloat16, float16, float32")
+]
+EvalText = Annotated[
+    str | None, typer.Option(help="text file to measure on (default: held-out sequences)")
+]
+EvalWindows = Annotated[
+    int | None, typer.Option(help="windows of 2048 tokens of that text to use", min=1)
 ]
 
 
@@ -68,22 +85,13 @@ def quantize(
     preset: Annotated[
         str | None, typer.Option(help="with --bits: fast, balanced (default) or best")
     ] = None,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(help="self, a text, jsonl or parquet file, a folder, or a datasets id"),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="seed of everything random")] = None,
+    calibration: Calibration = None,
+    seed: Seed = None,
     device: Device = None,
-    compute_dtype: Annotated[
-        str | None, typer.Option(help="dtype in which layers run: bfloat16, float16, float32")
-    ] = None,
+    compute_dtype: ComputeDtype = None,
     changes: Changes = None,
-    eval_text: Annotated[
-        str | None, typer.Option(help="text file to measure on (default: held-out sequences)")
-    ] = None,
-    eval_windows: Annotated[
-        int | None, typer.Option(help="windows of 2048 tokens of that text to use", min=1)
-    ] = None,
+    eval_text: EvalText = None,
+    eval_windows: EvalWindows = None,
     evaluate: Annotated[
         bool, typer.Option("--eval/--no-eval", help="measure the result against the original")
     ] = True,
@@ -115,6 +123,82 @@ def quantize(
     _print_rows(summary.rows())
     # Outside the table, in one piece: made to be copied.
     out.print(summary.load_line(), markup=False, highlight=False)
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="demo, a hub id, a folder, or a .gguf file")],
+    output: Annotated[Path, typer.Option(help="folder of the quantized models and their table")],
+    recipe: Annotated[
+        list[str],
+        typer.Option(help="names, YAML files, comma-separated lists, patterns such as 'trellis-*'"),
+    ],
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="run every recipe with each value: codec.bits=2,3 (inside of a YAML list)"
+        ),
+    ] = None,
+    changes: Changes = None,
+    calibration: Calibration = None,
+    seed: Seed = None,
+    device: Device = None,
+    compute_dtype: ComputeDtype = None,
+    eval_text: EvalText = None,
+    eval_windows: EvalWindows = None,
+    keep_checkpoints: Annotated[
+        bool,
+        typer.Option(
+            "--keep-checkpoints/--no-keep-checkpoints",
+            help="keep the quantized models, or only what they measured",
+        ),
+    ] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write results here too")] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw the plot here too (PNG)")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Quantize a model with several recipes, measure all of them, and rank them."""
+    from vqllm import api
+    from vqllm.comparison.grid import parse_grid
+    from vqllm.progress_bar import progress_for
+    from vqllm.report import comparison as report
+
+    for file in (json_file, plot):
+        if file:
+            _check_writable(file)
+    with progress_for(err) as progress:
+        compared = api.compare(
+            model,
+            output,
+            recipe,
+            grid=parse_grid(grid or ()),
+            changes=tuple(changes or ()),
+            calibration=calibration,
+            seed=seed,
+            device=device,
+            compute_dtype=compute_dtype,
+            eval_text=eval_text,
+            eval_windows=eval_windows,
+            keep_checkpoints=keep_checkpoints,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            command=shlex.join(["vqllm", *sys.argv[1:]]),
+        )
+    found = compared.to_dict()
+    table = Table(*(Column(title, overflow="fold") for title in report.HEAD))
+    for row in report.comparison_rows(found):
+        table.add_row(*row)
+    (out if out.is_terminal else _Output(width=WIDE)).print(table)
+    for note in report.comparison_notes(found):
+        out.print(note, markup=False, highlight=False)
+    pages = (report.COMPARISON_PAGE, report.COMPARISON_JSON, report.COMPARISON_PLOT)
+    out.print(f"{output}: {', '.join(pages)}", markup=False, highlight=False)
+    for file, page in ((json_file, report.COMPARISON_JSON), (plot, report.COMPARISON_PLOT)):
+        if file:
+            with _writing(file):
+                file.write_bytes((output / page).read_bytes())
+    if compared.failed:
+        raise typer.Exit(1)
 
 
 @app.command("eval")

@@ -50,6 +50,8 @@ class BarProgress:
 
     def layers(self, num_layers: int, num_finished: int) -> None:
         self._clock.start(num_layers, num_finished)
+        if self._task is not None:  # of the run before this one
+            self._bar.remove_task(self._task)
         self._task = self._bar.add_task("layers", total=num_layers, left="")
 
     def linear(self, record: JSON) -> None:

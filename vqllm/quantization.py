@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -85,14 +86,21 @@ def run(
     return summary
 
 
-def measure_on(windows: Windows | None) -> Measure:
-    """The measurement on some windows, or on what the run itself held out."""
+def measure_on(
+    windows: Windows | None, original_as: Callable[[Any], Any] = lambda model: model
+) -> Measure:
+    """The measurement on some windows, or on what the run itself held out.
+
+    Args:
+        original_as: what to call in place of the original model, given that model.
+    """
 
     def measure(job: Job, outcome: Outcome) -> JSON:
         chosen = windows or held_out(job, outcome)
         original, _ = load_to_run(job.source, job.device, job.trust_remote_code)
         quantized, _ = load_to_run(job.output, job.device, job.trust_remote_code)
-        return evaluation.compare(quantized, original, chosen.tokens_SL, chosen.label).to_dict()
+        baseline = original_as(original)
+        return evaluation.compare(quantized, baseline, chosen.tokens_SL, chosen.label).to_dict()
 
     return measure
 

@@ -355,7 +355,7 @@ def load(name_or_file: str | Path, changes: tuple[str, ...] = ()) -> Recipe:
         message = unknown("recipe", str(name_or_file), list(shipped))
         raise RecipeError(f"{message} A path to a YAML file works too; there is no such file.")
     try:
-        values = _parse(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except NOT_YAML as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     except OSError as error:
@@ -420,7 +420,8 @@ NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 2026-13-01."""
 
 
-def _parse(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
+    """The value that a text in YAML means; raises one of `NOT_YAML`."""
     return yaml.load(text, _Loader)
 
 
@@ -429,7 +430,7 @@ def _apply(values: JSON, change: str) -> None:
     if not equals or not key:
         raise RecipeError(f"--set {change!r}: expected key=value, for example hessian.damping=0.02")
     try:
-        value = _parse(text)
+        value = parse_yaml(text)
     except NOT_YAML as error:
         raise RecipeError(f"--set {change!r}: the value is not YAML: {error}") from error
     *parents, last = key.split(".")

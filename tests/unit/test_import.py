@@ -19,6 +19,7 @@ PUBLIC = {
     "Recipe",
     "RecipeError",
     "VqllmError",
+    "compare",
     "dequantize",
     "describe",
     "inspect",

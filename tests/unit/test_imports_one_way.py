@@ -13,7 +13,7 @@ LEVELS: list[set[str]] = [
     # the common ground: these may import each other
     {
         *("bits", "errors", "hadamard", "linalg", "linears", "loading", "memory", "metrics"),
-        *("registry", "resources", "rng", "texts", "tiles", "types"),
+        *("pareto", "registry", "resources", "rng", "texts", "tiles", "types"),
     },
     # the parts, which meet only above; no part imports another
     {
@@ -27,6 +27,7 @@ LEVELS: list[set[str]] = [
     {"models", "preflight"},
     {"pipeline", "running"},
     {"quantization"},
+    {"comparison"},
     {"comparison"},
     {"api"},
     {"cli"},

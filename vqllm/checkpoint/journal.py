@@ -265,12 +265,7 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _check_identity(old: JSON, new: JSON, folder: Path) -> None:
-    before, now = _flatten(old), _flatten(json.loads(json.dumps(new)))
-    lines = [
-        f"  {key}: {_shown(before, key)} → {_shown(now, key)}"
-        for key in sorted(before.keys() | now.keys())
-        if _shown(before, key) != _shown(now, key)
-    ]
+    lines = differences(old, new)
     if lines:
         raise CheckpointError(
             f"{folder} holds an unfinished run that differs (there → here):\n"
@@ -278,6 +273,16 @@ def _check_identity(old: JSON, new: JSON, folder: Path) -> None:
             + "\nTo go on with it, repeat the command that began it. To start over, delete the "
             "folder or choose another one."
         )
+
+
+def differences(old: JSON, new: JSON) -> list[str]:
+    """A line for every value that differs, by its place: there → here."""
+    before, now = _flatten(old), _flatten(json.loads(json.dumps(new)))
+    return [
+        f"  {key}: {_shown(before, key)} → {_shown(now, key)}"
+        for key in sorted(before.keys() | now.keys())
+        if _shown(before, key) != _shown(now, key)
+    ]
 
 
 def _flatten(values: object, prefix: str = "") -> dict[str, object]:

@@ -55,17 +55,17 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
             "",
             "    " + summary.command,
             "",
-            _table(("", ""), summary.lasting_rows()),
+            markdownmarkdown_table(("", ""), summary.lasting_rows()),
             f"![proxy loss by layer and kind of linear]({PLOT})",
             "",
             "## By kind of linear",
             "",
-            _table(
+            markdownmarkdown_table(
                 ("kind", "linears", "bits", "entropy of codes", "mean proxy loss", "worst"), by_kind
             ),
             "## Worst linears",
             "",
-            _table(("linear", "proxy loss", "SQNR dB", "tokens"), worst_rows),
+            markdown_table(("linear", "proxy loss", "SQNR dB", "tokens"), worst_rows),
             *_section(
                 "Fragile linears, coded with more bits",
                 ("linear", "proxy loss before", "after", "bits"),
@@ -73,7 +73,7 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
             ),
             "## Not quantized",
             "",
-            _table(("module", "reason"), kept),
+            markdownmarkdown_table(("module", "reason"), kept),
             "## Recipe",
             "",
             f"```yaml\n{recipe_yaml}```",
@@ -84,7 +84,7 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
 
 def _section(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A table under its title; nothing if it has no rows."""
-    return [f"## {title}", "", _table(head, rows)] if rows else []
+    return [f"## {title}", "", markdown_table(head, rows)] if rows else []
 
 
 def _card(summary: Summary, recipe_yaml: str) -> str:
@@ -107,7 +107,7 @@ def _card(summary: Summary, recipe_yaml: str) -> str:
             f'tokenizer = AutoTokenizer.from_pretrained("{summary.output.name}")',
             "```",
             "",
-            _table(("", ""), summary.lasting_rows()),
+            markdownmarkdown_table(("", ""), summary.lasting_rows()),
             "Made with",
             "",
             "    " + summary.command,
@@ -131,6 +131,6 @@ def _mean_entropy(records: Sequence[JSON]) -> float:
     return sum(r["code_entropy"] * n for r, n in zip(records, numel)) / sum(numel)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdownmarkdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -30,7 +30,7 @@ def plot_proxy_loss(records: Sequence[JSON]) -> bytes:
     axes.grid(alpha=0.3)
     if kinds:
         axes.legend(fontsize=8, ncols=2)
-    return _png(figure)
+    return png(figure)
 
 
 def plot_codecs(rows: Sequence[JSON]) -> bytes:
@@ -57,10 +57,11 @@ def plot_codecs(rows: Sequence[JSON]) -> bytes:
     axes.grid(alpha=0.3)
     if rows:
         axes.legend(fontsize=8, ncols=2)
-    return _png(figure)
+    return png(figure)
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """The picture of a figure, the same bytes whenever it is drawn."""
     image = io.BytesIO()
     figure.savefig(image, format="png", metadata={"Software": None})
     return image.getvalue()

@@ -8,6 +8,13 @@ from vqllm.types import JSON
 
 NUM_WORST = 5
 
+CODES, LINEARS, FILE = LABELS = (
+    "codes only",
+    "all of a quantized linear",
+    "whole checkpoint, embeddings included",
+)
+"""Labels of the three bits per weight."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:

@@ -1,0 +1,1 @@
+"""Several recipes on one model: which members there are, their runs, what came out, the ranking."""
