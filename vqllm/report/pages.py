@@ -55,12 +55,12 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
             "",
             "    " + summary.command,
             "",
-            markdownmarkdown_table(("", ""), summary.lasting_rows()),
+            markdown_table(("", ""), summary.lasting_rows()),
             f"![proxy loss by layer and kind of linear]({PLOT})",
             "",
             "## By kind of linear",
             "",
-            markdownmarkdown_table(
+            markdown_table(
                 ("kind", "linears", "bits", "entropy of codes", "mean proxy loss", "worst"), by_kind
             ),
             "## Worst linears",
@@ -73,7 +73,7 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
             ),
             "## Not quantized",
             "",
-            markdownmarkdown_table(("module", "reason"), kept),
+            markdown_table(("module", "reason"), kept),
             "## Recipe",
             "",
             f"```yaml\n{recipe_yaml}```",
@@ -107,7 +107,7 @@ def _card(summary: Summary, recipe_yaml: str) -> str:
             f'tokenizer = AutoTokenizer.from_pretrained("{summary.output.name}")',
             "```",
             "",
-            markdownmarkdown_table(("", ""), summary.lasting_rows()),
+            markdown_table(("", ""), summary.lasting_rows()),
             "Made with",
             "",
             "    " + summary.command,
@@ -131,6 +131,6 @@ def _mean_entropy(records: Sequence[JSON]) -> float:
     return sum(r["code_entropy"] * n for r, n in zip(records, numel)) / sum(numel)
 
 
-def markdownmarkdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
