@@ -28,7 +28,6 @@ LEVELS: list[set[str]] = [
     {"pipeline", "running"},
     {"quantization"},
     {"comparison"},
-    {"comparison"},
     {"api"},
     {"cli"},
 ]
