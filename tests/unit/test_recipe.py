@@ -136,7 +136,7 @@ def test_a_change_with_a_key_twice_is_refused() -> None:
 
 def test_yaml_may_merge_and_override() -> None:
     text = "a: &a {type: hadamard, side: in}\nb: {<<: *a, side: out}"
-    assert recipes._parse(text)["b"] == {"type": "hadamard", "side": "out"}
+    assert recipes.parse_yaml(text)["b"] == {"type": "hadamard", "side": "out"}
 
 
 @pytest.mark.parametrize(

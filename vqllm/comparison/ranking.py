@@ -19,8 +19,8 @@ EQUAL_BYTES = 0.05
 RULE = (
     f"Members whose linears differ by at most {EQUAL_BITS:g} bits per weight, and whose files by "
     f"at most {100 * EQUAL_BYTES:g} %, are about equal in size and ranked among themselves by KL "
-    "divergence; ratios of perplexities are noisier and decide nothing. On a front is a member "
-    "that no other one beats in both size and KL."
+    "divergence, which looks at all that is predicted where perplexity looks at one token. On a "
+    "front is a member that no other one beats in both size and KL."
 )
 
 

@@ -81,7 +81,8 @@ def run(plan: Plan, progress: Progress) -> ComparisonResult:
                     failed[name] = f"{type(error).__name__}: {error}"
                     logger.error("%s: %s", name, failed[name])
                 gc.collect()  # models have cycles; the next member should not begin on top of them
-                _publish(plan, store, failed)
+                if number < len(plan.jobs):
+                    _publish(plan, store, failed)
             if not plan.keep_checkpoints and _is_finished(store, name, job):
                 _leave_report(job.output)
         return _publish(plan, store, failed)

@@ -53,7 +53,8 @@ def plot_comparison(rows: Sequence[JSON]) -> bytes:
         panels.append((axes, points))
     if numbered:
         _list_names(figure, rows)
-    figure.draw_without_rendering()  # so that positions in pixels are final
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # positions in pixels are final
     for axes, points in panels:
         _label(axes, points, names)
     return png(figure)
