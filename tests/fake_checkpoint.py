@@ -23,7 +23,12 @@ from vqllm_kernels.formats import FormatSpec
 from vqllm_kernels.linear import LinearSpec
 from vqllm_kernels.lut.spec import LutSpec
 from vqllm_kernels.residual.spec import ResidualSpec
-from vqllm_kernels.transforms import HadamardSpec, PermutationSpec, ScaleSpec
+from vqllm_kernels.transforms import (
+    BlockDiagonalSpec,
+    HadamardSpec,
+    PermutationSpec,
+    ScaleSpec,
+)
 from vqllm_kernels.uniform.spec import UniformSpec
 
 FORMATS: dict[str, FormatSpec] = {
@@ -71,8 +76,10 @@ def linear_spec(format: FormatSpec, rows: int, cols: int) -> LinearSpec:
         transforms=(
             ScaleSpec(side="in", size=cols),
             PermutationSpec(side="in", size=cols),
+            BlockDiagonalSpec(side="in", size=cols, block=min(16, cols)),
             HadamardSpec(side="in", size=cols),
             HadamardSpec(side="out", size=rows),
+            BlockDiagonalSpec(side="out", size=rows, block=min(16, rows)),
             ScaleSpec(side="out", size=rows),
         ),
     )
@@ -107,6 +114,10 @@ def _random(
         return (values * 10 if math.prod(shape) > 1 and dtype == torch.float16 else values).to(
             dtype
         )
+    if kind in ("blocks", "last"):
+        orthogonal = torch.linalg.qr(torch.randn(shape, generator=generator)).Q
+        scales = 0.5 + torch.rand(shape[-1], generator=generator)
+        return (orthogonal * scales).to(dtype).contiguous()
     if kind == "codebook":
         return (0.1 * torch.randn(shape, generator=generator)).to(dtype)
     limits = torch.iinfo(dtype)

@@ -193,8 +193,84 @@ class PermutationSpec(TransformSpec):
         return f"permutation does not have every index of 0..{self.size - 1} once"
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockDiagonalSpec(TransformSpec):
+    """A = diag(T_1, T_2, ...): dense invertible blocks of `block` features, the last one of what
+    is left of `size`.
+
+    Stored, float16: `blocks` [size // block, block, block] and, where `block` does not divide
+    `size`, `last`, the square block that is left. On side "in" run time takes A and the decoded
+    weights take Aᵀ; inverses are only needed to quantize (and on side "out").
+    """
+
+    kind: ClassVar[str] = "block_diagonal"
+    block: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.block <= self.size:
+            raise ValueError(f"blocks of {self.block} features, of {self.size} in all")
+
+    def layout(self) -> dict[str, TensorLayout]:
+        num_blocks, left = divmod(self.size, self.block)
+        shapes = {"blocks": (num_blocks, self.block, self.block), "last": (left, left)}
+        return {
+            name: TensorLayout(shape, torch.float16, "side")
+            for name, shape in shapes.items()
+            if shape[-1] > 0
+        }
+
+    def apply(self, v: Tensor, tensors: Tensors) -> Tensor:
+        return self._times(v, {name: T.mT for name, T in tensors.items()})
+
+    def apply_inverse(self, v: Tensor, tensors: Tensors) -> Tensor:
+        return self._times(v, {name: _inverse(T, v).mT for name, T in tensors.items()})
+
+    def apply_inverse_transpose(self, v: Tensor, tensors: Tensors) -> Tensor:
+        return self._times(v, {name: _inverse(T, v) for name, T in tensors.items()})
+
+    def apply_transpose(self, v: Tensor, tensors: Tensors) -> Tensor:
+        return self._times(v, tensors)
+
+    def _times(self, v: Tensor, factors: Tensors) -> Tensor:
+        """The product of the rows of v with diag(factors)."""
+        # Scale says why the product is wide: only it is rounded.
+        wide = torch.promote_types(v.dtype, torch.float32)
+        factors = {name: T.to(wide) for name, T in factors.items()}
+        budget = hadamard.CHUNK_ELEMENTS["cpu" if v.device.type == "cpu" else "other"]
+        v_NC = v.reshape(-1, self.size)
+        parts = [
+            self._times_chunk(part.to(wide), factors).to(v.dtype)
+            for part in v_NC.split(max(1, budget // self.size))
+        ]
+        return torch.cat(parts).reshape(v.shape)
+
+    def _times_chunk(self, v_NC: Tensor, factors: Tensors) -> Tensor:
+        whole = self.size - self.size % self.block
+        v_KNG = v_NC[:, :whole].unflatten(1, (-1, self.block)).transpose(0, 1)
+        y_NC = torch.bmm(v_KNG, factors["blocks"]).transpose(0, 1).flatten(1)
+        if whole == self.size:
+            return y_NC
+        return torch.cat((y_NC, v_NC[:, whole:] @ factors["last"]), 1)
+
+    def problem(self, tensors: Tensors) -> str | None:
+        if problem := super().problem(tensors):
+            return problem
+        for name, T in tensors.items():
+            singular = int((torch.linalg.inv_ex(T.float()).info != 0).sum())
+            if singular:
+                return f"{singular} of the matrices of {name} have no inverse"
+        return None
+
+
+def _inverse(T: Tensor, like: Tensor) -> Tensor:
+    """T⁻¹ for a product with `like`, from float64 on the CPU, which not every device has."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return torch.linalg.inv(T.cpu().double()).to(like.device, wide)
+
+
 _KINDS: dict[str, type[TransformSpec]] = {
-    spec.kind: spec for spec in (HadamardSpec, ScaleSpec, PermutationSpec)
+    spec.kind: spec for spec in (HadamardSpec, ScaleSpec, PermutationSpec, BlockDiagonalSpec)
 }
 
 

@@ -19,6 +19,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "hadamard": [{}, {"block": 16}],
     "scale": [{"by": "rms"}, {"by": "rms", "alpha": 0.5}, {"by": "max"}, {"by": "hessian"}],
     "permutation": [{"by": "hessian"}, {"by": "norm"}, {"by": "random"}],
+    "wush": [{}, {"block": 7, "gains": "balanced"}, {"moments": "feedback", "block": 8}],
 }
 SIZES = [(37, 43), (48, 96), (1, 5), (172, 64)]
 
@@ -27,7 +28,7 @@ def parts() -> list[Any]:
     cases = []
     for name in TRANSFORMS:
         for options, side in product(OPTIONS[name], ("in", "out")):
-            if options.get("by") == "hessian" and side == "out":
+            if side == "out" and (name == "wush" or options.get("by") == "hessian"):
                 continue
             part = TRANSFORMS.get(name).model_validate({"type": name, "side": side, **options})
             label = "-".join(str(value) for value in (name, side, *options.values()))
@@ -278,6 +279,8 @@ def test_permutation_orders() -> None:
     [
         {"type": "scale", "side": "out", "by": "hessian"},
         {"type": "permutation", "side": "out", "by": "hessian"},
+        {"type": "wush", "side": "out"},
+        {"type": "wush", "side": "in", "block": 0},
         {"type": "scale", "side": "in", "alpha": 1.5},
         {"type": "hadamard", "side": "up"},
         {"type": "hadamard", "side": "in", "block": 0},
@@ -298,6 +301,8 @@ def test_options_that_make_no_sense_are_refused(values: dict[str, Any]) -> None:
         ({"kind": "scale", "side": "in", "by": 1}, "fields"),
         ({"kind": "scale", "side": "up"}, "neither 'in' nor 'out'"),
         ({"kind": "hadamard", "side": "in", "block": 5}, "block of 5 does not divide 12"),
+        ({"kind": "block_diagonal", "side": "in", "block": 0}, "blocks of 0 features, of 12"),
+        ({"kind": "block_diagonal", "side": "in", "block": 13}, "blocks of 13 features, of 12"),
     ],
 )
 def test_specs_that_make_no_sense_are_refused(values: dict[str, Any], message: str) -> None:
