@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from vqllm import linalg, metrics, rng
-from vqllm.group import quantize_group
+from vqllm.group import Statistics, quantize_group
 from vqllm.hadamard import matrix
 from vqllm.recipe import from_dict
 from vqllm.runtime import VQLinear, set_weight_cache
@@ -275,7 +275,9 @@ HADAMARD = {"type": "hadamard", "side": "in"}
 
 def proxy_loss(data: tuple[Tensor, Tensor], rounding: str, *transforms: dict[str, Any]) -> float:
     W_RC, H_CC = data[0].float(), data[1].float()
-    made = quantize_group({"w": W_RC}, H_CC, 1, recipe(list(transforms), rounding, UNIFORM))[0]
+    made = quantize_group(
+        {"w": W_RC}, Statistics(H_CC, 1), recipe(list(transforms), rounding, UNIFORM)
+    )[0]
     return metrics.proxy_loss(W_RC, made.W_hat_RC, H_CC)
 
 
@@ -297,7 +299,9 @@ def test_a_linear_runs_as_it_decodes(
     """19 outputs and 57 inputs: a last block of 9."""
     W_RC, H_CC = data[0][:19, :57].float(), data[1][:57, :57].float()
     transforms = [{"type": "wush", "side": "in"}, HADAMARD]
-    made = quantize_group({"w": W_RC}, H_CC, 1, recipe(transforms, "ldlq", {"type": "e8p"}))[0]
+    made = quantize_group(
+        {"w": W_RC}, Statistics(H_CC, 1), recipe(transforms, "ldlq", {"type": "e8p"})
+    )[0]
     assert made.record["bits_side"] == 8 * (64 // 8) + 16 * (3 * 16 * 16 + 9 * 9) + 32
     linear = VQLinear.from_tensors(made.spec, made.tensors, None, torch.float32)
     x_NC = torch.randn(5, 57, generator=torch.Generator().manual_seed(1))
