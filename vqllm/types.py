@@ -175,6 +175,13 @@ class Codec(Part, ABC):
         }
 
     @property
+    def row_state(self) -> frozenset[str]:
+        """Names of the state's tensors whose first axis runs over the rows of tiles: what they hold
+        changes the reproduction of these rows only."""
+        layout = self.spec().layout(*self.tile)
+        return frozenset(name for name, tensor in layout.items() if tensor.by_tile_row)
+
+    @property
     def refit_cols(self) -> int | None:
         """Columns of W whose part of the state is fitted anew when a rule comes to them.
 

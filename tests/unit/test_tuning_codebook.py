@@ -12,10 +12,11 @@ from tests.unit.test_beam import hessian, loss, reproduced, rule, weights
 from vqllm import group, metrics, recipe
 from vqllm.codecs import CODECS
 from vqllm.errors import RecipeError
+from vqllm.least_squares import StateProblem
 from vqllm.rounding.nearest import Nearest
 from vqllm.tiles import to_tiles
 from vqllm.tuning import TUNINGS
-from vqllm.tuning.codebook import Codebook, _Problem
+from vqllm.tuning.codebook import Codebook
 from vqllm.types import Codec, State
 from vqllm_kernels.formats import FormatSpec
 
@@ -68,6 +69,10 @@ class Exponential(Codec):
     def decode(self, codes_IJM: Tensor, state: State, col: int = 0) -> Tensor:
         return torch.exp(state["rate"] * codes_IJM)
 
+    @property
+    def row_state(self) -> frozenset[str]:
+        return frozenset()
+
     def project(self, state: State) -> State:
         return {"rate": (state["rate"] / self.step).round() * self.step}
 
@@ -98,7 +103,7 @@ class TestSteps:
     def test_they_lead_to_the_solution_of_the_normal_equations(self) -> None:
         W, H = weights(24, 32), hessian(32)
         codec, codes, state = rounded("kmeans", W, H)
-        problem = _Problem(W, H, codec, codes)
+        problem = StateProblem(W, H, codec, codes)
         move = problem.least_squares(state, {"codebook": state["codebook"].float()}, 60)
         found = {"codebook": state["codebook"].float() + move["codebook"]}
         # Column (entry, element) of J is 1 where that entry's element stands.
@@ -117,7 +122,7 @@ class TestSteps:
     def test_each_lowers_the_loss(self, name: str) -> None:
         W, H = weights(24, 40), hessian(40)
         codec, codes, state = rounded(name, W, H, "nearest")
-        problem = _Problem(W, H, codec, codes)
+        problem = StateProblem(W, H, codec, codes)
         learned = {k: v.float() for k, v in state.items() if v.is_floating_point()}
         losses = []
         for steps in range(9):
