@@ -201,6 +201,33 @@ class Codec(Part, ABC):
         raise NotImplementedError(f"codec {self.type} has no groups of columns to fit anew")
 
 
+class OutlierCodec(Codec, ABC):
+    """A codec that stores the same number of weights of every row apart, and codes the rest.
+
+    W is the sum of the sparse outliers and of what `base` reproduces. To choose codes for W is thus
+    to choose codes of `base` for W without the outliers, whatever the rule; a rule that chooses
+    outliers as well asks for them with `outliers` and gives them back with `with_outliers`.
+    """
+
+    base: Codec
+
+    @abstractmethod
+    def num_outliers(self, num_tile_cols: int) -> int:
+        """How many weights of a row are stored apart in a grid of so many tile columns."""
+
+    @abstractmethod
+    def outliers(self, state: State, num_tile_cols: int) -> Tensor:
+        """The weights that are stored apart, zero elsewhere: float32 [I, J, E]."""
+
+    @abstractmethod
+    def base_state(self, state: State) -> State:
+        """The state of `base`."""
+
+    @abstractmethod
+    def with_outliers(self, S_IJE: Tensor, base_state: State) -> State:
+        """The state with the largest weights of each row of S stored apart, and that of `base`."""
+
+
 def _to_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest values of a stored dtype; what is too large becomes the largest it has."""
     if tensor.dtype == dtype or not tensor.is_floating_point():
@@ -266,6 +293,12 @@ class Rounding(Part, ABC):
         By default codes are chosen from the beginning; a rule that can improve given ones does so.
         """
         return self(W_RC, H_CC, codec, state)
+
+    @property
+    def tunes_state(self) -> bool:
+        """Whether the state that is returned depends on all rows of W, so that blocks of rows that
+        share some of it must be coded together."""
+        return False
 
     def check(self, codec: Codec) -> None:
         """Raise RecipeError if this rule cannot serve `codec`; called when a recipe is read."""

@@ -125,6 +125,7 @@ def _load_all() -> None:
         lut,
         pyramid,
         residual,
+        sparse,
         split,
         trellis,
         uniform,

@@ -96,6 +96,42 @@ EXTRA = {
         "group": 9,
     },
     "e8p": {"type": "e8p"},
+    "sparse-e8p": {"type": "sparse", "share": 0.02, "base": {"type": "e8p"}},
+    "sparse-4x1": {
+        "type": "sparse",
+        "share": 0.05,
+        "base": {"type": "kmeans", "tile_rows": 4, "tile_cols": 1, "index_bits": 6},
+    },
+    "sparse-residual": {
+        "type": "sparse",
+        "share": 0.1,
+        "base": {"type": "residual", "stages": [{"type": "e8p"}, {"type": "e81b"}], "beam": 2},
+    },
+    "sparse-refitted": {
+        "type": "sparse",
+        "base": {
+            "type": "grouped_kmeans",
+            "index_bits": 4,
+            "group_rows": 8,
+            "group_cols": 16,
+        },
+    },
+    "sparse-split": {
+        "type": "sparse",
+        "share": 0.03,
+        "base": {
+            "type": "split",
+            "share": 0.1,
+            "first": {"type": "uniform", "bits": 8, "group": None},
+            "rest": {"type": "kmeans", "tile_rows": 4, "tile_cols": 1, "index_bits": 6},
+        },
+    },
+    "split-sparse": {
+        "type": "split",
+        "share": 0.3,
+        "first": {"type": "sparse", "share": 0.2, "base": {"type": "e8p"}},
+        "rest": {"type": "e8p"},
+    },
     "split-4x1-6x1": {
         "type": "split",
         "share": 0.1,
@@ -287,7 +323,8 @@ def test_packed_tensors_are_those_of_the_format(name, shape):
     layout.check(packed, codec.spec().layout(*shape), name)
     num_bytes = sum(t.numel() * t.element_size() for t in packed.values())
     assert codec.bits(*shape).total == 8 * num_bytes
-    codes_bytes = sum(t.numel() * t.element_size() for k, t in packed.items() if "codes" in k)
+    codes = [t for k, t in packed.items() if "codes" in k or "outlier" in k]
+    codes_bytes = sum(t.numel() * t.element_size() for t in codes)
     assert codec.bits(*shape).codes == 8 * codes_bytes
 
 

@@ -61,6 +61,7 @@ The weights of M
         pyramid-v1        vqllm_kernels.pyramid.reference
         uniform-v1        vqllm_kernels.uniform.reference
         residual-v1       vqllm_kernels.residual.reference
+        sparse-v1         vqllm_kernels.sparse.reference
         split-v1          vqllm_kernels.split.reference
         trellis-v1        vqllm_kernels.trellis.reference
 

@@ -15,6 +15,7 @@ from vqllm.codecs import (  # noqa: F401 - importing registers
     leech,
     pyramid,
     residual,
+    sparse,
     split,
     trellis,
     uniform,

@@ -1,14 +1,14 @@
 """What codecs share: the registry, the check of their input, scales, the search for near codes."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from vqllm.codecs.compiled import has_numba
-from vqllm.errors import NumericalError
+from vqllm.errors import NumericalError, RecipeError
 from vqllm.registry import Registry
 from vqllm.types import Codec, State
 
@@ -19,6 +19,21 @@ MAX_DISTANCES = 1 << 21
 
 MIN_SCALE = 1e-30
 """A matrix of zeros gets this scale, so that it decodes to zeros for every practical purpose."""
+
+
+def build_part(owner: str, role: str, value: Any) -> Codec:
+    """Turn the `{type: name, ...}` that a codec has for one it is made of into that codec.
+
+    Raises:
+        RecipeError: there is no `type`, or no codec of that name.
+    """
+    if isinstance(value, Codec):
+        return value
+    if not isinstance(value, dict) or "type" not in value:
+        raise RecipeError(
+            f"codec {owner}: {role} {value!r} has no `type`; allowed are {', '.join(CODECS)}"
+        )
+    return CODECS.get(str(value["type"])).model_validate(value)
 
 
 class SearchableCodec(Codec, ABC):

@@ -24,13 +24,20 @@ arXiv 2402.04396, section 4.
 """
 
 from functools import reduce
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from torch import Tensor
 
-from vqllm.codecs.base import CODECS, ScaledCodec, SearchableCodec, check_finite, weigh
+from vqllm.codecs.base import (
+    CODECS,
+    ScaledCodec,
+    SearchableCodec,
+    build_part,
+    check_finite,
+    weigh,
+)
 from vqllm.errors import RecipeError
 from vqllm.types import Codec, Point, State
 from vqllm_kernels.residual.reference import stage_tensors
@@ -64,17 +71,7 @@ def _build_stages(value: object) -> object:
     """Turn `{type: name, ...}` into the codec registered as `name`."""
     if not isinstance(value, list | tuple):
         raise RecipeError(f"codec residual: `stages` is {value!r}; needed is a list of codecs")
-    return tuple(_build_stage(stage) for stage in value)
-
-
-def _build_stage(stage: Any) -> Codec:
-    if isinstance(stage, Codec):
-        return stage
-    if not isinstance(stage, dict) or "type" not in stage:
-        raise RecipeError(
-            f"codec residual: stage {stage!r} has no `type`; allowed are {', '.join(CODECS)}"
-        )
-    return CODECS.get(str(stage["type"])).model_validate(stage)
+    return tuple(build_part("residual", "stage", stage) for stage in value)
 
 
 @CODECS.register("residual")

@@ -8,31 +8,20 @@ those of the tiles inside it, row by row, followed by zeros where the other code
 Source: Liu et al., "VPTQ", arXiv 2409.17066.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from functools import partial
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from torch import Tensor
 
-from vqllm.codecs.base import CODECS, check_finite
+from vqllm.codecs.base import CODECS, build_part, check_finite
 from vqllm.errors import RecipeError
 from vqllm.types import Codec, Point, State
 from vqllm_kernels.split.reference import PARTS, num_columns, part_tensors, stacked, unstacked
 from vqllm_kernels.split.spec import SplitSpec
 
-
-def _build(value: Any) -> Codec:
-    """Turn `{type: name, ...}` into the codec registered as `name`."""
-    if isinstance(value, Codec):
-        return value
-    if not isinstance(value, dict) or "type" not in value:
-        raise RecipeError(
-            f"codec split: part {value!r} has no `type`; allowed are {', '.join(CODECS)}"
-        )
-    return CODECS.get(str(value["type"])).model_validate(value)
-
-
-_PartCodec = Annotated[SerializeAsAny[Codec], BeforeValidator(_build)]
+_PartCodec = Annotated[SerializeAsAny[Codec], BeforeValidator(partial(build_part, "split", "part"))]
 
 
 class _Inner(NamedTuple):

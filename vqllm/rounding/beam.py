@@ -52,8 +52,7 @@ from vqllm.errors import RecipeError
 from vqllm.rounding import coordinate
 from vqllm.rounding.base import ROUNDINGS
 from vqllm.rounding.columns import TileColumns
-from vqllm.tiles import from_tiles
-from vqllm.types import Codec, Rounding, State
+from vqllm.types import Codec, OutlierCodec, Rounding, State
 
 STRIPE = 256
 """Columns of W between two products with all of them, where all codings but the best end."""
@@ -90,22 +89,16 @@ class Beam(Rounding):
         columns = self._columns(W_RC, H_CC, codec, state)
         E_RC = feedback(columns, self.beam, STRIPE)
         self._improve(columns, E_RC, self.passes)
-        return columns.codes_IJM, state
+        return columns.result
 
     def refine(
         self, W_RC: Tensor, H_CC: Tensor, codec: Codec, codes_IJM: Tensor, state: State
     ) -> tuple[Tensor, State]:
         """The passes alone, at least one, which do not raise the loss of `codes_IJM`."""
         columns = self._columns(W_RC, H_CC, codec, state)
-        E_RC = columns.W_RC.clone()
-        for k, col in enumerate(columns.order):
-            codes_I1M = codes_IJM[:, col : col + 1]
-            columns.keep(codes_I1M, k)
-            own = slice(k * columns.width, (k + 1) * columns.width)
-            X_I1E = codec.decode(codes_I1M, state, col)
-            E_RC[:, own] -= from_tiles(X_I1E, codec.tile, len(E_RC), columns.width)
+        E_RC = columns.keep_all(codes_IJM)
         self._improve(columns, E_RC, max(self.passes, 1))
-        return columns.codes_IJM, state
+        return columns.result
 
     def _improve(self, columns: TileColumns, E_RC: Tensor, passes: int) -> None:
         for _ in range(passes):
@@ -115,12 +108,13 @@ class Beam(Rounding):
                 descend(columns, E_RC, self.pass_beam, STRIPE)
 
     def _columns(self, W_RC: Tensor, H_CC: Tensor, codec: Codec, state: State) -> TileColumns:
-        return TileColumns.of(W_RC, H_CC, codec, state, heavy_last=self.order == "hessian")
+        return TileColumns.of(W_RC, H_CC, codec, state, self.order)
 
     def check(self, codec: Codec) -> None:
-        if not codec.lists_codes:
+        base = codec.base if isinstance(codec, OutlierCodec) else codec
+        if not base.lists_codes:
             raise RecipeError(
-                f"rounding beam: codec {codec.type} finds one code for a target, and the search "
+                f"rounding beam: codec {base.type} finds one code for a target, and the search "
                 "needs several. Use additive, kmeans, e8p, d4, or another codec that lists codes, "
                 "or a residual of these; or rounding ldlq"
             )

@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from vqllm import linalg
 from vqllm.tiles import from_tiles, to_tiles
-from vqllm.types import Codec, State
+from vqllm.types import Codec, OutlierCodec, State
+
+Order = Literal["natural", "hessian", "energy"]
 
 PADDING = 1e-4
 """H of the features that fill up the last tile, relative to mean(diag H). They are coupled to
@@ -18,7 +22,8 @@ nothing; a small weight keeps a codec that weighs errors from caring about them.
 class TileColumns:
     """W and H padded to whole tile columns, in the order in which the columns are coded.
 
-    Column k of the order is column `order[k]` of the grid of tiles.
+    Column k of the order is column `order[k]` of the grid of tiles. Where the codec that was given
+    stores outliers apart, `codec` and `state` are those of its base, and W is what they leave.
     """
 
     W_RC: Tensor
@@ -26,27 +31,60 @@ class TileColumns:
     codec: Codec
     state: State
     order: list[int]
+    outer: OutlierCodec | None = None
+    """the codec that was given, if it stores outliers apart"""
+    outliers_RC: Tensor | None = None
+    """what it stores, in the order of the columns"""
     kept: dict[int, Tensor] = field(default_factory=dict)
     """Codes [I, 1, M] by column of the grid."""
 
     @classmethod
     def of(
-        cls, W_RC: Tensor, H_CC: Tensor, codec: Codec, state: State, heavy_last: bool = False
+        cls, W_RC: Tensor, H_CC: Tensor, codec: Codec, state: State, order: Order = "natural"
     ) -> "TileColumns":
-        """In the order of the grid, or sorted by the trace of their blocks of H, largest last."""
+        """Columns in the order of the grid, or with the largest `size` of the order last."""
         tile_cols = codec.tile[1]
         num_cols = W_RC.shape[1]
         num_tiles = -(-num_cols // tile_cols)
         if num_tiles * tile_cols > num_cols:
             W_RC, H_CC = _pad(W_RC, H_CC, num_tiles * tile_cols - num_cols)
-        order = torch.arange(num_tiles, device=H_CC.device)
-        if heavy_last:
-            trace = torch.diagonal(H_CC).unflatten(0, (-1, tile_cols)).sum(1)
-            order = torch.argsort(trace, stable=True)
-            within = torch.arange(tile_cols, device=H_CC.device)
-            features = (order[:, None] * tile_cols + within).flatten()
+        order_K = torch.arange(num_tiles, device=H_CC.device)
+        if order != "natural":
+            order_K = torch.argsort(_size(W_RC, H_CC, tile_cols, order), stable=True)
+            features = _features(order_K, tile_cols)
             W_RC, H_CC = W_RC[:, features], H_CC[features][:, features]
-        return cls(W_RC, H_CC, codec, state, order.tolist())
+        columns = cls(W_RC, H_CC, codec, state, order_K.tolist())
+        if isinstance(codec, OutlierCodec):
+            S_RC = from_tiles(codec.outliers(state, num_tiles), codec.tile, *W_RC.shape)
+            columns.outer, columns.outliers_RC = codec, S_RC[:, columns._features()]
+            columns.codec, columns.state = codec.base, codec.base_state(state)
+            columns.W_RC = W_RC - columns.outliers_RC
+        return columns
+
+    def replace_outliers(self, S_RC: Tensor) -> None:
+        """Take up other outliers, in the order of the columns."""
+        assert self.outliers_RC is not None
+        self.W_RC = self.W_RC + self.outliers_RC - S_RC
+        self.outliers_RC = S_RC
+
+    def in_grid_order(self, A_RC: Tensor) -> Tensor:
+        """A matrix in the order of the columns, as the grid of tiles has them."""
+        ordered_RC = torch.empty_like(A_RC)
+        ordered_RC[:, self._features()] = A_RC
+        return ordered_RC
+
+    @property
+    def result(self) -> tuple[Tensor, State]:
+        """All codes, in the order of the grid, and the state of the codec that was given."""
+        if self.outer is None or self.outliers_RC is None:
+            return self.codes_IJM, self.state
+        S_IJE = to_tiles(self.in_grid_order(self.outliers_RC), self.codec.tile)
+        return self.codes_IJM, self.outer.with_outliers(S_IJE, self.state)
+
+    def _features(self) -> Tensor:
+        """The columns of W in their order."""
+        order_K = torch.tensor(self.order, device=self.H_CC.device)
+        return _features(order_K, self.width)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -123,6 +161,21 @@ class TileColumns:
     def codes_IJM(self) -> Tensor:
         """All codes, in the order of the grid."""
         return torch.cat([self.kept[col] for col in range(len(self))], dim=1)
+
+
+def _features(order_K: Tensor, tile_cols: int) -> Tensor:
+    """Columns of W in an order of tile columns."""
+    within = torch.arange(tile_cols, device=order_K.device)
+    return (order_K[:, None] * tile_cols + within).flatten()
+
+
+def _size(W_RC: Tensor, H_CC: Tensor, tile_cols: int, order: Order) -> Tensor:
+    """By which tile columns are sorted: tr H_kk (hessian), or tr W_k H_kk W_kᵀ (energy), [K]."""
+    H_KTT = linalg.diagonal_blocks(H_CC, tile_cols)
+    if order == "hessian":
+        return torch.diagonal(H_KTT, dim1=1, dim2=2).sum(1)
+    W_KRT = W_RC.unflatten(1, (-1, tile_cols)).transpose(0, 1)
+    return ((W_KRT @ H_KTT) * W_KRT).sum((1, 2))
 
 
 def _pad(W_RC: Tensor, H_CC: Tensor, extra: int) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ class LDLQ(Rounding):
         E_RC = feedback(columns, STRIPE)
         for _ in range(self.passes):
             descend(columns, E_RC, STRIPE)
-        return columns.codes_IJM, columns.state
+        return columns.result
 
     def refine(
         self, W_RC: Tensor, H_CC: Tensor, codec: Codec, codes_IJM: Tensor, state: State
@@ -75,10 +75,10 @@ class LDLQ(Rounding):
         E_RC = columns.keep_all(codes_IJM)
         for _ in range(max(self.passes, 1)):
             descend(columns, E_RC, STRIPE)
-        return columns.codes_IJM, state
+        return columns.result
 
     def _columns(self, W_RC: Tensor, H_CC: Tensor, codec: Codec, state: State) -> TileColumns:
-        return TileColumns.of(W_RC, H_CC, codec, state, heavy_last=self.order == "hessian")
+        return TileColumns.of(W_RC, H_CC, codec, state, self.order)
 
     def check(self, codec: Codec) -> None:
         if self.order != "natural" and codec.refit_cols is not None:

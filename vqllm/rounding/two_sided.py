@@ -76,7 +76,7 @@ class TwoSided(OutputRounding):
         assert self._output_RR is not None, "with_outputs comes first"
         tile_rows = codec.tile[0]
         rows = -(-self.rows // tile_rows) * tile_rows
-        columns = TileColumns.of(W_RC, H_CC, codec, state, heavy_last=self.order == "hessian")
+        columns = TileColumns.of(W_RC, H_CC, codec, state, self.order)
         factors = linalg.block_ldl(columns.H_CC, columns.width)
         L_RR, _ = linalg.block_ldl(_padded(self._output_RR, rows), rows)
         W_RC = columns.W_RC
