@@ -162,7 +162,8 @@ class _Coder:
     ) -> "_Coder":
         recipe, name = matrix.recipe, matrix.names[0]
         blocks = matrix.spec.row_blocks()
-        if len(blocks) > 1 and not _fits_blocks(recipe.codec, matrix.spec, read_rows):
+        in_blocks = not recipe.rounding.tunes_state and len(blocks) > 1
+        if not in_blocks or not _fits_blocks(recipe.codec, matrix.spec, read_rows):
             blocks = [(0, matrix.spec.rows)]
         # Every so many rows of tiles, whole.
         drawn = [

@@ -66,6 +66,7 @@ def reader(W_RC: torch.Tensor) -> rows.ReadRows:
         ({"transforms": HADAMARD}, True),
         ({"codec": {"type": "kmeans", "tile_cols": 2, "index_bits": 4}}, False),
         ({"codec": {"type": "e8p"}, "transforms": [*HADAMARD, {"type": "scale"}]}, False),
+        ({"codec": {"type": "sparse", "share": 0.1, "base": UNIFORM}}, True),
         ({"codec": {"type": "kmeans", "tile_rows": 4, "tile_cols": 1, "index_bits": 4}}, False),
     ],
 )
@@ -137,6 +138,20 @@ def test_codecs_that_are_fitted_while_they_code_are_not_split() -> None:
             return 16
 
     assert not rows._fits_blocks(Refitted(), spec, read)
+
+
+def test_a_rule_that_tunes_the_state_gets_the_whole_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kmeans = {"type": "kmeans", "tile_cols": 2, "index_bits": 4}
+    solved = {"type": "coordinate", "start": "ldlq", "state": "solved"}
+    one = matrix(600, 32, is_head=True, codec=kmeans, rounding=solved)
+    W_RC, H_CC = weights(600, 32), hessian(32)
+    whole = quantize_rows(one, reader(W_RC), CPU, H_CC, 9)
+    monkeypatch.setattr(linear, "BLOCK_WEIGHTS", 256 * 32)
+    assert len(one.spec.row_blocks()) == 3
+    again = quantize_rows(one, reader(W_RC), CPU, H_CC, 9)
+    assert all(torch.equal(again.tensors[name], t) for name, t in whole.tensors.items())
 
 
 def test_rows_that_are_not_finite() -> None:

@@ -1,6 +1,6 @@
 """Rules that choose codes, given H."""
 
-from vqllm.rounding import beam, ldlq, nearest, two_sided
+from vqllm.rounding import beam, coordinate_rule, ldlq, nearest, two_sided
 from vqllm.rounding.base import ROUNDINGS
 
-__all__ = ["ROUNDINGS", "beam", "ldlq", "nearest", "two_sided"]
+__all__ = ["ROUNDINGS", "beam", "coordinate_rule", "ldlq", "nearest", "two_sided"]

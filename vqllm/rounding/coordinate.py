@@ -8,7 +8,12 @@ and grows by tr((X_k − Ŵ_k) H_kk (X_k − Ŵ_k)ᵀ) away from it. For tiles w
 code nearest to X_k need not be better in this norm than the code it replaces, so each tile keeps
 its old code unless the new one is better: a pass never raises the proxy loss.
 
-Source: Tseng et al., "QuIP#", arXiv 2402.04396 (its passes after LDLQ accept every new code).
+A column that has no code yet stands as it is, E = 0, and takes the code of its X_k. A first pass
+from such a start is feedback with rows of H in place of those of L: what later columns can make up
+for is not foreseen.
+
+Source: Behdin et al., "QuantEase", arXiv 2309.01885, lemma 1 (single weights, from W itself); after
+LDLQ and in blocks: Tseng et al., "QuIP#", arXiv 2402.04396 (accepts every new code).
 """
 
 import torch
@@ -22,8 +27,8 @@ def descend(columns: TileColumns, E_RC: Tensor, stripe: int) -> None:
     """One pass over all tile columns, from last to first.
 
     Args:
-        columns: all coded; takes up the new codes.
-        E_RC: W − Ŵ, updated in place.
+        columns: takes up the new codes.
+        E_RC: W − Ŵ, zero in columns without a code; updated in place.
         stripe: columns of W between two products with the whole of H.
     """
     W_RC, H_CC, width = columns.W_RC, columns.H_CC, columns.width
@@ -39,10 +44,13 @@ def descend(columns: TileColumns, E_RC: Tensor, stripe: int) -> None:
             old_gap_RT = gradient_RS[:, own.start - start : own.stop - start] @ H_inverse_KTT[k]
             X_RT = W_RC[:, own] - E_RC[:, own] + old_gap_RT
             codes_I1M, W_hat_RT = columns.code(X_RT, k, H_KTT[k])
-            better_I = _better(X_RT - W_hat_RT, old_gap_RT, H_KTT[k], columns.codec.tile[0])
-            better_R1 = better_I.repeat_interleave(columns.codec.tile[0])[: len(X_RT), None]
+            change_RT = W_RC[:, own] - W_hat_RT - E_RC[:, own]
+            better_I = None
+            if columns.order[k] in columns.kept:
+                better_I = _better(X_RT - W_hat_RT, old_gap_RT, H_KTT[k], columns.codec.tile[0])
+                better_R1 = better_I.repeat_interleave(columns.codec.tile[0])[: len(X_RT), None]
+                change_RT = torch.where(better_R1, change_RT, 0)
             columns.keep(codes_I1M, k, better_I)
-            change_RT = torch.where(better_R1, W_RC[:, own] - W_hat_RT - E_RC[:, own], 0)
             E_RC[:, own] += change_RT
             gradient_RS += change_RT @ H_CC[own, start:end]
 
