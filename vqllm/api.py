@@ -14,8 +14,8 @@ from vqllm.comparison.result import ComparisonResult
 from vqllm.comparison.run import Plan
 from vqllm.comparison.run import run as run_comparison
 from vqllm.errors import EvaluationError, ModelError, RecipeError
+from vqllm.job import Job
 from vqllm.models import ResolvedModel
-from vqllm.pipeline import Job
 from vqllm.progress import LogProgress, Progress
 from vqllm.quantization import measure_on, text_label, windows_of
 from vqllm.recipe import Recipe

@@ -13,9 +13,10 @@ from vqllm.calibration import saliency
 from vqllm.calibration.drift import Drift
 from vqllm.errors import NumericalError
 from vqllm.recipe import Recipe
+from vqllm.rounding.nearest import Nearest
 from vqllm.target import corrected
 from vqllm.tiles import to_tiles
-from vqllm.types import JSON, OutputRounding, State
+from vqllm.types import JSON, Codec, OutputRounding, State
 from vqllm_kernels.linear import LinearSpec
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,10 @@ class _Task:
 
 
 def quantize_group(
-    weights: Mapping[str, Tensor], statistics: Statistics, recipe: Recipe
+    weights: Mapping[str, Tensor],
+    statistics: Statistics,
+    recipe: Recipe,
+    codecs: Mapping[str, Codec] | None = None,
 ) -> list[QuantizedLinear]:
     """Quantize linears that read the same input. A pure function of its arguments.
 
@@ -80,13 +84,15 @@ def quantize_group(
         weights: W [R, C] of each linear by full name, float32, all of the same C.
         statistics: of their input, and of their outputs.
         recipe: which transforms, codec and rounding.
+        codecs: of linears that have another than the recipe's, by full name.
     """
+    codecs = codecs or {}
     for name, W_RC in weights.items():
         _check_finite(name, W_RC)
     H_CC = statistics.H_CC
     targets = _targets(weights, statistics, recipe)
     linears, H_prime = _transform(targets, H_CC, recipe)
-    if bool((torch.diagonal(H_CC) > 0).any()):
+    if not _is_zero(H_CC):
         H_damped = linalg.damp(H_prime, recipe.hessian.damping)
     else:
         logger.warning(
@@ -98,7 +104,7 @@ def quantize_group(
     for name, linear in linears.items():
         output_RR = _output_hessian(name, linear, statistics, recipe)
         task = _Task(name, weights[name], targets[name], H_CC, linear, H_damped, output_RR)
-        done = _quantize_linear(task, recipe)
+        done = _quantize_linear(task, recipe.with_codec(codecs.get(name, recipe.codec)))
         if recipe.fragile is not None and done.record["proxy_loss"] > recipe.fragile.above:
             done = _quantize_again(task, recipe, done)
         done.record.update(
@@ -155,12 +161,42 @@ def _quantize_linear(task: _Task, recipe: Recipe) -> QuantizedLinear:
     return QuantizedLinear(name, spec, tensors, W_hat_RC, record)
 
 
+def expected_loss(name: str, W_RC: Tensor, H_CC: Tensor, recipe: Recipe) -> float:
+    """½ tr((W − Ŵ) H (W − Ŵ)ᵀ) to be expected if the codec leaves W, after its transforms, with a
+    mean squared error of the whole of its mean square.
+
+    A rule with feedback leaves E = G L⁻¹ of gaps G between targets and codes, with H = L D Lᵀ in
+    tile columns; if all entries of G have variance s², that is s² R tr(D). Without feedback it is
+    s² R tr(H). (QuIP#, arXiv 2402.04396, section 4.1.)
+
+    Args:
+        name: of the linear, for seeds and errors.
+        W_RC: as the model stores it.
+        H_CC: not damped.
+    """
+    linears, H_prime = _transform({name: W_RC.float()}, H_CC, recipe)
+    W_prime = linears[name].W_RC
+    if _is_zero(H_CC):
+        return 0.0
+    try:
+        H_damped = linalg.damp(H_prime, recipe.hessian.damping)
+        M_CC = H_damped if isinstance(recipe.rounding, Nearest) else linalg.cholesky(H_damped)
+    except NumericalError as error:
+        raise NumericalError(f"{name}, gradients in its outputs: {error}") from error
+    if M_CC is H_damped:
+        trace = torch.diagonal(M_CC).sum()
+    else:  # D_k = M_kk M_kkᵀ
+        tile_K = torch.arange(len(M_CC), device=M_CC.device) // recipe.codec.tile[1]
+        trace = (M_CC.square() * (tile_K[:, None] == tile_K)).sum()
+    return float(W_prime.square().mean() * len(W_prime) * trace / 2)
+
+
 def _targets(
     weights: Mapping[str, Tensor], statistics: Statistics, recipe: Recipe
 ) -> Mapping[str, Tensor]:
     """What each linear's quantized weights are to come near to."""
     H_CC, drift = statistics.H_CC, statistics.drift
-    if drift is None or not bool((torch.diagonal(H_CC) > 0).any()):
+    if drift is None or _is_zero(H_CC):
         return weights
     damping = recipe.target.damping
     try:
@@ -267,6 +303,11 @@ def _bit_fields(bits: BitCount, numel: int) -> JSON:
         "bits_side": bits.side,
         "bits_per_weight": round(bits.total / numel, 4),
     }
+
+
+def _is_zero(H_CC: Tensor) -> bool:
+    """Whether the input was zero on every token."""
+    return bool((torch.diagonal(H_CC) == 0).all())
 
 
 def _check_finite(name: str, W_RC: Tensor) -> None:

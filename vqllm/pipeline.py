@@ -3,44 +3,24 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from vqllm import memory
-from vqllm.calibration.gradients import GradientPass
 from vqllm.calibration.layer import InputGroup, LayerCalibrator
-from vqllm.calibration.saliency import OutputHessians, TokenWeights
-from vqllm.calibration.stream import LayerStream, linears_of
+from vqllm.calibration.stream import linears_of
 from vqllm.calibration.tokens import calibration_sequences
 from vqllm.checkpoint.run import CheckpointRun
 from vqllm.errors import ModelError
-from vqllm.group import QuantizedLinear, Statistics, quantize_group
+from vqllm.foresight import Allocated, Foresight
+from vqllm.group import QuantizedLinear, Statistics, linear_spec, quantize_group
+from vqllm.job import Job
 from vqllm.outside import Outside
-from vqllm.preflight import check_finite, check_model, chosen, planned
+from vqllm.preflight import check_finite, check_model, chosen, shapes_of
 from vqllm.progress import Progress
 from vqllm.recipe import Recipe
 from vqllm.survey import nothing_to_quantize, why_not_quantized
-from vqllm.types import JSON, OutputRounding
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What to do, to which model, where."""
-
-    source: Path
-    """an ordinary Hugging Face folder"""
-    model: str
-    """the model as its user named it"""
-    recipe: Recipe
-    output: Path
-    device: torch.device
-    compute_dtype: torch.dtype | None = None
-    """dtype in which layers run; None chooses by source dtype and device"""
-    trust_remote_code: bool = False
-    activation_budget: int = 4 << 30
-    """bytes of activations in memory; beyond, hidden states are in a file in the output folder"""
+from vqllm.types import JSON
 
 
 @dataclass(frozen=True)
@@ -79,21 +59,27 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
     progress.phase("calibration text")
     sequences = run.keep("sequences", lambda: sequences_of(job))
     calibrated = time.perf_counter()
-    saliency = {}
-    if needs_gradients(recipe):
-        progress.phase("gradients of the predictions")
-        saliency = _saliency(job, run, sequences["calibration"])
-    stream = _open_stream(job, run)
+    foresight = Foresight(job, run, sequences["calibration"], progress)
+    stream = job.open_stream(run.scratch)
     check_finite(stream.model, "the model outside its layers")
     outside = Outside(stream, run, recipe)
-    run.begin(stream.model, stream.names, planned(stream, recipe) | outside.specs, outside.tied)
+    shapes = shapes_of(stream, recipe)
+    allocation = foresight.allocation(shapes)
+    planned = {
+        name: linear_spec(
+            *shape,
+            recipe.with_codec(allocation[name].codec if name in allocation else recipe.codec),
+        )
+        for name, shape in shapes.items()
+    }
+    run.begin(stream.model, stream.names, planned | outside.specs, outside.tied)
     outside.quantize_embedding(sequences["calibration"], progress)
     calibrator = LayerCalibrator(
         stream,
         sequences["calibration"],
         job.activation_budget,
         run.scratch,
-        saliency,
+        foresight.token_weights(),
         recipe.target.of,
     )
     progress.layers(len(stream), run.num_finished)
@@ -109,10 +95,8 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
                 for name, W_hat_RC in run.decoded(index):
                     _install(linears[name], W_hat_RC)
             else:
-                outputs = {}
-                if isinstance(recipe.rounding, OutputRounding):
-                    outputs = _outputs(job, run, sequences["calibration"], index)
-                task = _Layer(index, layer, linears, weights, outputs)
+                outputs = foresight.outputs(index)
+                task = _Layer(index, layer, linears, weights, outputs, allocation)
                 run.write_layer(index, _quantize_layer(task, calibrator, recipe, progress))
             if index + 1 < len(stream):
                 calibrator.advance(index)
@@ -146,6 +130,8 @@ class _Layer:
     """as the source stores them"""
     outputs: Mapping[str, Tensor]
     """packed H_O, where the rounding rule needs them"""
+    allocation: Mapping[str, Allocated]
+    """of all linears of the model, where bits are allocated"""
 
 
 def _quantize_layer(
@@ -183,9 +169,12 @@ def _quantize_stage(
         statistics = Statistics(
             hessian.matrix(group.names[0]), hessian.num_tokens, hessian.drift, layer.outputs
         )
-        results += quantize_group(W, statistics, recipe)
+        codecs = {name: layer.allocation[name].codec for name in W if name in layer.allocation}
+        results += quantize_group(W, statistics, recipe, codecs)
     for quantized in results:
         quantized.record["layer"] = layer.index
+        if quantized.name in layer.allocation:
+            quantized.record["expected_kl"] = layer.allocation[quantized.name].expected_kl
         _install(layer.linears[quantized.name], quantized.W_hat_RC)
     return results
 
@@ -193,61 +182,6 @@ def _quantize_stage(
 def _install(linear: nn.Linear, W_hat_RC: Tensor) -> None:
     """Let the layer run with the weights that a reader will decode."""
     linear.weight.data = W_hat_RC.to(linear.weight.dtype)
-
-
-def _open_stream(job: Job, run: CheckpointRun) -> LayerStream:
-    return LayerStream(
-        job.source, job.device, run.scratch / "offload", job.compute_dtype, job.trust_remote_code
-    )
-
-
-def needs_gradients(recipe: Recipe) -> bool:
-    """Whether a pass with gradients comes before the quantization."""
-    return recipe.hessian.weights == "output" or isinstance(recipe.rounding, OutputRounding)
-
-
-def _saliency(job: Job, run: CheckpointRun, tokens: Tensor) -> dict[str, Tensor]:
-    """What each calibration token weighs in the Hessians of each linear, [S, L] by full name; the
-    Hessians of outputs are kept by layer, where the rounding rule needs them."""
-    return run.keep("saliency", lambda: _gradients(job, run, tokens))
-
-
-def _gradients(job: Job, run: CheckpointRun, tokens: Tensor) -> dict[str, Tensor]:
-    recipe = job.recipe
-    gradients = GradientPass(
-        lambda: _open_stream(job, run),
-        tokens,
-        recipe.seed,
-        job.activation_budget,
-        run.scratch / "gradients",
-    )
-    weights = TokenWeights(tokens, recipe.hessian.power)
-    outputs = OutputHessians(
-        lambda index, blocks: run.put(_outputs_file(index), blocks), recipe.hessian.power
-    )
-    visitors = [weights] if recipe.hessian.weights == "output" else []
-    visitors += [outputs] if isinstance(recipe.rounding, OutputRounding) else []
-
-    def visit(name: str, rows: slice, x: Tensor, g: Tensor) -> None:
-        for visitor in visitors:
-            visitor.visit(name, rows, x, g)
-
-    gradients.run(lambda linears: chosen(linears, recipe), visit, outputs.finish)
-    return weights.result()
-
-
-def _outputs(job: Job, run: CheckpointRun, tokens: Tensor, index: int) -> dict[str, Tensor]:
-    """The packed Hessians of a layer's outputs."""
-    outputs = run.kept(_outputs_file(index))
-    if outputs is None:  # the file is damaged
-        _gradients(job, run, tokens)
-        outputs = run.kept(_outputs_file(index))
-        assert outputs is not None, "it was just written"
-    return outputs
-
-
-def _outputs_file(index: int) -> str:
-    return f"outputs-{index}"
 
 
 def sequences_of(job: Job) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """What is looked at before the long part of a run: the model, its linears, its values, the plan."""
 
+import logging
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vqllm import loading, outside
+from vqllm.bits import count
 from vqllm.calibration.stream import LayerStream, check_states, layer_names, linears_of
 from vqllm.checkpoint.source import SourceTensors, stored_tensors
 from vqllm.checkpoint.writer import read_dense_config
@@ -17,7 +20,11 @@ from vqllm.group import linear_spec
 from vqllm.linears import shared_modules
 from vqllm.recipe import Recipe
 from vqllm.survey import nothing_to_quantize, why_not_quantized
-from vqllm_kernels.linear import LinearSpec
+
+logger = logging.getLogger(__name__)
+
+Shape = tuple[int, int]
+"""Rows and columns."""
 
 
 def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool = False) -> None:
@@ -46,8 +53,35 @@ def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool
             f"{name} has nothing to quantize: {kinds}. Quantized are the torch.nn.Linear "
             "modules of the decoder layers that no `skip` pattern of the recipe leaves out."
         )
+    _check_budget(
+        name, [linear for found in linears for linear in chosen(found, recipe).items()], recipe
+    )
     check_states(model, names)
     _check_outside(source, model, recipe)
+
+
+def _check_budget(model: str, linears: list[tuple[str, nn.Linear]], recipe: Recipe) -> None:
+    """Refuse a budget of bits that is below what the cheapest codecs take."""
+    if recipe.allocation is None:
+        return
+    costs = {
+        name: option_costs((linear.out_features, linear.in_features), recipe)
+        for name, linear in linears
+    }
+    numel = sum(linear.out_features * linear.in_features for _, linear in linears)
+    least, most = (sum(map(of, costs.values())) / numel for of in (min, max))
+    if least > recipe.allocation.bits:
+        raise ModelError(
+            f"allocation.bits is {recipe.allocation.bits:g}, but the linears of {model} take at "
+            f"least {math.ceil(1e4 * least) / 1e4:g} bits a weight with the codecs of this recipe, "
+            "scales and signs included. Raise it, or give allocation.codecs one of fewer bits."
+        )
+    if most < recipe.allocation.bits:
+        logger.warning(
+            "allocation.bits is %g: %s takes no more than %.4f bits a weight with the codecs of "
+            "this recipe, so every linear gets the largest",
+            *(recipe.allocation.bits, model, most),
+        )
 
 
 def _check_outside(source: Path, model: PreTrainedModel, recipe: Recipe) -> None:
@@ -75,15 +109,24 @@ def chosen(linears: Mapping[str, nn.Linear], recipe: Recipe) -> dict[str, nn.Lin
     }
 
 
-def planned(stream: LayerStream, recipe: Recipe) -> dict[str, LinearSpec]:
-    """How the linears of all layers will be stored; their weights need not be loaded."""
+def shapes_of(stream: LayerStream, recipe: Recipe) -> dict[str, Shape]:
+    """Rows and columns of the linears of all layers that are to be quantized, by full name; their
+    weights need not be loaded."""
     return {
-        name: linear_spec(linear.out_features, linear.in_features, recipe)
+        name: (linear.out_features, linear.in_features)
         for layer_name in stream.names
         for name, linear in chosen(
             linears_of(stream.model.get_submodule(layer_name), layer_name, stream.shared), recipe
         ).items()
     }
+
+
+def option_costs(shape: Shape, recipe: Recipe) -> tuple[int, ...]:
+    """Bits of a linear with each of the codecs that it may get, all included."""
+    return tuple(
+        count(linear_spec(*shape, recipe.with_codec(codec)).layout()).total
+        for codec in recipe.codecs
+    )
 
 
 def check_finite(module: nn.Module, where: str, besides: Iterable[nn.Module] = ()) -> None:

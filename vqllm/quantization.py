@@ -12,8 +12,9 @@ from vqllm import evaluation, memory
 from vqllm.checkpoint.inspect import bits_per_weight
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.checkpoint.run import CheckpointRun
+from vqllm.job import Job
 from vqllm.loading import load_config, load_tokenizer, max_length
-from vqllm.pipeline import Job, Outcome, open_run
+from vqllm.pipeline import Outcome, open_run
 from vqllm.pipeline import quantize as run_pipeline
 from vqllm.progress import Progress
 from vqllm.report.pages import report_pages

@@ -168,6 +168,22 @@ class Fragile(Settings):
     codec: Annotated[SerializeAsAny[Codec], _build(CODECS)]
 
 
+class Allocation(Settings):
+    """A budget of bits, and the codecs among which each linear gets its own."""
+
+    bits: float = Field(
+        gt=0,
+        le=16,
+        description="mean bits per weight of the quantized linears, scales, tables and signs "
+        "counted",
+    )
+    codecs: tuple[Annotated[SerializeAsAny[Codec], _build(CODECS)], ...] = Field(
+        min_length=2,
+        description="codecs to choose from; one without `type` changes the keys that it has of "
+        "the recipe's `codec`",
+    )
+
+
 class Vocabulary(Settings):
     """How a matrix with a row for every token is stored: the input embedding or the output head."""
 
@@ -264,6 +280,11 @@ class Recipe(Settings):
         description="another codec for linears that the codec loses too much of; null codes all "
         "alike",
     )
+    allocation: Allocation | None = Field(
+        default=None,
+        description="a codec for every linear, chosen for the least expected KL divergence within "
+        "a budget of bits, which takes a pass with gradients; null gives all the same `codec`",
+    )
     embeddings: Embeddings | None = Field(
         default=None,
         description="codec, transforms of the input side and rounding of the input embedding; null "
@@ -279,6 +300,22 @@ class Recipe(Settings):
         description="regular expressions; linears whose full name matches stay as they are",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _changes_of_the_codec(cls, values: Any) -> Any:
+        """Codecs to allocate that are written as changes of `codec`, in full."""
+        if not isinstance(values, dict) or not isinstance(values.get("allocation"), dict):
+            return values
+        codec, allocation = values.get("codec"), values["allocation"]
+        codecs = allocation.get("codecs")
+        if not isinstance(codec, dict) or not isinstance(codecs, list | tuple):
+            return values
+        full = [
+            {**codec, **own} if isinstance(own, dict) and "type" not in own else own
+            for own in codecs
+        ]
+        return {**values, "allocation": {**allocation, "codecs": full}}
+
     @field_validator("skip")
     @classmethod
     def _valid_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
@@ -292,14 +329,24 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recipe":
         try:
-            self.rounding.check(self.codec)
-            for tuning in self.tuning:
-                tuning.check(self.codec)
+            for codec in self.codecs:
+                self.rounding.check(codec)
+                for tuning in self.tuning:
+                    tuning.check(codec)
             if self.fragile is not None:
                 self.rounding.check(self.fragile.codec)
         except RecipeError as error:
             raise ValueError(str(error)) from error
         return self
+
+    @property
+    def codecs(self) -> tuple[Codec, ...]:
+        """Those that linears in the layers may get, fragile ones aside."""
+        return (self.codec,) if self.allocation is None else self.allocation.codecs
+
+    def with_codec(self, codec: Codec) -> "Recipe":
+        """This recipe for a linear that got `codec`."""
+        return self.model_copy(update={"codec": codec, "allocation": None})
 
     def for_fragile(self) -> "Recipe":
         """This recipe with the codec of fragile linears, and without tuning."""
@@ -314,7 +361,8 @@ class Recipe(Settings):
         damping = getattr(part, "damping", None)
         if damping is not None:
             own["hessian"] = self.hessian.model_copy(update={"damping": damping})
-        return self.model_copy(update={"tuning": (), "target": Target(), "fragile": None, **own})
+        alike = {"tuning": (), "target": Target(), "fragile": None, "allocation": None}
+        return self.model_copy(update={**alike, **own})
 
     def to_dict(self) -> JSON:
         """JSON values with every field present."""

@@ -25,6 +25,10 @@ from vqllm.recipe import Recipe, from_dict
 from vqllm.types import JSON
 
 SMALL = {"source": ["self"], "sequences": 6, "length": 32}
+SPREAD: JSON = {
+    "codec": {"type": "trellis", "bits": 2, "state_bits": 6},
+    "allocation": {"bits": 2.5, "codecs": [{"bits": 1}, {"bits": 2}, {"bits": 3}, {"type": "e8p"}]},
+}
 
 
 def recipe(**changes: object) -> Recipe:
@@ -205,13 +209,15 @@ def test_another_recipe_is_refused_on_resume_with_the_difference(tmp_path: Path)
     [
         ({"hessian": {"weights": "output"}}, (2, 3, 12)),  # around the gradients, between layers
         ({"rounding": {"type": "two_sided", "rows": 16}}, (2, 3, 12)),
+        (SPREAD, (2, 3, 12)),
+        ({**SPREAD, "hessian": {"weights": "output"}}, (12,)),
         ({"target": {"of": "outputs"}}, (5, 12)),
         ({"target": {"of": "residual"}}, (5, 12)),
     ],
-    ids=["output weights", "two-sided", "outputs", "residual"],
+    ids=["output weights", "two-sided", "spread", "spread, weights", "outputs", "residual"],
 )
 def test_objectives_change_the_bytes_and_survive_a_stop(
-    changes: dict[str, dict[str, str]], events: tuple[int, ...], tmp_path: Path
+    changes: dict[str, JSON], events: tuple[int, ...], tmp_path: Path
 ) -> None:
     source = save_tiny(tmp_path / "source")
     changed = recipe(**changes)
@@ -224,6 +230,37 @@ def test_objectives_change_the_bytes_and_survive_a_stop(
             run(source, out, recipe=changed, progress=KillAt(event))
         run(source, out, recipe=changed)
         assert same_files(tmp_path / "whole", out)
+
+
+def test_spread_bits_keep_to_the_budget_and_lose_less(tmp_path: Path) -> None:
+    """At the same bits as codes that are all alike, on a model one of whose layers does little."""
+    source = save_tiny(tmp_path / "source", num_hidden_layers=4)
+    weights = load_file(source / "model.safetensors")
+    for name in weights:
+        if ".layers.1." in name and "proj" in name:
+            weights[name] *= 0.01
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    alike = {"codec": SPREAD["codec"]}
+    found = {}
+    for label, changes in (("alike", alike), ("spread", SPREAD)):
+        changed = recipe(**changes, calibration={**SMALL, "sequences": 32})
+        if label == "spread":
+            budget = found["alike"].bits_per_weight["all of a quantized linear"]
+            allocation = {**SPREAD["allocation"], "bits": budget}
+            changed = recipe(**{**SPREAD, "allocation": allocation})
+        out = tmp_path / label
+        found[label] = api.quantize(source, out, recipe=changed)
+    assert found["spread"].bits_per_weight["all of a quantized linear"] <= budget + 1e-9
+    alike, spread = (found[label].evaluation["kl"] for label in ("alike", "spread"))
+    assert spread < 0.9 * alike, (alike, spread)
+    records = [json.loads(line) for line in (tmp_path / "spread" / "report.jsonl").open()]
+    assert all(record["expected_kl"] > 0 for record in records)
+    bits = {r["name"]: r["bits_codes"] / r["rows"] / r["cols"] for r in records}
+    little = [bits[name] for name in bits if ".layers.1." in name]
+    assert max(little) <= 2 < max(bits.values())
+    assert "## Bits" in (tmp_path / "spread" / "report.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "spread")
+    assert torch.isfinite(model(torch.arange(3, 30)[None]).logits).all()
 
 
 def test_damaged_hessians_of_outputs_are_made_again(tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from vqllm.comparison.original import Remembering
 from vqllm.comparison.result import ComparisonResult, result_of
 from vqllm.comparison.store import Store
 from vqllm.errors import CheckpointError, EvaluationError, ModelError, OutOfSpaceError, VqllmError
+from vqllm.job import Job
 from vqllm.models import ResolvedModel
-from vqllm.pipeline import Job, Outcome, open_run, sequences_of
+from vqllm.pipeline import Outcome, open_run, sequences_of
 from vqllm.preflight import check_model
 from vqllm.progress import Progress
 from vqllm.quantization import Windows

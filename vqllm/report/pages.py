@@ -1,5 +1,6 @@
 """The pages beside a checkpoint: report.jsonl, report.md, the model card, the plot."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,6 +49,21 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
         for r in records
         if "fragile" in r
     ]
+    by_bits: dict[str, list[JSON]] = {}
+    for record in records:
+        if "expected_kl" in record:
+            bits = record["bits_codes"] / (record["rows"] * record["cols"])
+            by_bits.setdefault(f"{bits:.3f}", []).append(record)
+    allocated_rows = [
+        (
+            bits,
+            str(len(group)),
+            f"{100 * _numel(group) / _numel(records):.1f} %",
+            ", ".join(_kinds(group)),
+            f"{sum(r['expected_kl'] for r in group):.3g}",
+        )
+        for bits, group in sorted(by_bits.items(), key=lambda item: float(item[0]))
+    ]
     kept = [(name, reason) for name, reason in summary.not_quantized.items()]
     return "\n".join(
         [
@@ -67,6 +83,11 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
             "",
             markdown_table(("linear", "proxy loss", "SQNR dB", "tokens"), worst_rows),
             *_section(
+                "Bits that linears got",
+                ("bits of codes", "linears", "weights", "which", "expected KL"),
+                allocated_rows,
+            ),
+            *_section(
                 "Fragile linears, coded with more bits",
                 ("linear", "proxy loss before", "after", "bits"),
                 fragile_rows,
@@ -80,6 +101,16 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
             "",
         ]
     )
+
+
+def _numel(records: Sequence[JSON]) -> int:
+    return sum(record["rows"] * record["cols"] for record in records)
+
+
+def _kinds(records: Sequence[JSON]) -> list[str]:
+    """How many linears of each kind: "12 v_proj"."""
+    counts = Counter(record["name"].rsplit(".", 1)[-1] for record in records)
+    return [f"{number} {kind}" for kind, number in counts.most_common()]
 
 
 def _section(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,0 +1,192 @@
+"""A budget of bits: the choice against all choices, the losses it is based on against real ones."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.gaussian import gaussian
+from tests.tiny import save_tiny
+from vqllm import linalg, recipe
+from vqllm.allocation import Item, allocate, gaussian_mse
+from vqllm.calibration.sensitivity import Sensitivity
+from vqllm.errors import ModelError, NumericalError, RecipeError
+from vqllm.group import Statistics, expected_loss, quantize_group
+from vqllm.preflight import check_model
+
+RATES = (1, 1.5, 2, 3, 4)
+
+
+def items(num: int, seed: int) -> list[Item]:
+    """Items of different sizes and sensitivities, with losses as of codes at these rates."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(1, 5, (num,), generator=generator).tolist()
+    scales = torch.randn(num, generator=generator).mul(2).exp().tolist()
+    return [
+        Item(
+            tuple(round(2 * rate) * size for rate in RATES),
+            tuple(scale * size * 4**-rate for rate in RATES),
+        )
+        for size, scale in zip(sizes, scales)
+    ]
+
+
+def totals(chosen: list[Item], picks: tuple[int, ...] | list[int]) -> tuple[int, float]:
+    cost = sum(item.costs[pick] for item, pick in zip(chosen, picks))
+    return cost, sum(item.losses[pick] for item, pick in zip(chosen, picks))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_choice_of_the_same_cost_is_better_and_few_bits_are_left(seed: int) -> None:
+    given = items(5, seed)
+    cheapest = sum(item.costs[0] for item in given)
+    for budget in range(cheapest, cheapest * 4, 3):
+        cost, loss = totals(given, allocate(given, budget))
+        assert cost <= budget
+        best, best_within = float("inf"), float("inf")
+        for picks in itertools.product(range(len(RATES)), repeat=len(given)):
+            other_cost, other_loss = totals(given, picks)
+            if other_cost <= cost:
+                best = min(best, other_loss)
+            if other_cost <= budget:
+                best_within = min(best_within, other_loss)
+        # Steps that are skipped because they do not fit let later ones in: at most one step is
+        # lost to that, which with 5 items can be much; without a skip it is the optimum.
+        assert best_within <= loss <= 2 * best_within + 1e-12, (budget, loss, best_within)
+    every = sum(item.costs[-1] for item in given)
+    assert allocate(given, every) == [len(RATES) - 1] * len(given)
+
+
+def test_many_items_come_within_one_percent_of_the_bound() -> None:
+    """The bound is the least total loss if options could be mixed: Lagrange's."""
+    given = items(200, 1)
+    budget = 3.9 * sum(item.costs[0] for item in given) / 2
+    cost, loss = totals(given, allocate(given, budget))
+    assert budget - cost < 8
+    bound = max(
+        sum(min(a + m * c for a, c in zip(item.losses, item.costs)) for item in given) - m * budget
+        for m in torch.logspace(-6, 2, 400).tolist()
+    )
+    assert bound <= loss <= 1.01 * bound
+
+
+def test_options_above_the_hull_are_never_chosen() -> None:
+    item = Item((1, 2, 3, 4), (1.0, 0.9, 0.5, 0.5))
+    assert [allocate([item], budget) for budget in (1, 2, 3, 9)] == [[0], [0], [2], [2]]
+    with pytest.raises(ValueError, match=r"cost 1, more than the budget of 0\.5"):
+        allocate([item], 0.5)
+
+
+def test_order_of_equal_items_decides_ties() -> None:
+    item = Item((1, 2), (1.0, 0.5))
+    assert allocate([item] * 4, 6) == [1, 1, 0, 0]
+
+
+def values(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": "test",
+        "transforms": [{"type": "hadamard", "side": "both"}],
+        "codec": {"type": "trellis", "bits": 2, "state_bits": 8},
+        "rounding": {"type": "ldlq"},
+        **changes,
+    }
+
+
+def budget_of(bits: float, *codecs: dict[str, Any]) -> dict[str, Any]:
+    return {"allocation": {"bits": bits, "codecs": list(codecs)}}
+
+
+def test_codecs_without_a_type_change_that_of_the_recipe() -> None:
+    changed = recipe.from_dict(values(**budget_of(2, {"bits": 1}, {"type": "e8p"})), "test")
+    first, second = changed.codecs
+    assert first.model_dump() == {**changed.codec.model_dump(), "bits": 1}
+    assert second.type == "e8p"
+    again = recipe.from_dict(changed.to_dict(), "again")
+    assert again == changed
+    alike = changed.with_codec(first)
+    assert alike.codec == first
+    assert alike.allocation is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (budget_of(2, {"bits": 2}), "allocation.codecs: .* at least 2 items"),
+        (budget_of(0, {"bits": 2}, {"bits": 3}), "allocation.bits: .* greater than 0"),
+        (budget_of(2, {"bits": 2}, {"bits": 99}), "99"),
+        (budget_of(2, {"bits": 2}, {"bit": 3}), "bit"),
+        (budget_of(2, {"bits": 2}, {"type": "no"}), "no"),
+        (
+            {**budget_of(2, {"type": "e8p"}, {"bits": 3}), "rounding": {"type": "beam"}},
+            "beam",
+        ),
+    ],
+)
+def test_what_cannot_be_allocated_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe.from_dict(values(**changes), "test")
+
+
+def test_too_small_a_budget_is_refused_before_the_run(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    small = recipe.from_dict(values(**budget_of(1.5, {"bits": 1.5}, {"bits": 3})), "test")
+    with pytest.raises(ModelError, match=r"allocation\.bits is 1\.5, .* at least (\d\.\d+) bits"):
+        check_model(source, "tiny", small)
+
+
+@pytest.mark.parametrize(
+    ("options", "mse"),
+    [({"type": "e8p"}, 0.0925), ({"type": "trellis", "bits": 3, "state_bits": 8}, 0.0237)],
+)
+def test_gaussian_mse_is_that_of_the_tables(options: dict[str, Any], mse: float) -> None:
+    codec = recipe.from_dict(values(codec=options), "test").codec
+    assert gaussian_mse(codec) == pytest.approx(mse, rel=0.02)
+    assert gaussian_mse(codec) == gaussian_mse(codec)
+
+
+@pytest.mark.parametrize("rounding", ["ldlq", "nearest"])
+@pytest.mark.parametrize(("cols", "off"), [(256, 0.05), (100, 0.15)])  # 100 fills 7 tiles badly
+def test_expected_loss_is_what_rounding_leaves(rounding: str, cols: int, off: float) -> None:
+    chosen = recipe.from_dict(values(rounding={"type": rounding}), "test")
+    W = 0.3 * gaussian(192, cols)
+    x = gaussian(2000, 20, seed=1) @ gaussian(20, cols, seed=2) + gaussian(2000, cols, seed=3)
+    H = x.T @ x / 2000
+    (done,) = quantize_group({"a": W}, Statistics(H, 2000), chosen)
+    E = done.W_hat_RC - W
+    measured = float((E @ H * E).sum()) / 2
+    expected = expected_loss("a", W, H, chosen) * gaussian_mse(chosen.codec)
+    assert expected == pytest.approx(measured, rel=off)
+
+
+def test_expected_loss_of_an_input_that_is_zero_or_not_finite() -> None:
+    chosen = recipe.from_dict(values(), "test")
+    W = gaussian(32, 32)
+    assert expected_loss("a", W, torch.zeros(32, 32), chosen) == 0
+    with pytest.raises(NumericalError, match="a, gradients in its outputs"):
+        expected_loss("a", W, torch.full((32, 32), torch.nan), chosen)
+
+
+def test_sensitivity_weighs_tokens_by_their_gradients() -> None:
+    x, g = gaussian(4, 6, 8), gaussian(4, 6, 5, seed=1)
+    linear, unreached = torch.nn.Linear(8, 5), torch.nn.Linear(8, 5)
+    judged: dict[str, torch.Tensor] = {}
+
+    def judge(name: str, W: torch.Tensor, H: torch.Tensor) -> float:
+        assert torch.equal(W, linear.weight)
+        judged[name] = H
+        return 7.0
+
+    sensitivity = Sensitivity(judge, num_tokens=24)
+    sensitivity.begin({"a": linear, "b": unreached})
+    for rows in (slice(0, 2), slice(2, 4)):
+        sensitivity.visit("a", rows, x[rows], g[rows])
+    sensitivity.finish(0)
+    expected = torch.einsum("slr,slc,sld->cd", g.square(), x, x) / 5 / 24
+    torch.testing.assert_close(judged["a"], expected)
+    assert {name: float(value) for name, value in sensitivity.result().items()} == {"a": 7, "b": 0}
+    # ½ E[(gᵀ E x)²] for errors with independent entries of variance 1, as the definition says.
+    quadratic = torch.einsum("slr,slc->rc", g.square(), x.square()).sum() / 24 / 2
+    assert float(torch.trace(judged["a"])) * 5 / 2 == pytest.approx(float(quadratic), rel=1e-5)
+    assert linalg.damp(judged["a"], 0.01).isfinite().all()
