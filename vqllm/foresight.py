@@ -17,7 +17,7 @@ from vqllm.calibration.gradients import GradientPass
 from vqllm.calibration.saliency import OutputHessians, TokenWeights
 from vqllm.calibration.sensitivity import Sensitivity
 from vqllm.checkpoint.run import CheckpointRun
-from vqllm.group import expected_loss
+from vqllm.group import expected_losses
 from vqllm.job import Job
 from vqllm.preflight import Shape, chosen, option_costs
 from vqllm.progress import Progress
@@ -113,8 +113,11 @@ class Foresight:
         outputs = OutputHessians(
             lambda index, blocks: self._run.put(_outputs_file(index), blocks), recipe.hessian.power
         )
+        mse = [gaussian_mse(codec) for codec in recipe.codecs] if recipe.allocation else []
         sensitivity = Sensitivity(
-            lambda name, W_RC, H_CC: expected_loss(name, W_RC, H_CC, recipe), self._tokens.numel()
+            lambda name, W_RC, hessians: expected_losses(name, W_RC, hessians, recipe, mse),
+            self._tokens.numel(),
+            recipe.hessian.power if recipe.hessian.weights == "output" else 0.0,
         )
         visitors: list[TokenWeights | OutputHessians | Sensitivity] = []
         visitors += [weights] if recipe.hessian.weights == "output" else []
@@ -143,13 +146,10 @@ class Foresight:
         divergence in nats a token that its errors cause."""
         allocation = self._job.recipe.allocation
         assert allocation is not None, "asked for"
-        mse = [gaussian_mse(codec) for codec in allocation.codecs]
         losses = self._part("loss")
+        num = len(allocation.codecs)
         items = [
-            Item(
-                option_costs(shape, self._job.recipe),
-                tuple(float(losses[name]) * error for error in mse),
-            )
+            Item(option_costs(shape, self._job.recipe), tuple(losses[name].tolist() or [0.0] * num))
             for name, shape in shapes.items()
         ]
         numel = sum(rows * cols for rows, cols in shapes.values())

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-Judge = Callable[[str, Tensor, Tensor], float]
-"""Called with the full name of a linear, its weights W [R, C] as the model stores them, and H_F."""
+Judge = Callable[[str, Tensor, tuple[Tensor, Tensor]], list[float]]
+"""Called with the full name of a linear, its weights W [R, C] as the model stores them, and H and
+H_F; returns its expected losses."""
 
 
 class Sensitivity:
@@ -20,17 +21,20 @@ class Sensitivity:
         ½ E[(gᵀ E x)²] ≈ ½ tr(E H_F Eᵀ),     H_F = E[|g|²/R · x xᵀ]
 
     nats a token, with x the input and g the gradient in the output of a token; the mean is over all
-    calibration tokens, also those that do not reach the linear. The outputs count as uncoupled and
-    as alike, as in GuidedQuant (arXiv 2505.07004) with a single group. Held are the H_F
-    of one layer, 4 C² bytes for each of its linears.
+    calibration tokens, also those that do not reach the linear. Tokens count as independent, and
+    the outputs as uncoupled and alike, as in GuidedQuant (arXiv 2505.07004) with a single group.
+    H is what rounding will be done with: tokens weigh (|g|²/R)^power in it.
+
+    Held are H and H_F of one layer, 8 C² bytes for each of its linears (4 C² with power 1).
     """
 
-    def __init__(self, judge: Judge, num_tokens: int) -> None:
+    def __init__(self, judge: Judge, num_tokens: int, power: float) -> None:
         self._judge = judge
         self._num_tokens = num_tokens
+        self._power = power
         self._weights: dict[str, Tensor] = {}
-        self._sums: dict[str, Tensor] = {}
-        self._found: dict[str, float] = {}
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self._found: dict[str, list[float]] = {}
 
     def begin(self, linears: Mapping[str, nn.Linear]) -> None:
         """A layer comes next."""
@@ -41,20 +45,25 @@ class Sensitivity:
         x_NC = x.flatten(0, -2).float()
         weight_N1 = g.flatten(0, -2).float().square().mean(1, keepdim=True)
         if name not in self._sums:
-            self._sums[name] = x_NC.new_zeros(x_NC.shape[1], x_NC.shape[1])
-        self._sums[name].addmm_((x_NC * weight_N1).T, x_NC)
+            H_F = x_NC.new_zeros(x_NC.shape[1], x_NC.shape[1])
+            self._sums[name] = (H_F if self._power == 1 else torch.zeros_like(H_F), H_F)
+        H_CC, H_F = self._sums[name]
+        H_F.addmm_((x_NC * weight_N1).T, x_NC)
+        if H_CC is not H_F:
+            H_CC.addmm_((x_NC * weight_N1**self._power).T, x_NC)
 
     def finish(self, index: int) -> None:
         """All batches of layer `index` have been seen."""
         for name, W_RC in self._weights.items():
-            if name not in self._sums:
+            if name in self._sums:
+                H_CC, H_F = self._sums.pop(name)
+                self._found[name] = self._judge(name, W_RC, (H_CC, H_F / self._num_tokens))
+            else:
                 logger.warning("%s: no token reached it, so errors in it count nothing", name)
-                self._found[name] = 0.0
-                continue
-            self._found[name] = self._judge(name, W_RC, self._sums.pop(name) / self._num_tokens)
+                self._found[name] = []
         self._weights, self._sums = {}, {}
 
     def result(self) -> dict[str, Tensor]:
-        """What the judge said, float64 scalars by full name."""
+        """What the judge said, float64 by full name; empty for a linear that no token reached."""
         found = sorted(self._found.items())
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in found}
+        return {name: torch.tensor(losses, dtype=torch.float64) for name, losses in found}
