@@ -25,6 +25,7 @@ from vqllm_kernels.lut.spec import LutSpec
 from vqllm_kernels.residual.spec import ResidualSpec
 from vqllm_kernels.transforms import (
     BlockDiagonalSpec,
+    CodedScaleSpec,
     HadamardSpec,
     PermutationSpec,
     ScaleSpec,
@@ -77,8 +78,10 @@ def linear_spec(format: FormatSpec, rows: int, cols: int) -> LinearSpec:
             ScaleSpec(side="in", size=cols),
             PermutationSpec(side="in", size=cols),
             BlockDiagonalSpec(side="in", size=cols, block=min(16, cols)),
+            CodedScaleSpec(side="in", size=cols, bits=3),
             HadamardSpec(side="in", size=cols),
             HadamardSpec(side="out", size=rows),
+            CodedScaleSpec(side="out", size=rows, bits=2),
             BlockDiagonalSpec(side="out", size=rows, block=min(16, rows)),
             ScaleSpec(side="out", size=rows),
         ),
@@ -108,7 +111,7 @@ def _random(
         return torch.randperm(shape[0], generator=generator).to(dtype)
     if kind == "zero":
         return torch.full(shape, 4, dtype=dtype)
-    if kind == "scale":
+    if kind in ("scale", "levels"):
         values = 0.1 * (0.5 + torch.rand(shape, generator=generator))
         # The scale of a transform multiplies weights that have theirs already.
         return (values * 10 if math.prod(shape) > 1 and dtype == torch.float16 else values).to(

@@ -1,16 +1,10 @@
-"""The run-time side of transforms: what is stored, and what is done to x, y and W.
+"""The transforms that a stored linear can have: what is stored, and what is done to x, y and W.
 
-A transform acts on one side. With the matrix A of the transform (invertible):
-
-    side "in":   W' = W A⁻¹   H' = A H Aᵀ   x' = A x
-    side "out":  W' = A W                    y  = A⁻¹ y'
-
-float32 and float64 keep their precision; narrower types are computed in float32 and rounded once.
+`transform_spec` says what A is to each side. What is stored is what W was changed by, bit for bit.
 """
 
-from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,79 +12,7 @@ from torch import Tensor
 from vqllm_kernels.bitpack import pack_bits, packed_bytes, unpack_bits
 from vqllm_kernels.hadamard import reference as hadamard
 from vqllm_kernels.layout import TensorLayout, not_finite
-
-Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransformSpec(ABC):
-    """One transform of one side of a linear, with its `size` (features of that side)."""
-
-    kind: ClassVar[str]
-    side: Literal["in", "out"]
-    size: int
-
-    def __post_init__(self) -> None:
-        if self.side not in ("in", "out"):
-            raise ValueError(f"side {self.side!r} of a transform is neither 'in' nor 'out'")
-        if self.size < 1:
-            raise ValueError(f"a transform needs at least 1 feature, not {self.size}")
-
-    @abstractmethod
-    def layout(self) -> dict[str, TensorLayout]:
-        """The stored tensors."""
-
-    @abstractmethod
-    def apply(self, v: Tensor, tensors: Tensors) -> Tensor:
-        """A v along the last axis."""
-
-    @abstractmethod
-    def apply_inverse(self, v: Tensor, tensors: Tensors) -> Tensor:
-        """A⁻¹ v along the last axis."""
-
-    @abstractmethod
-    def apply_inverse_transpose(self, v: Tensor, tensors: Tensors) -> Tensor:
-        """A⁻ᵀ v along the last axis: what side "in" does to the rows of W."""
-
-    @abstractmethod
-    def apply_transpose(self, v: Tensor, tensors: Tensors) -> Tensor:
-        """Aᵀ v along the last axis: the inverse of `apply_inverse_transpose`."""
-
-    def problem(self, tensors: Tensors) -> str | None:
-        """What is wrong with the values of the stored tensors, or None."""
-        return not_finite(tensors)
-
-    def input(self, x: Tensor, tensors: Tensors) -> Tensor:
-        """x' from x, any leading axes (side "in")."""
-        return self.apply(x, tensors)
-
-    def output(self, y: Tensor, tensors: Tensors) -> Tensor:
-        """y from y', any leading axes (side "out")."""
-        return self.apply_inverse(y, tensors)
-
-    def forward(self, W: Tensor, tensors: Tensors) -> Tensor:
-        """W' from W."""
-        if self.side == "in":
-            return self.apply_inverse_transpose(W, tensors)
-        return self.apply(W.T, tensors).T
-
-    def forward_hessian(self, H: Tensor, tensors: Tensors) -> Tensor:
-        """H' = A H Aᵀ of a symmetric H, symmetric to the last bit (side "out" leaves H alone)."""
-        if self.side == "out":
-            return H
-        A_H_At = self.apply(self.apply(H, tensors).T, tensors)
-        return (A_H_At + A_H_At.T).mul_(0.5)
-
-    def inverse(self, W: Tensor, tensors: Tensors) -> Tensor:
-        """W from W'."""
-        if self.side == "in":
-            return self.apply_transpose(W, tensors)
-        return self.apply_inverse(W.T, tensors).T
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values without `size`, which the linear gives."""
-        values = {k: v for k, v in asdict(self).items() if k != "size"}
-        return {"kind": self.kind, **values}
+from vqllm_kernels.transform_spec import Tensors, TransformSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,26 +67,61 @@ class ScaleSpec(TransformSpec):
     def layout(self) -> dict[str, TensorLayout]:
         return {"scale": TensorLayout((self.size,), torch.float16, "side")}
 
+    def scale(self, tensors: Tensors) -> Tensor:
+        """d [size], float16."""
+        return tensors["scale"]
+
     def apply(self, v: Tensor, tensors: Tensors) -> Tensor:
         return self._multiply(v, tensors, inverse=self.side == "out")
 
     def apply_inverse(self, v: Tensor, tensors: Tensors) -> Tensor:
         return self._multiply(v, tensors, inverse=self.side == "in")
 
-    @staticmethod
-    def _multiply(v: Tensor, tensors: Tensors, inverse: bool) -> Tensor:
+    def _multiply(self, v: Tensor, tensors: Tensors, inverse: bool) -> Tensor:
         # W was changed by exactly the stored d. Rounding d to bfloat16 would leave a gain of up to
         # 2^-9 on a channel; in float32 only the product is rounded.
         wide = torch.promote_types(v.dtype, torch.float32)
-        d = tensors["scale"].to(wide)
+        d = self.scale(tensors).to(wide)
         return (v.to(wide) / d if inverse else v.to(wide) * d).to(v.dtype)
 
     apply_inverse_transpose = apply_inverse
     apply_transpose = apply
 
     def problem(self, tensors: Tensors) -> str | None:
-        zeros = int((tensors["scale"] == 0).sum())
-        return super().problem(tensors) or (f"{zeros} entries of scale are 0" if zeros else None)
+        return not_finite(tensors) or _zeros("scale", tensors["scale"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodedScaleSpec(ScaleSpec):
+    """The scales of `ScaleSpec` as numbers of `bits` bits: d = levels[index].
+
+    Stored: `levels`, float16 [2^bits]; `index`, one a feature, packed as in `bitpack`.
+    """
+
+    kind: ClassVar[str] = "coded_scale"
+    bits: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"scales in codes of {self.bits} bits; allowed are 1 to 8")
+
+    def layout(self) -> dict[str, TensorLayout]:
+        return {
+            "levels": TensorLayout((1 << self.bits,), torch.float16, "side"),
+            "index": TensorLayout((packed_bytes(self.size, self.bits),), torch.uint8, "side"),
+        }
+
+    def scale(self, tensors: Tensors) -> Tensor:
+        return tensors["levels"][unpack_bits(tensors["index"], self.bits, self.size).long()]
+
+    def problem(self, tensors: Tensors) -> str | None:
+        return not_finite(tensors) or _zeros("levels", tensors["levels"])
+
+
+def _zeros(name: str, scales: Tensor) -> str | None:
+    zeros = int((scales == 0).sum())
+    return f"{zeros} entries of {name} are 0" if zeros else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +227,8 @@ def _inverse(T: Tensor, like: Tensor) -> Tensor:
 
 
 _KINDS: dict[str, type[TransformSpec]] = {
-    spec.kind: spec for spec in (HadamardSpec, ScaleSpec, PermutationSpec, BlockDiagonalSpec)
+    spec.kind: spec
+    for spec in (HadamardSpec, ScaleSpec, CodedScaleSpec, PermutationSpec, BlockDiagonalSpec)
 }
 
 

@@ -71,7 +71,7 @@ The weights of M
         The tensors of transform i (counted from 0) carry the prefix `t{i}_`. Each has the key
         "kind", a side and its options:
 
-        hadamard, scale, permutation, block_diagonal   vqllm_kernels.transforms
+        hadamard, scale, coded_scale, permutation, block_diagonal   vqllm_kernels.transforms
 
     All arithmetic of the definition is float32. A linear computes y = x Wᵀ + bias; equivalently,
     the input-side transforms act on x in their order, then W', then the inverses of the output-side
