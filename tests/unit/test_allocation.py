@@ -11,6 +11,7 @@ from tests.gaussian import gaussian
 from tests.tiny import save_tiny
 from vqllm import recipe
 from vqllm.allocation import Item, allocate, gaussian_mse
+from vqllm.calibration import sensitivity as sensitivity_module
 from vqllm.calibration.sensitivity import Sensitivity
 from vqllm.errors import ModelError, NumericalError, RecipeError
 from vqllm.group import Statistics, expected_losses, quantize_group
@@ -178,6 +179,28 @@ def test_expected_losses_of_an_input_that_is_zero_or_not_finite() -> None:
     for hessians in ((bad, torch.eye(32)), (torch.eye(32), bad)):
         with pytest.raises(NumericalError, match="a, gradients in its outputs"):
             expected_losses("a", W, hessians, chosen, [0.1])
+
+
+def test_many_tokens_are_thinned_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity_module, "FEWEST_TOKENS", 100)
+    x, g = gaussian(40, 30, 8), gaussian(40, 30, 5, seed=1)
+    judged: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def judge(
+        name: str, W: torch.Tensor, hessians: tuple[torch.Tensor, torch.Tensor]
+    ) -> list[float]:
+        judged.append(hessians)
+        return []
+
+    sensitivity = Sensitivity(judge, num_tokens=1200, power=0.5)
+    sensitivity.begin({"a": torch.nn.Linear(8, 5)})
+    for start in range(0, 40, 4):
+        rows = slice(start, start + 4)
+        sensitivity.visit("a", rows, x[rows], g[rows])
+    sensitivity.finish(0)
+    x_NC, g_NR = (t.view(10, 120, -1)[:, ::12].flatten(0, 1) for t in (x, g))
+    expected = torch.einsum("nr,nc,nd->cd", g_NR.square(), x_NC, x_NC) / 5 / len(x_NC)
+    torch.testing.assert_close(judged[0][1], expected)
 
 
 def test_sensitivity_weighs_tokens_by_their_gradients() -> None:
