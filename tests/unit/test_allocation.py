@@ -181,53 +181,68 @@ def test_expected_losses_of_an_input_that_is_zero_or_not_finite() -> None:
             expected_losses("a", W, hessians, chosen, [0.1])
 
 
-def test_many_tokens_are_thinned_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sensitivity_module, "FEWEST_TOKENS", 100)
-    x, g = gaussian(40, 30, 8), gaussian(40, 30, 5, seed=1)
-    judged: list[tuple[torch.Tensor, torch.Tensor]] = []
+class Judged:
+    """A judge that keeps what it was given."""
 
-    def judge(
-        name: str, W: torch.Tensor, hessians: tuple[torch.Tensor, torch.Tensor]
+    def __init__(self) -> None:
+        self.hessians: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(
+        self, name: str, W: torch.Tensor, hessians: tuple[torch.Tensor, torch.Tensor]
     ) -> list[float]:
-        judged.append(hessians)
-        return []
-
-    sensitivity = Sensitivity(judge, num_tokens=1200, power=0.5)
-    sensitivity.begin({"a": torch.nn.Linear(8, 5)})
-    for start in range(0, 40, 4):
-        rows = slice(start, start + 4)
-        sensitivity.visit("a", rows, x[rows], g[rows])
-    sensitivity.finish(0)
-    x_NC, g_NR = (t.view(10, 120, -1)[:, ::12].flatten(0, 1) for t in (x, g))
-    expected = torch.einsum("nr,nc,nd->cd", g_NR.square(), x_NC, x_NC) / 5 / len(x_NC)
-    torch.testing.assert_close(judged[0][1], expected)
-
-
-def test_sensitivity_weighs_tokens_by_their_gradients() -> None:
-    x, g = gaussian(4, 6, 8), gaussian(4, 6, 5, seed=1)
-    linear, unreached = torch.nn.Linear(8, 5), torch.nn.Linear(8, 5)
-    judged: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def judge(
-        name: str, W: torch.Tensor, hessians: tuple[torch.Tensor, torch.Tensor]
-    ) -> list[float]:
-        assert torch.equal(W, linear.weight)
-        judged[name] = hessians
+        self.hessians[name] = hessians
         return [7.0]
 
-    for power in (0.0, 0.5, 1.0):
-        sensitivity = Sensitivity(judge, num_tokens=24, power=power)
-        sensitivity.begin({"a": linear, "b": unreached})
-        for rows in (slice(0, 2), slice(2, 4)):
-            sensitivity.visit("a", rows, x[rows], g[rows])
-        sensitivity.finish(0)
-        H, H_F = judged["a"]
-        expected = torch.einsum("slr,slc,sld->cd", g.square(), x, x) / 5
-        torch.testing.assert_close(H_F, expected / 24)
-        weights = g.square().mean(-1) ** power
-        torch.testing.assert_close(H, torch.einsum("sl,slc,sld->cd", weights, x, x))
-        found = sensitivity.result()
-        assert {name: losses.tolist() for name, losses in found.items()} == {"a": [7], "b": []}
-    # ½ E[(gᵀ E x)²] for errors with independent entries of variance 1, as the definition says.
-    quadratic = torch.einsum("slr,slc->rc", g.square(), x.square()).sum() / 24 / 2
-    assert float(torch.trace(judged["a"][1])) * 5 / 2 == pytest.approx(float(quadratic), rel=1e-5)
+
+def visited(
+    x: torch.Tensor, g: torch.Tensor, power: float, batch: int
+) -> tuple[Sensitivity, tuple[torch.Tensor, torch.Tensor]]:
+    """After sequences of inputs and gradients of a linear "a"; "b" is not reached."""
+    judge = Judged()
+    sensitivity = Sensitivity(judge, x.shape[0] * x.shape[1], power)
+    linear = torch.nn.Linear(x.shape[-1], g.shape[-1])
+    sensitivity.begin({"a": linear, "b": linear})
+    for start in range(0, len(x), batch):
+        rows = slice(start, min(start + batch, len(x)))
+        sensitivity.visit("a", rows, x[rows], g[rows])
+    sensitivity.finish(0)
+    return sensitivity, judge.hessians["a"]
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_sensitivity_is_that_of_whole_sequences(power: float) -> None:
+    x, g = gaussian(4, 6, 8), gaussian(4, 6, 5, seed=1)
+    sensitivity, (H, H_F) = visited(x, g, power, 3)
+    weights = g.square().mean(-1) ** power
+    torch.testing.assert_close(H, torch.einsum("sl,slc,sld->cd", weights, x, x))
+    gradient_SRC = torch.einsum("slr,slc->src", g, x)
+    expected = torch.einsum("src,srd->cd", gradient_SRC, gradient_SRC) / 5 / 24
+    torch.testing.assert_close(H_F, expected)
+    found = sensitivity.result()
+    assert {name: losses.tolist() for name, losses in found.items()} == {"a": [7], "b": []}
+    # ½ E[(Σ gᵀ E x)²] a token for errors with independent entries of variance 1, drawn.
+    E_KRC = gaussian(4000, 5, 8, seed=2)
+    drawn = torch.einsum("src,krc->sk", gradient_SRC, E_KRC).square().mean(1).sum() / 24 / 2
+    assert float(torch.trace(H_F)) * 5 / 2 == pytest.approx(float(drawn), rel=0.05)
+
+
+def test_tokens_of_experts_count_as_independent() -> None:
+    x, g = gaussian(7, 8), gaussian(7, 5, seed=1)
+    judge = Judged()
+    sensitivity = Sensitivity(judge, 24, 1.0)
+    sensitivity.begin({"a": torch.nn.Linear(8, 5)})
+    sensitivity.visit("a", slice(0, 4), x, g)
+    sensitivity.finish(0)
+    expected = torch.einsum("nr,nc,nd->cd", g.square(), x, x) / 5
+    torch.testing.assert_close(judge.hessians["a"][0], expected)
+    torch.testing.assert_close(judge.hessians["a"][1], expected / 24)
+
+
+@pytest.mark.parametrize("batch", [4, 5, 40])
+def test_of_many_tokens_some_sequences_count(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity_module, "FEWEST_TOKENS", 100)
+    x, g = gaussian(40, 30, 8), gaussian(40, 30, 5, seed=1)
+    _, (H, H_F) = visited(x, g, 0.0, batch)
+    _, (H_few, H_F_few) = visited(x[::12], g[::12], 0.0, 1)
+    torch.testing.assert_close(H, H_few)
+    torch.testing.assert_close(H_F, H_F_few * 12 * 4 / 40)
