@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ("c4.txt", "wiki.txt")
 WINDOWS = 24
 
-README_ROWS = (*map(recipes.best, recipes.BITS), "small")
+README_ROWS = (*map(recipes.best, recipes.BITS), "small", "spread-2bit", "spread-3bit")
 """What README.md shows; docs/codecs.md shows every row."""
 
 CLAIMS = {
