@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tests.tiny import save_tiny
 from vqllm.checkpoint import atomic, writer
 from vqllm.checkpoint.format import QuantizationConfig, shard_name
+from vqllm.codecs.entries import distinct
 from vqllm.linears import is_linear
 from vqllm_kernels.e8p.spec import E8PSpec, E81BSpec
 from vqllm_kernels.formats import FormatSpec
@@ -122,7 +123,8 @@ def _random(
         scales = 0.5 + torch.rand(shape[-1], generator=generator)
         return (orthogonal * scales).to(dtype).contiguous()
     if kind == "codebook":
-        return (0.1 * torch.randn(shape, generator=generator)).to(dtype)
+        entries = (0.1 * torch.randn(shape, generator=generator)).to(dtype)
+        return distinct(entries) if entries.dtype == torch.float16 and len(shape) > 1 else entries
     limits = torch.iinfo(dtype)
     return torch.randint(limits.min, limits.max + 1, shape, generator=generator).to(dtype)
 

@@ -182,7 +182,7 @@ class TestLoss:
 
 
 def test_candidates_of_a_list_count_once() -> None:
-    """A matrix with fewer distinct tiles than entries gives a codebook full of duplicates."""
+    """A matrix with fewer distinct tiles than entries leaves entries that are near to nothing."""
     W = weights(16, 4).repeat(1, 4)
     codec, state = fitted("kmeans-1x4", W[:4])
     codes, _ = rule("beam", beam=8, pass_beam=8)(W[:4], hessian(16), codec, state)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from vqllm.codecs import lloyd
 from vqllm.codecs.base import CODECS, check_finite, nearest_entry, weigh
+from vqllm.codecs.entries import distinct
 from vqllm.errors import NumericalError
 from vqllm.types import Codec, Point, State
 from vqllm_kernels.bitpack import pack_bits, unpack_bits
@@ -135,7 +136,7 @@ class Grouped(Codec):
         return {
             "scale": scale_I,
             "group": learned.group_I.to(torch.uint8),
-            "codebook": learned.entries_GKE.clamp(-largest, largest).half(),
+            "codebook": distinct(learned.entries_GKE.clamp(-largest, largest).half()),
         }
 
     def _drawn_cols(self, X_IJE: Tensor, generator: torch.Generator) -> Tensor:
@@ -202,7 +203,8 @@ class Grouped(Codec):
         return codes_IJM, {"scale": scale_I, "group": group_I, "codebook": tensors["codebook"]}
 
     def project(self, state: State) -> State:
-        return super().project({**state, "scale": _storable(state["scale"])})
+        projected = super().project({**state, "scale": _storable(state["scale"])})
+        return {**projected, "codebook": distinct(projected["codebook"])}
 
 
 class _Learned:

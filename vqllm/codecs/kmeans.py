@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vqllm.codecs import lloyd
 from vqllm.codecs.base import CODECS, SearchableCodec, check_finite, nearest_entry, weigh
+from vqllm.codecs.entries import distinct
 from vqllm.errors import NumericalError, RecipeError
 from vqllm.types import Codec, Point, State
 from vqllm_kernels.bitpack import MAX_WIDTH, pack_bits, unpack_bits
@@ -103,21 +104,30 @@ class ClusteredCodec(Codec, ABC):
         return lloyd.lloyd(x_GNE, weight_GNE, entries_GKE, self.iterations)
 
     def half(self, entries: Tensor) -> Tensor:
-        """Entries as they are stored in float16."""
+        """Tables [.., K, E] as they are stored in float16, all of whose entries differ."""
         if entries.abs().max() > torch.finfo(torch.float16).max:
             raise NumericalError(
                 f"codec {self.type}: weights up to {float(entries.abs().max()):.3g} do not fit a "
                 "float16 codebook (65504). Scale the weights down with a scaling transform."
             )
-        return entries.half()
+        return distinct(entries.half())
+
+    def project(self, state: State) -> State:
+        projected = super().project(state)
+        return {
+            name: distinct(tensor)
+            if tensor.dtype == torch.float16 and "codebook" in name
+            else tensor
+            for name, tensor in projected.items()
+        }
 
 
 @CODECS.register("kmeans")
 class KMeans(ClusteredCodec, SearchableCodec):
     """A codebook learned for each matrix, stored in float16.
 
-    A matrix with fewer distinct tiles than the codebook has entries gives a codebook with
-    duplicates; the matrix is then coded without loss (but for the rounding to float16).
+    A matrix with fewer distinct tiles than the codebook has entries is coded without loss (but for
+    the rounding to float16); the other entries lie beyond its tiles.
     """
 
     weighs_candidates: ClassVar[bool] = True

@@ -10,6 +10,7 @@ from vqllm_kernels.bitpack import MAX_WIDTH, packed_bytes
 from vqllm_kernels.formats import FormatSpec, register
 from vqllm_kernels.grouped import reference
 from vqllm_kernels.layout import TensorLayout
+from vqllm_kernels.tables import equal_entries
 
 TILE_COLS = (1, 2, 4, 8)
 
@@ -66,4 +67,4 @@ class GroupedSpec(FormatSpec):
                 f"{bad} of the {len(stored)} stored scales are outside {low:.4g}..{high:.4g}, and "
                 f"so name none of the {self.groups} groups"
             )
-        return None
+        return equal_entries("codebook", tensors["codebook"])

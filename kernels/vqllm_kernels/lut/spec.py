@@ -14,6 +14,7 @@ from vqllm_kernels.bitpack import MAX_WIDTH, packed_bytes
 from vqllm_kernels.formats import FormatSpec, register
 from vqllm_kernels.layout import TensorLayout
 from vqllm_kernels.lut import reference, reference_v2
+from vqllm_kernels.tables import equal_entries
 
 CODEBOOKS = ("float16", "int8", "svd")
 """Forms in which the codebooks of lut-v2 are stored."""
@@ -48,6 +49,10 @@ class LutSpec(FormatSpec):
 
     def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Tensor:
         return reference.decode(tensors, self.tile, self.index_bits, rows, cols)
+
+    def problem(self, tensors: dict[str, Tensor], rows: int, cols: int) -> str | None:
+        problem = super().problem(tensors, rows, cols)
+        return problem or equal_entries("codebook", tensors["codebook"])
 
 
 @register
@@ -133,6 +138,12 @@ class GroupedLutSpec(FormatSpec):
             "coefficients": TensorLayout((*groups, self.rank), torch.int8, "codebook"),
             "basis": TensorLayout((self.rank, num_entries), torch.float32, "codebook"),
         }
+
+    def problem(self, tensors: dict[str, Tensor], rows: int, cols: int) -> str | None:
+        problem = super().problem(tensors, rows, cols)
+        if self.codebook != "float16":  # integers and products cannot be told to differ
+            return problem
+        return problem or equal_entries("codebook", tensors["codebook"])
 
     def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Tensor:
         num_tile_rows, _ = self.grid(rows, cols)

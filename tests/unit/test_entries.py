@@ -1,0 +1,113 @@
+"""Tables whose entries all differ: the writers' side and the readers'."""
+
+import pytest
+import torch
+
+from tests.gaussian import fitted, gaussian
+from vqllm import recipe
+from vqllm.codecs.entries import distinct
+from vqllm_kernels.tables import FINITE, equal_entries, repeated
+
+
+def test_repeated_entries_are_those_after_the_first_of_their_own_table() -> None:
+    table = torch.tensor([[1.0, 2], [0, 1], [1, 2], [-0.0, 1], [2, 1], [1, 2]]).half()
+    assert repeated(table).tolist() == [False, False, True, True, False, True]
+    both = torch.stack([table, torch.arange(12).view(6, 2).half()])
+    assert repeated(both).tolist() == [repeated(table).tolist(), [False] * 6]
+    assert equal_entries("codebook", both) == (
+        "3 of the 12 entries of codebook equal an earlier one"
+    )
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(256, 1), (4, 64, 2), (4096, 8), (1 << 16, 2)],
+    ids=lambda shape: "x".join(map(str, shape)),
+)
+@pytest.mark.parametrize("values", [0, 1, 9])
+def test_distinct_tables_keep_their_first_entries(shape: tuple[int, ...], values: int) -> None:
+    kinds = gaussian(max(values, 1), shape[-1]).half() * (values > 0)
+    pick = torch.randint(len(kinds), shape[:-1], generator=torch.Generator().manual_seed(1))
+    table = kinds[pick]
+    again = repeated(table)
+    made = distinct(table)
+    assert not repeated(made).any()
+    assert made.isfinite().all()
+    assert torch.equal(made[~again], table[~again])
+    assert torch.equal(distinct(made), made)
+    assert distinct(made) is made
+    if shape[-2] < 1 << 14:  # beyond all others, so that they are near to nothing
+        assert made[again][:, 0].min() > table[..., 0].abs().max()
+
+
+def test_a_table_of_the_largest_numbers_has_room_below() -> None:
+    table = torch.full((300, 1), torch.finfo(torch.float16).max).half()
+    made = distinct(table)
+    assert made.isfinite().all()
+    assert not repeated(made).any()
+
+
+def test_more_scalars_than_there_are_numbers_cannot_differ() -> None:
+    table = torch.zeros(1 << 16, 1).half()
+    assert len(table) > FINITE
+    assert equal_entries("codebook", distinct(table)) is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"type": "kmeans", "tile_cols": 2, "index_bits": 8},
+        {"type": "additive", "tile_cols": 4, "index_bits": 6, "codebooks": 2},
+        {"type": "grouped", "tile_cols": 4, "index_bits": 6, "groups": 2},
+        {
+            "type": "grouped_kmeans",
+            "tile_cols": 2,
+            "index_bits": 6,
+            "group_cols": 32,
+            "codebook": "float16",
+        },
+    ],
+    ids=lambda options: options["type"],
+)
+@pytest.mark.parametrize("weights", ["zero", "few values", "few rows", "tuned"])
+def test_what_codecs_store_can_be_read(options: dict[str, object], weights: str) -> None:
+    values = {"name": "x", "codec": options, "rounding": {"type": "nearest"}}
+    codec = recipe.from_dict(values, "x").codec
+    W = {
+        "zero": torch.zeros(16, 64),
+        "few values": gaussian(16, 64).round(),
+        "few rows": gaussian(2, 64),
+        "tuned": gaussian(16, 64),
+    }[weights]
+    _, state, codes = fitted(codec, W)
+    if weights == "tuned":  # steps that make all entries one, and what can be stored of that
+        state = codec.project({k: v * 0.0 if "codebook" in k else v for k, v in state.items()})
+    assert codec.spec().problem(codec.pack(codes, state), *W.shape) is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"type": "kmeans", "tile_cols": 2, "index_bits": 6},
+        {"type": "grouped", "tile_cols": 4, "index_bits": 6, "groups": 2},
+        {
+            "type": "grouped_kmeans",
+            "tile_cols": 2,
+            "index_bits": 6,
+            "group_cols": 32,
+            "codebook": "float16",
+        },
+    ],
+    ids=lambda options: options["type"],
+)
+def test_readers_refuse_equal_entries(options: dict[str, object]) -> None:
+    values = {"name": "x", "codec": options, "rounding": {"type": "nearest"}}
+    codec = recipe.from_dict(values, "x").codec
+    W = gaussian(16, 64)
+    _, state, codes = fitted(codec, W)
+    tensors = codec.pack(codes, state)
+    table = tensors["codebook"].clone()
+    table[..., 3, :] = table[..., 5, :]
+    problem = codec.spec().problem({**tensors, "codebook": table}, *W.shape)
+    assert problem is not None
+    assert "entries of codebook equal an earlier one" in problem

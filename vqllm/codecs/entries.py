@@ -1,0 +1,44 @@
+"""Tables whose entries all differ, as readers ask for."""
+
+import torch
+from torch import Tensor
+
+from vqllm_kernels.tables import repeated
+
+_POSITIVE = torch.arange(0x7C00, dtype=torch.int16).view(torch.float16)
+"""All finite numbers from 0 up, ascending."""
+
+
+def distinct(entries: Tensor) -> Tensor:
+    """Tables in float16 with other entries in place of those that equal an earlier one.
+
+    A matrix with fewer distinct tiles than entries leaves some entries without a tile. They get a
+    first element beyond those of all others, 0 elsewhere: near to nothing, they do not crowd the
+    lists of candidates that a search keeps. Without equal entries the tensor itself is returned.
+
+    Args:
+        entries: [.., K, E], finite.
+    """
+    again = repeated(entries)
+    if not bool(again.any()):
+        return entries
+    tables = entries.reshape(-1, *entries.shape[-2:]).clone()
+    for table_KE, again_K in zip(tables, again.view(len(tables), -1)):
+        places = again_K.nonzero()[:, 0]
+        if not len(places):
+            continue
+        unused = _unused(table_KE[:, 0])
+        turn = torch.arange(len(places), device=places.device) // len(unused)
+        table_KE[places] = 0
+        table_KE[places, 0] = unused.repeat(int(turn.max()) + 1)[: len(places)]
+        if table_KE.shape[1] > 1:  # a second round, with more entries than there are numbers
+            table_KE[places, 1] = turn.to(table_KE.dtype)
+    return tables.view(entries.shape)
+
+
+def _unused(used_K: Tensor) -> Tensor:
+    """Numbers that are not among some others: those above all of them first, ascending."""
+    positive = _POSITIVE.to(used_K.device)
+    above = torch.searchsorted(positive, used_K.abs().max(), right=True)
+    numbers = torch.cat([positive[above:], positive[:above].flip(0), -positive[1:]])
+    return numbers[~torch.isin(numbers.float(), used_K.float())]
