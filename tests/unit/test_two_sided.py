@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from vqllm import linalg, recipe
-from vqllm.errors import RecipeError
+from vqllm.errors import NumericalError, RecipeError
 from vqllm.rounding.ldlq import LDLQ
 from vqllm.rounding.two_sided import TwoSided
 from vqllm.tiles import from_tiles, to_tiles
@@ -104,3 +104,18 @@ def test_a_head_has_no_gradients() -> None:
     values = {"name": "x", "codec": {"type": "e8p"}, "rounding": {"type": "ldlq"}, "head": head}
     with pytest.raises(RecipeError, match="needs gradients in the outputs"):
         recipe.from_dict(values, "x")
+
+
+def test_an_indefinite_hessian_of_outputs_is_damped_more(caplog: pytest.LogCaptureFixture) -> None:
+    codec = codec_of({"type": "e8p"})
+    W, H, _, state = problem(codec, 64, 64)
+    direction = torch.randn(64, 1, generator=torch.Generator().manual_seed(3))
+    indefinite = direction @ direction.T - 0.05 * torch.eye(64)
+    with caplog.at_level("WARNING", logger="vqllm"):
+        codes, _ = TwoSided(rows=16, damping=0.01).with_outputs(indefinite)(W, H, codec, state)
+    assert "64 outputs is not positive definite: damping 0.1 in place of 0.01" in caplog.text
+    expected, _ = TwoSided(rows=16, damping=0.1).with_outputs(indefinite)(W, H, codec, state)
+    assert torch.equal(codes, expected)
+    strong = torch.eye(64) + 3 * (torch.ones(64, 64) - torch.eye(64))
+    with pytest.raises(NumericalError, match="not positive definite"):
+        TwoSided(rows=16).with_outputs(strong)(W, H, codec, state)

@@ -27,6 +27,8 @@ along anti-diagonals of single tiles; blocks of whole rows need H's factors once
 at a time.
 """
 
+import logging
+import math
 from dataclasses import replace
 from typing import Literal
 
@@ -35,11 +37,13 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from vqllm import linalg
-from vqllm.errors import RecipeError
+from vqllm.errors import NumericalError, RecipeError
 from vqllm.rounding.base import ROUNDINGS
 from vqllm.rounding.columns import PADDING, TileColumns
 from vqllm.rounding.ldlq import STRIPE, feedback
 from vqllm.types import Codec, OutputRounding, State
+
+logger = logging.getLogger(__name__)
 
 
 @ROUNDINGS.register("two_sided")
@@ -67,7 +71,7 @@ class TwoSided(OutputRounding):
     def with_outputs(self, output_RR: Tensor) -> "TwoSided":
         """This rule for a linear whose outputs have this H, symmetric, not damped."""
         bound = self.model_copy()
-        bound._output_RR = linalg.damp(output_RR, self.damping)
+        bound._output_RR = output_RR
         return bound
 
     def __call__(
@@ -78,7 +82,7 @@ class TwoSided(OutputRounding):
         rows = -(-self.rows // tile_rows) * tile_rows
         columns = TileColumns.of(W_RC, H_CC, codec, state, self.order)
         factors = linalg.block_ldl(columns.H_CC, columns.width)
-        L_RR, _ = linalg.block_ldl(_padded(self._output_RR, rows), rows)
+        L_RR = self._output_feedback(rows)
         W_RC = columns.W_RC
         E_RC = torch.zeros_like(W_RC)
         codes: list[Tensor] = []
@@ -89,6 +93,25 @@ class TwoSided(OutputRounding):
             E_RC[own] = feedback(block, STRIPE, factors) - pull_rC
             codes.insert(0, block.codes_IJM)
         return torch.cat(codes), state
+
+    def _output_feedback(self, rows: int) -> Tensor:
+        """L of the damped H of the outputs, in blocks of `rows`; with more damping where rounding
+        of its stored entries has left it indefinite."""
+        assert self._output_RR is not None
+        damping = self.damping
+        while True:
+            damped = _padded(linalg.damp(self._output_RR, damping), rows)
+            try:
+                return linalg.block_ldl(damped, rows)[0]
+            except NumericalError:
+                if damping >= 1:
+                    raise
+                damping = min(1.0, damping * math.sqrt(10))
+                logger.warning(
+                    "the Hessian of %d outputs is not positive definite: damping %.3g in place of "
+                    "%.3g",
+                    *(len(self._output_RR), damping, self.damping),
+                )
 
     def check(self, codec: Codec) -> None:
         layout = codec.spec().layout(16 * codec.tile[0], codec.refit_cols or 16 * codec.tile[1])
