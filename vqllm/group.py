@@ -11,6 +11,7 @@ from vqllm import linalg, metrics, rng
 from vqllm.bits import BitCount, count
 from vqllm.calibration import saliency
 from vqllm.calibration.drift import Drift
+from vqllm.calibration.gradients import WITHOUT
 from vqllm.errors import NumericalError
 from vqllm.recipe import Recipe
 from vqllm.rounding.nearest import Nearest
@@ -190,24 +191,25 @@ def expected_losses(
     linears, H_prime = _transform({name: W_RC}, H_CC, recipe)
     W_prime, states = linears[name].W_RC, linears[name].states
     for transform, state in zip(recipe.transforms, states):
-        H_F = transform.spec(len(H_F) if transform.side == "in" else len(W_RC)).forward_hessian(
-            H_F, state
-        )
+        if transform.side == "in":
+            H_F = transform.spec(len(H_F)).forward_hessian(H_F, state)
     try:
+        if not bool(H_F.isfinite().all()):
+            raise NumericalError(f"NaN or infinite. Avoid them with {WITHOUT}")
         H_damped = linalg.damp(H_prime, recipe.hessian.damping)
-        linalg.damp(H_F, recipe.hessian.damping)
         inverse_CC = _inverse_of_feedback(H_damped, recipe)
     except NumericalError as error:
         raise NumericalError(f"{name}, gradients in its outputs: {error}") from error
-    cost_C = ((inverse_CC @ H_F) * inverse_CC).sum(1).double()
-    one_CC = torch.eye(len(H_CC), device=H_CC.device, dtype=torch.float64)
-    S_CC = (one_CC - inverse_CC).square_()
-    variance = W_prime.double().square().mean()
+    cost_C = ((inverse_CC @ H_F) * inverse_CC).sum(1)
+    S_CC = inverse_CC.square_()
+    torch.diagonal(S_CC).zero_()
+    sigma_C1 = W_prime.square().mean().expand(len(S_CC), 1)
     losses = []
     for error in mse:
-        sigma_C1 = variance.expand(len(H_CC), 1)
-        var_C1 = torch.linalg.solve_triangular(one_CC - error * S_CC.T, sigma_C1, upper=True)
-        losses.append(float(len(W_RC) * error * (var_C1[:, 0] * cost_C).sum() / 2))
+        var_C1 = torch.linalg.solve_triangular(
+            S_CC.T * -error, sigma_C1, upper=True, unitriangular=True
+        )
+        losses.append(float(len(W_RC) * error * (var_C1[:, 0] * cost_C).double().sum() / 2))
     return losses
 
 
