@@ -72,6 +72,7 @@ def test_zero_points_are_integers_of_the_codes():
 def test_scales_outside_the_bands_of_the_groups(stored):
     spec = GroupedSpec(tile_cols=2, index_bits=4, groups=2)
     tensors = empty(spec, 3, 8)
+    tensors["codebook"][:] = torch.arange(64).view(2, 16, 2)
     tensors["scale"][:] = torch.tensor([2.0**-126, 2.0**-96, 2.0 ** (2 * 31 - 127)])
     assert spec.problem(tensors, 3, 8) is None
     tensors["scale"][1] = stored
