@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqllm.allocation import Item, allocate, gaussian_mse
-from vqllm.calibration.gradients import GradientPass
+from vqllm.calibration.gradients import GradientPass, Visitor
 from vqllm.calibration.saliency import OutputHessians, TokenWeights
 from vqllm.calibration.sensitivity import Sensitivity
 from vqllm.checkpoint.run import CheckpointRun
-from vqllm.group import expected_losses
+from vqllm.expected_loss import expected_losses
 from vqllm.job import Job
 from vqllm.preflight import Shape, chosen, option_costs
 from vqllm.progress import Progress
@@ -109,37 +109,34 @@ class Foresight:
             job.activation_budget,
             scratch / "gradients",
         )
-        weights = TokenWeights(self._tokens, recipe.hessian.power)
-        outputs = OutputHessians(
-            lambda index, blocks: self._run.put(_outputs_file(index), blocks), recipe.hessian.power
-        )
-        mse = [gaussian_mse(codec) for codec in recipe.codecs] if recipe.allocation else []
-        sensitivity = Sensitivity(
+        found: dict[str, TokenWeights | Sensitivity] = {}
+        if recipe.hessian.weights == "output":
+            found["weights"] = TokenWeights(self._tokens, recipe.hessian.power)
+        if recipe.allocation is not None:
+            found["loss"] = self._sensitivity()
+        visitors: list[Visitor] = [*found.values()]
+        if isinstance(recipe.rounding, OutputRounding):
+            visitors.append(
+                OutputHessians(
+                    lambda index, blocks: self._run.put(_outputs_file(index), blocks),
+                    recipe.hessian.power,
+                )
+            )
+        gradients.run(lambda linears: chosen(linears, recipe), visitors)
+        return {
+            f"{kind}/{name}": tensor
+            for kind, visitor in found.items()
+            for name, tensor in visitor.result().items()
+        }
+
+    def _sensitivity(self) -> Sensitivity:
+        recipe = self._job.recipe
+        mse = [gaussian_mse(codec) for codec in recipe.codecs]
+        return Sensitivity(
             lambda name, W_RC, hessians: expected_losses(name, W_RC, hessians, recipe, mse),
             self._tokens.numel(),
             recipe.hessian.power if recipe.hessian.weights == "output" else 0.0,
         )
-        visitors: list[TokenWeights | OutputHessians | Sensitivity] = []
-        visitors += [weights] if recipe.hessian.weights == "output" else []
-        visitors += [outputs] if isinstance(recipe.rounding, OutputRounding) else []
-        visitors += [sensitivity] if recipe.allocation is not None else []
-
-        def begin(linears: Mapping[str, nn.Linear]) -> Mapping[str, nn.Linear]:
-            own = chosen(linears, recipe)
-            sensitivity.begin(own)
-            return own
-
-        def visit(name: str, rows: slice, x: Tensor, g: Tensor) -> None:
-            for visitor in visitors:
-                visitor.visit(name, rows, x, g)
-
-        def finish(index: int) -> None:
-            outputs.finish(index)
-            sensitivity.finish(index)
-
-        gradients.run(begin, visit, finish)
-        parts = {"weights": weights.result(), "loss": sensitivity.result()}
-        return {f"{kind}/{name}": t for kind, found in parts.items() for name, t in found.items()}
 
     def _allocate(self, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
         """By full name the number of the codec in the recipe's list, and the expected KL

@@ -1,7 +1,7 @@
 """Quantize the linears of one input group: transform, fit, round, pack, measure."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,10 +11,8 @@ from vqllm import linalg, metrics, rng
 from vqllm.bits import BitCount, count
 from vqllm.calibration import saliency
 from vqllm.calibration.drift import Drift
-from vqllm.calibration.gradients import WITHOUT
 from vqllm.errors import NumericalError
 from vqllm.recipe import Recipe
-from vqllm.rounding.nearest import Nearest
 from vqllm.target import corrected
 from vqllm.tiles import to_tiles
 from vqllm.types import JSON, Codec, OutputRounding, State
@@ -39,7 +37,7 @@ class QuantizedLinear:
 
 
 @dataclass
-class _Transformed:
+class Transformed:
     """A linear on its way through the transforms."""
 
     W_RC: Tensor
@@ -68,7 +66,7 @@ class _Task:
     W_RC: Tensor
     target_RC: Tensor
     H_CC: Tensor
-    linear: _Transformed
+    linear: Transformed
     H_damped: Tensor
     output_RR: Tensor | None
 
@@ -92,8 +90,8 @@ def quantize_group(
         _check_finite(name, W_RC)
     H_CC = statistics.H_CC
     targets = _targets(weights, statistics, recipe)
-    linears, H_prime = _transform(targets, H_CC, recipe)
-    if not _is_zero(H_CC):
+    linears, H_prime = transformed(targets, H_CC, recipe)
+    if not linalg.is_zero(H_CC):
         H_damped = linalg.damp(H_prime, recipe.hessian.damping)
     else:
         logger.warning(
@@ -162,77 +160,12 @@ def _quantize_linear(task: _Task, recipe: Recipe) -> QuantizedLinear:
     return QuantizedLinear(name, spec, tensors, W_hat_RC, record)
 
 
-def expected_losses(
-    name: str, W_RC: Tensor, hessians: tuple[Tensor, Tensor], recipe: Recipe, mse: Sequence[float]
-) -> list[float]:
-    """½ tr((W − Ŵ) H_F (W − Ŵ)ᵀ) that rounding with another H leaves, to be expected for codecs
-    with these mean squared errors at unit variance.
-
-    A rule with feedback chooses Ŵ near to A = W + E (L − I), with E = W − Ŵ, H = L D Lᵀ in tile
-    columns and gaps G = A − Ŵ, so that E = G L⁻¹. If the entries of G are independent, with a
-    variance of mse times that of A, then with S of the entries of I − L⁻¹ squared
-
-        var(A_j) = σ² + mse Σ_k S_kj var(A_k)
-        E[tr(E H_F Eᵀ)] = R · mse · Σ_j var(A_j) (L⁻¹ H_F L⁻ᵀ)_jj
-
-    At low rates feedback makes the targets larger: at 1 bit the demo model's loss is 2.5 times
-    that without the first line's sum. Without feedback E = G.
-
-    Args:
-        name: of the linear, for seeds and errors.
-        W_RC: as the model stores it.
-        hessians: H and H_F, [C, C], neither damped; what rounding takes for its loss, and what the
-            loss is.
-    """
-    H_CC, H_F = hessians
-    if _is_zero(H_CC):
-        return [0.0] * len(mse)
-    W_RC = W_RC.to(H_CC)
-    linears, H_prime = _transform({name: W_RC}, H_CC, recipe)
-    W_prime, states = linears[name].W_RC, linears[name].states
-    for transform, state in zip(recipe.transforms, states):
-        if transform.side == "in":
-            H_F = transform.spec(len(H_F)).forward_hessian(H_F, state)
-    try:
-        if not bool(H_F.isfinite().all()):
-            raise NumericalError(f"NaN or infinite. Avoid them with {WITHOUT}")
-        H_damped = linalg.damp(H_prime, recipe.hessian.damping)
-        inverse_CC = _inverse_of_feedback(H_damped, recipe)
-    except NumericalError as error:
-        raise NumericalError(f"{name}, gradients in its outputs: {error}") from error
-    cost_C = ((inverse_CC @ H_F) * inverse_CC).sum(1)
-    S_CC = inverse_CC.square_()
-    torch.diagonal(S_CC).zero_()
-    sigma_C1 = W_prime.square().mean().expand(len(S_CC), 1)
-    losses = []
-    for error in mse:
-        var_C1 = torch.linalg.solve_triangular(
-            S_CC.T * -error, sigma_C1, upper=True, unitriangular=True
-        )
-        losses.append(float(len(W_RC) * error * (var_C1[:, 0] * cost_C).double().sum() / 2))
-    return losses
-
-
-def _inverse_of_feedback(H_CC: Tensor, recipe: Recipe) -> Tensor:
-    """L⁻¹ of H = L D Lᵀ in tile columns of the recipe's codec, float32; I if there is none."""
-    one_CC = torch.eye(len(H_CC), device=H_CC.device)
-    if isinstance(recipe.rounding, Nearest):
-        return one_CC
-    width = recipe.codec.tile[1]
-    missing = -len(H_CC) % width
-    if missing:
-        H_CC = torch.block_diag(H_CC, torch.eye(missing, device=H_CC.device))
-    L_CC, _ = linalg.block_ldl(H_CC, width)
-    num = len(one_CC)
-    return torch.linalg.solve_triangular(L_CC[:num, :num], one_CC, upper=False)
-
-
 def _targets(
     weights: Mapping[str, Tensor], statistics: Statistics, recipe: Recipe
 ) -> Mapping[str, Tensor]:
     """What each linear's quantized weights are to come near to."""
     H_CC, drift = statistics.H_CC, statistics.drift
-    if drift is None or _is_zero(H_CC):
+    if drift is None or linalg.is_zero(H_CC):
         return weights
     damping = recipe.target.damping
     try:
@@ -263,12 +196,12 @@ def linear_spec(rows: int, cols: int, recipe: Recipe) -> LinearSpec:
     return LinearSpec(rows=rows, cols=cols, format=recipe.codec.spec(), transforms=transforms)
 
 
-def _transform(
+def transformed(
     weights: Mapping[str, Tensor], H_CC: Tensor, recipe: Recipe
-) -> tuple[dict[str, _Transformed], Tensor]:
+) -> tuple[dict[str, Transformed], Tensor]:
     """Apply the transforms in order: those of the input side once for the whole group (fitted on
     all its rows), those of the output side to each linear."""
-    linears = {name: _Transformed(W_RC, []) for name, W_RC in weights.items()}
+    linears = {name: Transformed(W_RC, []) for name, W_RC in weights.items()}
     leader = next(iter(weights))
     for i, transform in enumerate(recipe.transforms):
         purpose = f"transform{i}"
@@ -289,7 +222,7 @@ def _transform(
 
 
 def _output_hessian(
-    name: str, linear: _Transformed, statistics: Statistics, recipe: Recipe
+    name: str, linear: Transformed, statistics: Statistics, recipe: Recipe
 ) -> Tensor | None:
     """H_O in the basis of the transformed weights, if the rounding rule asks for it."""
     if not isinstance(recipe.rounding, OutputRounding):
@@ -339,11 +272,6 @@ def _bit_fields(bits: BitCount, numel: int) -> JSON:
         "bits_side": bits.side,
         "bits_per_weight": round(bits.total / numel, 4),
     }
-
-
-def _is_zero(H_CC: Tensor) -> bool:
-    """Whether the input was zero on every token."""
-    return bool((torch.diagonal(H_CC) == 0).all())
 
 
 def _check_finite(name: str, W_RC: Tensor) -> None:

@@ -9,6 +9,11 @@ STRIPE = 1024
 """Columns of a factor that are solved at a time: bounds the copies to C x 1024."""
 
 
+def is_zero(H_CC: Tensor) -> bool:
+    """Whether the input of this H = E[x xᵀ] was zero on every token."""
+    return bool((torch.diagonal(H_CC) == 0).all())
+
+
 def damp(H_CC: Tensor, damping: float) -> Tensor:
     """H + damping · mean(diag H) · I, positive definite for a positive semidefinite H.
 

@@ -3,7 +3,7 @@
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -41,35 +41,32 @@ def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool
     """
     read_dense_config(source)
     model = loading.skeleton(source, trust_remote_code=trust_remote_code)
-    shapes = {name: tensor.shape for name, tensor in stored_tensors(source).items()}
-    loading.check_tensors(source, model, shapes)
+    stored = {name: tensor.shape for name, tensor in stored_tensors(source).items()}
+    loading.check_tensors(source, model, stored)
     loading.load_tokenizer(source, trust_remote_code=trust_remote_code)
     names = layer_names(model)
     shared = shared_modules(model, names)
-    linears = [linears_of(model.get_submodule(layer), layer, shared) for layer in names]
-    if not any(chosen(found, recipe) for found in linears):
+    shapes: dict[str, Shape] = {}
+    for layer in names:
+        shapes |= _shapes(model.get_submodule(layer), layer, shared, recipe)
+    if not shapes:
         kinds = nothing_to_quantize(why_not_quantized(model, names, (), recipe.skip))
         raise ModelError(
             f"{name} has nothing to quantize: {kinds}. Quantized are the torch.nn.Linear "
             "modules of the decoder layers that no `skip` pattern of the recipe leaves out."
         )
-    _check_budget(
-        name, [linear for found in linears for linear in chosen(found, recipe).items()], recipe
-    )
+    _check_budget(name, shapes, recipe)
     check_states(model, names)
     _check_outside(source, model, recipe)
 
 
-def _check_budget(model: str, linears: list[tuple[str, nn.Linear]], recipe: Recipe) -> None:
+def _check_budget(model: str, shapes: Mapping[str, Shape], recipe: Recipe) -> None:
     """Refuse a budget of bits that is below what the cheapest codecs take."""
     if recipe.allocation is None:
         return
-    costs = {
-        name: option_costs((linear.out_features, linear.in_features), recipe)
-        for name, linear in linears
-    }
-    numel = sum(linear.out_features * linear.in_features for _, linear in linears)
-    least, most = (sum(map(of, costs.values())) / numel for of in (min, max))
+    costs = [option_costs(shape, recipe) for shape in shapes.values()]
+    numel = sum(rows * cols for rows, cols in shapes.values())
+    least, most = (sum(map(of, costs)) / numel for of in (min, max))
     if least > recipe.allocation.bits:
         raise ModelError(
             f"allocation.bits is {recipe.allocation.bits:g}, but the linears of {model} take at "
@@ -112,13 +109,17 @@ def chosen(linears: Mapping[str, nn.Linear], recipe: Recipe) -> dict[str, nn.Lin
 def shapes_of(stream: LayerStream, recipe: Recipe) -> dict[str, Shape]:
     """Rows and columns of the linears of all layers that are to be quantized, by full name; their
     weights need not be loaded."""
-    return {
-        name: (linear.out_features, linear.in_features)
-        for layer_name in stream.names
-        for name, linear in chosen(
-            linears_of(stream.model.get_submodule(layer_name), layer_name, stream.shared), recipe
-        ).items()
-    }
+    shapes: dict[str, Shape] = {}
+    for layer in stream.names:
+        shapes |= _shapes(stream.model.get_submodule(layer), layer, stream.shared, recipe)
+    return shapes
+
+
+def _shapes(
+    layer: nn.Module, layer_name: str, shared: Collection[nn.Module], recipe: Recipe
+) -> dict[str, Shape]:
+    linears = chosen(linears_of(layer, layer_name, shared), recipe)
+    return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
 
 
 def option_costs(shape: Shape, recipe: Recipe) -> tuple[int, ...]:

@@ -229,6 +229,27 @@ def test_mistakes_end_in_one_message_and_exit_code_2(
     assert "Traceback" not in printed
 
 
+@pytest.mark.parametrize("cleanup", [AttributeError("half done"), ModelError("half done"), None])
+def test_ctrl_c_that_a_cleanup_failed_on_is_ctrl_c(
+    cleanup: Exception | None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            if cleanup:
+                raise cleanup
+
+    monkeypatch.setattr(api, "generate", interrupted)
+    monkeypatch.setattr(sys, "argv", ["vqllm", "generate", "folder", "--prompt", "text"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
 def test_ctrl_c_and_kill_leave_a_folder_that_goes_on(
     source: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -232,6 +232,15 @@ def test_objectives_change_the_bytes_and_survive_a_stop(
         assert same_files(tmp_path / "whole", out)
 
 
+def test_without_a_budget_no_linear_is_judged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = save_tiny(tmp_path / "source")
+    changes = {"hessian": {"weights": "output"}, "rounding": {"type": "two_sided", "rows": 16}}
+    run(source, tmp_path / "out", recipe=recipe(**changes))
+    assert "no token reached" not in caplog.text
+
+
 def test_spread_bits_keep_to_the_budget_and_lose_less(tmp_path: Path) -> None:
     """At the same bits as codes that are all alike, on a model one of whose layers does little."""
     source = save_tiny(tmp_path / "source", num_hidden_layers=4)

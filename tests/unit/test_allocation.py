@@ -14,7 +14,8 @@ from vqllm.allocation import Item, allocate, gaussian_mse
 from vqllm.calibration import sensitivity as sensitivity_module
 from vqllm.calibration.sensitivity import Sensitivity
 from vqllm.errors import ModelError, NumericalError, RecipeError
-from vqllm.group import Statistics, expected_losses, quantize_group
+from vqllm.expected_loss import expected_losses
+from vqllm.group import Statistics, quantize_group
 from vqllm.preflight import check_model
 
 RATES = (1, 1.5, 2, 3, 4)

@@ -6,7 +6,22 @@ import torch
 from tests.gaussian import fitted, gaussian
 from vqllm import recipe
 from vqllm.codecs.entries import distinct
+from vqllm.types import JSON
 from vqllm_kernels.tables import FINITE, equal_entries, repeated
+
+TABLES: list[JSON] = [
+    {"type": "kmeans", "tile_cols": 2, "index_bits": 6},
+    {"type": "grouped", "tile_cols": 4, "index_bits": 6, "groups": 2},
+    {
+        "type": "grouped_kmeans",
+        "tile_cols": 2,
+        "index_bits": 6,
+        "group_cols": 32,
+        "codebook": "float16",
+    },
+]
+"""Codecs with a tensor `codebook` of entries."""
+ADDITIVE: JSON = {"type": "additive", "tile_cols": 4, "index_bits": 6, "codebooks": 2}
 
 
 def test_repeated_entries_are_those_after_the_first_of_their_own_table() -> None:
@@ -53,24 +68,9 @@ def test_more_scalars_than_there_are_numbers_cannot_differ() -> None:
     assert equal_entries("codebook", distinct(table)) is None
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"type": "kmeans", "tile_cols": 2, "index_bits": 8},
-        {"type": "additive", "tile_cols": 4, "index_bits": 6, "codebooks": 2},
-        {"type": "grouped", "tile_cols": 4, "index_bits": 6, "groups": 2},
-        {
-            "type": "grouped_kmeans",
-            "tile_cols": 2,
-            "index_bits": 6,
-            "group_cols": 32,
-            "codebook": "float16",
-        },
-    ],
-    ids=lambda options: options["type"],
-)
+@pytest.mark.parametrize("options", [*TABLES, ADDITIVE], ids=lambda options: options["type"])
 @pytest.mark.parametrize("weights", ["zero", "few values", "few rows", "tuned"])
-def test_what_codecs_store_can_be_read(options: dict[str, object], weights: str) -> None:
+def test_what_codecs_store_can_be_read(options: JSON, weights: str) -> None:
     values = {"name": "x", "codec": options, "rounding": {"type": "nearest"}}
     codec = recipe.from_dict(values, "x").codec
     W = {
@@ -85,22 +85,8 @@ def test_what_codecs_store_can_be_read(options: dict[str, object], weights: str)
     assert codec.spec().problem(codec.pack(codes, state), *W.shape) is None
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"type": "kmeans", "tile_cols": 2, "index_bits": 6},
-        {"type": "grouped", "tile_cols": 4, "index_bits": 6, "groups": 2},
-        {
-            "type": "grouped_kmeans",
-            "tile_cols": 2,
-            "index_bits": 6,
-            "group_cols": 32,
-            "codebook": "float16",
-        },
-    ],
-    ids=lambda options: options["type"],
-)
-def test_readers_refuse_equal_entries(options: dict[str, object]) -> None:
+@pytest.mark.parametrize("options", TABLES, ids=lambda options: options["type"])
+def test_readers_refuse_equal_entries(options: JSON) -> None:
     values = {"name": "x", "codec": options, "rounding": {"type": "nearest"}}
     codec = recipe.from_dict(values, "x").codec
     W = gaussian(16, 64)

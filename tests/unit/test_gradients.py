@@ -1,5 +1,6 @@
 """Gradients of layers run one at a time are those of the whole model."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tests.tiny import ARCHITECTURES, save_tiny
 from vqllm import rng
 from vqllm.calibration import passes as passes_module
 from vqllm.calibration import saliency as saliency_module
-from vqllm.calibration.gradients import GradientPass, draw
+from vqllm.calibration.gradients import Choice, GradientPass, Visitor, draw
 from vqllm.calibration.layer import LayerCalibrator
 from vqllm.calibration.saliency import OutputHessians, TokenWeights, unpack
 from vqllm.calibration.stream import LayerStream, linears_of
@@ -36,10 +37,12 @@ def gradient_pass(folder: Path, budget: int = 1 << 30) -> GradientPass:
 def collected(gradients: GradientPass) -> dict[str, torch.Tensor]:
     """The gradients in the outputs of all linears, [S, L, R] by name."""
     found: dict[str, dict[int, torch.Tensor]] = {}
-    gradients.run(
-        lambda linears: linears,
-        lambda name, rows, x, g: found.setdefault(name, {}).update({rows.start: g}),
-    )
+
+    class Collect(Visitor):
+        def visit(self, name: str, rows: slice, x: torch.Tensor, g: torch.Tensor) -> None:
+            found.setdefault(name, {})[rows.start] = g
+
+    gradients.run(lambda linears: linears, [Collect()])
     return {
         name: torch.cat([parts[start] for start in sorted(parts)]) for name, parts in found.items()
     }
@@ -87,7 +90,7 @@ def test_labels_follow_their_probabilities() -> None:
 
 def token_weights(gradients: GradientPass, power: float = 1.0) -> dict[str, torch.Tensor]:
     weights = TokenWeights(TOKENS, power)
-    gradients.run(lambda linears: linears, weights.visit)
+    gradients.run(lambda linears: linears, [weights])
     return weights.result()
 
 
@@ -120,17 +123,32 @@ def test_layers_without_gradients_are_refused(
         collected(gradient_pass(source))
 
 
+def change_gradients(
+    gradients: GradientPass, change: Callable[[str, torch.Tensor], torch.Tensor]
+) -> None:
+    """Let the pass show its visitors other gradients than it found."""
+
+    class Changed(Visitor):
+        def __init__(self, visitor: Visitor) -> None:
+            self._visitor = visitor
+
+        def visit(self, name: str, rows: slice, x: torch.Tensor, g: torch.Tensor) -> None:
+            self._visitor.visit(name, rows, x, change(name, g))
+
+    run = gradients.run
+
+    def changed(chosen: Choice, visitors: Sequence[Visitor]) -> None:
+        run(chosen, [Changed(visitor) for visitor in visitors])
+
+    gradients.run = changed  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize(("value", "message"), [(0.0, "has no gradient"), (torch.nan, "has a NaN")])
 def test_gradients_that_weigh_nothing_are_refused(
     value: float, message: str, tmp_path: Path
 ) -> None:
     gradients = gradient_pass(save_tiny(tmp_path / "source", "llama"))
-    run = gradients.run
-
-    def changed(chosen: Any, visit: Any, finished: Any = None) -> None:
-        run(chosen, lambda name, rows, x, g: visit(name, rows, x, g * value))
-
-    gradients.run = changed  # type: ignore[method-assign]
+    change_gradients(gradients, lambda name, g: g * value)
     with pytest.raises(NumericalError, match=rf"the loss {message}.* hessian\.weights=none"):
         token_weights(gradients)
 
@@ -139,15 +157,7 @@ def test_linears_that_see_some_tokens_only_have_no_weights(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     gradients = gradient_pass(save_tiny(tmp_path / "source", "llama"))
-    run = gradients.run
-
-    def changed(chosen: Any, visit: Any, finished: Any = None) -> None:
-        def routed(name: str, rows: slice, x: torch.Tensor, g: torch.Tensor) -> None:
-            visit(name, rows, x, g.flatten(0, 1)[:7] if "up_proj" in name else g)
-
-        run(chosen, routed)
-
-    gradients.run = changed  # type: ignore[method-assign]
+    change_gradients(gradients, lambda name, g: g.flatten(0, 1)[:7] if "up_proj" in name else g)
     weights = token_weights(gradients)
     assert weights
     assert not [name for name in weights if "up_proj" in name]
@@ -185,7 +195,7 @@ def test_hessians_of_outputs(
     source = save_tiny(tmp_path / "source", "llama")
     kept: dict[int, dict[str, torch.Tensor]] = {}
     outputs = OutputHessians(kept.__setitem__, power)
-    gradient_pass(source).run(lambda linears: linears, outputs.visit, outputs.finish)
+    gradient_pass(source).run(lambda linears: linears, [outputs])
     assert sorted(kept) == [0, 1]
     for name, g in collected(gradient_pass(source)).items():
         packed = kept[int(name.split(".")[2])]

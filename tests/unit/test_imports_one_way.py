@@ -23,7 +23,7 @@ LEVELS: list[set[str]] = [
     {"gguf_model", "integrations", "progress_bar", "recipe"},
     {"codec_bench", "demo", "job", "rows", "survey", "target"},
     {"group"},
-    {"outside"},
+    {"expected_loss", "outside"},
     {"models", "preflight"},
     {"foresight"},
     {"pipeline", "running"},

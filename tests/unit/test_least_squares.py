@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from tests.unit.test_rounding import hessian, rule, weights
+from tests.unstored import Unstored
 from vqllm.codecs import CODECS
 from vqllm.least_squares import StateProblem
 from vqllm.tiles import to_tiles
 from vqllm.types import Codec, State
-from vqllm_kernels.formats import FormatSpec
 
 
-class Scaled(Codec):
+class Scaled(Unstored):
     """Integers from -2 to 1, and a scale for every row of tiles of 3 x 2."""
 
     type: Literal["scaled"] = "scaled"
@@ -44,15 +44,6 @@ class Scaled(Codec):
 
     def project(self, state: State) -> State:
         return state
-
-    def spec(self) -> FormatSpec:
-        raise NotImplementedError
-
-    def pack(self, codes_IJM: Tensor, state: State) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def unpack(self, tensors: dict[str, Tensor], rows: int, cols: int) -> tuple[Tensor, State]:
-        raise NotImplementedError
 
 
 def problem(

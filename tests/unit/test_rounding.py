@@ -8,6 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from tests.unstored import Unstored
 from vqllm import linalg, metrics
 from vqllm.codecs import CODECS
 from vqllm.errors import NumericalError, RecipeError
@@ -17,12 +18,11 @@ from vqllm.rounding.coordinate import descend
 from vqllm.rounding.ldlq import feedback
 from vqllm.tiles import from_tiles, to_tiles
 from vqllm.types import Codec, Rounding, State
-from vqllm_kernels.formats import FormatSpec
 
 TILES = [(1, 1), (1, 2), (1, 4), (1, 8), (4, 1), (2, 4), (3, 8)]
 
 
-class Checkerboard(Codec):
+class Checkerboard(Unstored):
     """The lattice D_E: multiples of `step` whose integers add up to an even number in every tile.
 
     A codec without a fixed number of bits, in any dtype, for tiles of any shape: small enough to
@@ -57,15 +57,6 @@ class Checkerboard(Codec):
 
     def decode(self, codes_IJM: Tensor, state: State, col: int = 0) -> Tensor:
         return codes_IJM * self.step
-
-    def spec(self) -> FormatSpec:
-        raise NotImplementedError
-
-    def pack(self, codes_IJM: Tensor, state: State) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def unpack(self, tensors: dict[str, Tensor], rows: int, cols: int) -> tuple[Tensor, State]:
-        raise NotImplementedError
 
 
 class Weighing(Checkerboard):

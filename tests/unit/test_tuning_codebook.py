@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.unit import test_rounding
 from tests.unit.test_beam import hessian, loss, reproduced, rule, weights
+from tests.unstored import Unstored
 from vqllm import group, metrics, recipe
 from vqllm.codecs import CODECS
 from vqllm.errors import RecipeError
@@ -18,7 +19,6 @@ from vqllm.tiles import to_tiles
 from vqllm.tuning import TUNINGS
 from vqllm.tuning.codebook import Codebook
 from vqllm.types import Codec, State
-from vqllm_kernels.formats import FormatSpec
 
 KMEANS = {"type": "kmeans", "tile_cols": 4, "index_bits": 4, "iterations": 4}
 ADDITIVE = {"type": "additive", "tile_cols": 4, "index_bits": 4, "iterations": 4, "rounds": 2}
@@ -48,7 +48,7 @@ def rounded(
     return codec, codes_IJM, state
 
 
-class Exponential(Codec):
+class Exponential(Unstored):
     """exp(rate · code), which is not linear in what is learned; `rate` is stored in steps."""
 
     type: Literal["exponential"] = "exponential"
@@ -75,15 +75,6 @@ class Exponential(Codec):
 
     def project(self, state: State) -> State:
         return {"rate": (state["rate"] / self.step).round() * self.step}
-
-    def spec(self) -> FormatSpec:
-        raise NotImplementedError
-
-    def pack(self, codes_IJM: Tensor, state: State) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def unpack(self, tensors: dict[str, Tensor], rows: int, cols: int) -> tuple[Tensor, State]:
-        raise NotImplementedError
 
 
 class Scripted(Nearest):

@@ -16,7 +16,7 @@ Source: the labels and their use for rounding: Tseng et al., "YAQA", arXiv 2505.
 Kim et al., "GuidedQuant", arXiv 2505.07004.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,26 @@ LOGIT_BYTES = 1 << 28
 probabilities take as much each."""
 
 Choice = Callable[[Mapping[str, nn.Linear]], Mapping[str, nn.Linear]]
-Visit = Callable[[str, slice, Tensor, Tensor], None]
-"""Called with a linear's full name, the sequences of the batch, its input [.., C] and the gradient
-in its output [.., R]; where both have the leading axes [S, L], they are those of the batch."""
+
+
+class Visitor:
+    """Is shown what the pass comes by, layer by layer, the last layer first."""
+
+    def begin(self, linears: Mapping[str, nn.Linear]) -> None:
+        """A layer comes next, with these linears by full name, as the model stores them."""
+
+    def visit(self, name: str, rows: slice, x: Tensor, g: Tensor) -> None:
+        """A call of a linear.
+
+        Args:
+            name: its full name.
+            rows: the sequences of the batch.
+            x, g: its input [.., C] and the gradients in its outputs, [.., R]; where both have the
+                leading axes [S, L], they are those of the batch.
+        """
+
+    def finish(self, index: int) -> None:
+        """All batches of layer `index` have been seen."""
 
 
 class GradientPass:
@@ -68,17 +85,11 @@ class GradientPass:
         self._inputs: list[ActivationStore] = []
         self._gradient: ActivationStore | None = None
 
-    def run(
-        self,
-        chosen: Choice,
-        visit: Visit,
-        finished: Callable[[int], None] = lambda index: None,
-    ) -> None:
-        """Call `visit` for every call of every linear, the last layer first.
+    def run(self, chosen: Choice, visitors: Sequence[Visitor]) -> None:
+        """Show every call of every linear to the visitors, the last layer first.
 
         Args:
             chosen: which of a layer's linears are wanted.
-            finished: called with the number of a layer when all its linears were visited.
 
         Raises:
             ModelError: the loss has no gradient in the output of some layer.
@@ -91,9 +102,12 @@ class GradientPass:
                 with stream.layer(index) as layer:
                     name = stream.names[index]
                     linears = chosen(linears_of(layer, name, stream.shared))
+                    for visitor in visitors:
+                        visitor.begin(linears)
                     layer.to(stream.compute_dtype)
-                    self._backward(stream, index, linears, visit, index == last)
-                finished(index)
+                    self._backward(stream, index, linears, visitors, index == last)
+                for visitor in visitors:
+                    visitor.finish(index)
         finally:
             self.close()
 
@@ -126,7 +140,7 @@ class GradientPass:
         stream: LayerStream,
         index: int,
         linears: Mapping[str, nn.Linear],
-        visit: Visit,
+        visitors: Sequence[Visitor],
         last: bool,
     ) -> None:
         per_batch = None
@@ -137,7 +151,12 @@ class GradientPass:
             states = self._input(stream, index, rows)
             if states is not None:
                 states.requires_grad_()
-            with watched(linears, lambda name, x, g, rows=rows: visit(name, rows, x, g)):
+
+            def visit(name: str, x: Tensor, g: Tensor, rows: slice = rows) -> None:
+                for visitor in visitors:
+                    visitor.visit(name, rows, x, g)
+
+            with watched(linears, visit):
                 if last:
                     self._loss(stream, index, rows, states).backward()
                 else:

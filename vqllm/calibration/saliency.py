@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from vqllm.calibration.gradients import WITHOUT
+from vqllm.calibration.gradients import WITHOUT, Visitor
 from vqllm.errors import NumericalError
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 BLOCK = 4096
 
 
-class TokenWeights:
+class TokenWeights(Visitor):
     """Collects what each token of `tokens`, [S, L], weighs in the Hessian of each linear: its mean
     square over the mean of all, to a power."""
 
@@ -65,7 +65,7 @@ class TokenWeights:
         return weights
 
 
-class OutputHessians:
+class OutputHessians(Visitor):
     """Sums g gᵀ of the linears of a layer, and hands them on when the layer is done.
 
     `keep(index, blocks)` is called with the packed blocks, by the linears' full names. A token

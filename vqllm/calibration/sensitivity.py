@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from vqllm.calibration.gradients import Visitor
+
 logger = logging.getLogger(__name__)
 
 FEWEST_TOKENS = 1 << 14
@@ -18,7 +20,7 @@ Judge = Callable[[str, Tensor, tuple[Tensor, Tensor]], list[float]]
 H_F; returns its expected losses."""
 
 
-class Sensitivity:
+class Sensitivity(Visitor):
     """Collects the curvature of the loss in the weights of each linear, and has it judged.
 
     The KL divergence of the predictions for a sequence from the original ones grows with an error E
