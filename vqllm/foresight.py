@@ -55,6 +55,7 @@ class Foresight:
         self._job = job
         self._run = run
         self._tokens = tokens
+        self._progress = progress
         self._found: dict[str, Tensor] = {}
         if needs_gradients(job.recipe):
             progress.phase("gradients of the predictions")
@@ -122,7 +123,7 @@ class Foresight:
                     recipe.hessian.power,
                 )
             )
-        gradients.run(lambda linears: chosen(linears, recipe), visitors)
+        gradients.run(lambda linears: chosen(linears, recipe), visitors, self._progress.share)
         return {
             f"{kind}/{name}": tensor
             for kind, visitor in found.items()

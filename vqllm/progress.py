@@ -16,6 +16,10 @@ class Progress(Protocol):
         """A new phase of the run begins."""
         ...
 
+    def share(self, done: float) -> None:
+        """A share of the phase is done, from 0 to 1. Not every phase says so."""
+        ...
+
     def layers(self, num_layers: int, num_finished: int) -> None:
         """The loop over layers begins; some are finished from an earlier run."""
         ...
@@ -30,13 +34,20 @@ class Progress(Protocol):
 
 
 class LogProgress:
-    """One line per phase and per layer through `logging`; the default in Python."""
+    """One line per phase and per layer through `logging`, and in long phases one every 30 seconds;
+    the default in Python."""
 
     def __init__(self) -> None:
         self._clock = Clock()
+        self._phase = Phase("")
 
     def phase(self, text: str) -> None:
         logger.info(text)
+        self._phase = Phase(text)
+
+    def share(self, done: float) -> None:
+        if self._phase.is_due(SECONDS_BETWEEN_LINES):
+            logger.info(self._phase.line(done))
 
     def layers(self, num_layers: int, num_finished: int) -> None:
         self._clock.start(num_layers, num_finished)
@@ -46,6 +57,34 @@ class LogProgress:
 
     def layer(self, index: int, records: list[JSON]) -> None:
         logger.info(layer_line(index, records, self._clock.finish_one(index)))
+
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Phase:
+    """A phase of a run, and when something was last said of it."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._start = self._said = time.monotonic()
+
+    def is_due(self, seconds: float) -> bool:
+        """Whether the last yes, or the start, is as long ago."""
+        now = time.monotonic()
+        due = now - self._said >= seconds
+        if due:
+            self._said = now
+        return due
+
+    def line(self, done: float) -> str:
+        """The share that is done and the time left."""
+        return f"{self.text}: {100 * done:.0f} %, {self.left(done)}"
+
+    def left(self, done: float) -> str:
+        """The time left, at the mean speed so far."""
+        seconds = (time.monotonic() - self._start) * (1 - done) / max(done, 1e-3)
+        return f"{duration(seconds)} left"
 
 
 class Clock:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from vqllm.progress import Clock, LogProgress, duration, layer_line
+from vqllm.progress import Clock, LogProgress, Phase, duration, layer_line
 from vqllm.progress import Progress as Watcher
 from vqllm.types import JSON
 
@@ -22,7 +22,7 @@ def progress_for(console: Console) -> Iterator[Watcher]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total} layers"),
+        TextColumn("{task.fields[done]}"),
         TimeElapsedColumn(),
         TextColumn("{task.fields[left]}"),
     )
@@ -43,16 +43,33 @@ class BarProgress:
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
         self._clock = Clock()
+        self._phase = Phase("")
         self._task: TaskID | None = None
+        self._share_task: TaskID | None = None
 
     def phase(self, text: str) -> None:
         self._bar.console.print(text, highlight=False)
+        self._phase = Phase(text)
+        self._end_share()
+
+    def share(self, done: float) -> None:
+        if self._share_task is None:
+            self._share_task = self._bar.add_task(self._phase.text, total=1, done="", left="")
+        left = self._phase.left(done)
+        self._bar.update(self._share_task, completed=done, done=f"{100 * done:.0f} %", left=left)
+
+    def _end_share(self) -> None:
+        if self._share_task is not None:
+            self._bar.remove_task(self._share_task)
+            self._share_task = None
 
     def layers(self, num_layers: int, num_finished: int) -> None:
         self._clock.start(num_layers, num_finished)
+        self._num_layers = num_layers
+        self._end_share()
         if self._task is not None:  # of the run before this one
             self._bar.remove_task(self._task)
-        self._task = self._bar.add_task("layers", total=num_layers, left="")
+        self._task = self._bar.add_task("layers", total=num_layers, done="", left="")
 
     def linear(self, record: JSON) -> None:
         assert self._task is not None, "layers() comes first"
@@ -63,5 +80,6 @@ class BarProgress:
         assert self._task is not None, "layers() comes first"
         seconds_left = self._clock.finish_one(index)
         left = "" if seconds_left != seconds_left else f"{duration(seconds_left)} left"
-        self._bar.update(self._task, completed=index + 1, left=left)
+        done = f"{index + 1}/{self._num_layers} layers"
+        self._bar.update(self._task, completed=index + 1, done=done, left=left)
         self._bar.console.print(layer_line(index, records, float("nan")), highlight=False)

@@ -42,7 +42,11 @@ def collected(gradients: GradientPass) -> dict[str, torch.Tensor]:
         def visit(self, name: str, rows: slice, x: torch.Tensor, g: torch.Tensor) -> None:
             found.setdefault(name, {})[rows.start] = g
 
-    gradients.run(lambda linears: linears, [Collect()])
+    shares: list[float] = []
+    gradients.run(lambda linears: linears, [Collect()], shares.append)
+    assert shares == sorted(shares)
+    assert shares[0] > 0
+    assert shares[-1] == 1
     return {
         name: torch.cat([parts[start] for start in sorted(parts)]) for name, parts in found.items()
     }
@@ -90,7 +94,7 @@ def test_labels_follow_their_probabilities() -> None:
 
 def token_weights(gradients: GradientPass, power: float = 1.0) -> dict[str, torch.Tensor]:
     weights = TokenWeights(TOKENS, power)
-    gradients.run(lambda linears: linears, [weights])
+    gradients.run(lambda linears: linears, [weights], lambda _: None)
     return weights.result()
 
 
@@ -137,8 +141,10 @@ def change_gradients(
 
     run = gradients.run
 
-    def changed(chosen: Choice, visitors: Sequence[Visitor]) -> None:
-        run(chosen, [Changed(visitor) for visitor in visitors])
+    def changed(
+        chosen: Choice, visitors: Sequence[Visitor], share: Callable[[float], None]
+    ) -> None:
+        run(chosen, [Changed(visitor) for visitor in visitors], share)
 
     gradients.run = changed  # type: ignore[method-assign]
 
@@ -195,7 +201,7 @@ def test_hessians_of_outputs(
     source = save_tiny(tmp_path / "source", "llama")
     kept: dict[int, dict[str, torch.Tensor]] = {}
     outputs = OutputHessians(kept.__setitem__, power)
-    gradient_pass(source).run(lambda linears: linears, [outputs])
+    gradient_pass(source).run(lambda linears: linears, [outputs], lambda _: None)
     assert sorted(kept) == [0, 1]
     for name, g in collected(gradient_pass(source)).items():
         packed = kept[int(name.split(".")[2])]

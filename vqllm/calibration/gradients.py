@@ -37,6 +37,8 @@ WITHOUT = (
 LOGIT_BYTES = 1 << 28
 """Of the logits of a batch in float32, unless a single sequence has more. Their gradients and the
 probabilities take as much each."""
+FORWARD = 0.1
+"""Share of the forward pass in the time of both, roughly; what visitors do is in the other."""
 
 Choice = Callable[[Mapping[str, nn.Linear]], Mapping[str, nn.Linear]]
 
@@ -85,18 +87,21 @@ class GradientPass:
         self._inputs: list[ActivationStore] = []
         self._gradient: ActivationStore | None = None
 
-    def run(self, chosen: Choice, visitors: Sequence[Visitor]) -> None:
+    def run(
+        self, chosen: Choice, visitors: Sequence[Visitor], share: Callable[[float], None]
+    ) -> None:
         """Show every call of every linear to the visitors, the last layer first.
 
         Args:
             chosen: which of a layer's linears are wanted.
+            share: is told after every layer how much of the work is done, from 0 to 1.
 
         Raises:
             ModelError: the loss has no gradient in the output of some layer.
             NumericalError: a gradient is not finite.
         """
         try:
-            stream = self._forward()
+            stream = self._forward(share)
             last = len(stream) - 1
             for index in reversed(range(len(stream))):
                 with stream.layer(index) as layer:
@@ -108,6 +113,7 @@ class GradientPass:
                     self._backward(stream, index, linears, visitors, index == last)
                 for visitor in visitors:
                     visitor.finish(index)
+                share(FORWARD + (1 - FORWARD) * (1 - index / len(stream)))
         finally:
             self.close()
 
@@ -118,7 +124,7 @@ class GradientPass:
                 store.close()
         self._inputs, self._gradient = [], None
 
-    def _forward(self) -> LayerStream:
+    def _forward(self, share: Callable[[float], None]) -> LayerStream:
         """Store the input of every layer but the first; the stream for the way back."""
         stream = self._open_stream()
         for index in range(len(stream) - 1):
@@ -131,6 +137,7 @@ class GradientPass:
                         store = self._store(len(stream), output, f"input-{index + 1}")
                         self._inputs.append(store)
                     self._inputs[index].write(rows, output)
+            share(FORWARD * (index + 1) / len(stream))
         back = self._open_stream()
         back.returns_like(stream)
         return back
@@ -238,7 +245,7 @@ def draw(log_p_NV: Tensor, generator: torch.Generator) -> Tensor:
         generator: on the CPU.
     """
     u_N1 = torch.rand(len(log_p_NV), 1, generator=generator, dtype=torch.float64)
-    below_NV = log_p_NV.double().exp().cumsum(-1)
+    below_NV = log_p_NV.exp().cumsum(-1, dtype=torch.float64)
     u_N1 = u_N1.to(below_NV.device) * below_NV[:, -1:]
     label_N = torch.searchsorted(below_NV, u_N1, right=True)[:, 0]
     return label_N.clamp(max=log_p_NV.shape[1] - 1)

@@ -5,12 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vqllm import linalg
 from vqllm.calibration.drift import Drift
 from vqllm.errors import NumericalError
-
-BLOCK = 512
-"""Columns of a block of H. Only blocks on and above the diagonal are computed: 2/3 of the work at
-1536 features; smaller blocks save little more and lose speed of the product."""
 
 
 @dataclass
@@ -18,7 +15,7 @@ class Hessian:
     """The running sum of w x xᵀ over the tokens seen so far, w = 1 unless given.
 
     `matrix` is the mean, float32 [C, C]; it is not centred: E[x xᵀ] is what the error of a linear
-    map depends on, its mean included. Below the diagonal blocks, `total_CC` is zero.
+    map depends on, its mean included. `total_CC` holds it above the diagonal (linalg.symmetric).
     """
 
     total_CC: Tensor
@@ -40,11 +37,7 @@ class Hessian:
         else:
             x_NC = x_NC * weight_N.sqrt()[:, None]
             self.mass += float(weight_N.sum())
-        num_features = x_NC.shape[1]
-        size = -(-num_features // -(-num_features // BLOCK))
-        for start in range(0, num_features, size):
-            rows = slice(start, start + size)
-            self.total_CC[rows, start:].addmm_(x_NC[:, rows].T, x_NC[:, start:])
+        linalg.add_symmetric(self.total_CC, x_NC, x_NC)
         self.num_tokens += x_NC.shape[0]
 
     def matrix(self, name: str) -> Tensor:
@@ -58,4 +51,4 @@ class Hessian:
                 f"after {self.num_tokens} tokens: an activation overflowed. Run the model in "
                 "bfloat16 or float32 (--compute-dtype)."
             )
-        return H.triu() + H.triu(1).T
+        return linalg.symmetric(H)

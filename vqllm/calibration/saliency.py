@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from vqllm import linalg
 from vqllm.calibration.gradients import WITHOUT, Visitor
 from vqllm.errors import NumericalError
 
@@ -88,8 +89,8 @@ class OutputHessians(Visitor):
         g_NKB = _blocks(g_NR)
         if name not in self._sums:
             self._sums[name] = g_NKB.new_zeros(*g_NKB.shape[1:], g_NKB.shape[2])
-        g_KNB = g_NKB.transpose(0, 1)
-        self._sums[name].baddbmm_(g_KNB.mT, g_KNB)
+        for H_BB, g_NB in zip(self._sums[name], g_NKB.unbind(1)):
+            linalg.add_symmetric(H_BB, g_NB, g_NB)
 
     def finish(self, index: int) -> None:
         """All batches of layer `index` have been seen."""
@@ -129,11 +130,12 @@ def _check_mean(mean: Tensor, name: str) -> None:
 
 
 def _pack(H_KBB: Tensor) -> Tensor:
-    """The lower triangles in float16: with a mean diagonal of 1 no entry is above the number of
-    rows. Rounding to bfloat16 moved eigenvalues of the demo model by more than a damping of 0.01.
+    """The lower triangles, from the upper ones, in float16: with a mean diagonal of 1 no entry is
+    above the number of rows. Rounding to bfloat16 moved eigenvalues of the demo model by more than
+    a damping of 0.01.
     """
     lower = torch.ones(H_KBB.shape[1:], dtype=torch.bool, device=H_KBB.device).tril()
-    return H_KBB[:, lower].half().cpu()
+    return H_KBB.mT[:, lower].half().cpu()
 
 
 def _blocks(g_NR: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from vqllm import linalg
 from vqllm.calibration.gradients import Visitor
 
 logger = logging.getLogger(__name__)
@@ -69,17 +70,20 @@ class Sensitivity(Visitor):
         H_CC, H_F = self._sums[name]
         x_NC = x_SLC.flatten(0, 1)
         gg_SLL = g_SLR @ g_SLR.mT * (step / g_SLR.shape[-1])
-        H_F.addmm_((gg_SLL @ x_SLC).flatten(0, 1).T, x_NC)
-        weight_SL = torch.diagonal(gg_SLL, dim1=1, dim2=2) ** self._power
-        H_CC.addmm_((x_NC * weight_SL.reshape(-1, 1)).T, x_NC)
+        linalg.add_symmetric(H_F, (gg_SLL @ x_SLC).flatten(0, 1), x_NC)
+        if self._power > 0:
+            weight_SL = torch.diagonal(gg_SLL, dim1=1, dim2=2) ** self._power
+            linalg.add_symmetric(H_CC, x_NC * weight_SL.reshape(-1, 1), x_NC)
+        else:
+            linalg.add_symmetric(H_CC, x_NC, x_NC)
 
     def finish(self, index: int) -> None:
         """All batches of layer `index` have been seen."""
         for name, W_RC in self._weights.items():
             if name in self._sums:
                 H_CC, H_F = self._sums.pop(name)
-                H_F = (H_F + H_F.T) / (2 * self._num_tokens)
-                self._found[name] = self._judge(name, W_RC, (H_CC, H_F))
+                hessians = linalg.symmetric(H_CC), linalg.symmetric(H_F) / self._num_tokens
+                self._found[name] = self._judge(name, W_RC, hessians)
             else:
                 logger.warning("%s: no token reached it, so errors in it count nothing", name)
                 self._found[name] = []
