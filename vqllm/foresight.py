@@ -151,7 +151,8 @@ class Foresight:
             for name, shape in shapes.items()
         ]
         numel = sum(rows * cols for rows, cols in shapes.values())
-        picks = allocate(items, allocation.bits * numel)
+        least = sum(min(item.costs) for item in items)
+        picks = allocate(items, max(allocation.bits * numel, least))
         spent = sum(item.costs[pick] for item, pick in zip(items, picks))
         expected = sum(item.losses[pick] for item, pick in zip(items, picks))
         logger.info(

@@ -1,7 +1,6 @@
 """What is looked at before the long part of a run: the model, its linears, its values, the plan."""
 
 import logging
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -15,16 +14,20 @@ from vqllm.bits import count
 from vqllm.calibration.stream import LayerStream, check_states, layer_names, linears_of
 from vqllm.checkpoint.source import SourceTensors, stored_tensors
 from vqllm.checkpoint.writer import read_dense_config
-from vqllm.errors import ModelError, NumericalError
+from vqllm.errors import ModelError, NumericalError, RecipeError
 from vqllm.group import linear_spec
 from vqllm.linears import shared_modules
 from vqllm.recipe import Recipe
 from vqllm.survey import nothing_to_quantize, why_not_quantized
+from vqllm.types import Codec
 
 logger = logging.getLogger(__name__)
 
 Shape = tuple[int, int]
 """Rows and columns."""
+WHOLE_TILES = 256
+"""Along each side of a matrix, for the bits of codes alone: bytes that are filled up in part do not
+show."""
 
 
 def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool = False) -> None:
@@ -38,6 +41,7 @@ def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool
         ModelError: it is quantized already, a file is damaged, tensors are missing, the tokenizer
             cannot be loaded, there is nothing to quantize, or the embedding or head cannot be
             stored as the recipe wants.
+        RecipeError: the codes of no codec fit its budget of bits.
     """
     read_dense_config(source)
     model = loading.skeleton(source, trust_remote_code=trust_remote_code)
@@ -61,23 +65,31 @@ def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool
 
 
 def _check_budget(model: str, shapes: Mapping[str, Shape], recipe: Recipe) -> None:
-    """Refuse a budget of bits that is below what the cheapest codecs take."""
+    """Refuse a budget of bits that the codes of the cheapest codec alone exceed; say so of one
+    that cannot be kept or spent."""
     if recipe.allocation is None:
         return
+    bits = recipe.allocation.bits
+    least_code = min(map(code_bits, recipe.codecs))
+    if least_code > bits:
+        raise RecipeError(
+            f"allocation.bits is {bits:g}, but the cheapest of allocation.codecs takes "
+            f"{least_code:g} bits a weight. Raise it, or add a codec of fewer bits."
+        )
     costs = [option_costs(shape, recipe) for shape in shapes.values()]
     numel = sum(rows * cols for rows, cols in shapes.values())
     least, most = (sum(map(of, costs)) / numel for of in (min, max))
-    if least > recipe.allocation.bits:
-        raise ModelError(
-            f"allocation.bits is {recipe.allocation.bits:g}, but the linears of {model} take at "
-            f"least {math.ceil(1e4 * least) / 1e4:g} bits a weight with the codecs of this recipe, "
-            "scales and signs included. Raise it, or give allocation.codecs one of fewer bits."
+    if least > bits:
+        logger.warning(
+            "allocation.bits is %g, but with scales, signs and tiles that do not divide them the "
+            "linears of %s take at least %.4f bits a weight: every linear gets the cheapest codec",
+            *(bits, model, least),
         )
-    if most < recipe.allocation.bits:
+    if most < bits:
         logger.warning(
             "allocation.bits is %g: %s takes no more than %.4f bits a weight with the codecs of "
             "this recipe, so every linear gets the largest",
-            *(recipe.allocation.bits, model, most),
+            *(bits, model, most),
         )
 
 
@@ -120,6 +132,12 @@ def _shapes(
 ) -> dict[str, Shape]:
     linears = chosen(linears_of(layer, layer_name, shared), recipe)
     return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+
+
+def code_bits(codec: Codec) -> float:
+    """Bits of codes for a weight, in a matrix of whole tiles."""
+    rows, cols = (WHOLE_TILES * size for size in codec.tile)
+    return codec.bits(rows, cols).codes / (rows * cols)
 
 
 def option_costs(shape: Shape, recipe: Recipe) -> tuple[int, ...]:

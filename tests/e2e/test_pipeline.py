@@ -272,6 +272,30 @@ def test_spread_bits_keep_to_the_budget_and_lose_less(tmp_path: Path) -> None:
     assert torch.isfinite(model(torch.arange(3, 30)[None]).logits).all()
 
 
+def test_a_budget_that_scales_alone_exceed_gives_every_linear_the_cheapest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = save_tiny(tmp_path / "source")
+    codec = {"type": "trellis", "bits": 2, "state_bits": 6, "tile_rows": 64}
+    options = [{"bits": 1.75}, {"bits": 2}, {"bits": 3}]
+    tight = recipe(codec=codec, allocation={"bits": 1.75, "codecs": options})
+    summary = api.quantize(source, tmp_path / "out", recipe=tight, evaluate=False)
+    assert summary.bits_per_weight["all of a quantized linear"] > 1.75
+    assert "every linear gets the cheapest codec" in caplog.text
+    records = [json.loads(line) for line in (tmp_path / "out" / "report.jsonl").open()]
+    bare = recipe(codec={**codec, "bits": 1.75})
+    run(source, tmp_path / "bare", recipe=bare)
+    plain = [json.loads(line) for line in (tmp_path / "bare" / "report.jsonl").open()]
+    assert [r["bits_codes"] for r in records] == [r["bits_codes"] for r in plain]
+
+
+def test_a_budget_below_the_cheapest_code_is_refused(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    low = recipe(**{**SPREAD, "allocation": {**SPREAD["allocation"], "bits": 0.99}})
+    with pytest.raises(RecipeError, match=r"0\.99, but the cheapest .* takes 1 bits a weight"):
+        run(source, tmp_path / "out", recipe=low)
+
+
 def test_damaged_hessians_of_outputs_are_made_again(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source")
     two_sided = recipe(rounding={"type": "two_sided", "rows": 16})

@@ -8,6 +8,8 @@ import pytest
 from vqllm import api
 from vqllm import recipe as recipes
 from vqllm.errors import RecipeError
+from vqllm.foresight import needs_gradients
+from vqllm.preflight import code_bits
 from vqllm.recipe import from_dict
 
 MINIMAL = {"name": "x", "codec": {"type": "e8p"}, "rounding": {"type": "nearest"}}
@@ -30,6 +32,12 @@ def test_best_recipes_are_shipped() -> None:
         assert [recipe.codec.bits(256, 256).codes for recipe in found] == [bits * 256 * 256] * 3
         states = [recipe.to_dict()["codec"]["state_bits"] for recipe in found]
         assert states == [8, 12, 16]
+        assert [needs_gradients(recipe) for recipe in found] == [False, True, True]
+        assert found[0].allocation is None
+        for spread in found[1:]:
+            assert spread.allocation is not None
+            assert spread.allocation.bits == bits
+            assert min(map(code_bits, spread.codecs)) < bits < max(map(code_bits, spread.codecs))
     with pytest.raises(RecipeError, match=r"--bits 7: there is a best recipe for 1\.5, 2, 2\.5, 3"):
         recipes.best(7)
     with pytest.raises(RecipeError, match=r"unknown preset 'quick'.* Known: fast, balanced, best"):

@@ -32,7 +32,8 @@ from vqllm.calibration.stream import LayerStream, linears_of
 from vqllm.errors import ModelError, NumericalError
 
 WITHOUT = (
-    "--set hessian.weights=none --set allocation=null and a rounding rule other than two_sided"
+    "--preset fast, or --set hessian.weights=none --set allocation=null and a rounding rule other "
+    "than two_sided"
 )
 LOGIT_BYTES = 1 << 28
 """Of the logits of a batch in float32, unless a single sequence has more. Their gradients and the
