@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vqllm.allocation import Item, allocate, gaussian_mse
-from vqllm.calibration.gradients import GradientPass, Visitor
+from vqllm.calibration.gradients import Findings, GradientPass, Visitor
 from vqllm.calibration.saliency import OutputHessians, TokenWeights
 from vqllm.calibration.sensitivity import Sensitivity
 from vqllm.checkpoint.run import CheckpointRun
@@ -25,6 +25,9 @@ from vqllm.recipe import Recipe
 from vqllm.types import Codec, OutputRounding
 
 logger = logging.getLogger(__name__)
+
+STATE = "gradients"
+"""How far the pass has come, and the gradient with which it goes on."""
 
 
 def needs_gradients(recipe: Recipe) -> bool:
@@ -56,26 +59,31 @@ class Foresight:
         self._run = run
         self._tokens = tokens
         self._progress = progress
-        self._found: dict[str, Tensor] = {}
         if needs_gradients(job.recipe):
             progress.phase("gradients of the predictions")
-            self._found = run.keep("gradients", self._gradients)
+            self._record = _Record(run)
+            self._gradients()
 
     def token_weights(self) -> dict[str, Tensor]:
         """What each calibration token weighs in the Hessians of each linear, float32 [S, L] by
         full name; empty if all weigh the same."""
-        return self._part("weights")
+        if self._job.recipe.hessian.weights != "output":
+            return {}
+        found = self._of_all_layers("weights")
+        partial = [name for name, weight_SL in found.items() if not weight_SL.numel()]
+        if partial:
+            logger.warning(
+                "%d linears see only some tokens (%s, ...): all weigh the same in their Hessians",
+                len(partial),
+                min(partial),
+            )
+        return {name: found[name] for name in sorted(found.keys() - partial)}
 
     def outputs(self, index: int) -> dict[str, Tensor]:
         """The packed Hessians of a layer's outputs; empty if the rounding rule asks for none."""
         if not isinstance(self._job.recipe.rounding, OutputRounding):
             return {}
-        outputs = self._run.kept(_outputs_file(index))
-        if outputs is None:  # the file is damaged
-            self._gradients()
-            outputs = self._run.kept(_outputs_file(index))
-            assert outputs is not None, "it was just written"
-        return outputs
+        return self._of_layer("outputs", index)
 
     def allocation(self, shapes: Mapping[str, Shape]) -> dict[str, "Allocated"]:
         """The codec of each linear, by full name; empty if all have the recipe's.
@@ -92,15 +100,22 @@ class Foresight:
             name: Allocated(codecs[int(number)], float(kl)) for name, (number, kl) in chosen.items()
         }
 
-    def _part(self, kind: str) -> dict[str, Tensor]:
-        prefix = f"{kind}/"
-        return {
-            key.removeprefix(prefix): tensor
-            for key, tensor in self._found.items()
-            if key.startswith(prefix)
-        }
+    def _of_all_layers(self, kind: str) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for index in range(self._record.num_layers):
+            found |= self._of_layer(kind, index)
+        return found
 
-    def _gradients(self) -> dict[str, Tensor]:
+    def _of_layer(self, kind: str, index: int) -> dict[str, Tensor]:
+        found = self._record.found(kind, index)
+        if found is None:  # the file is damaged
+            self._record = _Record(self._run, anew=True)
+            self._gradients()
+            found = self._record.found(kind, index)
+            assert found is not None, "it was just written"
+        return found
+
+    def _gradients(self) -> None:
         job, recipe = self._job, self._job.recipe
         scratch = self._run.scratch
         gradients = GradientPass(
@@ -110,25 +125,15 @@ class Foresight:
             job.activation_budget,
             scratch / "gradients",
         )
-        found: dict[str, TokenWeights | Sensitivity] = {}
+        visitors: dict[str, Visitor] = {}
         if recipe.hessian.weights == "output":
-            found["weights"] = TokenWeights(self._tokens, recipe.hessian.power)
+            visitors["weights"] = TokenWeights(self._tokens, recipe.hessian.power)
         if recipe.allocation is not None:
-            found["loss"] = self._sensitivity()
-        visitors: list[Visitor] = [*found.values()]
+            visitors["loss"] = self._sensitivity()
         if isinstance(recipe.rounding, OutputRounding):
-            visitors.append(
-                OutputHessians(
-                    lambda index, blocks: self._run.put(_outputs_file(index), blocks),
-                    recipe.hessian.power,
-                )
-            )
-        gradients.run(lambda linears: chosen(linears, recipe), visitors, self._progress.share)
-        return {
-            f"{kind}/{name}": tensor
-            for kind, visitor in found.items()
-            for name, tensor in visitor.result().items()
-        }
+            visitors["outputs"] = OutputHessians(recipe.hessian.power)
+        share = self._progress.share
+        gradients.run(lambda linears: chosen(linears, recipe), visitors, self._record, share)
 
     def _sensitivity(self) -> Sensitivity:
         recipe = self._job.recipe
@@ -144,7 +149,7 @@ class Foresight:
         divergence in nats a token that its errors cause."""
         allocation = self._job.recipe.allocation
         assert allocation is not None, "asked for"
-        losses = self._part("loss")
+        losses = self._of_all_layers("loss")
         num = len(allocation.codecs)
         items = [
             Item(option_costs(shape, self._job.recipe), tuple(losses[name].tolist() or [0.0] * num))
@@ -167,5 +172,30 @@ class Foresight:
         }
 
 
-def _outputs_file(index: int) -> str:
-    return f"outputs-{index}"
+class _Record:
+    """What a pass with gradients found, kept with the run layer by layer."""
+
+    def __init__(self, run: CheckpointRun, anew: bool = False) -> None:
+        self._run = run
+        state = None if anew else run.kept(STATE)
+        self._last: tuple[int, Tensor | None] | None = None
+        self.num_layers = 0
+        if state is not None:
+            index, self.num_layers = state["last"].tolist()
+            self._last = index, state.get("gradient")
+
+    def last(self) -> tuple[int, Tensor | None] | None:
+        """The layer that was finished last, and the gradient in its input."""
+        return self._last
+
+    def finish(self, index: int, found: Mapping[str, Findings], gradient: Tensor | None) -> None:
+        """Layer `index` is done: of a run that is stopped before the last line, not yet."""
+        self.num_layers = self.num_layers or index + 1
+        for kind, findings in found.items():
+            self._run.put(f"{kind}-{index}", findings)
+        state = {"last": torch.tensor([index, self.num_layers])}
+        self._run.put(STATE, state if gradient is None else {**state, "gradient": gradient})
+
+    def found(self, kind: str, index: int) -> Findings | None:
+        """What was found of a layer; None if it cannot be read."""
+        return self._run.kept(f"{kind}-{index}")

@@ -150,7 +150,7 @@ class KillAt:
         if self.left == 0:
             raise Killed
 
-    phase = layers = linear = layer = _event
+    phase = share = layers = linear = layer = _event
 
 
 # A member has 13 events: its name, the text, the layers, 7 linears, the layer, two last phases.

@@ -19,7 +19,7 @@ Kim et al., "GuidedQuant", arXiv 2505.07004.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,28 @@ FORWARD = 0.1
 Choice = Callable[[Mapping[str, nn.Linear]], Mapping[str, nn.Linear]]
 
 
+Findings = dict[str, Tensor]
+"""About the linears of a layer, by full name."""
+
+
+class Record(Protocol):
+    """Keeps what is found, and how far the pass has come."""
+
+    def last(self) -> tuple[int, Tensor | None] | None:
+        """The layer that was finished last, in an earlier run if there was one, and the gradient in
+        its input; None if none was."""
+        ...
+
+    def finish(self, index: int, found: Mapping[str, Findings], gradient: Tensor | None) -> None:
+        """Layer `index` is done.
+
+        Args:
+            found: what the visitors found, by their names.
+            gradient: in the input of that layer, [S, L, C]; None of the first, which ends the pass.
+        """
+        ...
+
+
 class Visitor:
     """Is shown what the pass comes by, layer by layer, the last layer first."""
 
@@ -60,8 +82,9 @@ class Visitor:
                 leading axes [S, L], they are those of the batch.
         """
 
-    def finish(self, index: int) -> None:
-        """All batches of layer `index` have been seen."""
+    def finish(self) -> Findings:
+        """All batches of the layer have been seen: what there is to keep of it."""
+        return {}
 
 
 class GradientPass:
@@ -89,12 +112,18 @@ class GradientPass:
         self._gradient: ActivationStore | None = None
 
     def run(
-        self, chosen: Choice, visitors: Sequence[Visitor], share: Callable[[float], None]
+        self,
+        chosen: Choice,
+        visitors: Mapping[str, Visitor],
+        record: Record,
+        share: Callable[[float], None],
     ) -> None:
-        """Show every call of every linear to the visitors, the last layer first.
+        """Show every call of every linear to the visitors, the last layer first. Layers that the
+        record has are passed over; on the way to the others they are not even read.
 
         Args:
             chosen: which of a layer's linears are wanted.
+            visitors: each with a name for what it finds.
             share: is told after every layer how much of the work is done, from 0 to 1.
 
         Raises:
@@ -102,18 +131,23 @@ class GradientPass:
             NumericalError: a gradient is not finite.
         """
         try:
-            stream = self._forward(share)
+            done, gradient = record.last() or (None, None)
+            if done == 0:
+                return
+            stream = self._forward(share, done)
             last = len(stream) - 1
-            for index in reversed(range(len(stream))):
+            if gradient is not None:
+                self._write_gradient(len(stream), slice(None), gradient)
+            for index in reversed(range(done or len(stream))):
                 with stream.layer(index) as layer:
                     name = stream.names[index]
                     linears = chosen(linears_of(layer, name, stream.shared))
-                    for visitor in visitors:
+                    for visitor in visitors.values():
                         visitor.begin(linears)
                     layer.to(stream.compute_dtype)
-                    self._backward(stream, index, linears, visitors, index == last)
-                for visitor in visitors:
-                    visitor.finish(index)
+                    self._backward(stream, index, linears, [*visitors.values()], index == last)
+                found = {name: visitor.finish() for name, visitor in visitors.items()}
+                record.finish(index, found, self._gradient_of_all() if index else None)
                 share(FORWARD + (1 - FORWARD) * (1 - index / len(stream)))
         finally:
             self.close()
@@ -125,10 +159,11 @@ class GradientPass:
                 store.close()
         self._inputs, self._gradient = [], None
 
-    def _forward(self, share: Callable[[float], None]) -> LayerStream:
-        """Store the input of every layer but the first; the stream for the way back."""
+    def _forward(self, share: Callable[[float], None], num_layers: int | None) -> LayerStream:
+        """Store the inputs of the first layers, or of all, but for those of the very first, which
+        are the embeddings; the stream for the way back."""
         stream = self._open_stream()
-        for index in range(len(stream) - 1):
+        for index in range((num_layers or len(stream)) - 1):
             with stream.layer(index) as layer:
                 layer.to(stream.compute_dtype)
                 for rows in batches(self._tokens, stream.device):
@@ -208,9 +243,16 @@ class GradientPass:
                 "Run with --compute-dtype float32, or without gradients: "
                 f"{WITHOUT}"
             )
+        self._write_gradient(len(stream), rows, gradient)
+
+    def _write_gradient(self, num_layers: int, rows: slice, gradient: Tensor) -> None:
         if self._gradient is None:
-            self._gradient = self._store(len(stream), gradient, "gradient")
+            self._gradient = self._store(num_layers, gradient, "gradient")
         self._gradient.write(rows, gradient)
+
+    def _gradient_of_all(self) -> Tensor:
+        assert self._gradient is not None, "a layer is done"
+        return self._gradient.read(slice(None), torch.device("cpu"))
 
     def _store(self, num_layers: int, states: Tensor, name: str) -> ActivationStore:
         num_sequences, length = self._tokens.shape

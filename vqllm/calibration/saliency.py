@@ -16,24 +16,24 @@ The squares have heavy tails (largest 100 to 1000 times the mean), so that few t
 either. A power below 1 of them lets more tokens count.
 """
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from vqllm import linalg
-from vqllm.calibration.gradients import WITHOUT, Visitor
+from vqllm.calibration.gradients import WITHOUT, Findings, Visitor
 from vqllm.errors import NumericalError
-
-logger = logging.getLogger(__name__)
 
 BLOCK = 4096
 
 
 class TokenWeights(Visitor):
     """Collects what each token of `tokens`, [S, L], weighs in the Hessian of each linear: its mean
-    square over the mean of all, to a power."""
+    square over the mean of all, to a power.
+
+    Found are float32 [S, L] with mean 1, and empty tensors for linears that see some tokens only.
+    """
 
     def __init__(self, tokens: Tensor, power: float) -> None:
         self._tokens = tokens
@@ -49,32 +49,25 @@ class TokenWeights(Visitor):
         total_SL = self._squares.setdefault(name, torch.zeros(self._tokens.shape))
         total_SL[rows] += g.float().square().mean(-1).cpu()
 
-    def result(self) -> dict[str, Tensor]:
-        """float32 [S, L] with mean 1 by full name, without linears that see some tokens only."""
-        if self._partial:
-            logger.warning(
-                "%d linears see only some tokens (%s, ...): all weigh the same in their Hessians",
-                len(self._partial),
-                min(self._partial),
-            )
-        weights = {}
-        for name in sorted(self._squares.keys() - self._partial):
+    def finish(self) -> Findings:
+        """The weights of the layer's linears."""
+        found = {name: torch.empty(0) for name in self._partial}
+        for name in self._squares.keys() - self._partial:
             mean = self._squares[name].mean()
             _check_mean(mean, name)
             powers_SL = (self._squares[name] / mean) ** self._power
-            weights[name] = powers_SL / powers_SL.mean()
-        return weights
+            found[name] = powers_SL / powers_SL.mean()
+        self._squares, self._partial = {}, set()
+        return found
 
 
 class OutputHessians(Visitor):
-    """Sums g gᵀ of the linears of a layer, and hands them on when the layer is done.
+    """Sums g gᵀ of the linears of a layer; found are packed blocks, for `unpack`.
 
-    `keep(index, blocks)` is called with the packed blocks, by the linears' full names. A token
-    weighs |g|^(2 power − 2): with power 1 this is the Fisher information.
+    A token weighs |g|^(2 power − 2): with power 1 this is the Fisher information.
     """
 
-    def __init__(self, keep: Callable[[int, dict[str, Tensor]], None], power: float) -> None:
-        self._keep = keep
+    def __init__(self, power: float) -> None:
         self._power = power
         self._sums: dict[str, Tensor] = {}
         self._num_rows: dict[str, int] = {}
@@ -92,22 +85,22 @@ class OutputHessians(Visitor):
         for H_BB, g_NB in zip(self._sums[name], g_NKB.unbind(1)):
             linalg.add_symmetric(H_BB, g_NB, g_NB)
 
-    def finish(self, index: int) -> None:
-        """All batches of layer `index` have been seen."""
+    def finish(self) -> Findings:
+        """The packed Hessians of the layer's linears."""
         packed = {}
         for name, H_KBB in self._sums.items():
             mean = torch.diagonal(H_KBB, dim1=1, dim2=2).sum() / self._num_rows[name]
             _check_mean(mean, name)
             packed[name] = _pack(H_KBB / mean)
-        self._keep(index, packed)
         self._sums = {}
+        return packed
 
 
 def unpack(packed: Mapping[str, Tensor], name: str, num_rows: int) -> Tensor | None:
     """H_O of a linear, float32 [R, R], its mean diagonal 1; None for one that was not seen.
 
     Args:
-        packed: what `keep` was called with for its layer.
+        packed: what `OutputHessians` found for its layer.
         num_rows: R.
     """
     if name not in packed:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vqllm import linalg
-from vqllm.calibration.gradients import Visitor
+from vqllm.calibration.gradients import Findings, Visitor
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,6 @@ class Sensitivity(Visitor):
         self._power = power
         self._weights: dict[str, Tensor] = {}
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
-        self._found: dict[str, list[float]] = {}
 
     def begin(self, linears: Mapping[str, nn.Linear]) -> None:
         """A layer comes next."""
@@ -77,19 +76,17 @@ class Sensitivity(Visitor):
         else:
             linalg.add_symmetric(H_CC, x_NC, x_NC)
 
-    def finish(self, index: int) -> None:
-        """All batches of layer `index` have been seen."""
+    def finish(self) -> Findings:
+        """What the judge says of the layer's linears, float64; empty where no token came."""
+        found = {}
         for name, W_RC in self._weights.items():
+            losses: list[float] = []
             if name in self._sums:
                 H_CC, H_F = self._sums.pop(name)
                 hessians = linalg.symmetric(H_CC), linalg.symmetric(H_F) / self._num_tokens
-                self._found[name] = self._judge(name, W_RC, hessians)
+                losses = self._judge(name, W_RC, hessians)
             else:
                 logger.warning("%s: no token reached it, so errors in it count nothing", name)
-                self._found[name] = []
+            found[name] = torch.tensor(losses, dtype=torch.float64)
         self._weights, self._sums = {}, {}
-
-    def result(self) -> dict[str, Tensor]:
-        """What the judge said, float64 by full name; empty for a linear that no token reached."""
-        found = sorted(self._found.items())
-        return {name: torch.tensor(losses, dtype=torch.float64) for name, losses in found}
+        return found
