@@ -112,18 +112,13 @@ def measure(model: str, recipe: str, data: Path, work: Path) -> JSON:
 
 
 def table(results: JSON) -> str:
-    """Markdown with some recipes: by rate to the nearest half bit, then to lower KL."""
+    """Markdown with some recipes, as `order` says."""
     lines = [
         "| recipe | bits per weight: codes / linears / file | file | perplexity | ratio | KL | "
         "top-1 | minutes of one core |",
         "|---|---|---|---|---|---|---|---|",
     ]
-
-    def order(name: str) -> tuple[float, float]:
-        return round(2 * bits(results[name])[1]), -results[name]["evaluation"]["kl"]
-
-    for name in sorted(results, key=order):
-        row = results[name]
+    for name, row in sorted(results.items(), key=order):
         measured = row["evaluation"]
         perplexity, base = measured["perplexity"], measured["baseline_perplexity"]
         lines.append(
@@ -133,6 +128,12 @@ def table(results: JSON) -> str:
             f"| {row['seconds']['quantization'] / 60:.0f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def order(named: tuple[str, JSON]) -> tuple[float, float]:
+    """By rate to the nearest half bit, then by KL."""
+    _, row = named
+    return round(2 * bits(row)[1]), row["evaluation"]["kl"]
 
 
 def bits(row: JSON) -> tuple[float, float, float]:
@@ -152,19 +153,13 @@ def entropy(records: list[JSON]) -> float:
 
 
 def long_table(results: JSON) -> str:
-    """Markdown with a row for every recipe: by rate to the nearest half bit, then by KL."""
+    """Markdown with a row for every recipe, as `order` says."""
     lines = [
         "| recipe | codes | linears | entropy of codes | ratio | KL | top-1 | s per 10⁶ weights | "
         "published |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-
-    def order(name: str) -> tuple[float, float]:
-        row = results[name]
-        return round(2 * bits(row)[1]), row["evaluation"]["kl"]
-
-    for name in sorted(results, key=order):
-        row = results[name]
+    for name, row in sorted(results.items(), key=order):
         measured, (codes, linears, _) = row["evaluation"], bits(row)
         ratio = measured["perplexity"] / measured["baseline_perplexity"]
         seconds = row["seconds"]["quantization"] / row["mweights"]

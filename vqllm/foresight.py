@@ -62,7 +62,8 @@ class Foresight:
         if needs_gradients(job.recipe):
             progress.phase("gradients of the predictions")
             self._record = _Record(run)
-            self._gradients()
+            if not self._record.is_complete:
+                self._gradients()
 
     def token_weights(self) -> dict[str, Tensor]:
         """What each calibration token weighs in the Hessians of each linear, float32 [S, L] by
@@ -177,24 +178,25 @@ class _Record:
 
     def __init__(self, run: CheckpointRun, anew: bool = False) -> None:
         self._run = run
-        state = None if anew else run.kept(STATE)
-        self._last: tuple[int, Tensor | None] | None = None
-        self.num_layers = 0
-        if state is not None:
-            index, self.num_layers = state["last"].tolist()
-            self._last = index, state.get("gradient")
+        if anew:
+            run.put(STATE, {})
+        state = run.kept(STATE) or {"last": torch.tensor([-1, 0])}
+        index, self.num_layers = state["last"].tolist()
+        self.is_complete = index == 0
 
     def last(self) -> tuple[int, Tensor | None] | None:
         """The layer that was finished last, and the gradient in its input."""
-        return self._last
+        state = self._run.kept(STATE)
+        return (int(state["last"][0]), state.get("gradient")) if state else None
 
     def finish(self, index: int, found: Mapping[str, Findings], gradient: Tensor | None) -> None:
-        """Layer `index` is done: of a run that is stopped before the last line, not yet."""
+        """Layer `index` is done: of a run that is stopped before `STATE` is written, not yet."""
         self.num_layers = self.num_layers or index + 1
         for kind, findings in found.items():
             self._run.put(f"{kind}-{index}", findings)
         state = {"last": torch.tensor([index, self.num_layers])}
         self._run.put(STATE, state if gradient is None else {**state, "gradient": gradient})
+        self.is_complete = index == 0
 
     def found(self, kind: str, index: int) -> Findings | None:
         """What was found of a layer; None if it cannot be read."""

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import vqllm
 from tests.tiny import ARCHITECTURES, TEXT, save_tiny
-from vqllm import api, metrics
+from vqllm import api, foresight, metrics
+from vqllm.calibration.saliency import TokenWeights
 from vqllm.checkpoint import atomic
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.errors import (
@@ -271,6 +273,33 @@ def test_spread_bits_keep_to_the_budget_and_lose_less(tmp_path: Path) -> None:
     assert "## Bits" in (tmp_path / "spread" / "report.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "spread")
     assert torch.isfinite(model(torch.arange(3, 30)[None]).logits).all()
+
+
+def test_linears_that_see_some_tokens_only_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visit = TokenWeights.visit
+
+    def routed(self: TokenWeights, name: str, rows: slice, x: Tensor, g: Tensor) -> None:
+        visit(self, name, rows, x, g.flatten(0, 1)[:7] if "up_proj" in name else g)
+
+    monkeypatch.setattr(TokenWeights, "visit", routed)
+    source = save_tiny(tmp_path / "source")
+    run(source, tmp_path / "out", recipe=recipe(hessian={"weights": "output"}))
+    assert "2 linears see only some tokens (model.layers.0.mlp.up_proj, ...)" in caplog.text
+
+
+@pytest.mark.parametrize("changes", [SPREAD, {"hessian": {"weights": "output"}}])
+def test_a_finished_pass_with_gradients_is_not_begun_again(
+    changes: dict[str, JSON], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_tiny(tmp_path / "source")
+    changed = recipe(**changes)
+    with pytest.raises(Killed):
+        run(source, tmp_path / "out", recipe=changed, progress=KillAt(12))
+    monkeypatch.setattr(foresight, "GradientPass", None)
+    monkeypatch.setattr(foresight, "gaussian_mse", None)
+    run(source, tmp_path / "out", recipe=changed)
 
 
 def test_a_budget_that_scales_alone_exceed_gives_every_linear_the_cheapest(

@@ -43,7 +43,6 @@ FORWARD = 0.1
 
 Choice = Callable[[Mapping[str, nn.Linear]], Mapping[str, nn.Linear]]
 
-
 Findings = dict[str, Tensor]
 """About the linears of a layer, by full name."""
 
@@ -138,6 +137,7 @@ class GradientPass:
             last = len(stream) - 1
             if gradient is not None:
                 self._write_gradient(len(stream), slice(None), gradient)
+                del gradient  # it is in the store
             for index in reversed(range(done or len(stream))):
                 with stream.layer(index) as layer:
                     name = stream.names[index]
