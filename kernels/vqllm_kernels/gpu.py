@@ -18,6 +18,7 @@ _MODULES = {
     "e81b-v1": "vqllm_kernels.e8p.triton",
     "lut-v1": "vqllm_kernels.lut.triton",
     "residual-v1": "vqllm_kernels.residual.triton",
+    "trellis-v1": "vqllm_kernels.trellis.triton",
     "hadamard": "vqllm_kernels.hadamard.triton",
 }
 

@@ -1,6 +1,6 @@
 """Compile the Triton kernels for NVIDIA targets without a GPU and print what came out, as JSON.
 
-    python aot.py 80 90
+    python aot.py 80,90 [part of a name]
 
 Run as a program of its own, without TRITON_INTERPRET: in a process with the interpreter there are
 no compilable kernels. The host functions run on the CPU with kernels replaced by recorders, so what
@@ -23,10 +23,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vqllm_kernels import formats, gpu, transforms
+from vqllm_kernels import activations, formats, gpu, transforms
 from vqllm_kernels.e8p import triton as e8p
 from vqllm_kernels.hadamard import triton as hadamard
 from vqllm_kernels.lut import triton as lut
+from vqllm_kernels.trellis import triton as trellis
 from vqllm_kernels.trellis import viterbi
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -194,7 +195,59 @@ def search_case(state_bits: int, shifts: list[int], num_weights: int = 1) -> Cas
     return launch, "search_kernel", states
 
 
+def trellis_values(code: str, rate: float, state_bits: int, tile_rows: int = 64) -> dict:
+    return {
+        "format": "trellis-v1",
+        "tile_rows": tile_rows,
+        "code": code,
+        "tile_bits": round(256 * rate),
+        "state_bits": state_bits,
+        "step_weights": 2 if code in ("mul2", "bytes2", "hybrid") else 1,
+        "table_bits": 9 if code == "hybrid" else 0,
+    }
+
+
+def trellis_case(values: dict, tokens: int, dtype: str, cols: int = 16384) -> Case:
+    """A step of a lane is a tile, or one part of its rows."""
+    spec = formats.from_dict(values)
+    x = torch.zeros(tokens, cols, dtype=DTYPES[dtype])
+    tensors = packed(spec, 4096, cols)
+
+    def launch() -> None:
+        trellis.matmul(x, tensors, spec, 4096, cols, x.dtype)
+
+    return launch, "matmul_kernel", 256 * min(32, values["tile_rows"]) // values["tile_rows"]
+
+
+def trellis_decode_case(values: dict, dtype: str) -> Case:
+    spec = formats.from_dict(values)
+    tensors = packed(spec, 4096, 4096)
+
+    def launch() -> None:
+        trellis.decode(tensors, spec, 4096, 4096, DTYPES[dtype])
+
+    return launch, "decode_kernel", 256 * min(32, values["tile_rows"]) // values["tile_rows"]
+
+
+BYTES2, BYTES4 = trellis_values("bytes2", 2, 14), trellis_values("bytes4", 3, 12)
 CASES: dict[str, tuple[ModuleType, Case]] = {
+    "bytes2, 2 bits": (trellis, trellis_case(BYTES2, 1, "bf16")),
+    "bytes2, 1.75 bits": (trellis, trellis_case(trellis_values("bytes2", 1.75, 14), 1, "bf16")),
+    "bytes2, 2 bits, 16 tokens": (trellis, trellis_case(BYTES2, 16, "bf16")),
+    "bytes2, 2 bits, 16 rows": (
+        trellis,
+        trellis_case(trellis_values("bytes2", 2, 14, 16), 1, "bf16"),
+    ),
+    "bytes4, 3 bits": (trellis, trellis_case(BYTES4, 1, "fp16")),
+    "bytes4, 4 bits": (trellis, trellis_case(trellis_values("bytes4", 4, 12), 1, "fp16")),
+    "bytes4, 2 bits, 2^16": (trellis, trellis_case(trellis_values("bytes4", 2, 16), 1, "fp16")),
+    "mul1, 2 bits": (trellis, trellis_case(trellis_values("mul1", 2, 12), 1, "bf16")),
+    "mul1, 4 bits, 16 tokens": (trellis, trellis_case(trellis_values("mul1", 4, 12), 16, "bf16")),
+    "3inst, 2 bits": (trellis, trellis_case(trellis_values("3inst", 2, 16), 1, "fp16")),
+    "hybrid, 2 bits": (trellis, trellis_case(trellis_values("hybrid", 2, 16), 1, "fp16")),
+    "bytes2 decode": (trellis, trellis_decode_case(BYTES2, "bf16")),
+    "bytes4 decode": (trellis, trellis_decode_case(BYTES4, "bf16")),
+    "3inst decode": (trellis, trellis_decode_case(trellis_values("3inst", 2, 16), "fp16")),
     "e8p fp16": (e8p, matmul_case(e8p, E8P, 1, "fp16")),
     "e8p bf16, 16 tokens": (e8p, matmul_case(e8p, E8P, 16, "bf16")),
     "e8p fp16, 64 tokens": (e8p, matmul_case(e8p, E8P, 64, "fp16", rows=28672)),
@@ -218,6 +271,23 @@ CASES: dict[str, tuple[ModuleType, Case]] = {
 }
 
 
+def record(launch: Callable[[], None], modules: tuple[ModuleType, ...]) -> dict[str, Recorder]:
+    """Call `launch` with every kernel of the modules replaced by a recorder; these by name."""
+    found = {}
+    for module in modules:
+        for name, value in vars(module).items():
+            if name.endswith("_kernel") and isinstance(value, triton.JITFunction):
+                found[name] = (module, Recorder(value))
+    for name, (module, recorder) in found.items():
+        setattr(module, name, recorder)
+    try:
+        launch()
+    finally:
+        for name, (module, recorder) in found.items():
+            setattr(module, name, recorder.kernel)
+    return {name: recorder for name, (_, recorder) in found.items()}
+
+
 def main(targets: list[int], only: str = "") -> None:
     """Print one JSON object: "kernel, sm" -> figures."""
     assert os.environ.get("TRITON_INTERPRET", "0") in ("", "0"), "the interpreter compiles nothing"
@@ -225,10 +295,8 @@ def main(targets: list[int], only: str = "") -> None:
     for name, (module, (launch, kernel, weights)) in CASES.items():
         if only not in name:
             continue
-        recorder = Recorder(getattr(module, kernel))
-        setattr(module, kernel, recorder)
-        launch()
-        setattr(module, kernel, recorder.kernel)
+        recorders = record(launch, (module, activations))
+        recorder = recorders[kernel]
         for sm in targets:
             compiled = compile_recorded(recorder, sm)
             results[f"{name}, sm_{sm}"] = measure(compiled, weights)

@@ -31,7 +31,7 @@ def test_best_recipes_are_shipped() -> None:
         assert recipes.best(bits) == names[1]
         assert [recipe.codec.bits(256, 256).codes for recipe in found] == [bits * 256 * 256] * 3
         states = [recipe.to_dict()["codec"]["state_bits"] for recipe in found]
-        assert states == [8, 12, 16]
+        assert states == [12, 12, 16]
         assert [needs_gradients(recipe) for recipe in found] == [False, True, True]
         assert found[0].allocation is None
         for spread in found[1:]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vqllm.runtime.cache import weight_cache
 from vqllm.runtime.packed import PackedModule, frozen
 from vqllm_kernels import dispatch
 from vqllm_kernels.linear import LinearSpec
@@ -63,11 +64,18 @@ class VQLinear(PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] of x [..., in_features], in the dtype of x."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        W_RC = self._kept_weights(x.dtype)
-        if W_RC is not None:
-            return F.linear(x, W_RC, bias)
+        if not self.is_faster_packed(x.device, x.numel() // self.in_features):
+            W_RC = self._kept_weights(x.dtype)
+            if W_RC is not None:
+                return F.linear(x, W_RC, bias)
         y = self.packed_product(x)
         return y if bias is None else y + bias
+
+    def is_faster_packed(self, device: torch.device, num_rows: int) -> bool:
+        """Whether so many rows of x are multiplied from the packed tensors, kept weights or not."""
+        return weight_cache() != "on" and dispatch.beats_kept_weights(
+            self.spec.format, device, num_rows
+        )
 
     def packed_product(self, x: Tensor) -> Tensor:
         """x Wᵀ from the packed tensors, whatever the weight cache is set to; no bias."""

@@ -132,7 +132,8 @@ def describe(model: nn.Module, num_rows: tuple[int, ...] = (1, 2048)) -> list[Ru
 
 def _describe(name: str, module: PackedModule, num_rows: int) -> Run:
     device = module.device
-    if module.keeps_weights():
+    faster_packed = isinstance(module, VQLinear) and module.is_faster_packed(device, num_rows)
+    if module.keeps_weights() and not faster_packed:
         implementation = "dense weights, kept"
         reason = f"weight cache {cache.weight_cache()!r} on {device.type}"
     elif isinstance(module, VQEmbedding):

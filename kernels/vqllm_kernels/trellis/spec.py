@@ -46,7 +46,8 @@ class TrellisSpec(FormatSpec):
                 f"a state of {self.state_bits} bits; allowed are {MIN_STATE_BITS} to "
                 f"{MAX_STATE_BITS}"
             )
-        allowed = {"mul2": (2,), "hybrid": (2,), "table": (1, 2)}.get(self.code, (1,))
+        own = (reference.WEIGHTS_OF_STEP.get(self.code, 1),)
+        allowed = (1, 2) if self.code == "table" else own
         if self.step_weights not in allowed:
             return f"code {self.code} with {self.step_weights} weights a step; allowed: {allowed}"
         num_steps = reference.WEIGHTS // self.step_weights

@@ -1,0 +1,566 @@
+"""Kernels of trellis-v1: decode, and a decode-matmul for up to 64 tokens.
+
+A lane decodes a tile, or a part of its rows (see `tiles`), from packed codes as they are stored: 16
+bytes a load where the rate is a multiple of half a bit (of a bit, with tiles of 64 rows), no
+shuffles, no shared memory. There are two ways to multiply.
+
+Codes whose values are sums of bytes (1mad, mul1, mul2, bytes4, bytes2) go to int8 tensor cores: the
+product of a state and the multiplier is, as it stands in its register, four (V = 1) or two times
+two (V = 2) int8 operands, and the activations, in two bytes of 8 bits each (`activations`), are
+repeated along k. A state costs a shift, a mask and a multiplication; bytes read as unsigned one
+more operation. Sums are exact integers.
+
+All other codes are looked up as float16 in the table of values of their states, or computed
+(3inst), and go to float16 or bfloat16 tensor cores.
+
+Warps, and programs, split the columns of W. Each program writes its sums, and a second kernel adds
+them up, always in the same order: results are deterministic.
+
+Static figures for sm_90 at up to 4 tokens, tiles of 64 rows (tests/parity/budgets.json): 2.05
+instructions a weight for bytes2 at 2 bits, 3.6 for bytes4 at 3 and 4 bits, 4.6 for mul1, 7.1 for
+3inst, 4.2 for a hybrid, whose bound is its look-ups. Of the 2.05, shifts and masks are 1.1, on half
+as many units: 14·10^12 weights a second on an H100, where 2-bit codes arrive at 12·10^12.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import cast
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vqllm_kernels import activations, fragments, gpu
+from vqllm_kernels.choice import Call
+from vqllm_kernels.formats import FormatSpec
+from vqllm_kernels.trellis import reference, tiles
+from vqllm_kernels.trellis.spec import TrellisSpec
+
+MIN_TILE_ROWS, MAX_TILE_ROWS = 8, 64
+PART_ROWS = 32
+"""Rows of a tile that a lane holds sums for: 2 registers each for 8 columns of the product."""
+WARPS = 8
+MAX_SPLIT_COLS = 32768
+"""Columns that a sum of int32 is safe for: 4 · 128 · 128 · 32768 = 2^31."""
+
+_chunks = tiles.load_chunks
+_words = tiles.words_of
+_in_order = tiles.in_order
+_pair_states = tiles.pair_states
+_pair_values = tiles.pair_values
+_bytes = tiles.bytes_of
+_stack = tiles.stack
+_columns = tiles.columns
+
+
+@triton.jit
+def _first_word(part, tile_row, tile_col, tiles_c, NUM_WORDS: tl.constexpr, PARTS: tl.constexpr):
+    """Offset in the codes of a lane's first word."""
+    tile = (tile_row.to(tl.int64) * tiles_c + tile_col) * NUM_WORDS
+    return tile + part * (NUM_WORDS // PARTS)
+
+
+@triton.jit
+def _word_before(part, tile_row, tile_col, tiles_c, NUM_WORDS: tl.constexpr, PARTS: tl.constexpr):
+    """Offset of the word before that, around the ring."""
+    tile = (tile_row.to(tl.int64) * tiles_c + tile_col) * NUM_WORDS
+    return tile + tl.where(part == 0, NUM_WORDS, part * (NUM_WORDS // PARTS)) - 1
+
+
+@triton.jit
+def matmul_kernel(
+    x_ptr,  # int32 [2 · num_tokens, x_words] of 4 int8, or DTYPE [num_tokens, cols]
+    codes_ptr,  # int32 [tiles_r, tiles_c, NUM_WORDS]
+    table_ptr,  # float16 [2^L, V], or unused
+    partial_ptr,  # float32 [splits, num_tokens, rows]
+    num_tokens,
+    rows,
+    cols,
+    tiles_r,
+    tiles_c,
+    split_steps,
+    NUM_WORDS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    L: tl.constexpr,
+    V: tl.constexpr,
+    MODE: tl.constexpr,  # "bytes", "3inst" or "table"
+    MULTIPLIER: tl.constexpr,
+    ADDEND: tl.constexpr,
+    FLIP: tl.constexpr,
+    MEAN: tl.constexpr,
+    PARTS: tl.constexpr,
+    WARPS: tl.constexpr,
+    TOKEN_GROUPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+):
+    LANES: tl.constexpr = WARPS * 32
+    K_WARPS: tl.constexpr = WARPS // PARTS
+    TILE_COLS: tl.constexpr = 256 // TILE_ROWS
+    OWN: tl.constexpr = NUM_WORDS // PARTS
+    PART_ROWS: tl.constexpr = TILE_ROWS // PARTS
+    HALF: tl.constexpr = PART_ROWS // 2
+    STEPS: tl.constexpr = TILE_COLS // V
+    TOKENS: tl.constexpr = 8 * TOKEN_GROUPS
+    BYTES: tl.constexpr = MODE == "bytes"
+    ACC: tl.constexpr = tl.int32 if BYTES else tl.float32
+    TILE_BITS: tl.constexpr = NUM_WORDS * 32
+    TILE_STEPS: tl.constexpr = 256 // V
+
+    lane = tl.arange(0, LANES)
+    part = lane // (K_WARPS * 32)
+    tile_row = tl.program_id(0) * 8 + lane // 4 % 8
+    place = lane // 32 % K_WARPS * 4 + lane % 4
+    lane_x = tl.arange(0, TOKEN_GROUPS * LANES)
+    token = tl.program_id(2) * TOKENS + lane_x // LANES * 8 + lane_x // 4 % 8
+    place_x = lane_x // 32 % K_WARPS * 4 + lane_x % 4
+
+    first = tl.program_id(1) * split_steps * (K_WARPS * 4)
+    last = tl.minimum(first + split_steps * (K_WARPS * 4), tiles_c)
+    acc = ()
+    for _ in tl.static_range(HALF):
+        acc = acc + (tl.zeros((WARPS, 16, TOKENS), ACC),)
+
+    valid = (tile_row < tiles_r) & (first + place < last)
+    own = _first_word(part, tile_row, first + place, tiles_c, NUM_WORDS, PARTS)
+    chunks = _chunks(codes_ptr + own, valid, OWN, CHUNK)
+    for start in tl.range(first, last, K_WARPS * 4, num_stages=1):
+        words = _words(chunks, OWN, CHUNK)
+        if PARTS == 1:
+            before = words[OWN - 1]
+        else:
+            inside = (tile_row < tiles_r) & (start + place < last)
+            at = _word_before(part, tile_row, start + place, tiles_c, NUM_WORDS, PARTS)
+            before = _in_order(tl.load(codes_ptr + at, mask=inside, other=0))
+        # The next step's codes are on their way while these are decoded.
+        ahead = start + K_WARPS * 4 + place
+        own = _first_word(part, tile_row, ahead, tiles_c, NUM_WORDS, PARTS)
+        chunks = _chunks(codes_ptr + own, (tile_row < tiles_r) & (ahead < last), OWN, CHUNK)
+        col = (start + place_x) * TILE_COLS
+        inside_x = (start + place_x < last)[:, None]
+        if BYTES:
+            x_words = tiles_c * (TILE_COLS // 4)
+            j = tl.arange(0, TILE_COLS // 4)[None, :]
+            x_at = token[:, None].to(tl.int64) * x_words + (col // 4)[:, None] + j
+            mask = inside_x & (token < 2 * num_tokens)[:, None]
+            x4 = tl.load(x_ptr + x_at, mask=mask, other=0).to(tl.uint32, bitcast=True)
+            x4 = _columns(x4, TILE_COLS // 4)
+            pieces = ()
+            for c in tl.static_range(STEPS):
+                if V == 1:
+                    pieces = pieces + (((x4[c // 4] >> (c % 4 * 8)) & 0xFF) * 0x01010101,)
+                else:
+                    pieces = pieces + (((x4[c // 2] >> (c % 2 * 16)) & 0xFFFF) * 0x00010001,)
+            x = _bytes(_stack(pieces, STEPS).reshape(TOKEN_GROUPS * LANES, STEPS))
+            RUN: tl.constexpr = 4 * STEPS
+        else:
+            j = tl.arange(0, TILE_COLS)[None, :]
+            x_at = token[:, None].to(tl.int64) * cols + col[:, None] + j
+            mask = inside_x & (token < num_tokens)[:, None] & (col[:, None] + j < cols)
+            x = tl.load(x_ptr + x_at, mask=mask, other=0.0)
+            RUN: tl.constexpr = TILE_COLS
+        # k is (which register of the lane, lane t, what a register or two of them hold)
+        x = x.reshape(TOKEN_GROUPS, WARPS, 8, 4, RUN // K_WIDTH, K_WIDTH)
+        x = x.permute(1, 4, 3, 5, 0, 2).reshape(WARPS, 4 * RUN, TOKENS)
+
+        sums = ()
+        for i in tl.static_range(HALF):
+            if MODE == "table":
+                w = _pair_values(
+                    words, before, table_ptr, i, HALF, STEPS, TILE_BITS, TILE_STEPS, L, V,
+                    False, 0, 0, False,
+                )  # fmt: skip
+                w = w.to(x_ptr.dtype.element_ty)
+            else:
+                state = _pair_states(words, before, i, HALF, STEPS, TILE_BITS, TILE_STEPS, L)
+                if BYTES:
+                    product = state * MULTIPLIER
+                    if ADDEND != 0:
+                        product = product + ADDEND
+                    if FLIP:
+                        product = product ^ 0x80808080
+                    w = _bytes(product)
+                else:
+                    y = state * 89226354 + 64248484
+                    y = (y & 0x8FFF8FFF) ^ 0x3B603B60
+                    low = (y & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+                    high = (y >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+                    w = (low + high - MEAN).to(x_ptr.dtype.element_ty)
+            w = w.reshape(WARPS, 8, 4, 2, RUN // K_WIDTH, K_WIDTH)
+            w = w.permute(0, 3, 1, 4, 2, 5).reshape(WARPS, 16, 4 * RUN)
+            sums = sums + (tl.dot(w, x, acc[i], out_dtype=ACC),)
+        acc = sums
+
+    m = tl.arange(0, PARTS * 16)
+    row = (tl.program_id(0) * 8 + m % 8) * TILE_ROWS + m // 16 * PART_ROWS + m // 8 % 2 * HALF
+    row = row[:, None]
+    for i in tl.static_range(HALF):
+        y = tl.sum(acc[i].reshape(PARTS, K_WARPS, 16, TOKENS), axis=1).reshape(PARTS * 16, TOKENS)
+        if BYTES:
+            hi, lo = tl.split(y.reshape(PARTS * 16, TOKENS // 2, 2))
+            y = hi.to(tl.float32) * 256.0 + lo.to(tl.float32)
+            n = tl.program_id(2) * (TOKENS // 2) + tl.arange(0, TOKENS // 2)[None, :]
+        else:
+            n = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)[None, :]
+        at = (tl.program_id(1).to(tl.int64) * num_tokens + n) * rows + row + i
+        tl.store(partial_ptr + at, y, mask=(row + i < rows) & (n < num_tokens))
+
+
+@triton.jit
+def finish_kernel(
+    partial_ptr,  # float32 [splits, num_tokens, rows]
+    scale_ptr,  # float32 [1]
+    step_ptr,  # float32 [num_tokens, 2] of `activations`, or unused
+    add_ptr,  # float32 [num_tokens, rows], or unused
+    y_ptr,  # [num_tokens, rows]
+    num_tokens,
+    rows,
+    splits,
+    factor,
+    BYTES: tl.constexpr,
+    HAS_ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = row < rows
+    at = token.to(tl.int64) * rows + row
+    size = num_tokens.to(tl.int64) * rows
+    y = tl.zeros((BLOCK,), tl.float32)
+    for s in range(0, splits):
+        y += tl.load(partial_ptr + s * size + at, mask=mask, other=0.0)
+    if BYTES:
+        y = y * tl.load(step_ptr + token * 2) + tl.load(step_ptr + token * 2 + 1)
+    y = y * (tl.load(scale_ptr) * factor)
+    if HAS_ADD:
+        y += tl.load(add_ptr + at, mask=mask, other=0.0)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def decode_kernel(
+    codes_ptr,  # int32 [tiles_r, tiles_c, NUM_WORDS]
+    table_ptr,  # float32: values by sum of bytes [V, entries] or by state [2^L, V]
+    scale_ptr,  # float32 [1]
+    add_ptr,  # float32 [rows, cols], or unused
+    W_ptr,  # [rows, cols]
+    rows,
+    cols,
+    tiles_r,
+    tiles_c,
+    NUM_WORDS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    L: tl.constexpr,
+    V: tl.constexpr,
+    BY_SUM: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
+    ADDEND: tl.constexpr,
+    FLIP: tl.constexpr,
+    PARTS: tl.constexpr,
+    WARPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_ADD: tl.constexpr,
+):
+    LANES: tl.constexpr = WARPS * 32
+    K_WARPS: tl.constexpr = WARPS // PARTS
+    TILE_COLS: tl.constexpr = 256 // TILE_ROWS
+    OWN: tl.constexpr = NUM_WORDS // PARTS
+    PART_ROWS: tl.constexpr = TILE_ROWS // PARTS
+    HALF: tl.constexpr = PART_ROWS // 2
+    STEPS: tl.constexpr = TILE_COLS // V
+    TILE_BITS: tl.constexpr = NUM_WORDS * 32
+    TILE_STEPS: tl.constexpr = 256 // V
+
+    lane = tl.arange(0, LANES)
+    part = lane // (K_WARPS * 32)
+    tile_row = tl.program_id(1) * 8 + lane // 4 % 8
+    tile_col = tl.program_id(0) * (K_WARPS * 4) + lane // 32 % K_WARPS * 4 + lane % 4
+    valid = (tile_row < tiles_r) & (tile_col < tiles_c)
+    own = _first_word(part, tile_row, tile_col, tiles_c, NUM_WORDS, PARTS)
+    words = _words(_chunks(codes_ptr + own, valid, OWN, CHUNK), OWN, CHUNK)
+    at = _word_before(part, tile_row, tile_col, tiles_c, NUM_WORDS, PARTS)
+    before = _in_order(tl.load(codes_ptr + at, mask=valid, other=0))
+    scale = tl.load(scale_ptr)
+    half = tl.arange(0, 2)[None, :, None]
+    col = (tile_col * TILE_COLS)[:, None, None] + tl.arange(0, TILE_COLS)[None, None, :]
+    for i in tl.static_range(HALF):
+        W = _pair_values(
+            words, before, table_ptr, i, HALF, STEPS, TILE_BITS, TILE_STEPS, L, V,
+            BY_SUM, MULTIPLIER, ADDEND, FLIP,
+        )  # fmt: skip
+        W = W * scale
+        row = (tile_row * TILE_ROWS + part * PART_ROWS + i)[:, None, None] + half * HALF
+        at = row.to(tl.int64) * cols + col
+        mask = (row < rows) & (col < cols)
+        if HAS_ADD:
+            W += tl.load(add_ptr + at, mask=mask, other=0.0)
+        tl.store(W_ptr + at, W.to(W_ptr.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """What turns sums of bytes into values: (sum − mean) / deviation, for each of the V."""
+
+    means: tuple[float, ...]
+    deviations: tuple[float, ...]
+
+
+@cache
+def _moments(code: str, state_bits: int) -> _Moments:
+    states = torch.arange(1 << state_bits, dtype=torch.int64)
+    if code in reference.MULTIPLIERS:
+        sums = reference.byte_sums(code, states).double()
+    else:
+        sums = reference.raw_values(code, states)
+    means = sums.mean(0)
+    deviations = (sums - means).square().mean(0).sqrt()
+    return _Moments(tuple(means.tolist()), tuple(deviations.tolist()))
+
+
+@cache
+def _table_by_sum(code: str, state_bits: int, device: torch.device) -> Tensor:
+    """The value of every sum of bytes that are read as unsigned: float32 [1021] or [2 · 511]."""
+    moments = _moments(code, state_bits)
+    num = 4 // len(moments.means)
+    sums = torch.arange(num * 255 + 1, dtype=torch.float64) - num * 128
+    values = [(sums - m) / d for m, d in zip(moments.means, moments.deviations)]
+    with torch.inference_mode(False):
+        return torch.cat(values).float().to(device)
+
+
+def _mode(spec: TrellisSpec) -> str:
+    if spec.code in reference.MULTIPLIERS:
+        return "bytes"
+    return "3inst" if spec.code == "3inst" else "table"
+
+
+def _parts(spec: TrellisSpec) -> int:
+    return max(1, spec.tile_rows // PART_ROWS)
+
+
+def declines(call: Call) -> str | None:
+    """Why these kernels cannot serve a call, or None."""
+    spec = cast(TrellisSpec, call.spec)
+    if not MIN_TILE_ROWS <= spec.tile_rows <= MAX_TILE_ROWS:
+        return (
+            f"tiles of {spec.tile_rows} rows; the kernel takes {MIN_TILE_ROWS} to {MAX_TILE_ROWS}"
+        )
+    if spec.tile_bits % (32 * _parts(spec)):
+        rate = spec.tile_bits / reference.WEIGHTS
+        return f"{rate:g} bits: not whole words of 32 bits for {PART_ROWS} rows of a tile"
+    if call.operation == "matmul" and call.dtype == torch.float32:
+        return "float32 activations: the kernel's products have 16 bits"
+    return None
+
+
+def _constants(spec: TrellisSpec) -> dict[str, object]:
+    """What the kernels are compiled for."""
+    num_words = spec.tile_bits // 32
+    own = num_words // _parts(spec)
+    return {
+        "NUM_WORDS": num_words,
+        "TILE_ROWS": spec.tile_rows,
+        "L": spec.state_bits,
+        "V": spec.step_weights,
+        "MULTIPLIER": reference.MULTIPLIERS.get(spec.code, 0),
+        "ADDEND": reference.ADDENDS.get(spec.code, 0),
+        "FLIP": spec.code in reference.UNSIGNED,
+        "PARTS": _parts(spec),
+        "CHUNK": next(size for size in (4, 2, 1) if own % size == 0),
+    }
+
+
+def token_groups(num_tokens: int, mode: str) -> int:
+    """Groups of 8 columns of the product of a program; bytes take two columns a token.
+
+    Each group takes 64 registers for its sums. More tokens are dealt out to programs that decode
+    the same weights again.
+    """
+    columns = 2 * num_tokens if mode == "bytes" else num_tokens
+    return 1 if columns <= 8 else 2
+
+
+def splits(steps: int, programs: int, device: torch.device) -> int:
+    """Into how many pieces of the columns, `steps` long in all, the work of `programs` is cut: two
+    programs of 8 warps a multiprocessor."""
+    wanted = 2 * gpu.num_multiprocessors(device) // programs
+    return min(steps, max(1, wanted))
+
+
+def matmul(
+    x_NC: Tensor,
+    tensors: dict[str, Tensor],
+    spec: FormatSpec,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    add_NR: Tensor | None = None,
+) -> Tensor:
+    """x Wᵀ (+ add), `dtype` [N, rows], for up to 64 tokens.
+
+    Args:
+        x_NC: float16 or bfloat16 [N, cols].
+        tensors: as in `spec.layout(rows, cols)`.
+        add_NR: float32 [N, rows].
+    """
+    assert isinstance(spec, TrellisSpec)
+    x_NC = x_NC.contiguous()
+    num_tokens, device = len(x_NC), x_NC.device
+    y_NR = torch.empty(num_tokens, rows, dtype=dtype, device=device)
+    if y_NR.numel() == 0:
+        return y_NR
+    mode = _mode(spec)
+    tiles_r, tiles_c = spec.grid(rows, cols)
+    factor, mean = 1.0, 0.0
+    step = values = x_NC
+    if mode == "bytes":
+        values, step = quantized(x_NC, spec, tiles_c * spec.tile[1])
+    elif mode == "3inst":
+        moments = _moments(spec.code, spec.state_bits)
+        factor, mean = 1 / moments.deviations[0], moments.means[0]
+    groups = token_groups(num_tokens, mode)
+    row_programs = triton.cdiv(tiles_r, 8)
+    token_programs = triton.cdiv(num_tokens * (2 if mode == "bytes" else 1), 8 * groups)
+    step_tiles = WARPS // _parts(spec) * 4
+    steps = triton.cdiv(tiles_c, step_tiles)
+    most_steps = max(1, MAX_SPLIT_COLS // (step_tiles * spec.tile[1]))
+    split_steps = triton.cdiv(steps, splits(steps, row_programs * token_programs, device))
+    split_steps = min(split_steps, most_steps)
+    num_splits = triton.cdiv(steps, split_steps)
+    partial = torch.empty(num_splits, num_tokens, rows, dtype=torch.float32, device=device)
+    matmul_kernel[(row_programs, num_splits, token_programs)](
+        values,
+        _words_of(tensors["codes"]),
+        _lookup(spec, tensors) if mode == "table" else x_NC,
+        partial,
+        num_tokens,
+        rows,
+        cols,
+        tiles_r,
+        tiles_c,
+        split_steps,
+        **_constants(spec),
+        MODE=mode,
+        MEAN=mean,
+        WARPS=WARPS,
+        TOKEN_GROUPS=groups,
+        K_WIDTH=_k_width(mode),
+        num_warps=WARPS,
+        num_stages=1,
+        enable_fp_fusion=True,
+    )
+    block = 256
+    finish_kernel[(triton.cdiv(rows, block), num_tokens)](
+        partial,
+        tensors["scale"],
+        step,
+        partial if add_NR is None else add_NR,
+        y_NR,
+        num_tokens,
+        rows,
+        num_splits,
+        factor,
+        BYTES=mode == "bytes",
+        HAS_ADD=add_NR is not None,
+        BLOCK=block,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return y_NR
+
+
+def quantized(x_NC: Tensor, spec: TrellisSpec, padded_cols: int) -> tuple[Tensor, Tensor]:
+    """Activations as `activations` makes them: (int32 words of 4 bytes [2 N, padded / 4], float32
+    [N, 2]). What the values of the code are divided by, and their means, are in them."""
+    num_tokens, cols = x_NC.shape
+    q = torch.empty(num_tokens, 2, padded_cols, dtype=torch.int8, device=x_NC.device)
+    step = torch.empty(num_tokens, 2, dtype=torch.float32, device=x_NC.device)
+    moments = _moments(spec.code, spec.state_bits)
+    activations.quantize_kernel[(num_tokens,)](
+        x_NC,
+        q,
+        step,
+        cols,
+        padded_cols,
+        1 / moments.deviations[0],
+        1 / moments.deviations[-1],
+        -moments.means[0],
+        -moments.means[-1],
+        LEVELS=activations.LEVELS,
+        BLOCK=min(triton.next_power_of_2(padded_cols), 8192),
+        num_warps=8,
+        enable_fp_fusion=True,
+    )
+    return q.view(torch.int32).view(2 * num_tokens, -1), step
+
+
+def decode(
+    tensors: dict[str, Tensor],
+    spec: FormatSpec,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    add_RC: Tensor | None = None,
+) -> Tensor:
+    """W (+ add), `dtype` [rows, cols]; arguments as those of `matmul`."""
+    assert isinstance(spec, TrellisSpec)
+    codes = _words_of(tensors["codes"])
+    W_RC = torch.empty(rows, cols, dtype=dtype, device=codes.device)
+    if W_RC.numel() == 0:
+        return W_RC
+    by_sum = _mode(spec) == "bytes"
+    if by_sum:
+        table = _table_by_sum(spec.code, spec.state_bits, codes.device)
+    else:
+        table = reference.values(
+            spec.code, spec.state_bits, spec.table_bits, tensors.get("table"), codes.device
+        )
+    tiles_r, tiles_c = spec.grid(rows, cols)
+    warps = 4
+    grid = (triton.cdiv(tiles_c, warps // _parts(spec) * 4), triton.cdiv(tiles_r, 8))
+    decode_kernel[grid](
+        codes,
+        table,
+        tensors["scale"],
+        W_RC if add_RC is None else add_RC,
+        W_RC,
+        rows,
+        cols,
+        tiles_r,
+        tiles_c,
+        **_constants(spec),
+        BY_SUM=by_sum,
+        WARPS=warps,
+        HAS_ADD=add_RC is not None,
+        num_warps=warps,
+        num_stages=1,
+        enable_fp_fusion=False,
+    )
+    return W_RC
+
+
+def _words_of(codes: Tensor) -> Tensor:
+    """The codes as int32, from an address that a load of 16 bytes can take."""
+    codes = codes.contiguous()
+    if codes.data_ptr() % 16:
+        codes = codes.clone()
+    return codes.view(torch.int32)
+
+
+def _lookup(spec: TrellisSpec, tensors: dict[str, Tensor]) -> Tensor:
+    """The values of all states, float16 [2^L, V]; nothing is rounded."""
+    if spec.code == "table":
+        return tensors["table"].contiguous()
+    values = reference.values(
+        spec.code, spec.state_bits, spec.table_bits, tensors["table"], tensors["table"].device
+    )
+    return values.half()
+
+
+def _k_width(mode: str) -> int:
+    """Consecutive k of a lane in the operand layout that the compiler picks; see
+    `fragments.k_width`."""
+    if mode == "bytes":
+        return 2 * fragments.k_width(joined=True, narrow=False)
+    return fragments.k_width(joined=True, narrow=mode == "3inst")

@@ -1,0 +1,217 @@
+"""The kernels of trellis-v1 against its reference."""
+
+import pytest
+import torch
+
+from tests.parity.kernels import assert_no_worse, random_activations, random_tensors
+from vqllm_kernels import activations, dispatch, formats, gpu
+from vqllm_kernels.trellis import reference
+from vqllm_kernels.trellis.spec import TrellisSpec
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+]
+
+
+def trellis(
+    code: str = "bytes4", rate: float = 2, state_bits: int = 12, tile_rows: int = 64, **options
+) -> TrellisSpec:
+    return TrellisSpec(
+        tile_rows=tile_rows,
+        code=code,
+        tile_bits=round(rate * 256),
+        state_bits=state_bits,
+        step_weights=options.get("step_weights", reference.WEIGHTS_OF_STEP.get(code, 1)),
+        table_bits=9 if code == "hybrid" else 0,
+    )
+
+
+SPECS = {
+    "bytes4": trellis(),
+    "bytes4, 3 bits, 2^16": trellis(rate=3, state_bits=16),
+    "bytes4, 4.5 bits, 2^9": trellis(rate=4.5, state_bits=9),
+    "bytes4, 1.25 bits, 16 rows": trellis(rate=1.25, tile_rows=16),
+    "bytes4, 1.125 bits, 32 rows": trellis(rate=1.125, tile_rows=32),
+    "bytes2": trellis("bytes2", state_bits=14),
+    "bytes2, 1.75 bits": trellis("bytes2", 1.75, 14),
+    "bytes2, 2.25 bits, 8 rows": trellis("bytes2", 2.25, 14, 8),
+    "mul1": trellis("mul1"),
+    "mul1, 5 bits": trellis("mul1", 5),
+    "mul2": trellis("mul2", state_bits=16),
+    "1mad, 2.5 bits": trellis("1mad", 2.5, 16, 16),
+    "3inst": trellis("3inst", state_bits=16),
+    "3inst, 3.5 bits, 16 rows": trellis("3inst", 3.5, 16, 16),
+    "hybrid": trellis("hybrid", state_bits=16),
+    "table": trellis("table", state_bits=8),
+    "table, pairs": trellis("table", 3, 10, 16, step_weights=2),
+}
+SHAPES = [(37, 40, 3), (130, 72, 1), (64, 600, 9)]
+"""(rows, cols, tokens): parts of tiles, more tile rows than one, more steps than one."""
+
+
+@pytest.fixture(params=SPECS.values(), ids=SPECS.keys())
+def spec(request: pytest.FixtureRequest) -> TrellisSpec:
+    return request.param
+
+
+@pytest.fixture(params=["float16", "bfloat16"])
+def dtype(request: pytest.FixtureRequest, device: str) -> torch.dtype:
+    if request.param == "bfloat16" and device == "cpu":
+        pytest.skip("the interpreter computes bfloat16 wrongly")
+    return getattr(torch, request.param)
+
+
+def check_matmul(
+    spec: TrellisSpec, shape: tuple[int, int, int], dtype: torch.dtype, device: str
+) -> None:
+    rows, cols, num_tokens = shape
+    tensors = random_tensors(spec, rows, cols, device)
+    x_NC = random_activations(num_tokens, cols, dtype, device)
+    W_RC = spec.decode(tensors, rows, cols)
+    with dispatch.force("triton"):
+        y_NR = dispatch.matmul(x_NC, tensors, spec, rows, cols)
+    assert_no_worse(y_NR, x_NC @ W_RC.to(dtype).T, x_NC.double() @ W_RC.double().T)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matmul_is_as_exact_as_torch(spec, shape, dtype, device):
+    check_matmul(spec, shape, dtype, device)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+@pytest.mark.parametrize("out", [torch.float32, torch.float16], ids=str)
+def test_decode_equals_the_reference(spec, shape, out, device):
+    rows, cols, _ = shape
+    tensors = random_tensors(spec, rows, cols, device)
+    with dispatch.force("triton"):
+        W_RC = dispatch.decode(tensors, spec, rows, cols, out)
+    assert torch.equal(W_RC, spec.decode(tensors, rows, cols).to(out))
+
+
+@pytest.mark.parametrize("num_tokens", [*range(1, 18), 33, 64])
+@pytest.mark.parametrize("code", ["bytes2", "3inst"])
+def test_matmul_at_every_batch_size(code, num_tokens, device):
+    check_matmul(trellis(code, tile_rows=16), (24, 48, num_tokens), torch.float16, device)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3, 1000])
+@pytest.mark.parametrize("code", ["bytes2", "table"])
+def test_matmul_in_one_and_in_many_pieces(code, multiprocessors, device, monkeypatch):
+    monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: multiprocessors)
+    check_matmul(trellis(code), (70, 500, 2), torch.float16, device)
+
+
+def test_sums_of_bytes_are_exact_integers(device):
+    """What the kernel adds to is what torch computes from the same bytes in int64, to the bit."""
+    rows, cols = 64, 256
+    spec = trellis("bytes2", state_bits=14)
+    tensors = random_tensors(spec, rows, cols, device) | {"scale": torch.ones(1, device=device)}
+    x_NC = random_activations(2, cols, torch.float16, device)
+    with dispatch.force("triton"):
+        y_NR = dispatch.matmul(x_NC.half(), tensors, spec, rows, cols)
+    kernels = gpu.module(spec)
+    q, step_N2 = kernels.quantized(x_NC, spec, cols)
+    hi_NC, lo_NC = q.view(torch.int8).view(2, 2, cols).long().unbind(1)
+    codes = tensors["codes"].to(torch.int32) & 0xFFFF
+    state = reference.states(codes, spec.tile_bits, spec.state_bits, 128).long()
+    sums = reference.byte_sums("bytes2", state).flatten(-2)
+    S_RC = sums.unflatten(-1, spec.tile).transpose(1, 2).flatten(2).flatten(0, 1)
+    high, low = ((part.cpu() @ S_RC.cpu().T).float().to(device) for part in (hi_NC, lo_NC))
+    exact = (high * 256 + low) * step_N2[:, :1] + step_N2[:, 1:]
+    assert torch.equal(y_NR, exact.half())
+
+
+def test_activations_keep_sixteen_bits(device):
+    spec = trellis()
+    x_NC = random_activations(3, 100, torch.float16, device)
+    q, step_N2 = gpu.module(spec).quantized(x_NC, spec, 128)
+    hi, lo = q.view(torch.int8).view(3, 2, 128).float().unbind(1)
+    integers = 256 * hi + lo
+    assert float(integers.abs().max()) == activations.LEVELS
+    assert not bool(integers[:, 100:].any())
+    deviation = gpu.module(spec)._moments("bytes4", 12).deviations[0]
+    error = (integers[:, :100] * step_N2[:, :1] * deviation - x_NC.float()).abs()
+    assert bool((error <= 0.501 * step_N2[:, :1] * deviation).all())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(bad, device):
+    spec = trellis()
+    tensors = random_tensors(spec, 64, 64, device)
+    x_NC = random_activations(2, 64, torch.float16, device)
+    x_NC[1, 5] = bad
+    with dispatch.force("triton"):
+        y_NR = dispatch.matmul(x_NC, tensors, spec, 64, 64)
+    assert bool(y_NR[0].isfinite().all())
+    assert bool(y_NR[1].isnan().all())
+
+
+def test_zeros_give_zeros(device):
+    spec = trellis()
+    tensors = random_tensors(spec, 64, 64, device)
+    with dispatch.force("triton"):
+        y_NR = dispatch.matmul(
+            torch.zeros(1, 64, dtype=torch.float16, device=device), tensors, spec, 64, 64
+        )
+    assert not bool(y_NR.any())
+
+
+def test_no_tokens_give_no_outputs(device):
+    spec = trellis()
+    tensors = random_tensors(spec, 64, 64, device)
+    x_NC = torch.zeros(2, 0, 64, dtype=torch.float16, device=device)
+    with dispatch.force("triton"):
+        assert dispatch.matmul(x_NC, tensors, spec, 64, 64).shape == (2, 0, 64)
+
+
+def test_codes_at_an_odd_address(device):
+    spec = trellis("bytes2", state_bits=14)
+    tensors = random_tensors(spec, 64, 64, device)
+    storage = torch.zeros(1 + tensors["codes"].numel(), dtype=torch.int16, device=device)
+    storage[1:] = tensors["codes"].flatten()
+    moved = tensors | {"codes": storage[1:].view(tensors["codes"].shape)}
+    x_NC = random_activations(1, 64, torch.float16, device)
+    with dispatch.force("triton"):
+        y_NR = dispatch.matmul(x_NC, moved, spec, 64, 64)
+        assert torch.equal(y_NR, dispatch.matmul(x_NC, tensors, spec, 64, 64))
+
+
+def test_results_repeat_bit_for_bit(device):
+    spec = trellis("bytes2", state_bits=14)
+    tensors = random_tensors(spec, 192, 512, device)
+    x_NC = random_activations(2, 512, torch.float16, device)
+    with dispatch.force("triton"):
+        first = dispatch.matmul(x_NC, tensors, spec, 192, 512)
+        for _ in range(2 if device == "cpu" else 20):
+            assert torch.equal(first, dispatch.matmul(x_NC, tensors, spec, 192, 512))
+
+
+def test_a_stage_of_a_residual(device):
+    stages = [trellis("bytes2", 2, 14).to_dict(), trellis("bytes4", 1.5, 12).to_dict()]
+    spec = formats.from_dict({"format": "residual-v1", "stages": stages})
+    tensors = random_tensors(spec, 64, 64, device)
+    x_NC = random_activations(2, 64, torch.float16, device)
+    W_RC = spec.decode(tensors, 64, 64)
+    with dispatch.force("triton"):
+        assert torch.equal(dispatch.decode(tensors, spec, 64, 64), W_RC)
+        y_NR = dispatch.matmul(x_NC, tensors, spec, 64, 64)
+    assert_no_worse(y_NR, x_NC @ W_RC.half().T, x_NC.double() @ W_RC.double().T)
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "reason"),
+    [
+        (trellis(tile_rows=128), torch.float16, "tiles of 128 rows; the kernel takes 8 to 64"),
+        (trellis(rate=2.0625), torch.float16, "2.0625 bits: not whole words"),
+        (trellis(), torch.float32, "float32 activations"),
+    ],
+    ids=str,
+)
+def test_what_the_kernels_do_not_take_is_said(spec, dtype, reason, device):
+    tensors = random_tensors(spec, 128, 64, device)
+    x_NC = torch.zeros(1, 64, dtype=dtype, device=device)
+    with dispatch.force("triton"), pytest.raises(ValueError, match=reason):
+        dispatch.matmul(x_NC, tensors, spec, 128, 64)
+    assert dispatch.matmul(x_NC, tensors, spec, 128, 64).shape == (1, 128)

@@ -1,0 +1,147 @@
+"""Products by look-up on the CPU."""
+
+import sys
+
+import pytest
+import torch
+
+from tests.parity.kernels import assert_no_worse, random_activations, random_tensors
+from vqllm.runtime import VQLinear, describe, set_weight_cache
+from vqllm_kernels import dispatch, formats
+from vqllm_kernels.linear import LinearSpec
+from vqllm_kernels.lut import cpu
+
+
+def lut(rows, cols, bits):
+    return {"format": "lut-v1", "tile_rows": rows, "tile_cols": cols, "index_bits": bits}
+
+
+SERVED = {
+    "4 columns, 8 bits": lut(1, 4, 8),
+    "8 columns, 6 bits": lut(1, 8, 6),
+    "1 column, 3 bits": lut(1, 1, 3),
+    "e81b": {"format": "e81b-v1"},
+    "a sum": {"format": "residual-v1", "stages": [lut(1, 8, 8), lut(1, 8, 5)]},
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_choices():
+    dispatch.forget()
+    yield
+    dispatch.forget()
+    set_weight_cache("auto")
+
+
+def linear(values, rows=48, cols=64):
+    spec = LinearSpec(rows=rows, cols=cols, format=formats.from_dict(values))
+    return VQLinear.from_tensors(
+        spec, random_tensors(spec.format, rows, cols, "cpu"), None, torch.float32
+    )
+
+
+@pytest.mark.parametrize("values", SERVED.values(), ids=SERVED.keys())
+@pytest.mark.parametrize("shape", [(37, 41, 3), (8, 16, 1), (600, 2048, 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_products_are_as_exact_as_torch(values, shape, dtype):
+    rows, cols, num_rows = shape
+    spec = formats.from_dict(values)
+    tensors = random_tensors(spec, rows, cols, "cpu")
+    x_NC = random_activations(num_rows, cols, dtype, "cpu")
+    W_RC = spec.decode(tensors, rows, cols)
+    with dispatch.force("lookup"):
+        y_NR = dispatch.matmul(x_NC, tensors, spec, rows, cols)
+    assert_no_worse(y_NR, x_NC @ W_RC.to(dtype).T, x_NC.double() @ W_RC.double().T)
+
+
+def test_the_number_of_threads_changes_nothing():
+    spec = formats.from_dict(lut(1, 4, 8))
+    tensors = random_tensors(spec, 2048, 2048, "cpu")
+    x_NC = random_activations(1, 2048, torch.float32, "cpu")
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(dispatch.matmul(x_NC, tensors, spec, 2048, 2048))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_codes_that_change_are_seen():
+    spec = formats.from_dict(lut(1, 4, 8))
+    tensors = random_tensors(spec, 16, 32, "cpu")
+    x_NC = random_activations(1, 32, torch.float32, "cpu")
+    dispatch.matmul(x_NC, tensors, spec, 16, 32)
+    tensors["codes"].add_(1)
+    y_NR = dispatch.matmul(x_NC, tensors, spec, 16, 32)
+    torch.testing.assert_close(y_NR, x_NC @ spec.decode(tensors, 16, 32).T)
+
+
+def test_copies_go_with_the_codes():
+    spec = formats.from_dict(lut(1, 4, 8))
+    tensors = random_tensors(spec, 16, 32, "cpu")
+    before = len(cpu._by_piece)
+    dispatch.matmul(random_activations(1, 32, torch.float32, "cpu"), tensors, spec, 16, 32)
+    assert len(cpu._by_piece) == before + 1
+    del tensors
+    assert len(cpu._by_piece) == before
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "rows", "reason"),
+    [
+        ({"format": "e8p-v1"}, torch.float32, 1, "e8p-v1 is no table of at most 256 entries"),
+        (lut(2, 4, 8), torch.float32, 1, "entries of 2 rows, 8 bits"),
+        (lut(1, 8, 12), torch.float32, 1, "entries of 1 rows, 12 bits"),
+        (lut(1, 4, 8), torch.float64, 1, "float64 is none of"),
+        (lut(1, 4, 8), torch.float32, 9, "more than 8 rows"),
+    ],
+    ids=str,
+)
+def test_what_is_not_looked_up_is_said(values, dtype, rows, reason):
+    spec = formats.from_dict(values)
+    tensors = random_tensors(spec, 16, 64, "cpu")
+    x_NC = random_activations(rows, 64, dtype, "cpu")
+    y_NR = dispatch.matmul(x_NC, tensors, spec, 16, 64)
+    torch.testing.assert_close(y_NR, x_NC @ spec.decode(tensors, 16, 64).to(dtype).T)
+    choice = dispatch.choices()[-1]
+    assert choice.implementation == "reference"
+    assert reason in choice.reason
+
+
+def test_without_numba_the_reference_serves(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    for cached in (cpu._has_numba, dispatch._looked_up):
+        cached.cache_clear()
+    try:
+        assert cpu.declines(formats.from_dict(lut(1, 4, 8))) == "numba is not installed"
+        assert linear(lut(1, 4, 8))(torch.ones(1, 64)).shape == (1, 48)
+    finally:
+        for cached in (cpu._has_numba, dispatch._looked_up):
+            cached.cache_clear()
+
+
+@pytest.mark.parametrize("mode", ["auto", "on", "off"])
+def test_a_linear_looks_up_few_rows(mode):
+    set_weight_cache(mode)
+    module = linear(lut(1, 4, 8))
+    few, many = torch.randn(1, 2, 64), torch.randn(3, 64)
+    W_RC = module.dequantize()
+    torch.testing.assert_close(module(few), few @ W_RC.T)
+    assert (module._dense is None) == (mode != "on")
+    torch.testing.assert_close(module(many), many @ W_RC.T)
+    assert (module._dense is None) == (mode == "off")
+    runs = {run.num_rows: run.implementation for run in describe(module, (1, 2048))}
+    kept = "dense weights, kept"
+    assert runs == {
+        1: kept if mode == "on" else "lookup",
+        2048: "reference" if mode == "off" else kept,
+    }
+
+
+def test_a_look_up_has_a_gradient():
+    module = linear(lut(1, 4, 8))
+    x = torch.randn(1, 64, requires_grad=True)
+    module(x).sum().backward()
+    torch.testing.assert_close(x.grad, module.dequantize().sum(0)[None])
