@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vqllm import evaluation, models, quantization
+from vqllm import evaluation, models, quantization, speed
 from vqllm import recipe as recipes
 from vqllm.comparison.grid import Origin, expand
 from vqllm.comparison.result import ComparisonResult
@@ -277,6 +277,43 @@ def evaluate(
 
         results["tasks"] = lm_eval.run_tasks(target, tokenizer, tasks, limit=limit, manager=manager)
     return results
+
+
+def bench(
+    model: str | Path,
+    *,
+    baseline: str | Path | None = None,
+    batch: int = 1,
+    prompt_tokens: int = 256,
+    new_tokens: int = 32,
+    rounds: int = 3,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> JSON:
+    """Time a model, beside its original or alone; the same as `vqllm bench`.
+
+    Args:
+        model: a quantized folder, or anything that names a model.
+        baseline: the original; both are in memory at once, and run in turns.
+        batch: sequences at a time.
+        prompt_tokens: random tokens before the first generated one.
+        new_tokens: tokens generated after that.
+        rounds: measured rounds, after one that is not.
+
+    Returns:
+        what `vqllm.speed.bench` says.
+
+    Raises:
+        EvaluationError: numbers below 1, or more tokens than the model takes.
+    """
+    load = speed.Load(
+        batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds
+    )
+    target, _ = load_to_run(model, _device(device), trust_remote_code)
+    original = None
+    if baseline is not None:
+        original, _ = load_to_run(baseline, _device(device), trust_remote_code)
+    return speed.bench(target, original, load)
 
 
 def generate(

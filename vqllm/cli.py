@@ -249,6 +249,45 @@ def evaluate_(
 
 
 @app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="a quantized folder, or anything quantize takes")],
+    baseline: Annotated[str | None, typer.Option(help="the original, to compare with")] = None,
+    batch: Annotated[int, typer.Option(help="sequences at a time", min=1)] = 1,
+    prompt_tokens: Annotated[int, typer.Option(help="tokens of the prompt", min=1)] = 256,
+    new_tokens: Annotated[int, typer.Option(help="tokens to generate", min=1)] = 32,
+    rounds: Annotated[int, typer.Option(help="rounds to measure", min=1)] = 3,
+    device: Device = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write results here")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Tokens a second, memory, and the time of every kind of linear, beside the original's."""
+    from vqllm import api
+    from vqllm.report.speed import kinds, speed_rows
+
+    if json_file:
+        _check_writable(json_file)
+    results = api.bench(
+        model,
+        baseline=baseline,
+        batch=batch,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    _print_rows(speed_rows(results))
+    table = Table("linears", "format", "one token a sequence", "us", "dense us", "prompt")
+    for row in kinds(results):
+        table.add_row(*row)
+    if results["linears"]:
+        out.print(table)
+    if json_file:
+        with _writing(json_file):
+            json_file.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
+
+
+@app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="a quantized folder, or anything quantize takes")],
     prompt: Annotated[str, typer.Option(help="text to go on from")],

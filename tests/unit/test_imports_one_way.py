@@ -21,7 +21,7 @@ LEVELS: list[set[str]] = [
         *("report", "rounding", "runtime", "transforms", "tuning"),
     },
     {"gguf_model", "integrations", "progress_bar", "recipe"},
-    {"codec_bench", "demo", "job", "rows", "survey", "target"},
+    {"codec_bench", "demo", "job", "rows", "speed", "survey", "target"},
     {"group"},
     {"expected_loss", "outside"},
     {"models", "preflight"},

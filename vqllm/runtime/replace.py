@@ -15,6 +15,7 @@ from vqllm.runtime.packed import PackedModule
 from vqllm_kernels import dispatch
 from vqllm_kernels.choice import bucket
 from vqllm_kernels.linear import LinearSpec
+from vqllm_kernels.lut import cpu as lookup
 
 ADVICE = "config.json and the weights must be those of one checkpoint."
 
@@ -170,3 +171,12 @@ def _choice(module: VQLinear, num_rows: int) -> dispatch.Choice:
             module.packed_product(zeros)
         made = {choice.call: choice for choice in dispatch.choices()}
     return made[call]
+
+
+def kept_bytes(model: nn.Module) -> int:
+    """Bytes that quantized modules keep beside their packed tensors: decoded weights, and copies of
+    codes for look-ups."""
+    modules = [module for module in model.modules() if isinstance(module, PackedModule)]
+    dense = {id(m._dense): m._dense.nbytes for m in modules if m._dense is not None}
+    packed = {id(tensor): tensor for module in modules for tensor in module.packed.values()}
+    return sum(dense.values()) + sum(lookup.kept_bytes(tensor) for tensor in packed.values())

@@ -75,6 +75,12 @@ def matmul(
     return y_NR.to(x_NC.dtype)
 
 
+def kept_bytes(codes: Tensor) -> int:
+    """Bytes of the copy that is kept of these codes."""
+    kept = _by_piece.get(codes)
+    return 0 if kept is None else kept[1].nbytes
+
+
 def _stages(spec: FormatSpec) -> tuple[FormatSpec, ...]:
     return spec.stages if isinstance(spec, ResidualSpec) else (spec,)
 
