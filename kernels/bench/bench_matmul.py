@@ -24,6 +24,20 @@ from torch import Tensor
 from vqllm_kernels import dispatch, formats
 from vqllm_kernels.formats import FormatSpec
 
+
+def trellis(code: str, bits: float, state_bits: int) -> dict:
+    """Tiles of 64 rows, as the shipped recipes have."""
+    return {
+        "format": "trellis-v1",
+        "tile_rows": 64,
+        "code": code,
+        "tile_bits": round(256 * bits),
+        "state_bits": state_bits,
+        "step_weights": 2 if code == "bytes2" else 1,
+        "table_bits": 0,
+    }
+
+
 FORMATS: dict[str, dict] = {
     "e8p": {"format": "e8p-v1"},
     "e81b + e8p": {
@@ -31,6 +45,11 @@ FORMATS: dict[str, dict] = {
         "stages": [{"format": "e81b-v1"}, {"format": "e8p-v1"}],
     },
     "e8p + e8p": {"format": "residual-v1", "stages": [{"format": "e8p-v1"}, {"format": "e8p-v1"}]},
+    "trellis bytes2, 2 bits": trellis("bytes2", 2, 14),
+    "trellis bytes4, 3 bits": trellis("bytes4", 3, 12),
+    "trellis bytes4, 4 bits": trellis("bytes4", 4, 12),
+    "trellis mul1, 2 bits": trellis("mul1", 2, 12),
+    "trellis 3inst, 2 bits": trellis("3inst", 2, 16),
     "lut 1x4, 8 bit": {"format": "lut-v1", "tile_rows": 1, "tile_cols": 4, "index_bits": 8},
     "lut 1x8, 16 bit": {"format": "lut-v1", "tile_rows": 1, "tile_cols": 8, "index_bits": 16},
     "lut 6x1, 12 bit": {"format": "lut-v1", "tile_rows": 6, "tile_cols": 1, "index_bits": 12},

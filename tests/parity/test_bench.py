@@ -1,17 +1,28 @@
 """The benchmark program runs where there is no GPU."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parents[2] / "kernels" / "bench" / "bench_matmul.py"
+FOLDER = Path(__file__).parents[2] / "kernels" / "bench"
 
 
 def test_dry_run_measures_every_contender() -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, str(BENCH), "--dry-run", "--formats", "e8p", "--batches", "1", "16"]
+    formats = ["e8p", "trellis bytes2, 2 bits"]
+    command = [sys.executable, str(FOLDER / "bench_matmul.py"), "--dry-run"]
+    command += ["--formats", *formats, "--batches", "1", "16"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert len(done.stdout.splitlines()) == 2
+    assert len(done.stdout.splitlines()) == 4
     assert "'implementation': 'reference'" in done.stdout
+
+
+def test_dry_run_of_a_whole_model(tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "bench_model.py"), "--dry-run", "--output", tmp_path]
+    subprocess.run([*command, "--formats", "trellis 2 bits"], capture_output=True, check=True)
+    (row,) = json.loads((tmp_path / "model-cpu.json").read_text())
+    assert row["speedup"] > 0
+    assert row["kernels"] == ["dense weights, kept"]
