@@ -1,8 +1,9 @@
-"""The three operations of a packed linear, as the run-time layer calls them.
+"""The operations of a packed linear, as the run-time layer calls them.
 
+    linear     y = x Wᵀ + bias: all transforms, the product and the bias, one operator
     matmul     y = x Wᵀ in the transformed basis, W packed
     decode     W in the transformed basis
-    transform  x' from x, or y from y' (the transforms on both sides of the product)
+    transform  x' from x, or y from y' (a transform on one side of the product)
 
     implementation  what it does                                       taken for
     triton          decodes in registers, feeds the tensor cores       CUDA, up to 64 rows of x
@@ -21,6 +22,7 @@ tensors are constants.
 """
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from typing import cast
 
@@ -41,8 +43,9 @@ from vqllm_kernels.choice import (
     forget,
 )
 from vqllm_kernels.formats import FormatSpec
+from vqllm_kernels.linear import LinearSpec
 from vqllm_kernels.lut import cpu as lookup
-from vqllm_kernels.transforms import HadamardSpec, TransformSpec
+from vqllm_kernels.transforms import HadamardSpec, ScaleSpec, TransformSpec
 
 __all__ = [
     "Call",
@@ -53,6 +56,7 @@ __all__ = [
     "decode_rows",
     "force",
     "forget",
+    "linear",
     "matmul",
     "transform",
 ]
@@ -62,6 +66,25 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 LOOKUP_ROWS = 2
 """Rows of x up to which look-ups are faster than torch's product with decoded weights: 4096 x 4096
 at 2 bits takes 0.51 ms a row on two cores, torch 2.0 ms for 1 to 4 rows in bfloat16."""
+
+
+def linear(
+    x: Tensor, tensors: dict[str, Tensor], spec: LinearSpec, bias: Tensor | None = None
+) -> Tensor:
+    """x Wᵀ + bias in the model's own basis.
+
+    Scales next to a Hadamard transform are part of it: nothing is rounded between them.
+
+    Args:
+        x: [..., spec.cols].
+        tensors: the stored tensors of the linear under their own names.
+        bias: [spec.rows].
+
+    Returns:
+        [..., spec.rows] in the dtype of x.
+    """
+    packed = [tensors[name] for name in sorted(tensors)]
+    return torch.ops.vqllm_kernels.linear(x, packed, bias, _linear_text(spec), spec.rows, spec.cols)
 
 
 def matmul(
@@ -129,6 +152,23 @@ def _text(spec: FormatSpec | TransformSpec) -> str:
 @cache
 def _text_cached(spec: FormatSpec | TransformSpec) -> str:
     return json.dumps(spec.to_dict())
+
+
+@torch.compiler.assume_constant_result
+def _linear_text(spec: LinearSpec) -> str:
+    return _linear_text_cached(spec)
+
+
+@cache
+def _linear_text_cached(spec: LinearSpec) -> str:
+    return json.dumps(spec.to_dict())
+
+
+@cache
+def _linear(text: str, rows: int, cols: int) -> tuple[LinearSpec, list[str], list[tuple[int, int]]]:
+    """The spec, the names of its tensors in order, and the blocks of rows of a large one."""
+    spec = LinearSpec.from_dict(json.loads(text), rows, cols)
+    return spec, sorted(spec.layout()), spec.row_blocks()
 
 
 @cache
@@ -228,19 +268,37 @@ def _reference_decode(
     return spec.decode(tensors, rows, cols).to(dtype)
 
 
+Staged = tuple[TransformSpec, dict[str, Tensor]]
+"""A transform and its stored tensors."""
+
+
 def _triton_transform(
-    v: Tensor, spec: TransformSpec, tensors: dict[str, Tensor], direction: str
+    v: Tensor,
+    spec: TransformSpec,
+    tensors: dict[str, Tensor],
+    direction: str,
+    scales: Sequence[Staged] = (),
 ) -> Tensor:
     kernels = gpu.module(spec)
     assert kernels is not None
-    return kernels.transform(v, spec, tensors, direction)
+    return kernels.transform(v, spec, tensors, direction, scales)
 
 
 def _reference_transform(
-    v: Tensor, spec: TransformSpec, tensors: dict[str, Tensor], direction: str
+    v: Tensor,
+    spec: TransformSpec,
+    tensors: dict[str, Tensor],
+    direction: str,
+    scales: Sequence[Staged] = (),
 ) -> Tensor:
-    wide = v.to(torch.promote_types(v.dtype, torch.float32))
-    out = spec.input(wide, tensors) if direction == "input" else spec.output(wide, tensors)
+    out = v.to(torch.promote_types(v.dtype, torch.float32))
+    if direction == "input":
+        for scale, own in scales:
+            out = scale.input(out, own)
+        return spec.input(out, tensors).to(v.dtype)
+    out = spec.output(out, tensors)
+    for scale, own in scales:
+        out = scale.output(out, own)
     return out.to(v.dtype)
 
 
@@ -275,19 +333,110 @@ def _decode_as(
     return choose(call, _DECODES, _order(device, "decode")).run(tensors, spec, rows, cols, dtype)
 
 
+def _linear_op(
+    x: Tensor, packed: list[Tensor], bias: Tensor | None, text: str, rows: int, cols: int
+) -> Tensor:
+    spec, names, blocks = _linear(text, rows, cols)
+    own, states = spec.split(dict(zip(names, packed)))
+    staged = list(zip(spec.transforms, states))
+    x_NC = _through([s for s in staged if s[0].side == "in"], x.reshape(-1, cols), "input")
+    parts = [
+        _product(x_NC, spec.block(own, start, stop), spec.format, stop - start, cols)
+        for start, stop in blocks
+    ]
+    y_NR = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    y_NR = _through([s for s in reversed(staged) if s[0].side == "out"], y_NR, "output")
+    if bias is not None:
+        y_NR = y_NR + bias
+    return y_NR.view(*x.shape[:-1], rows)
+
+
+def _through(stages: list[Staged], v: Tensor, direction: str) -> Tensor:
+    """Transforms one after the other; scales that come right before a Hadamard transform of an
+    input, or right after that of an output, together with it."""
+    todo = list(stages)
+    while todo:
+        scales: list[Staged] = []
+        if direction == "input":
+            while todo and isinstance(todo[0][0], ScaleSpec):
+                scales.append(todo.pop(0))
+        if not todo or not isinstance(todo[0][0], HadamardSpec):
+            for spec, tensors in [*scales, *todo[:1]]:
+                run = spec.input if direction == "input" else spec.output
+                v = run(v, tensors)
+            todo = todo[1:]
+            continue
+        spec, tensors = todo.pop(0)
+        if direction == "output":
+            while todo and isinstance(todo[0][0], ScaleSpec):
+                scales.append(todo.pop(0))
+        call = Call(operation="transform", spec=spec, device=v.device, dtype=v.dtype)
+        chosen = choose(call, _TRANSFORMS, _order(v.device, "transform"))
+        v = chosen.run(v, spec, tensors, direction, scales)
+    return v
+
+
+def _product(
+    x_NC: Tensor, tensors: dict[str, Tensor], spec: FormatSpec, rows: int, cols: int
+) -> Tensor:
+    batch = bucket(x_NC.shape[0])
+    call = Call(operation="matmul", spec=spec, device=x_NC.device, dtype=x_NC.dtype, batch=batch)
+    chosen = choose(call, _MATMULS, _order(x_NC.device, "matmul"))
+    return chosen.run(x_NC, tensors, spec, rows, cols)
+
+
+def _linear_fake(
+    x: Tensor, packed: list[Tensor], bias: Tensor | None, text: str, rows: int, cols: int
+) -> Tensor:
+    torch._check(x.shape[-1] == cols, lambda: f"x has {x.shape[-1]} features, W has {cols}")
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _linear_context(ctx, inputs, output) -> None:
+    _, packed, bias, ctx.text, ctx.rows, ctx.cols = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(*packed)
+
+
+def _linear_backward(ctx, grad):
+    # y = P_n .. P_1 x for matrices P: the transforms of the input, W, those of the output.
+    packed = list(ctx.saved_tensors)
+    g = torch.ops.vqllm_kernels.linear_transpose(grad, packed, ctx.text, ctx.rows, ctx.cols)
+    bias = grad.reshape(-1, ctx.rows).sum(0) if ctx.has_bias else None
+    return g, [None] * len(packed), bias, None, None, None
+
+
+def _linear_transpose_op(
+    grad: Tensor, packed: list[Tensor], text: str, rows: int, cols: int
+) -> Tensor:
+    spec, names, blocks = _linear(text, rows, cols)
+    own, states = spec.split(dict(zip(names, packed)))
+    staged = list(zip(spec.transforms, states))
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    g = grad.reshape(-1, rows).to(wide)
+    for transform, state in staged:
+        if transform.side == "out":
+            g = transform.apply_inverse_transpose(g, state)
+    back = g.new_zeros(len(g), cols)
+    for start, stop in blocks:
+        W_RC = _decode_as(spec.block(own, start, stop), spec.format, stop - start, cols, wide)
+        back += g[:, start:stop] @ W_RC
+    for transform, state in reversed(staged):
+        if transform.side == "in":
+            back = transform.apply_transpose(back, state)
+    return back.to(grad.dtype).view(*grad.shape[:-1], cols)
+
+
+def _linear_transpose_fake(
+    grad: Tensor, packed: list[Tensor], text: str, rows: int, cols: int
+) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], cols)
+
+
 def _matmul_op(x: Tensor, packed: list[Tensor], text: str, rows: int, cols: int) -> Tensor:
     spec = _format(text)
     x_NC = x.reshape(-1, cols)
-    call = Call(
-        operation="matmul",
-        spec=spec,
-        device=x.device,
-        dtype=x.dtype,
-        batch=bucket(x_NC.shape[0]),
-    )
-    tensors = _named(spec, packed)
-    chosen = choose(call, _MATMULS, _order(x.device, "matmul"))
-    return chosen.run(x_NC, tensors, spec, rows, cols).view(*x.shape[:-1], rows)
+    return _product(x_NC, _named(spec, packed), spec, rows, cols).view(*x.shape[:-1], rows)
 
 
 def _decode_op(packed: list[Tensor], text: str, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
@@ -356,18 +505,31 @@ def _transform_backward(ctx, grad):
 
 # Library.define costs 7 us a call where torch.library.custom_op costs 28.
 _LIBRARY = torch.library.Library("vqllm_kernels", "DEF")
+_LIBRARY.define(
+    "linear(Tensor x, Tensor[] packed, Tensor? bias, str spec, int rows, int cols) -> Tensor"
+)
+_LIBRARY.define(
+    "linear_transpose(Tensor grad, Tensor[] packed, str spec, int rows, int cols) -> Tensor"
+)
 _LIBRARY.define("matmul(Tensor x, Tensor[] packed, str spec, int rows, int cols) -> Tensor")
 _LIBRARY.define("decode(Tensor[] packed, str spec, int rows, int cols, ScalarType dtype) -> Tensor")
 _LIBRARY.define("decode_rows(Tensor[] packed, str spec, Tensor index, int cols) -> Tensor")
 _LIBRARY.define("transform(Tensor v, Tensor[] packed, str spec, int size, str direction) -> Tensor")
+_LIBRARY.impl("linear", _linear_op, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_transpose", _linear_transpose_op, "CompositeExplicitAutograd")
 _LIBRARY.impl("matmul", _matmul_op, "CompositeExplicitAutograd")
 _LIBRARY.impl("decode", _decode_op, "CompositeExplicitAutograd")
 _LIBRARY.impl("decode_rows", _decode_rows_op, "CompositeExplicitAutograd")
 _LIBRARY.impl("transform", _transform_op, "CompositeExplicitAutograd")
+torch.library.register_fake("vqllm_kernels::linear", _linear_fake, lib=_LIBRARY)
+torch.library.register_fake("vqllm_kernels::linear_transpose", _linear_transpose_fake, lib=_LIBRARY)
 torch.library.register_fake("vqllm_kernels::matmul", _matmul_fake, lib=_LIBRARY)
 torch.library.register_fake("vqllm_kernels::decode", _decode_fake, lib=_LIBRARY)
 torch.library.register_fake("vqllm_kernels::decode_rows", _decode_rows_fake, lib=_LIBRARY)
 torch.library.register_fake("vqllm_kernels::transform", _transform_fake, lib=_LIBRARY)
+torch.library.register_autograd(
+    "vqllm_kernels::linear", _linear_backward, setup_context=_linear_context, lib=_LIBRARY
+)
 torch.library.register_autograd(
     "vqllm_kernels::matmul", _matmul_backward, setup_context=_matmul_context, lib=_LIBRARY
 )

@@ -1,6 +1,7 @@
 """The choice of an implementation, and the operators that the run-time layer calls."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch import nn
 
 from vqllm_kernels import choice, dispatch, formats, gpu
 from vqllm_kernels.dispatch import Call
-from vqllm_kernels.transforms import HadamardSpec, ScaleSpec
+from vqllm_kernels.linear import LinearSpec
+from vqllm_kernels.transforms import CodedScaleSpec, HadamardSpec, PermutationSpec, ScaleSpec
 
 E8P = {"format": "e8p-v1"}
 E81B = {"format": "e81b-v1"}
@@ -123,6 +125,85 @@ def test_derivative_is_that_of_the_dense_product(values):
     assert torch.allclose(x.grad, dense.grad, rtol=1e-4, atol=1e-4 * float(dense.grad.abs().max()))
 
 
+def whole_linear():
+    """A spec with every transform, its stored tensors, and a bias."""
+    transforms = []
+    for side, size in (("in", COLS), ("out", ROWS)):
+        transforms += [
+            CodedScaleSpec(side=side, size=size, bits=2),
+            HadamardSpec(side=side, size=size),
+            ScaleSpec(side=side, size=size),
+            PermutationSpec(side=side, size=size),
+        ]
+    spec = LinearSpec(
+        rows=ROWS, cols=COLS, format=formats.from_dict(E8P), transforms=tuple(transforms)
+    )
+    tensors = random_tensors(spec.format)
+    for i, transform in enumerate(transforms):
+        for name, layout in transform.layout().items():
+            value = torch.rand(layout.shape) + 0.5
+            if name == "permutation":
+                value = torch.randperm(transform.size)
+            elif layout.dtype == torch.uint8:
+                value = torch.randint(0, 256, layout.shape)
+            tensors[f"t{i}_{name}"] = value.to(layout.dtype)
+    return spec, tensors, torch.randn(ROWS)
+
+
+def test_a_linear_is_its_dense_weights():
+    spec, tensors, bias = whole_linear()
+    W_RC = spec.dequantize(tensors)
+    x = random_input(2, 3, COLS).requires_grad_()
+    y = dispatch.linear(x, tensors, spec, bias)
+    torch.testing.assert_close(y, x @ W_RC.T + bias, rtol=1e-4, atol=1e-4)
+    g = torch.randn_like(y)
+    (found,) = torch.autograd.grad(y, x, g)
+    torch.testing.assert_close(found, g @ W_RC, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        narrow = dispatch.linear(x.bfloat16(), tensors, spec, bias.bfloat16())
+    assert narrow.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.float(), y.detach(), rtol=0.05, atol=0.3)
+
+
+def test_a_bias_has_a_gradient():
+    spec, tensors, bias = whole_linear()
+    bias.requires_grad_()
+    dispatch.linear(random_input(3, COLS), tensors, spec, bias).sum().backward()
+    torch.testing.assert_close(bias.grad, torch.full((ROWS,), 3.0))
+
+
+def test_a_linear_is_one_operator_in_a_graph():
+    spec, tensors, bias = whole_linear()
+    names = []
+
+    def backend(graph, inputs):
+        names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    compiled = torch.compile(
+        lambda x: dispatch.linear(x, tensors, spec, bias), fullgraph=True, backend=backend
+    )
+    x = random_input(3, COLS)
+    torch.testing.assert_close(compiled(x), dispatch.linear(x, tensors, spec, bias))
+    assert names == ["vqllm_kernels.linear"]
+
+
+def test_a_large_linear_is_multiplied_in_blocks_of_rows(monkeypatch):
+    spec, tensors, _ = whole_linear()
+    spec = replace(spec, transforms=tuple(t for t in spec.transforms if t.side == "in"))
+    whole = dispatch.linear(random_input(3, COLS), tensors, spec)
+    monkeypatch.setattr(LinearSpec, "row_blocks", lambda self: [(0, 16), (16, ROWS)])
+    dispatch._linear.cache_clear()
+    x = random_input(3, COLS).requires_grad_()
+    y = dispatch.linear(x, tensors, spec)
+    torch.testing.assert_close(y, whole)
+    y.sum().backward()
+    torch.testing.assert_close(
+        x.grad, spec.dequantize(tensors).sum(0).expand(3, -1), rtol=1e-4, atol=1e-3
+    )
+    dispatch._linear.cache_clear()
+
+
 def test_operators_pass_opcheck():
     spec = formats.from_dict(E8P)
     tensors = random_tensors(spec)
@@ -136,6 +217,11 @@ def test_operators_pass_opcheck():
     signs = [hadamard.pack_signs(random_input(COLS))["signs"]]
     args = (x, signs, dispatch._text(hadamard), COLS, "input")
     torch.library.opcheck(ops.transform.default, args)
+    whole, tensors, bias = whole_linear()
+    packed, text = [tensors[name] for name in sorted(tensors)], dispatch._linear_text(whole)
+    torch.library.opcheck(ops.linear.default, (x, packed, bias, text, ROWS, COLS))
+    grad = random_input(3, ROWS)
+    torch.library.opcheck(ops.linear_transpose.default, (grad, packed, text, ROWS, COLS))
 
 
 def test_a_choice_is_made_once_and_logged_once(caplog):

@@ -40,12 +40,6 @@ class VQLinear(PackedModule):
         self.register_parameter(
             "bias", frozen(torch.empty(spec.rows, dtype=dtype, device=device)) if bias else None
         )
-        self._format_names = list(spec.format.layout(spec.rows, spec.cols))
-        self._blocks = spec.row_blocks()
-        self._transform_names = [
-            {name: f"t{i}_{name}" for name in transform.layout()}
-            for i, transform in enumerate(spec.transforms)
-        ]
 
     @classmethod
     def from_tensors(
@@ -63,13 +57,12 @@ class VQLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] of x [..., in_features], in the dtype of x."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
         if not self.is_faster_packed(x.device, x.numel() // self.in_features):
             W_RC = self._kept_weights(x.dtype)
             if W_RC is not None:
+                bias = None if self.bias is None else self.bias.to(x.dtype)
                 return F.linear(x, W_RC, bias)
-        y = self.packed_product(x)
-        return y if bias is None else y + bias
+        return self.packed_product(x)
 
     def is_faster_packed(self, device: torch.device, num_rows: int) -> bool:
         """Whether so many rows of x are multiplied from the packed tensors, kept weights or not."""
@@ -78,32 +71,9 @@ class VQLinear(PackedModule):
         )
 
     def packed_product(self, x: Tensor) -> Tensor:
-        """x Wᵀ from the packed tensors, whatever the weight cache is set to; no bias."""
-        transforms = list(zip(self.spec.transforms, self._transform_names))
-        for transform, names in transforms:
-            if transform.side == "in":
-                x = dispatch.transform(x, transform, self._own(names), "input")
-        y = self._format_product(x)
-        for transform, names in reversed(transforms):
-            if transform.side == "out":
-                y = dispatch.transform(y, transform, self._own(names), "output")
-        return y
-
-    def _format_product(self, x: Tensor) -> Tensor:
-        """x Wᵀ in the transformed basis; that of a large head in blocks of its rows, so that never
-        the whole of it is decoded at once."""
-        own = {name: getattr(self, name) for name in self._format_names}
-        spec = self.spec
-        if len(self._blocks) == 1:
-            return dispatch.matmul(x, own, spec.format, spec.rows, spec.cols)
-        parts = [
-            dispatch.matmul(x, spec.block(own, start, stop), spec.format, stop - start, spec.cols)
-            for start, stop in self._blocks
-        ]
-        return torch.cat(parts, -1)
-
-    def _own(self, names: Mapping[str, str]) -> dict[str, Tensor]:
-        return {name: getattr(self, full) for name, full in names.items()}
+        """x Wᵀ + bias from the packed tensors, whatever the weight cache is set to."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return dispatch.linear(x, self.packed, self.spec, bias)
 
     def extra_repr(self) -> str:
         transforms = ", ".join(f"{t.kind} {t.side}" for t in self.spec.transforms) or "none"

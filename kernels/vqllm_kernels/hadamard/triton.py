@@ -1,4 +1,7 @@
-"""Kernels of the Hadamard transform with random signs, for every order.
+"""Kernels of the Hadamard transform with random signs and scales, for every order.
+
+Signs, and scales that stand before an input's transform or after an output's, are one factor a
+feature, computed once.
 
 Up to order 128 a transform is one product with the whole matrix, 16 blocks a program. Above, the
 Kronecker factors of `matrices` are dealt out to passes, and a block is a matrix X [m, p] there:
@@ -20,46 +23,42 @@ program and one step, 28672 are 14 programs of 7 steps.
 """
 
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from vqllm_kernels.bitpack import unpack_bits
 from vqllm_kernels.choice import Call
 from vqllm_kernels.hadamard import matrices
-from vqllm_kernels.transforms import HadamardSpec, TransformSpec
+from vqllm_kernels.transforms import HadamardSpec, ScaleSpec, TransformSpec
+
+Scales = Sequence[tuple[ScaleSpec, dict[str, Tensor]]]
 
 MAX_DENSE = 128
 MAX_SYLVESTER = 64
 MAX_LEFT = 512
 
 
+_factors = WeakTensorKeyDictionary()
+"""Stored signs -> (addresses and versions of what went in, factors)."""
+
+
 @triton.jit
-def _with_signs(v, signs_ptr, first, row_valid, num_cols, BY_BYTE: tl.constexpr):
-    """v, negated where the bit of its feature is set.
+def _times_factor(v, factor_ptr, first, row_valid, num_cols):
+    """v [rows, cols] times the factors of its features.
 
     Args:
-        v: [rows, cols].
-        first: feature of the first column, [rows, 1]; multiples of 8 if BY_BYTE, which loads a
-            byte once for 8 columns.
+        first: feature of the first column, [rows, 1].
         row_valid, num_cols: rows [rows, 1] and number of columns that exist.
     """
-    ROWS: tl.constexpr = v.shape[0]
-    COLS: tl.constexpr = v.shape[1]
-    if BY_BYTE:
-        col = tl.arange(0, COLS // 8)[None, :]
-        valid = row_valid & (col * 8 < num_cols)
-        byte = tl.load(signs_ptr + (first >> 3) + col, mask=valid, other=0).to(tl.int32)
-        bit = (byte[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-        bit = bit.reshape(ROWS, COLS)
-    else:
-        col = tl.arange(0, COLS)[None, :]
-        valid = row_valid & (col < num_cols)
-        byte = tl.load(signs_ptr + ((first + col) >> 3), mask=valid, other=0).to(tl.int32)
-        bit = (byte >> ((first + col) & 7)) & 1
-    return tl.where(bit == 1, -v, v)
+    col = tl.arange(0, v.shape[1])[None, :]
+    factor = tl.load(factor_ptr + first + col, mask=row_valid & (col < num_cols), other=0.0)
+    return v * factor
 
 
 @triton.jit
@@ -82,17 +81,16 @@ def _product(a, b, IS_EXACT: tl.constexpr):
 @triton.jit
 def dense_kernel(
     x_ptr,  # [num_blocks, order]
-    signs_ptr,  # uint8 [blocks_per_row · order / 8], one bit a feature
+    factor_ptr,  # float32 [blocks_per_row · order], one a feature
     matrix_ptr,  # [order, order], int8 or float32
     y_ptr,  # [num_blocks, order]
     num_blocks,
     blocks_per_row,
     order,
     scale,
-    SIGNS: tl.constexpr,  # "before" or "after"
+    FACTOR: tl.constexpr,  # "before" or "after"
     TRANSPOSE: tl.constexpr,
     IS_EXACT: tl.constexpr,
-    BY_BYTE: tl.constexpr,
     BLOCKS: tl.constexpr,
     PAD: tl.constexpr,
 ):
@@ -104,14 +102,14 @@ def dense_kernel(
     first = block % blocks_per_row * order
     # x: [BLOCKS, PAD]
     x = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
-    if SIGNS == "before":
-        x = _with_signs(x, signs_ptr, first, block < num_blocks, order, BY_BYTE)
+    if FACTOR == "before":
+        x = _times_factor(x, factor_ptr, first, block < num_blocks, order)
     # Qᵀ (or Q): [PAD, PAD]
     entry = row * order + col if TRANSPOSE else col * order + row
     Q = tl.load(matrix_ptr + entry, mask=(row < order) & (col < order), other=0).to(tl.float32)
     y = _product(x, Q, IS_EXACT) * scale
-    if SIGNS == "after":
-        y = _with_signs(y, signs_ptr, first, block < num_blocks, order, BY_BYTE)
+    if FACTOR == "after":
+        y = _times_factor(y, factor_ptr, first, block < num_blocks, order)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=valid)
 
 
@@ -130,7 +128,7 @@ def _sylvester(n, PAD: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def pass_kernel(
     x_ptr,  # [num_blocks, m, post]
-    signs_ptr,  # uint8, one bit a feature
+    factor_ptr,  # float32, one a feature
     matrix_ptr,  # B [m, m], int8 or float32
     y_ptr,  # [num_blocks, m, post]
     m,
@@ -138,10 +136,9 @@ def pass_kernel(
     num_features,
     scale,
     HAS_SYLVESTER: tl.constexpr,  # then post is its order and one tile of columns holds it
-    SIGNS: tl.constexpr,  # "before", "after" or "none"
+    FACTOR: tl.constexpr,  # "before", "after" or "none"
     TRANSPOSE: tl.constexpr,
     IS_EXACT: tl.constexpr,
-    BY_BYTE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_SUM: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
@@ -162,9 +159,9 @@ def pass_kernel(
         offsets = k[:, None] * post + col
         valid = (k < m)[:, None] & (col < post)
         X = tl.load(x_ptr + base + offsets, mask=valid, other=0.0).to(tl.float32)
-        if SIGNS == "before":
+        if FACTOR == "before":
             first = first_feature + k[:, None] * post
-            X = _with_signs(X, signs_ptr, first, (k < m)[:, None], num_cols, BY_BYTE)
+            X = _times_factor(X, factor_ptr, first, (k < m)[:, None], num_cols)
         if HAS_SYLVESTER and IS_EXACT:
             X = tl.dot(X, S.to(tl.float32), input_precision="tf32x3")
         elif HAS_SYLVESTER:
@@ -176,9 +173,9 @@ def pass_kernel(
     y = acc * scale
     offsets = i * post + col
     valid = (i < m) & (col < post)
-    if SIGNS == "after":
+    if FACTOR == "after":
         first = first_feature + i * post
-        y = _with_signs(y, signs_ptr, first, i < m, num_cols, BY_BYTE)
+        y = _times_factor(y, factor_ptr, first, i < m, num_cols)
     tl.store(y_ptr + base + offsets, y.to(y_ptr.dtype.element_ty), mask=valid)
 
 
@@ -229,12 +226,20 @@ def declines(call: Call) -> str | None:
     return None
 
 
-def transform(v: Tensor, spec: TransformSpec, tensors: dict[str, Tensor], direction: str) -> Tensor:
-    """x' = Q (s x) for "input", y = s (Qᵀ y') for "output", along the last axis, in the dtype of v.
+def transform(
+    v: Tensor,
+    spec: TransformSpec,
+    tensors: dict[str, Tensor],
+    direction: str,
+    scales: Scales = (),
+) -> Tensor:
+    """x' = Q (s d x) for "input", y = s d (Qᵀ y') for "output", along the last axis, in the dtype
+    of v; d is the product of the `scales`.
 
     Args:
         v: float16, bfloat16 or float32 [..., size].
         tensors: `signs`, one bit a feature.
+        scales: what is multiplied with x before, or with y after; their stored tensors beside them.
     """
     assert isinstance(spec, HadamardSpec)
     order = spec.block or spec.size
@@ -242,26 +247,41 @@ def transform(v: Tensor, spec: TransformSpec, tensors: dict[str, Tensor], direct
     if v.numel() == 0:
         return torch.empty_like(v)
     run = _dense if order <= MAX_DENSE else _by_passes
-    return run(v, tensors["signs"].contiguous(), spec.size, order, direction == "output")
+    factor = factors(spec, tensors["signs"], scales)
+    return run(v, factor, spec.size, order, direction == "output")
 
 
-def _dense(v: Tensor, signs: Tensor, size: int, order: int, transpose: bool) -> Tensor:
+def factors(spec: HadamardSpec, signs: Tensor, scales: Scales = ()) -> Tensor:
+    """Signs times scales, float32 [size]; kept for as long as the signs live."""
+    parts = [signs, *(tensor for _, tensors in scales for tensor in tensors.values())]
+    key = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in parts]
+    kept = _factors.get(signs)
+    if kept is None or kept[0] != key:
+        with torch.inference_mode(False), torch.no_grad():
+            product = 1 - 2 * unpack_bits(signs, 1, spec.size).float()
+            for scale, tensors in scales:
+                product = product * scale.scale(tensors).float()
+            kept = (key, product.contiguous())
+        _factors[signs] = kept
+    return kept[1]
+
+
+def _dense(v: Tensor, factor: Tensor, size: int, order: int, transpose: bool) -> Tensor:
     y = torch.empty_like(v)
     num_blocks = v.numel() // order
     Q, scale = _matrix(matrices.factors(order), v.device)
     dense_kernel[(triton.cdiv(num_blocks, 16),)](
         v,
-        signs,
+        factor,
         Q,
         y,
         num_blocks,
         size // order,
         order,
         scale,
-        SIGNS="after" if transpose else "before",
+        FACTOR="after" if transpose else "before",
         TRANSPOSE=transpose,
         IS_EXACT=v.dtype == torch.float32,
-        BY_BYTE=order % 8 == 0,
         BLOCKS=16,
         PAD=max(16, triton.next_power_of_2(order)),
         num_warps=4,
@@ -270,7 +290,7 @@ def _dense(v: Tensor, signs: Tensor, size: int, order: int, transpose: bool) -> 
     return y
 
 
-def _by_passes(v: Tensor, signs: Tensor, size: int, order: int, transpose: bool) -> Tensor:
+def _by_passes(v: Tensor, factor: Tensor, size: int, order: int, transpose: bool) -> Tensor:
     dtype, plan = v.dtype, passes(order)
     # With three products for one, 64 rows or 4 warps spill on sm_90.
     block_sum, num_warps = (32, 8) if dtype == torch.float32 else (64, 4)
@@ -279,18 +299,18 @@ def _by_passes(v: Tensor, signs: Tensor, size: int, order: int, transpose: bool)
         y = torch.empty_like(v, dtype=dtype if is_last else torch.float32)
         m = math.prod(sizes)
         B, scale = _matrix(sizes, v.device)
-        signs_come = "none"
+        comes = "none"
         if is_last and transpose:
-            signs_come = "after"
+            comes = "after"
         elif index == 0 and not transpose:
-            signs_come = "before"
+            comes = "before"
         block_rows = min(32, max(16, triton.next_power_of_2(m)))
         block_cols = min(MAX_SYLVESTER, max(16, triton.next_power_of_2(post)))
         num_blocks = v.numel() // (m * post)
         grid = (num_blocks, triton.cdiv(m, block_rows), triton.cdiv(post, block_cols))
         pass_kernel[grid](
             v,
-            signs,
+            factor,
             B,
             y,
             m,
@@ -298,10 +318,9 @@ def _by_passes(v: Tensor, signs: Tensor, size: int, order: int, transpose: bool)
             size,
             scale / math.sqrt(post) if has_sylvester else scale,
             HAS_SYLVESTER=has_sylvester,
-            SIGNS=signs_come,
+            FACTOR=comes,
             TRANSPOSE=transpose,
             IS_EXACT=dtype == torch.float32,
-            BY_BYTE=post % 8 == 0,
             BLOCK_ROWS=block_rows,
             BLOCK_SUM=min(block_sum, max(16, triton.next_power_of_2(m))),
             BLOCK_COLS=block_cols,
