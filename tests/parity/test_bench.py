@@ -26,3 +26,10 @@ def test_dry_run_of_a_whole_model(tmp_path: Path) -> None:
     (row,) = json.loads((tmp_path / "model-cpu.json").read_text())
     assert row["speedup"] > 0
     assert row["kernels"] == ["dense weights, kept"]
+
+
+def test_dry_run_of_the_look_ups(tmp_path: Path) -> None:
+    file = tmp_path / "cpu.csv"
+    command = [sys.executable, str(FOLDER / "bench_cpu.py"), "--dry-run", "--output", str(file)]
+    subprocess.run(command, capture_output=True, check=True)
+    assert len(file.read_text().splitlines()) == 5

@@ -26,7 +26,8 @@ SERVED = {
 
 
 @pytest.fixture(autouse=True)
-def _fresh_choices():
+def _fresh_choices(monkeypatch):
+    monkeypatch.setattr(dispatch, "LOOKUP_WEIGHTS", 48 * 64)
     dispatch.forget()
     yield
     dispatch.forget()
@@ -74,6 +75,7 @@ def test_codes_that_change_are_seen():
     x_NC = random_activations(1, 32, torch.float32, "cpu")
     dispatch.matmul(x_NC, tensors, spec, 16, 32)
     tensors["codes"].add_(1)
+    tensors["codebook"].mul_(2)
     y_NR = dispatch.matmul(x_NC, tensors, spec, 16, 32)
     torch.testing.assert_close(y_NR, x_NC @ spec.decode(tensors, 16, 32).T)
 
@@ -81,11 +83,11 @@ def test_codes_that_change_are_seen():
 def test_copies_go_with_the_codes():
     spec = formats.from_dict(lut(1, 4, 8))
     tensors = random_tensors(spec, 16, 32, "cpu")
-    before = len(cpu._by_piece)
+    before = len(cpu._prepared)
     dispatch.matmul(random_activations(1, 32, torch.float32, "cpu"), tensors, spec, 16, 32)
-    assert len(cpu._by_piece) == before + 1
+    assert len(cpu._prepared) == before + 1
     del tensors
-    assert len(cpu._by_piece) == before
+    assert len(cpu._prepared) == before
 
 
 @pytest.mark.parametrize(
@@ -138,6 +140,13 @@ def test_a_linear_looks_up_few_rows(mode):
         1: kept if mode == "on" else "lookup",
         2048: "reference" if mode == "off" else kept,
     }
+
+
+def test_a_small_linear_keeps_its_weights():
+    module = linear(lut(1, 4, 8), rows=47)
+    module(torch.randn(1, 64))
+    assert module._dense is not None
+    assert describe(module, (1,))[0].implementation == "dense weights, kept"
 
 
 def test_a_look_up_has_a_gradient():

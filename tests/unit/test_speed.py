@@ -10,6 +10,7 @@ from vqllm import api, cli, speed
 from vqllm.errors import EvaluationError
 from vqllm.recipe import from_dict
 from vqllm.runtime import set_weight_cache
+from vqllm_kernels import dispatch
 
 RECIPE = from_dict(
     {
@@ -33,7 +34,8 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _as_before():
+def _as_before(monkeypatch):
+    monkeypatch.setattr(dispatch, "LOOKUP_WEIGHTS", 0)
     yield
     set_weight_cache("auto")
 

@@ -66,9 +66,7 @@ class VQLinear(PackedModule):
 
     def is_faster_packed(self, device: torch.device, num_rows: int) -> bool:
         """Whether so many rows of x are multiplied from the packed tensors, kept weights or not."""
-        return weight_cache() != "on" and dispatch.beats_kept_weights(
-            self.spec.format, device, num_rows
-        )
+        return weight_cache() != "on" and dispatch.beats_kept_weights(self.spec, device, num_rows)
 
     def packed_product(self, x: Tensor) -> Tensor:
         """x Wᵀ + bias from the packed tensors, whatever the weight cache is set to."""

@@ -27,13 +27,13 @@ from vqllm_kernels.residual.spec import ResidualSpec
 
 MAX_BITS = 8
 PARTS = 8
-"""Pieces are dealt out to so many sums, which are added in their order: the result does not depend
-on the number of threads."""
-THREADED = 1 << 19
+"""Pieces of a large matrix are dealt out to so many sums, which are added in their order: the
+result does not depend on the number of threads."""
+LARGE = 1 << 19
 """Look-ups from which on threads pay: waking one takes 15 to 30 us, in which a core does 2^17."""
 
-_by_piece = WeakTensorKeyDictionary()
-"""Codes as stored -> (their version, the same by piece)."""
+_prepared = WeakTensorKeyDictionary()
+"""Codes as stored -> (addresses and versions of what went in, codes by piece, entries)."""
 
 
 def declines(spec: FormatSpec) -> str | None:
@@ -60,24 +60,26 @@ def matmul(
 
     The codes by piece, one byte each, are kept beside the stored ones for as long as those live.
     """
-    stages = _stages(spec)
+    if len(x_NC) == 0:
+        return x_NC.new_empty(0, rows)
     x = x_NC.to(torch.float32)
-    y_NR = torch.zeros(len(x), rows)
-    for i, stage in enumerate(stages):
+    y_NR: Tensor | None = None
+    for i, stage in enumerate(_stages(spec)):
         own = stage_tensors(tensors, i) if isinstance(spec, ResidualSpec) else tensors
-        entries_ED = _entries(stage, own)
-        codes_GR = _codes_by_piece(stage, own["codes"], cols)
-        width = entries_ED.shape[1]
-        padded = torch.nn.functional.pad(x, (0, len(codes_GR) * width - cols))
-        sums_NGE = padded.unflatten(1, (-1, width)) @ entries_ED.T
-        for n in range(len(x)):
-            y_NR[n] += _gather(sums_NGE[n].contiguous(), codes_GR)
+        codes_GR, entries_DE = _by_piece(stage, own, cols)
+        width = len(entries_DE)
+        missing = len(codes_GR) * width - cols
+        padded = torch.nn.functional.pad(x, (0, missing)) if missing else x
+        sums_NGE = padded.view(len(x), -1, width) @ entries_DE
+        y = torch.stack([_gather(sums_GE, codes_GR) for sums_GE in sums_NGE.unbind()])
+        y_NR = y if y_NR is None else y_NR + y
+    assert y_NR is not None, "a format has a stage"
     return y_NR.to(x_NC.dtype)
 
 
 def kept_bytes(codes: Tensor) -> int:
     """Bytes of the copy that is kept of these codes."""
-    kept = _by_piece.get(codes)
+    kept = _prepared.get(codes)
     return 0 if kept is None else kept[1].nbytes
 
 
@@ -85,43 +87,44 @@ def _stages(spec: FormatSpec) -> tuple[FormatSpec, ...]:
     return spec.stages if isinstance(spec, ResidualSpec) else (spec,)
 
 
-def _entries(stage: FormatSpec, tensors: dict[str, Tensor]) -> Tensor:
-    """All entries of the table, float32 [2^bits, d]."""
-    if isinstance(stage, LutSpec):
-        return tensors["codebook"].float()
-    every = torch.arange(256, dtype=torch.uint8)[:, None]
-    return stage.decode({**tensors, "codes": every}, 256, stage.tile[1])
-
-
-def _codes_by_piece(stage: FormatSpec, codes: Tensor, cols: int) -> Tensor:
-    """uint8 [pieces, rows]."""
-    version = 0 if codes.is_inference() else codes._version
-    kept = _by_piece.get(codes)
-    if kept is not None and kept[0] == version:
-        return kept[1]
-    bits = stage.index_bits if isinstance(stage, LutSpec) else MAX_BITS
-    with torch.inference_mode(False), torch.no_grad():
-        index_RG = unpack_bits(codes, bits, -(-cols // stage.tile[1]))
-        codes_GR = index_RG.to(torch.uint8).T.contiguous()
-    _by_piece[codes] = (version, codes_GR)
-    return codes_GR
+def _by_piece(stage: FormatSpec, tensors: dict[str, Tensor], cols: int) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [pieces, rows], and all entries of the table, float32 [d, 2^bits]."""
+    codes = tensors["codes"]
+    key = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors.values()]
+    kept = _prepared.get(codes)
+    if kept is None or kept[0] != key:
+        with torch.inference_mode(False), torch.no_grad():
+            bits = stage.index_bits if isinstance(stage, LutSpec) else MAX_BITS
+            index_RG = unpack_bits(codes, bits, -(-cols // stage.tile[1]))
+            codes_GR = index_RG.to(torch.uint8).T.contiguous()
+            if isinstance(stage, LutSpec):
+                entries_ED = tensors["codebook"].float()
+            else:
+                every = torch.arange(256, dtype=torch.uint8)[:, None]
+                entries_ED = stage.decode({**tensors, "codes": every}, 256, stage.tile[1])
+            kept = (key, codes_GR, entries_ED.T.contiguous())
+        _prepared[codes] = kept
+    return kept[1], kept[2]
 
 
 def _gather(sums_GE: Tensor, codes_GR: Tensor) -> Tensor:
     """Σ_g sums[g, codes[g, r]], float32 [R]."""
-    num_pieces, rows = codes_GR.shape
-    partial = torch.empty(PARTS, rows)
-    bounds = [num_pieces * i // PARTS for i in range(PARTS + 1)]
-    sums, codes, out = sums_GE.numpy(), codes_GR.numpy(), partial.numpy()
     from vqllm_kernels.lut.gather_numba import add
 
-    def run(first: int, step: int) -> None:
-        for i in range(first, PARTS, step):
-            add(sums, codes, bounds[i], bounds[i + 1], out[i])
-
-    threads = min(torch.get_num_threads(), PARTS) if codes_GR.numel() >= THREADED else 1
-    others = [_pool(threads).submit(run, i, threads) for i in range(1, threads)]
-    run(0, threads)
+    num_pieces, rows = codes_GR.shape
+    sums, codes = sums_GE.numpy(), codes_GR.numpy()
+    num_parts = PARTS if codes_GR.numel() >= LARGE else 1
+    partial = torch.empty(num_parts, rows)
+    out = partial.numpy()
+    if num_parts == 1:
+        add(sums, codes, 0, 1, num_pieces, out)
+        return partial[0]
+    threads = min(torch.get_num_threads(), num_parts)
+    others = [
+        _pool(threads).submit(add, sums, codes, i, threads, num_pieces, out)
+        for i in range(1, threads)
+    ]
+    add(sums, codes, 0, threads, num_pieces, out)
     for other in others:
         other.result()
     return partial.sum(0)
