@@ -247,6 +247,11 @@ CASES: dict[str, tuple[ModuleType, Case]] = {
     "hybrid, 2 bits": (trellis, trellis_case(trellis_values("hybrid", 2, 16), 1, "fp16")),
     "bytes2 decode": (trellis, trellis_decode_case(BYTES2, "bf16")),
     "bytes4 decode": (trellis, trellis_decode_case(BYTES4, "bf16")),
+    "activations as bytes, bf16": (
+        trellis,
+        (trellis_case(BYTES2, 1, "bf16")[0], "quantize_kernel", 0),
+    ),
+    "sum of the pieces, bf16": (trellis, (trellis_case(BYTES2, 1, "bf16")[0], "finish_kernel", 0)),
     "3inst decode": (trellis, trellis_decode_case(trellis_values("3inst", 2, 16), "fp16")),
     "e8p fp16": (e8p, matmul_case(e8p, E8P, 1, "fp16")),
     "e8p bf16, 16 tokens": (e8p, matmul_case(e8p, E8P, 16, "bf16")),

@@ -36,6 +36,8 @@ def kind(case: str) -> str:
         return "transform"
     if case.startswith("viterbi"):
         return "search"
+    if case.startswith(("activations", "sum of")):
+        return "beside the product"
     return "decode" if "decode" in case else "matmul"
 
 
