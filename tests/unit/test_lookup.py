@@ -1,6 +1,9 @@
 """Products by look-up on the CPU."""
 
+import os
+import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -67,6 +70,33 @@ def test_the_number_of_threads_changes_nothing():
     torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+def test_a_forked_process_has_threads_of_its_own():
+    spec = formats.from_dict(lut(1, 4, 8))
+    tensors = random_tensors(spec, 2048, 2048, "cpu")
+    x_NC = random_activations(1, 2048, torch.float32, "cpu")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    expected = dispatch.matmul(x_NC, tensors, spec, 2048, 2048)
+    sums = torch.randn(512, 256)
+    codes = cpu._by_piece(spec, tensors, 2048)[0]
+    child = os.fork()
+    if child == 0:  # nothing of torch's own threads is used here: they are gone too
+        cpu._gather(sums, codes)
+        os._exit(0)
+    for _ in range(200):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child waits for threads that it does not have")
+    assert status == 0
+    assert torch.equal(dispatch.matmul(x_NC, tensors, spec, 2048, 2048), expected)
+    torch.set_num_threads(before)
 
 
 def test_codes_that_change_are_seen():

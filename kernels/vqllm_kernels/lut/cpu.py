@@ -11,6 +11,7 @@ bfloat16 product takes 2.0 ms.
 Source: the idea is that of AQLM's CPU kernel, arXiv 2401.06118, section 3.4.
 """
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -133,6 +134,11 @@ def _gather(sums_GE: Tensor, codes_GR: Tensor) -> Tensor:
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="vqllm-lookup")
+
+
+# A forked process has none of its parent's threads: their pool would wait for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 @cache
