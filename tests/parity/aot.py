@@ -207,24 +207,26 @@ def trellis_values(code: str, rate: float, state_bits: int, tile_rows: int = 64)
     }
 
 
-def trellis_case(values: dict, tokens: int, dtype: str, cols: int = 16384) -> Case:
+def trellis_case(
+    values: dict, tokens: int, dtype: str, rows: int = 4096, cols: int = 16384
+) -> Case:
     """A step of a lane is a tile, or one part of its rows."""
     spec = formats.from_dict(values)
     x = torch.zeros(tokens, cols, dtype=DTYPES[dtype])
-    tensors = packed(spec, 4096, cols)
+    tensors = packed(spec, rows, cols)
 
     def launch() -> None:
-        trellis.matmul(x, tensors, spec, 4096, cols, x.dtype)
+        trellis.matmul(x, tensors, spec, rows, cols, x.dtype)
 
     return launch, "matmul_kernel", 256 * min(32, values["tile_rows"]) // values["tile_rows"]
 
 
-def trellis_decode_case(values: dict, dtype: str) -> Case:
+def trellis_decode_case(values: dict, dtype: str, rows: int = 4096, cols: int = 4096) -> Case:
     spec = formats.from_dict(values)
-    tensors = packed(spec, 4096, 4096)
+    tensors = packed(spec, rows, cols)
 
     def launch() -> None:
-        trellis.decode(tensors, spec, 4096, 4096, DTYPES[dtype])
+        trellis.decode(tensors, spec, rows, cols, DTYPES[dtype])
 
     return launch, "decode_kernel", 256 * min(32, values["tile_rows"]) // values["tile_rows"]
 
@@ -247,6 +249,10 @@ CASES: dict[str, tuple[ModuleType, Case]] = {
     "hybrid, 2 bits": (trellis, trellis_case(trellis_values("hybrid", 2, 16), 1, "fp16")),
     "bytes2 decode": (trellis, trellis_decode_case(BYTES2, "bf16")),
     "bytes4 decode": (trellis, trellis_decode_case(BYTES4, "bf16")),
+    # Arguments of 1 are constants to the compiler.
+    "one tile, product": (trellis, trellis_case(BYTES2, 1, "fp16", 1, 1)),
+    "one tile, sum": (trellis, (trellis_case(BYTES2, 1, "fp16", 1, 1)[0], "finish_kernel", 0)),
+    "one tile, decoded": (trellis, trellis_decode_case(BYTES2, "fp16", 1, 1)),
     "activations as bytes, bf16": (
         trellis,
         (trellis_case(BYTES2, 1, "bf16")[0], "quantize_kernel", 0),

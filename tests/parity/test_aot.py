@@ -36,7 +36,7 @@ def kind(case: str) -> str:
         return "transform"
     if case.startswith("viterbi"):
         return "search"
-    if case.startswith(("activations", "sum of")):
+    if case.startswith(("activations", "sum of", "one tile")):
         return "beside the product"
     return "decode" if "decode" in case else "matmul"
 

@@ -226,10 +226,11 @@ def finish_kernel(
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < rows
     at = token.to(tl.int64) * rows + row
-    size = num_tokens.to(tl.int64) * rows
     y = tl.zeros((BLOCK,), tl.float32)
     for s in range(0, splits):
-        y += tl.load(partial_ptr + s * size + at, mask=mask, other=0.0)
+        y += tl.load(
+            partial_ptr + tl.cast(s, tl.int64) * num_tokens * rows + at, mask=mask, other=0.0
+        )
     if BYTES:
         y = y * tl.load(step_ptr + token * 2) + tl.load(step_ptr + token * 2 + 1)
     y = y * (tl.load(scale_ptr) * factor)
