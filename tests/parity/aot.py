@@ -236,6 +236,7 @@ CASES: dict[str, tuple[ModuleType, Case]] = {
     "bytes2, 2 bits": (trellis, trellis_case(BYTES2, 1, "bf16")),
     "bytes2, 1.75 bits": (trellis, trellis_case(trellis_values("bytes2", 1.75, 14), 1, "bf16")),
     "bytes2, 2 bits, 16 tokens": (trellis, trellis_case(BYTES2, 16, "bf16")),
+    "bytes2, 2 bits, fp32": (trellis, trellis_case(BYTES2, 1, "fp32")),
     "bytes2, 2 bits, 16 rows": (
         trellis,
         trellis_case(trellis_values("bytes2", 2, 14, 16), 1, "bf16"),

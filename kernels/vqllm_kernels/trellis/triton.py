@@ -70,7 +70,7 @@ def _word_before(part, tile_row, tile_col, tiles_c, NUM_WORDS: tl.constexpr, PAR
 
 @triton.jit
 def matmul_kernel(
-    x_ptr,  # int32 [2 · num_tokens, x_words] of 4 int8, or DTYPE [num_tokens, cols]
+    x_ptr,  # int32 [X_PARTS · num_tokens, x_words] of 4 int8, or DTYPE [num_tokens, cols]
     codes_ptr,  # int32 [tiles_r, tiles_c, NUM_WORDS]
     table_ptr,  # float16 [2^L, V], or unused
     partial_ptr,  # float32 [splits, num_tokens, rows]
@@ -89,6 +89,7 @@ def matmul_kernel(
     ADDEND: tl.constexpr,
     FLIP: tl.constexpr,
     MEAN: tl.constexpr,
+    X_PARTS: tl.constexpr,  # columns of the product a token
     PARTS: tl.constexpr,
     WARPS: tl.constexpr,
     TOKEN_GROUPS: tl.constexpr,
@@ -143,7 +144,7 @@ def matmul_kernel(
             x_words = tiles_c * (TILE_COLS // 4)
             j = tl.arange(0, TILE_COLS // 4)[None, :]
             x_at = token[:, None].to(tl.int64) * x_words + (col // 4)[:, None] + j
-            mask = inside_x & (token < 2 * num_tokens)[:, None]
+            mask = inside_x & (token < X_PARTS * num_tokens)[:, None]
             x4 = tl.load(x_ptr + x_at, mask=mask, other=0).to(tl.uint32, bitcast=True)
             x4 = _columns(x4, TILE_COLS // 4)
             pieces = ()
@@ -197,12 +198,16 @@ def matmul_kernel(
     row = row[:, None]
     for i in tl.static_range(HALF):
         y = tl.sum(acc[i].reshape(PARTS, K_WARPS, 16, TOKENS), axis=1).reshape(PARTS * 16, TOKENS)
-        if BYTES:
+        if X_PARTS == 2:
             hi, lo = tl.split(y.reshape(PARTS * 16, TOKENS // 2, 2))
             y = hi.to(tl.float32) * 256.0 + lo.to(tl.float32)
-            n = tl.program_id(2) * (TOKENS // 2) + tl.arange(0, TOKENS // 2)[None, :]
-        else:
-            n = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)[None, :]
+        elif X_PARTS == 4:
+            even, odd = tl.split(y.reshape(PARTS * 16, TOKENS // 4, 2, 2))
+            part0, part2 = tl.split(even)
+            part1, part3 = tl.split(odd)
+            y = part0.to(tl.float32) * 256.0 + part1.to(tl.float32)
+            y = (y * 256.0 + part2.to(tl.float32)) * 256.0 + part3.to(tl.float32)
+        n = tl.program_id(2) * (TOKENS // X_PARTS) + tl.arange(0, TOKENS // X_PARTS)[None, :]
         at = (tl.program_id(1).to(tl.int64) * num_tokens + n) * rows + row + i
         tl.store(partial_ptr + at, y, mask=(row + i < rows) & (n < num_tokens))
 
@@ -350,8 +355,8 @@ def declines(call: Call) -> str | None:
     if spec.tile_bits % (32 * _parts(spec)):
         rate = spec.tile_bits / reference.WEIGHTS
         return f"{rate:g} bits: not whole words of 32 bits for {PART_ROWS} rows of a tile"
-    if call.operation == "matmul" and call.dtype == torch.float32:
-        return "float32 activations: the kernel's products have 16 bits"
+    if call.operation == "matmul" and call.dtype == torch.float32 and _mode(spec) != "bytes":
+        return f"float32 activations with code {spec.code}: its products have 16 bits"
     return None
 
 
@@ -372,13 +377,12 @@ def _constants(spec: TrellisSpec) -> dict[str, object]:
     }
 
 
-def token_groups(num_tokens: int, mode: str) -> int:
-    """Groups of 8 columns of the product of a program; bytes take two columns a token.
+def token_groups(columns: int) -> int:
+    """Groups of 8 columns of the product of a program.
 
-    Each group takes 64 registers for its sums. More tokens are dealt out to programs that decode
+    Each group takes 64 registers for its sums. More columns are dealt out to programs that decode
     the same weights again.
     """
-    columns = 2 * num_tokens if mode == "bytes" else num_tokens
     return 1 if columns <= 8 else 2
 
 
@@ -401,7 +405,7 @@ def matmul(
     """x Wᵀ (+ add), `dtype` [N, rows], for up to 64 tokens.
 
     Args:
-        x_NC: float16 or bfloat16 [N, cols].
+        x_NC: float16 or bfloat16 [N, cols], float32 too for sums of bytes.
         tensors: as in `spec.layout(rows, cols)`.
         add_NR: float32 [N, rows].
     """
@@ -420,9 +424,10 @@ def matmul(
     elif mode == "3inst":
         moments = _moments(spec.code, spec.state_bits)
         factor, mean = 1 / moments.deviations[0], moments.means[0]
-    groups = token_groups(num_tokens, mode)
+    columns_of_token = activations.PARTS[x_NC.dtype] if mode == "bytes" else 1
+    groups = token_groups(columns_of_token * num_tokens)
     row_programs = triton.cdiv(tiles_r, 8)
-    token_programs = triton.cdiv(num_tokens * (2 if mode == "bytes" else 1), 8 * groups)
+    token_programs = triton.cdiv(num_tokens * columns_of_token, 8 * groups)
     step_tiles = WARPS // _parts(spec) * 4
     steps = triton.cdiv(tiles_c, step_tiles)
     most_steps = max(1, MAX_SPLIT_COLS // (step_tiles * spec.tile[1]))
@@ -444,6 +449,7 @@ def matmul(
         **_constants(spec),
         MODE=mode,
         MEAN=mean,
+        X_PARTS=columns_of_token,
         WARPS=WARPS,
         TOKEN_GROUPS=groups,
         K_WIDTH=_k_width(mode),
@@ -472,10 +478,11 @@ def matmul(
 
 
 def quantized(x_NC: Tensor, spec: TrellisSpec, padded_cols: int) -> tuple[Tensor, Tensor]:
-    """Activations as `activations` makes them: (int32 words of 4 bytes [2 N, padded / 4], float32
-    [N, 2]). What the values of the code are divided by, and their means, are in them."""
+    """Activations as `activations` makes them: (int32 words of 4 bytes [parts · N, padded / 4],
+    float32 [N, 2]). What the values of the code are divided by, and their means, are in them."""
     num_tokens, cols = x_NC.shape
-    q = torch.empty(num_tokens, 2, padded_cols, dtype=torch.int8, device=x_NC.device)
+    parts = activations.PARTS[x_NC.dtype]
+    q = torch.empty(num_tokens, parts, padded_cols, dtype=torch.int8, device=x_NC.device)
     step = torch.empty(num_tokens, 2, dtype=torch.float32, device=x_NC.device)
     moments = _moments(spec.code, spec.state_bits)
     activations.quantize_kernel[(num_tokens,)](
@@ -488,12 +495,13 @@ def quantized(x_NC: Tensor, spec: TrellisSpec, padded_cols: int) -> tuple[Tensor
         1 / moments.deviations[-1],
         -moments.means[0],
         -moments.means[-1],
-        LEVELS=activations.LEVELS,
+        PARTS=parts,
+        LEVELS=activations.LEVELS[parts],
         BLOCK=min(triton.next_power_of_2(padded_cols), 8192),
         num_warps=8,
         enable_fp_fusion=True,
     )
-    return q.view(torch.int32).view(2 * num_tokens, -1), step
+    return q.view(torch.int32).view(parts * num_tokens, -1), step
 
 
 def decode(
