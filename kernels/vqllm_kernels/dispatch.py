@@ -64,11 +64,11 @@ __all__ = [
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 LOOKUP_WEIGHTS = 1 << 22
-"""Weights from which on they are: 576 x 1536 takes 80 us in torch, and 80 to 180 looked up, most of
-it for calls."""
-LOOKUP_ROWS = 2
-"""Rows of x up to which look-ups are faster than torch's product with decoded weights: 4096 x 4096
-at 2 bits takes 0.51 ms a row on two cores, torch 2.0 ms for 1 to 4 rows in bfloat16."""
+"""Weights from which on they are: 576 x 1536 takes 100 us in torch, and 180 to 360 looked up, most
+of it for calls."""
+LOOKUP_ROWS = 1
+"""Rows of x up to which look-ups are not slower than torch's product with decoded weights: 4096 x
+4096 takes 0.8 (1 bit) to 1.4 ms (2 bits) a row, torch 1.7 ms for 1 to 4 rows in bfloat16."""
 
 
 def linear(

@@ -27,8 +27,8 @@ def set_weight_cache(mode: Mode) -> None:
             another device never keep them. "on" keeps them on every device, "off" on none. An
             embedding, which decodes no more rows than it looks up, keeps them with "on" only.
 
-    With "auto" and "off", large linears whose codebooks have at most 256 entries multiply one or
-    two rows on the CPU by look-up instead (`vqllm_kernels.lut.cpu`), for which they keep a copy of
+    With "auto" and "off", large linears whose codebooks have at most 256 entries multiply a single
+    row on the CPU by look-up instead (`vqllm_kernels.lut.cpu`), for which they keep a copy of
     their codes of one byte each: an eighth to a quarter of a byte a weight for the formats in use.
     """
     global _mode, _told

@@ -5,8 +5,8 @@ entry with every piece, [pieces, 256]. A tile of W then costs one look-up and an
 d is, and no weight is ever decoded. Codes of all rows for one piece lie side by side, so that the
 inner loop walks along them and its 256 products stay in the first-level cache.
 
-4096 x 4096 at 2 bits (d = 4) takes 0.51 ms on two cores of an AMD EPYC with AVX-512 where torch's
-bfloat16 product takes 2.0 ms.
+4096 x 4096 at 2 bits (d = 4) takes 1.4 ms where torch's bfloat16 product takes 1.7 on two cores, at
+1 bit (d = 8) 0.8 ms (kernels/bench/results/cpu.csv).
 
 Source: the idea is that of AQLM's CPU kernel, arXiv 2401.06118, section 3.4.
 """
@@ -30,8 +30,9 @@ MAX_BITS = 8
 PARTS = 8
 """Pieces of a large matrix are dealt out to so many sums, which are added in their order: the
 result does not depend on the number of threads."""
-LARGE = 1 << 19
-"""Look-ups from which on threads pay: waking one takes 15 to 30 us, in which a core does 2^17."""
+LARGE = 1 << 23
+"""Look-ups from which on threads pay: 4096 x 4096 at d = 4 (2^22) takes 1.2 ms on one core and 1.5
+on two, a thread of Python's being slow to wake; 14336 x 4096 3.8 ms and 2.8 to 4.2."""
 
 _prepared = WeakTensorKeyDictionary()
 """Codes as stored -> (addresses and versions of what went in, codes by piece, entries)."""
