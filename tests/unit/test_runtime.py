@@ -360,3 +360,12 @@ def test_describe() -> None:
     assert (few.num_rows, many.num_rows) == (1, 2048)
     assert few.implementation == many.implementation == "reference"
     assert describe(changed.to("meta"))[0].reason == "its tensors are offloaded"
+
+
+def test_data_exchanged_under_a_parameter_is_seen() -> None:
+    linear, x = vq_linear("e81b"), inputs(3)
+    set_weight_cache("on")
+    before = linear(x)
+    linear.scale.data = linear.scale.data * 2
+    assert torch.equal(linear(x), F.linear(x, linear.dequantize(), linear.bias))
+    assert not torch.equal(linear(x), before)
