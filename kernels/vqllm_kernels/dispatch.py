@@ -87,7 +87,7 @@ def linear(
         [..., spec.rows] in the dtype of x.
     """
     packed = [tensors[name] for name in sorted(tensors)]
-    return torch.ops.vqllm_kernels.linear(x, packed, bias, _linear_text(spec), spec.rows, spec.cols)
+    return torch.ops.vqllm_kernels.linear(x, packed, bias, _text(spec), spec.rows, spec.cols)
 
 
 def matmul(
@@ -148,22 +148,12 @@ def transform(v: Tensor, spec: TransformSpec, tensors: dict[str, Tensor], direct
 
 
 @torch.compiler.assume_constant_result
-def _text(spec: FormatSpec | TransformSpec) -> str:
+def _text(spec: FormatSpec | TransformSpec | LinearSpec) -> str:
     return _text_cached(spec)
 
 
 @cache
-def _text_cached(spec: FormatSpec | TransformSpec) -> str:
-    return json.dumps(spec.to_dict())
-
-
-@torch.compiler.assume_constant_result
-def _linear_text(spec: LinearSpec) -> str:
-    return _linear_text_cached(spec)
-
-
-@cache
-def _linear_text_cached(spec: LinearSpec) -> str:
+def _text_cached(spec: FormatSpec | TransformSpec | LinearSpec) -> str:
     return json.dumps(spec.to_dict())
 
 
@@ -378,10 +368,20 @@ def _through(stages: list[Staged], v: Tensor, direction: str) -> Tensor:
         if direction == "output":
             while todo and isinstance(todo[0][0], ScaleSpec):
                 scales.append(todo.pop(0))
-        call = Call(operation="transform", spec=spec, device=v.device, dtype=v.dtype)
-        chosen = choose(call, _TRANSFORMS, _order(v.device, "transform"))
-        v = chosen.run(v, spec, tensors, direction, scales)
+        v = _transformed(v, spec, tensors, direction, scales)
     return v
+
+
+def _transformed(
+    v: Tensor,
+    spec: TransformSpec,
+    tensors: dict[str, Tensor],
+    direction: str,
+    scales: Sequence[Staged] = (),
+) -> Tensor:
+    call = Call(operation="transform", spec=spec, device=v.device, dtype=v.dtype)
+    chosen = choose(call, _TRANSFORMS, _order(v.device, "transform"))
+    return chosen.run(v, spec, tensors, direction, scales)
 
 
 def _product(
@@ -459,10 +459,7 @@ def _decode_rows_op(packed: list[Tensor], text: str, index: Tensor, cols: int) -
 
 def _transform_op(v: Tensor, packed: list[Tensor], text: str, size: int, direction: str) -> Tensor:
     spec = _transform(text, size)
-    call = Call(operation="transform", spec=spec, device=v.device, dtype=v.dtype)
-    tensors = _named(spec, packed)
-    chosen = choose(call, _TRANSFORMS, _order(v.device, "transform"))
-    return chosen.run(v, spec, tensors, direction)
+    return _transformed(v, spec, _named(spec, packed), direction)
 
 
 def _matmul_fake(x: Tensor, packed: list[Tensor], text: str, rows: int, cols: int) -> Tensor:

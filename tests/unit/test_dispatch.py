@@ -218,7 +218,7 @@ def test_operators_pass_opcheck():
     args = (x, signs, dispatch._text(hadamard), COLS, "input")
     torch.library.opcheck(ops.transform.default, args)
     whole, tensors, bias = whole_linear()
-    packed, text = [tensors[name] for name in sorted(tensors)], dispatch._linear_text(whole)
+    packed, text = [tensors[name] for name in sorted(tensors)], dispatch._text(whole)
     torch.library.opcheck(ops.linear.default, (x, packed, bias, text, ROWS, COLS))
     grad = random_input(3, ROWS)
     torch.library.opcheck(ops.linear_transpose.default, (grad, packed, text, ROWS, COLS))

@@ -41,8 +41,8 @@ MIN_TILE_ROWS, MAX_TILE_ROWS = 8, 64
 PART_ROWS = 32
 """Rows of a tile that a lane holds sums for: 2 registers each for 8 columns of the product."""
 WARPS = 8
-MAX_SPLIT_COLS = 32768
-"""Columns that a sum of int32 is safe for: 4 · 128 · 128 · 32768 = 2^31."""
+MAX_SPLIT_COLS = 32767
+"""Columns that a sum of int32 is safe for: 4 · 128 · 128 · 32768 = 2^31 is one too many."""
 
 _chunks = tiles.load_chunks
 _words = tiles.words_of
