@@ -172,7 +172,7 @@ def _linear(module: VQLinear, number: int, runs: list[Any], load: Load) -> JSON:
         x = torch.randn(load.batch, module.in_features, device=device).to(dtype)
         W = module.dequantize(dtype)
         own, dense = _in_turns(
-            (lambda: module(x), lambda: F.linear(x, W)), device, 2 * load.rounds + 1
+            (lambda: module.multiply(x), lambda: F.linear(x, W)), device, 2 * load.rounds + 1
         )
     return {
         "rows": module.out_features,

@@ -1,6 +1,7 @@
 """The operations of a packed linear, as the run-time layer calls them.
 
     linear     y = x Wᵀ + bias: all transforms, the product and the bias, one operator
+    linears    the same for linears of one input, whose transforms of it are applied once
     matmul     y = x Wᵀ in the transformed basis, W packed
     decode     W in the transformed basis
     transform  x' from x, or y from y' (a transform on one side of the product)
@@ -23,6 +24,7 @@ tensors are constants.
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import cast
 
@@ -57,6 +59,7 @@ __all__ = [
     "force",
     "forget",
     "linear",
+    "linears",
     "matmul",
     "transform",
 ]
@@ -88,6 +91,31 @@ def linear(
     """
     packed = [tensors[name] for name in sorted(tensors)]
     return torch.ops.vqllm_kernels.linear(x, packed, bias, _text(spec), spec.rows, spec.cols)
+
+
+def linears(
+    x: Tensor,
+    tensors: Sequence[dict[str, Tensor]],
+    specs: Sequence[LinearSpec],
+    biases: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """x Wᵀ + bias of each of several linears with equal transforms of the input.
+
+    Args:
+        x: [..., cols].
+        tensors: the stored tensors of each linear; those of the input's transforms are equal.
+        biases: [rows] of each, or None.
+
+    Returns:
+        [..., rows] of each, in the dtype of x.
+
+    Raises:
+        ValueError: the transforms of the input differ.
+    """
+    packed = [own[name] for own in tensors for name in sorted(own)]
+    texts, rows = [_text(spec) for spec in specs], [spec.rows for spec in specs]
+    products = torch.ops.vqllm_kernels.linears(x, packed, texts, rows, specs[0].cols)
+    return [y if bias is None else y + bias for y, bias in zip(products, biases)]
 
 
 def matmul(
@@ -334,19 +362,68 @@ def _decode_as(
 def _linear_op(
     x: Tensor, packed: list[Tensor], bias: Tensor | None, text: str, rows: int, cols: int
 ) -> Tensor:
-    spec, names, blocks = _linear(text, rows, cols)
-    own, states = spec.split(dict(zip(names, packed)))
-    staged = list(zip(spec.transforms, states))
-    x_NC = _through([s for s in staged if s[0].side == "in"], x.reshape(-1, cols), "input")
-    parts = [
-        _product(x_NC, spec.block(own, start, stop), spec.format, stop - start, cols)
-        for start, stop in blocks
-    ]
-    y_NR = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    y_NR = _through([s for s in reversed(staged) if s[0].side == "out"], y_NR, "output")
+    loaded = _Loaded.of(text, rows, cols, packed)
+    y_NR = loaded.product(loaded.transformed(x.reshape(-1, cols)))
     if bias is not None:
         y_NR = y_NR + bias
     return y_NR.view(*x.shape[:-1], rows)
+
+
+def _linears_op(
+    x: Tensor, packed: list[Tensor], texts: list[str], rows: list[int], cols: int
+) -> list[Tensor]:
+    every = _split(packed, texts, rows, cols)
+    first = every[0]
+    for other in every[1:]:
+        if other.spec.inputs != first.spec.inputs:
+            raise ValueError(
+                f"linears of one input with different transforms of it: {first.spec.inputs} and "
+                f"{other.spec.inputs}"
+            )
+    x_NC = first.transformed(x.reshape(-1, cols))
+    return [loaded.product(x_NC).view(*x.shape[:-1], loaded.spec.rows) for loaded in every]
+
+
+def _split(packed: list[Tensor], texts: list[str], rows: list[int], cols: int) -> list["_Loaded"]:
+    """The linears whose tensors stand one after the other in `packed`."""
+    every, start = [], 0
+    for text, own_rows in zip(texts, rows):
+        stop = start + len(_linear(text, own_rows, cols)[1])
+        every.append(_Loaded.of(text, own_rows, cols, packed[start:stop]))
+        start = stop
+    return every
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A linear with its tensors."""
+
+    spec: LinearSpec
+    blocks: list[tuple[int, int]]
+    own: dict[str, Tensor]
+    """the tensors of the format"""
+    staged: list[Staged]
+
+    @classmethod
+    def of(cls, text: str, rows: int, cols: int, packed: list[Tensor]) -> "_Loaded":
+        spec, names, blocks = _linear(text, rows, cols)
+        own, states = spec.split(dict(zip(names, packed)))
+        return cls(spec, blocks, own, list(zip(spec.transforms, states)))
+
+    def transformed(self, x_NC: Tensor) -> Tensor:
+        """The input in the basis of the product."""
+        return _through([s for s in self.staged if s[0].side == "in"], x_NC, "input")
+
+    def product(self, x_NC: Tensor) -> Tensor:
+        """y [N, rows], without bias, of a transformed input."""
+        spec = self.spec
+        parts = [
+            _product(x_NC, spec.block(self.own, start, stop), spec.format, stop - start, spec.cols)
+            for start, stop in self.blocks
+        ]
+        y_NR = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        outer = [s for s in reversed(self.staged) if s[0].side == "out"]
+        return _through(outer, y_NR, "output")
 
 
 def _through(stages: list[Staged], v: Tensor, direction: str) -> Tensor:
@@ -414,20 +491,47 @@ def _linear_backward(ctx, grad):
     return g, [None] * len(packed), bias, None, None, None
 
 
+def _linears_fake(
+    x: Tensor, packed: list[Tensor], texts: list[str], rows: list[int], cols: int
+) -> list[Tensor]:
+    torch._check(x.shape[-1] == cols, lambda: f"x has {x.shape[-1]} features, W has {cols}")
+    return [x.new_empty(*x.shape[:-1], own) for own in rows]
+
+
+def _linears_context(ctx, inputs, output) -> None:
+    _, packed, ctx.texts, ctx.rows, ctx.cols = inputs
+    ctx.num_tensors = [
+        len(_linear(text, rows, ctx.cols)[1]) for text, rows in zip(ctx.texts, ctx.rows)
+    ]
+    ctx.save_for_backward(*packed)
+
+
+def _linears_backward(ctx, grads):
+    packed, g = list(ctx.saved_tensors), None
+    start = 0
+    for grad, text, rows, number in zip(grads, ctx.texts, ctx.rows, ctx.num_tensors):
+        own, start = packed[start : start + number], start + number
+        if grad is not None:
+            part = torch.ops.vqllm_kernels.linear_transpose(grad, own, text, rows, ctx.cols)
+            g = part if g is None else g + part
+    return g, [None] * len(packed), None, None, None
+
+
 def _linear_transpose_op(
     grad: Tensor, packed: list[Tensor], text: str, rows: int, cols: int
 ) -> Tensor:
-    spec, names, blocks = _linear(text, rows, cols)
-    own, states = spec.split(dict(zip(names, packed)))
-    staged = list(zip(spec.transforms, states))
+    loaded = _Loaded.of(text, rows, cols, packed)
+    spec, staged = loaded.spec, loaded.staged
     wide = torch.promote_types(grad.dtype, torch.float32)
     g = grad.reshape(-1, rows).to(wide)
     for transform, state in staged:
         if transform.side == "out":
             g = transform.apply_inverse_transpose(g, state)
     back = g.new_zeros(len(g), cols)
-    for start, stop in blocks:
-        W_RC = _decode_as(spec.block(own, start, stop), spec.format, stop - start, cols, wide)
+    for start, stop in loaded.blocks:
+        W_RC = _decode_as(
+            spec.block(loaded.own, start, stop), spec.format, stop - start, cols, wide
+        )
         back += g[:, start:stop] @ W_RC
     for transform, state in reversed(staged):
         if transform.side == "in":
@@ -513,6 +617,7 @@ _LIBRARY = torch.library.Library("vqllm_kernels", "DEF")
 _LIBRARY.define(
     "linear(Tensor x, Tensor[] packed, Tensor? bias, str spec, int rows, int cols) -> Tensor"
 )
+_LIBRARY.define("linears(Tensor x, Tensor[] packed, str[] specs, int[] rows, int cols) -> Tensor[]")
 _LIBRARY.define(
     "linear_transpose(Tensor grad, Tensor[] packed, str spec, int rows, int cols) -> Tensor"
 )
@@ -521,12 +626,14 @@ _LIBRARY.define("decode(Tensor[] packed, str spec, int rows, int cols, ScalarTyp
 _LIBRARY.define("decode_rows(Tensor[] packed, str spec, Tensor index, int cols) -> Tensor")
 _LIBRARY.define("transform(Tensor v, Tensor[] packed, str spec, int size, str direction) -> Tensor")
 _LIBRARY.impl("linear", _linear_op, "CompositeExplicitAutograd")
+_LIBRARY.impl("linears", _linears_op, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_transpose", _linear_transpose_op, "CompositeExplicitAutograd")
 _LIBRARY.impl("matmul", _matmul_op, "CompositeExplicitAutograd")
 _LIBRARY.impl("decode", _decode_op, "CompositeExplicitAutograd")
 _LIBRARY.impl("decode_rows", _decode_rows_op, "CompositeExplicitAutograd")
 _LIBRARY.impl("transform", _transform_op, "CompositeExplicitAutograd")
 torch.library.register_fake("vqllm_kernels::linear", _linear_fake, lib=_LIBRARY)
+torch.library.register_fake("vqllm_kernels::linears", _linears_fake, lib=_LIBRARY)
 torch.library.register_fake("vqllm_kernels::linear_transpose", _linear_transpose_fake, lib=_LIBRARY)
 torch.library.register_fake("vqllm_kernels::matmul", _matmul_fake, lib=_LIBRARY)
 torch.library.register_fake("vqllm_kernels::decode", _decode_fake, lib=_LIBRARY)
@@ -534,6 +641,9 @@ torch.library.register_fake("vqllm_kernels::decode_rows", _decode_rows_fake, lib
 torch.library.register_fake("vqllm_kernels::transform", _transform_fake, lib=_LIBRARY)
 torch.library.register_autograd(
     "vqllm_kernels::linear", _linear_backward, setup_context=_linear_context, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "vqllm_kernels::linears", _linears_backward, setup_context=_linears_context, lib=_LIBRARY
 )
 torch.library.register_autograd(
     "vqllm_kernels::matmul", _matmul_backward, setup_context=_matmul_context, lib=_LIBRARY

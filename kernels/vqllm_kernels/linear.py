@@ -32,6 +32,11 @@ class LinearSpec:
     format: FormatSpec
     transforms: tuple[TransformSpec, ...] = ()
 
+    @property
+    def inputs(self) -> tuple[TransformSpec, ...]:
+        """The transforms of the input."""
+        return tuple(t for t in self.transforms if t.side == "in")
+
     def layout(self) -> dict[str, TensorLayout]:
         """All stored tensors (the bias, which is not packed, excluded)."""
         layout = dict(self.format.layout(self.rows, self.cols))

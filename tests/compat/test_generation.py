@@ -6,7 +6,7 @@ import torch
 from tests.tiny import save_tiny
 from vqllm import api
 from vqllm.recipe import from_dict
-from vqllm.runtime import set_weight_cache
+from vqllm.runtime import describe, set_weight_cache
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -66,6 +66,13 @@ def test_a_forward_pass_is_one_graph(model):
         expected = model(tokens, use_cache=False).logits
         compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(tokens, use_cache=False).logits, expected)
+
+
+def test_linears_of_one_input_are_joined(model):
+    groups = {run.group for run in describe(model) if run.group}
+    layers = [f"model.layers.{i}" for i in range(model.config.num_hidden_layers)]
+    attention = {tuple(f"{n}.self_attn.{p}_proj" for p in "qkv") for n in layers}
+    assert groups == attention | {(f"{n}.mlp.gate_proj", f"{n}.mlp.up_proj") for n in layers}
 
 
 def test_the_model_says_that_it_can_be_compiled(model):

@@ -222,6 +222,8 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(ops.linear.default, (x, packed, bias, text, ROWS, COLS))
     grad = random_input(3, ROWS)
     torch.library.opcheck(ops.linear_transpose.default, (grad, packed, text, ROWS, COLS))
+    args = (x, packed * 2, [text] * 2, [ROWS] * 2, COLS)
+    torch.library.opcheck(ops.linears.default, args)
 
 
 def test_a_choice_is_made_once_and_logged_once(caplog):

@@ -27,7 +27,7 @@ from vqllm.linears import before_lookup
 from vqllm.runtime.embedding import VQEmbedding
 from vqllm.runtime.linear import VQLinear
 from vqllm.runtime.packed import PackedModule, frozen
-from vqllm.runtime.replace import replace_modules
+from vqllm.runtime.replace import group_inputs, replace_modules
 from vqllm_kernels import layout
 
 LOADING_KEYS = ("dequantize",)
@@ -89,6 +89,7 @@ class VqllmQuantizer(HfQuantizer):
             module.requires_grad_(False)  # the loader wraps float tensors anew, with gradient
         if self.pre_quantized and self.quantization_config.dequantize:
             return self._dequantize(model)
+        group_inputs(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:

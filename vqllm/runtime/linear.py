@@ -1,12 +1,14 @@
 """A linear layer whose weights stay packed."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqllm.runtime.cache import weight_cache
+from vqllm.runtime.input_group import InputGroup
 from vqllm.runtime.packed import PackedModule, frozen
 from vqllm_kernels import dispatch
 from vqllm_kernels.linear import LinearSpec
@@ -37,6 +39,7 @@ class VQLinear(PackedModule):
         """
         super().__init__(spec, dtype, device)
         self.in_features, self.out_features = spec.cols, spec.rows
+        self._group: InputGroup | None = None
         self.register_parameter(
             "bias", frozen(torch.empty(spec.rows, dtype=dtype, device=device)) if bias else None
         )
@@ -57,12 +60,29 @@ class VQLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] of x [..., in_features], in the dtype of x."""
+        if self._group is not None:
+            y = self._group.output(self, x)
+            if y is not None:
+                return y
+        return self.multiply(x)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """The same, without regard to the linears that share its input."""
         if not self.is_faster_packed(x.device, x.numel() // self.in_features):
             W_RC = self._kept_weights(x.dtype)
             if W_RC is not None:
                 bias = None if self.bias is None else self.bias.to(x.dtype)
                 return F.linear(x, W_RC, bias)
         return self.packed_product(x)
+
+    def join(self, group: InputGroup | None) -> None:
+        """Be multiplied together with the linears of this group, or alone."""
+        self._group = group
+
+    @property
+    def group(self) -> InputGroup | None:
+        """The linears of its input that it is multiplied with."""
+        return self._group
 
     def is_faster_packed(self, device: torch.device, num_rows: int) -> bool:
         """Whether so many rows of x are multiplied from the packed tensors, kept weights or not."""
@@ -72,6 +92,16 @@ class VQLinear(PackedModule):
         """x Wᵀ + bias from the packed tensors, whatever the weight cache is set to."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return dispatch.linear(x, self.packed, self.spec, bias)
+
+    def forget(self) -> None:
+        """Drop the decoded weights, those of the group included."""
+        super().forget()
+        if self._group is not None:
+            self._group.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A group knows the modules themselves, which a copy does not belong to.
+        return {**super().__getstate__(), "_group": None}
 
     def extra_repr(self) -> str:
         transforms = ", ".join(f"{t.kind} {t.side}" for t in self.spec.transforms) or "none"

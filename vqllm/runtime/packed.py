@@ -1,6 +1,7 @@
 """What modules with a packed matrix have in common: its tensors, and how they move and are kept."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, Self
 
 import torch
@@ -9,6 +10,43 @@ from torch import Tensor, nn
 from vqllm.runtime import cache
 from vqllm_kernels import layout
 from vqllm_kernels.linear import LinearSpec
+
+
+class Fingerprint:
+    """The packed tensors that something was computed from: tells whether one of them was replaced
+    or overwritten since.
+
+    Addresses tell data that was exchanged under a parameter, which leaves its version as it is. It
+    is asked at every call and pays for every tensor that has left the processor's cache: 1.1 ms a
+    token for the 1680 of the demo model, with views and maps; a loop takes 2.9.
+    """
+
+    __slots__ = ("_addresses", "_counted", "_found", "_tensors", "_versions")
+
+    def __init__(self, modules: Sequence["PackedModule"]) -> None:
+        self._found = []
+        self._tensors: list[Tensor] = []
+        for module in modules:
+            held = module._parameters.values()
+            self._found.append((held, list(map(id, held))))
+            self._tensors += module.packed.values()
+        self._counted = [t for t in self._tensors if not t.is_inference()]
+        self._addresses = list(map(_ADDRESS, self._tensors))
+        self._versions = list(map(_VERSION, self._counted))
+
+    def holds(self) -> bool:
+        """Whether the tensors are what they were."""
+        for held, ids in self._found:
+            if list(map(id, held)) != ids:
+                return False
+        return (
+            list(map(_ADDRESS, self._tensors)) == self._addresses
+            and list(map(_VERSION, self._counted)) == self._versions
+        )
+
+
+_ADDRESS = Tensor.data_ptr
+_VERSION = attrgetter("_version")
 
 
 class PackedModule(nn.Module):
@@ -38,7 +76,7 @@ class PackedModule(nn.Module):
             )
         self._packed_names = list(spec.layout())
         self._dense: Tensor | None = None
-        self._dense_from: list[tuple[str, Tensor, int, int]] = []
+        self._decoded_from: Fingerprint | None = None
 
     def fill(self, tensors: Mapping[str, Tensor]) -> Self:
         """Take these tensors as the packed ones.
@@ -78,9 +116,9 @@ class PackedModule(nn.Module):
     def is_offloaded(self) -> bool:
         """Whether accelerate moves the tensors in and out at every call."""
         hook = self.__dict__.get("_hf_hook")
-        return hook is not None and any(
-            getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,))
-        )
+        if hook is None:
+            return False
+        return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,)))
 
     @property
     def device(self) -> torch.device:
@@ -98,31 +136,24 @@ class PackedModule(nn.Module):
             # A graph takes what an earlier call decoded; keeping something new would break it.
             return self._dense if self._dense is not None and self._dense.dtype == dtype else None
         if not self.keeps_weights():
-            self._dense = None
+            self.forget()
             return None
-        if self._dense is None or self._dense.dtype != dtype or not self._is_decoded_from_these():
-            cache.tell_once(dtype)
+        dense, origin = self._dense, self._decoded_from
+        if dense is None or dense.dtype != dtype or origin is None or not origin.holds():
             # What is decoded in inference mode could never be used with gradients.
             with torch.inference_mode(False), torch.no_grad():
-                self._dense = self.dequantize(dtype)
-            self._dense_from = [
-                (name, t, t.data_ptr(), _version(t)) for name, t in self.packed.items()
-            ]
-        return self._dense
+                dense = self.dequantize(dtype)
+            self.keep(dense)
+        return dense
 
-    def _is_decoded_from_these(self) -> bool:
-        """Whether no packed tensor was replaced or overwritten since `_dense` was decoded.
+    def keep(self, dense: Tensor) -> None:
+        """Take these as the decoded weights for as long as the packed tensors are what they are."""
+        cache.tell_once(dense.dtype)
+        self._dense, self._decoded_from = dense, Fingerprint([self])
 
-        This is in the path of every call, 210 times a token in the demo model. The address tells
-        data that was exchanged under a parameter, which leaves its version as it is.
-        """
-        parameters = self._parameters
-        for name, tensor, address, version in self._dense_from:
-            if parameters[name] is not tensor or tensor.data_ptr() != address:
-                return False
-            if _version(tensor) != version:
-                return False
-        return True
+    def forget(self) -> None:
+        """Drop the decoded weights."""
+        self._dense = self._decoded_from = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         packed = {id(tensor) for tensor in self.packed.values()}
@@ -134,12 +165,12 @@ class PackedModule(nn.Module):
             return changed
 
         super()._apply(keep_dtype, recurse)
-        self._dense = None
+        self.forget()
         self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_dense": None, "_dense_from": []}
+        return {**self.__dict__, "_dense": None, "_decoded_from": None}
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
@@ -147,5 +178,6 @@ def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
-def _version(tensor: Tensor) -> int:
+def version(tensor: Tensor) -> int:
+    """A number that grows with every change in place; always 0 for tensors of inference mode."""
     return 0 if tensor.is_inference() else tensor._version

@@ -10,6 +10,7 @@ from vqllm.errors import CheckpointError
 from vqllm.linears import is_linear, why_not_embedding
 from vqllm.runtime import cache
 from vqllm.runtime.embedding import VQEmbedding
+from vqllm.runtime.input_group import InputGroup, input_key
 from vqllm.runtime.linear import VQLinear
 from vqllm.runtime.packed import PackedModule
 from vqllm_kernels import dispatch
@@ -104,6 +105,30 @@ def _find(model: nn.Module, name: str, spec: LinearSpec) -> nn.Linear | nn.Embed
     return module
 
 
+def group_inputs(model: nn.Module) -> list[InputGroup]:
+    """Join the loaded linears of a model that read the same input.
+
+    They are siblings with equal transforms of the input, random signs among them, which every input
+    group draws for itself. Where a recipe has no such transform, linears stay alone; so do those
+    whose tensors are offloaded.
+    """
+    groups = []
+    for parent in model.modules():
+        by_input: dict[object, list[VQLinear]] = {}
+        for child in parent.children():
+            if isinstance(child, VQLinear) and not child.is_offloaded():
+                child.join(None)
+                key = input_key(child)
+                if key is not None:
+                    by_input.setdefault(key, []).append(child)
+        for members in by_input.values():
+            if len({id(member) for member in members}) > 1:
+                groups.append(InputGroup(members))
+                for member in members:
+                    member.join(groups[-1])
+    return groups
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What a quantized module runs on. `num_rows` of x, or tokens, are those of one call."""
@@ -114,6 +139,8 @@ class Run:
     num_rows: int
     implementation: str
     reason: str
+    group: tuple[str, ...] = ()
+    """the linears of the same input that are multiplied together with it, itself included"""
 
 
 def describe(model: nn.Module, num_rows: tuple[int, ...] = (1, 2048)) -> list[Run]:
@@ -123,15 +150,21 @@ def describe(model: nn.Module, num_rows: tuple[int, ...] = (1, 2048)) -> list[Ru
         num_rows: rows of x (tokens in one call) to answer for: generation feeds one a sequence, a
             prompt many.
     """
+    packed = {n: module for n, module in model.named_modules() if isinstance(module, PackedModule)}
+    groups: dict[int, list[str]] = {}
+    for name, module in packed.items():
+        if isinstance(module, VQLinear) and module.group is not None:
+            groups.setdefault(id(module.group), []).append(name)
     return [
-        _describe(name, module, rows)
-        for name, module in model.named_modules()
-        if isinstance(module, PackedModule)
+        _describe(name, module, rows, groups)
+        for name, module in packed.items()
         for rows in num_rows
     ]
 
 
-def _describe(name: str, module: PackedModule, num_rows: int) -> Run:
+def _describe(
+    name: str, module: PackedModule, num_rows: int, groups: Mapping[int, list[str]]
+) -> Run:
     device = module.device
     faster_packed = isinstance(module, VQLinear) and module.is_faster_packed(device, num_rows)
     if module.keeps_weights() and not faster_packed:
@@ -152,6 +185,7 @@ def _describe(name: str, module: PackedModule, num_rows: int) -> Run:
         num_rows=num_rows,
         implementation=implementation,
         reason=reason,
+        group=() if faster_packed else tuple(groups.get(id(getattr(module, "group", None)), ())),
     )
 
 
