@@ -9,6 +9,8 @@ import torch
 
 from vqllm import evaluation, models, quantization, speed
 from vqllm import recipe as recipes
+from vqllm import tune as tuning
+from vqllm.checkpoint.reader import Checkpoint
 from vqllm.comparison.grid import Origin, expand
 from vqllm.comparison.result import ComparisonResult
 from vqllm.comparison.run import Plan
@@ -18,7 +20,7 @@ from vqllm.job import Job
 from vqllm.models import ResolvedModel
 from vqllm.progress import LogProgress, Progress
 from vqllm.quantization import measure_on, text_label, windows_of
-from vqllm.recipe import Recipe
+from vqllm.recipe import Recipe, TuningRecipe
 from vqllm.report.summary import Summary
 from vqllm.running import load as load
 from vqllm.running import load_to_run
@@ -80,7 +82,10 @@ def quantize(
     if evaluate:
         # Before the long part: a text that cannot be measured on is a mistake found at once.
         on_text = eval_text is not None
-        measure = measure_on(windows_of(job, eval_text, eval_windows) if on_text else None)
+        windows = None
+        if on_text:
+            windows = windows_of(job.source, eval_text, eval_windows, trust_remote_code)
+        measure = measure_on(windows)
     return quantization.run(
         job,
         measure,
@@ -88,6 +93,79 @@ def quantize(
         command=command,
         progress=progress or LogProgress(),
     )
+
+
+def tune(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    recipe: str | Path | TuningRecipe = "end-to-end",
+    teacher: str | Path | None = None,
+    calibration: str | Path | Iterable[str | Path] | None = None,
+    seed: int | None = None,
+    time: str | None = None,
+    changes: tuple[str, ...] = (),
+    device: str | None = None,
+    evaluate: bool = True,
+    eval_text: str | Path | None = None,
+    eval_windows: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> Summary:
+    """Tune a quantized model against its original; the same as `vqllm tune`.
+
+    Args:
+        checkpoint: a folder that `quantize` or `tune` wrote; it is not changed.
+        output: the folder to write; an unfinished run of the same command goes on.
+        recipe: a shipped tuning recipe's name, a YAML file or a TuningRecipe.
+        teacher: the original model; None takes the one that the checkpoint names.
+        time: stop each stage after so long ("20m"), at the best state so far.
+        calibration: as in `quantize`; so are seed, changes, device, evaluate, eval_text,
+            eval_windows, trust_remote_code, progress and command.
+
+    Raises:
+        VqllmError: a mistake that the message explains; the last kept state stays.
+    """
+    calibration = _names(calibration)
+    command = command or _call(tune, locals())
+    opened = Checkpoint.open(checkpoint)
+    chosen = _tuning_recipe(recipe, calibration, seed, time, changes)
+    named = tuning.teacher_of(opened) if teacher is None else teacher
+    job = tuning.TuningJob(
+        checkpoint=opened,
+        teacher=models.resolve(named, trust_remote_code=trust_remote_code),
+        recipe=chosen,
+        output=Path(output),
+        device=_device(device),
+        trust_remote_code=trust_remote_code,
+    )
+    windows = None
+    if evaluate and eval_text is not None:
+        windows = windows_of(job.teacher.path, eval_text, eval_windows, trust_remote_code)
+    return tuning.run(job, windows, evaluate, command, progress or LogProgress())
+
+
+def _tuning_recipe(
+    recipe: str | Path | TuningRecipe,
+    calibration: list[str] | None,
+    seed: int | None,
+    time: str | None,
+    changes: tuple[str, ...],
+) -> TuningRecipe:
+    """The recipe that the arguments of `tune` mean."""
+    if isinstance(recipe, TuningRecipe) and changes:
+        raise RecipeError("changes apply to recipes by name or file; change the object itself.")
+    chosen = recipe if isinstance(recipe, TuningRecipe) else recipes.load_tuning(recipe, changes)
+    values = chosen.to_dict()
+    if calibration is not None:
+        values["calibration"]["source"] = calibration
+    if seed is not None:
+        values["seed"] = seed
+    if time is not None:
+        for stage in values["stages"]:
+            stage["time"] = time
+    return recipes.tuning_from_dict(values, chosen.name)
 
 
 def compare(
@@ -150,7 +228,7 @@ def compare(
         commands[member.name] = _call(quantize, given | own)
     windows = None
     if eval_text is not None:
-        windows = windows_of(next(iter(jobs.values())), eval_text, eval_windows)
+        windows = windows_of(resolved.path, eval_text, eval_windows, trust_remote_code)
     elif eval_windows is not None:
         raise EvaluationError("a number of windows is of a text: pass --eval-text FILE as well.")
     plan = Plan(

@@ -126,6 +126,56 @@ def quantize(
 
 
 @app.command()
+def tune(
+    checkpoint: Annotated[Path, typer.Argument(help="a quantized folder; it is not changed")],
+    output: Annotated[Path, typer.Option(help="folder of the tuned model")],
+    recipe: Annotated[
+        str, typer.Option(help="a tuning recipe's name, or a YAML file")
+    ] = "end-to-end",
+    teacher: Annotated[
+        str | None, typer.Option(help="the original model (default: what the folder names)")
+    ] = None,
+    time: Annotated[
+        str | None, typer.Option(help="stop each stage after so long: 90s, 20m, 1h30m")
+    ] = None,
+    calibration: Calibration = None,
+    seed: Seed = None,
+    device: Device = None,
+    changes: Changes = None,
+    eval_text: EvalText = None,
+    eval_windows: EvalWindows = None,
+    evaluate: Annotated[
+        bool, typer.Option("--eval/--no-eval", help="measure the result against the original")
+    ] = True,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Train what codes leave free, against the original's predictions."""
+    from vqllm import api
+    from vqllm.progress_bar import progress_for
+
+    with progress_for(err) as progress:
+        summary = api.tune(
+            checkpoint,
+            output,
+            recipe=recipe,
+            teacher=teacher,
+            time=time,
+            calibration=calibration,
+            seed=seed,
+            changes=tuple(changes or ()),
+            device=device,
+            evaluate=evaluate,
+            eval_text=eval_text,
+            eval_windows=eval_windows,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            command=shlex.join(["vqllm", *sys.argv[1:]]),
+        )
+    _print_rows(summary.rows())
+    out.print(summary.load_line(), markup=False, highlight=False)
+
+
+@app.command()
 def compare(
     model: Annotated[str, typer.Argument(help="demo, a hub id, a folder, or a .gguf file")],
     output: Annotated[Path, typer.Option(help="folder of the quantized models and their table")],
@@ -393,9 +443,9 @@ def codecs(
     from vqllm.recipe import fields_of
     from vqllm.rounding import ROUNDINGS
     from vqllm.transforms import TRANSFORMS
-    from vqllm.tuning import TUNINGS
+    from vqllm.tuning import MODEL_TUNINGS, TUNINGS
 
-    for registry in (CODECS, TRANSFORMS, ROUNDINGS, TUNINGS):
+    for registry in (CODECS, TRANSFORMS, ROUNDINGS, TUNINGS, MODEL_TUNINGS):
         table = Table(registry.kind, "option", "meaning")
         for name in registry:
             part: Any = registry.get(name)

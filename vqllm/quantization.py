@@ -114,14 +114,16 @@ def held_out(job: Job, outcome: Outcome) -> Windows:
     return Windows(tokens_SL, f"{num} held-out sequences of {length} tokens ({source})")
 
 
-def windows_of(job: Job, text: str | Path, num_windows: int | None) -> Windows:
-    """The first windows of a text, as long as the job's model takes them.
+def windows_of(
+    source: Path, text: str | Path, num_windows: int | None, trust_remote_code: bool
+) -> Windows:
+    """The first windows of a text, as long as the model in the folder `source` takes them.
 
     Raises:
         EvaluationError: the text cannot be read or has fewer windows.
     """
-    config = load_config(job.source, trust_remote_code=job.trust_remote_code)
-    tokenizer = load_tokenizer(job.source, trust_remote_code=job.trust_remote_code)
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     length = min(evaluation.WINDOW_LENGTH, max_length(config) or evaluation.WINDOW_LENGTH)
     tokens_SL = evaluation.text_windows(text, tokenizer, num_windows, length)
     return Windows(tokens_SL, text_label(text, tokens_SL))

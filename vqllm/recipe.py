@@ -3,7 +3,7 @@
 import re
 import reprlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -23,7 +23,8 @@ from vqllm.rounding import ROUNDINGS
 from vqllm.rounding.ldlq import LDLQ
 from vqllm.rounding.nearest import Nearest
 from vqllm.transforms import TRANSFORMS
-from vqllm.tuning import TUNINGS
+from vqllm.tuning import MODEL_TUNINGS, TUNINGS
+from vqllm.tuning.base import ModelTuning
 from vqllm.types import JSON, Codec, OutputRounding, Part, Rounding, Settings, Transform, Tuning
 from vqllm_kernels.linear import LinearSpec
 
@@ -372,8 +373,40 @@ class Recipe(Settings):
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
+class TuningRecipe(Settings):
+    """What `vqllm tune` does to a quantized model."""
+
+    version: Literal[1] = RECIPE_VERSION
+    name: str
+    description: str = ""
+    seed: int = Field(default=0, ge=0)
+    calibration: Calibration = Calibration(length=256, sequences=512)
+    stages: tuple[Annotated[SerializeAsAny[ModelTuning], _build(MODEL_TUNINGS)], ...] = Field(
+        min_length=1, description="one after the other, each from where the one before it ended"
+    )
+
+    def to_dict(self) -> JSON:
+        """JSON values with every field present."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+R = TypeVar("R", Recipe, TuningRecipe)
+
+
 def from_dict(values: JSON, origin: str) -> Recipe:
     """Validate a recipe; RecipeError names each wrong key with its place."""
+    return _validated(Recipe, values, origin)
+
+
+def tuning_from_dict(values: JSON, origin: str) -> TuningRecipe:
+    """The same for a recipe of `vqllm tune`."""
+    return _validated(TuningRecipe, values, origin)
+
+
+def _validated(kind: type[R], values: JSON, origin: str) -> R:
     if not isinstance(values, dict):
         raise RecipeError(f"{origin} holds {type(values).__name__}, expected a mapping of keys")
     version = values.get("version", RECIPE_VERSION)
@@ -383,7 +416,7 @@ def from_dict(values: JSON, origin: str) -> Recipe:
             "Install a newer vqllm, or write the recipe in the version it reads."
         )
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"{origin} is not a valid recipe:\n{_explain(error)}") from error
 
@@ -395,12 +428,23 @@ def load(name_or_file: str | Path, changes: tuple[str, ...] = ()) -> Recipe:
         name_or_file: a name that `available` lists, or a path to a YAML file.
         changes: `dotted.key=value`, the value in YAML; list items by their index.
     """
+    return from_dict(_read(name_or_file, available(), "recipe", changes), str(name_or_file))
+
+
+def load_tuning(name_or_file: str | Path, changes: tuple[str, ...] = ()) -> TuningRecipe:
+    """The same for a recipe of `vqllm tune`."""
+    values = _read(name_or_file, available_tuning(), "tuning recipe", changes)
+    return tuning_from_dict(values, str(name_or_file))
+
+
+def _read(
+    name_or_file: str | Path, shipped: dict[str, Path], kind: str, changes: tuple[str, ...]
+) -> Any:
     path = Path(name_or_file)
-    shipped = available()
     if str(name_or_file) in shipped:
         path = shipped[str(name_or_file)]
     elif not path.is_file():
-        message = unknown("recipe", str(name_or_file), list(shipped))
+        message = unknown(kind, str(name_or_file), list(shipped))
         raise RecipeError(f"{message} A path to a YAML file works too; there is no such file.")
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
@@ -411,7 +455,7 @@ def load(name_or_file: str | Path, changes: tuple[str, ...] = ()) -> Recipe:
     if isinstance(values, dict):
         for change in changes:
             _apply(values, change)
-    return from_dict(values, str(name_or_file))
+    return values
 
 
 PRESETS = ("fast", "balanced", "best")
@@ -439,6 +483,11 @@ def best(bits: float, preset: str = "balanced") -> str:
 def available() -> dict[str, Path]:
     """The shipped recipes by name."""
     return {path.stem: path for path in sorted(resources.recipes_dir().glob("*.yaml"))}
+
+
+def available_tuning() -> dict[str, Path]:
+    """The shipped recipes of `vqllm tune` by name."""
+    return {path.stem: path for path in sorted(resources.recipes_dir().glob("tuning/*.yaml"))}
 
 
 def fields_of(part: type[Part]) -> dict[str, str]:

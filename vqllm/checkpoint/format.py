@@ -42,6 +42,10 @@ quantization_config
                      sizes in bits a weight of the linears leave out
     not_quantized    {module: reason}, optional, for people
     recipe           what the checkpoint was made with, optional, for people
+    source           {"model": the original, as its user named it}, optional: the teacher of a
+                     later tuning
+    tuning           [{"recipe": ..., "teacher": ...}, ...] what was tuned after rounding, in order,
+                     optional, for people
     producer         {"vqllm": version}, optional, for people
 
     Readers keep keys that they do not know, and refuse a larger format_version.
@@ -134,11 +138,17 @@ class QuantizationConfig:
         recipe: JSON | None = None,
         not_quantized: Mapping[str, str] | None = None,
         producer: JSON | None = None,
+        source: JSON | None = None,
     ) -> "QuantizationConfig":
         """Describe quantized modules. Ids depend on the specifications only, not on their order."""
         texts = {name: _canonical(spec) for name, spec in linears.items()}
         ids = {text: str(i) for i, text in enumerate(sorted(set(texts.values())))}
-        told = {"recipe": recipe, "not_quantized": not_quantized, "producer": producer}
+        told = {
+            "recipe": recipe,
+            "not_quantized": not_quantized,
+            "producer": producer,
+            "source": source,
+        }
         return cls(
             specs={id: json.loads(text) for text, id in ids.items()},
             modules={name: ids[text] for name, text in texts.items()},

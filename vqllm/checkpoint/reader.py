@@ -122,6 +122,13 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}. {DAMAGED}") from error
 
+    def shards(self) -> dict[str, list[str]]:
+        """Names of the tensors of every file that has any."""
+        found: dict[str, list[str]] = {}
+        for name in sorted(self._files):
+            found.setdefault(self._files[name], []).append(name)
+        return found
+
     def packed(self, module: str) -> dict[str, Tensor]:
         """The stored tensors of a quantized module under their own names, bias excluded.
 

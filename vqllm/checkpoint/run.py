@@ -74,7 +74,7 @@ class CheckpointRun:
         settings: JSON,
         trust_remote_code: bool = False,
     ) -> None:
-        self._output, self._source = output, source
+        self._output, self._source, self._model = output, source, model
         self._recipe, self._trust_remote_code = recipe, trust_remote_code
         # A model that cannot become a checkpoint is refused before anything is written.
         writer.read_dense_config(source)
@@ -268,6 +268,7 @@ class CheckpointRun:
             recipe=self._recipe,
             not_quantized=not_quantized,
             producer={"vqllm": vqllm.__version__},
+            source={"model": self._model},
         )
         records = [*self.all_records(), *(result.record for result in outside)]
         lines = [json.dumps(record, sort_keys=True) + "\n" for record in records]

@@ -92,6 +92,7 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
                 ("linear", "proxy loss before", "after", "bits"),
                 fragile_rows,
             ),
+            *_tuned(summary.tuning),
             "## Not quantized",
             "",
             markdown_table(("module", "reason"), kept),
@@ -101,6 +102,25 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
             "",
         ]
     )
+
+
+def _tuned(stages: Sequence[JSON]) -> list[str]:
+    """The course of every stage of a tuning."""
+    lines = []
+    for told in stages:
+        rows = [
+            (
+                str(look["step"]),
+                "" if look["train_kl"] is None else f"{look['train_kl']:.4f}",
+                f"{look['held_out_kl']:.4f}",
+            )
+            for look in told["history"]
+        ]
+        title = f"Tuning: {told['stage']}, best after {told['best_step']} steps"
+        lines += _section(title, ("step", "KL of the last batches", "held-out KL"), rows)
+        if told["faults"]:
+            lines += [f"Not finite, and back with half the rates: {told['faults']} times.", ""]
+    return lines
 
 
 def _numel(records: Sequence[JSON]) -> int:

@@ -35,6 +35,8 @@ class Summary:
     peak_memory_bytes: int = 0
     evaluation: JSON | None = None
     not_quantized: dict[str, str] = field(default_factory=dict)
+    tuning: list[JSON] = field(default_factory=list)
+    """what each stage of a tuning says about itself"""
 
     def rows(self) -> list[tuple[str, str]]:
         """The closing table: label and value."""
@@ -55,6 +57,11 @@ class Summary:
             (f"bits per weight, {label}", f"{value:.3f}")
             for label, value in self.bits_per_weight.items()
         ]
+        for told in self.tuning:
+            first, best = told["history"][0], told["best_step"]
+            last = min(look["held_out_kl"] for look in told["history"])
+            shown = f"KL {first['held_out_kl']:.4f} → {last:.4f} after {best} steps"
+            rows.append((f"{told['stage']}, held-out sequences", shown))
         rows += evaluation_rows(self.evaluation) if self.evaluation else []
         return rows
 

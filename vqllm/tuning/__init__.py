@@ -1,6 +1,6 @@
-"""Steps after rounding, given H: they move codebooks and scales, codes, or both."""
+"""What moves after rounding: codebooks and scales of a linear given H, and whole models."""
 
-from vqllm.tuning import codebook
-from vqllm.tuning.base import TUNINGS
+from vqllm.tuning import codebook, end_to_end
+from vqllm.tuning.base import MODEL_TUNINGS, TUNINGS
 
-__all__ = ["TUNINGS", "codebook"]
+__all__ = ["MODEL_TUNINGS", "TUNINGS", "codebook", "end_to_end"]

@@ -1,6 +1,67 @@
-"""The registry of tuning steps."""
+"""The registries of tuning steps, and what a step on a whole model is given."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
 
 from vqllm.registry import Registry
-from vqllm.types import Tuning
+from vqllm.types import JSON, Part, Tuning
 
 TUNINGS: Registry[Tuning] = Registry("tuning")
+
+
+class Keeper(Protocol):
+    """Keeps the state of a stage, so that an interrupted run goes on from there."""
+
+    def last(self) -> tuple[JSON, dict[str, Tensor]] | None:
+        """What was kept last, in this run or an earlier one; None if nothing was."""
+        ...
+
+    def keep(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:
+        """Keep this in place of what was kept before."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTask:
+    """A quantized model, the original, and the text on which the one is made to follow the other.
+
+    `student` and `teacher` give logits [S, L, V] of tokens [S, L] on `device`; `parameters` are
+    what the student lets move, float32, by kind and name. Training and held-out sequences are
+    int64 [S, L].
+    """
+
+    student: Callable[[Tensor], Tensor]
+    teacher: Callable[[Tensor], Tensor]
+    parameters: Mapping[str, Mapping[str, nn.Parameter]]
+    sequences: Tensor
+    held_out: Tensor
+    seed: int
+    device: torch.device
+    keeper: Keeper
+    share: Callable[[float], None]
+    """is told how much of the stage is done, from 0 to 1"""
+
+
+class ModelTuning(Part, ABC):
+    """A stage that tunes a whole quantized model against the original."""
+
+    @property
+    @abstractmethod
+    def kinds(self) -> frozenset[str]:
+        """The kinds of parameters that it moves."""
+
+    @abstractmethod
+    def __call__(self, task: ModelTask) -> JSON:
+        """Move the parameters in place; they end at the best state that was found.
+
+        Returns:
+            what the report says about the stage: JSON values that a repeated run gives again.
+        """
+
+
+MODEL_TUNINGS: Registry[ModelTuning] = Registry("tuning stage")

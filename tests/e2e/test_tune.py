@@ -1,0 +1,229 @@
+"""Tuning of a quantized tiny model, as a user meets it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tests.tiny import TEXT, save_tiny
+from vqllm import api, cli
+from vqllm.checkpoint import tuned
+from vqllm.checkpoint.reader import Checkpoint
+from vqllm.errors import CalibrationError, CheckpointError, ModelError
+from vqllm.recipe import TuningRecipe, from_dict, tuning_from_dict
+
+QUANTIZE = from_dict(
+    {
+        "name": "rounded",
+        "calibration": {"sequences": 6, "length": 32},
+        "transforms": [{"type": "hadamard", "side": "both"}],
+        "codec": {"type": "e8p"},
+        "rounding": {"type": "nearest"},
+    },
+    "rounded",
+)
+
+
+def recipe(**stage: object) -> TuningRecipe:
+    stage = {"type": "end_to_end", "steps": 30, "rate": 0.02, "batch": 4, **stage}
+    values = {
+        "name": "tuned",
+        "calibration": {"sequences": 40, "length": 32},
+        "stages": [stage],
+    }
+    return tuning_from_dict(values, "tuned")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("tune")
+
+
+@pytest.fixture(scope="module")
+def source(root: Path) -> Path:
+    return save_tiny(root / "source", "qwen2")
+
+
+@pytest.fixture(scope="module")
+def text(root: Path) -> Path:
+    (root / "text.txt").write_text(TEXT * 60)
+    return root / "text.txt"
+
+
+@pytest.fixture(scope="module")
+def rounded(root: Path, source: Path, text: Path) -> Path:
+    api.quantize(
+        source, root / "rounded", recipe=QUANTIZE, calibration=text, evaluate=False, device="cpu"
+    )
+    return root / "rounded"
+
+
+def run(rounded: Path, output: Path, text: Path, **options: object):
+    given = {"recipe": recipe(), "calibration": text, "device": "cpu", **options}
+    return api.tune(rounded, output, **given)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes().replace(folder.name.encode(), b"OUT")
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(root: Path, rounded: Path, text: Path):
+    return run(rounded, root / "finished", text)
+
+
+def test_it_predicts_more_like_the_original(finished, source, rounded, text) -> None:
+    (told,) = finished.tuning
+    before, after = told["history"][0]["held_out_kl"], finished.evaluation["kl"]
+    assert after < 0.8 * before
+    # What was written predicts what was trained, but for the rounding of scales to float16.
+    assert after == pytest.approx(min(h["held_out_kl"] for h in told["history"]), rel=0.05)
+
+
+def test_the_checkpoint_is_one_like_any_other(finished, rounded, source) -> None:
+    checkpoint, before = Checkpoint.open(finished.output), Checkpoint.open(rounded)
+    assert checkpoint.linears.keys() == before.linears.keys()
+    for name, spec in checkpoint.linears.items():
+        assert spec.transforms[0].kind == "scale"
+        old = before.packed(name)
+        assert torch.equal(checkpoint.packed(name)["codes"], old["codes"])
+    assert checkpoint.quantization.extra["tuning"][0]["recipe"]["name"] == "tuned"
+    assert checkpoint.quantization.extra["recipe"]["name"] == "rounded"
+    model, tokenizer = api.load(finished.output)
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
+    assert tokenizer is not None
+    bits = finished.bits_per_weight
+    stored = sum(checkpoint.bits(name).total for name in checkpoint.linears)
+    weights = sum(spec.rows * spec.cols for spec in checkpoint.linears.values())
+    assert bits["all of a quantized linear"] == pytest.approx(stored / weights)
+    page = (finished.output / "report.md").read_text()
+    assert "Tuning: end_to_end, best after" in page
+
+
+def test_the_same_bytes_again(finished, root, rounded, text) -> None:
+    run(rounded, root / "again", text)
+    one, other = files(finished.output), files(root / "again")
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == []
+
+
+@pytest.mark.parametrize("stop", [1, 5])
+def test_an_interrupted_run_goes_on(finished, root, rounded, text, stop, monkeypatch) -> None:
+    output = root / f"stopped-{stop}"
+    keep, calls = tuned.TunedRun.keep, []
+
+    def stopping(self, name, told, tensors) -> None:
+        keep(self, name, told, tensors)
+        calls.append(name)
+        if len(calls) == 1 + stop:  # the sequences come first
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuned.TunedRun, "keep", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(rounded, output, text)
+    assert not (output / "config.json").exists()
+    monkeypatch.undo()
+    run(rounded, output, text)
+    one, other = files(finished.output), files(output)
+    assert [name for name in one if one[name] != other[name]] == []
+    assert not (output / ".vqllm").exists()
+
+
+def test_a_run_with_other_settings_is_refused(root, rounded, text, monkeypatch) -> None:
+    output = root / "differs"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuned.TunedRun, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(rounded, output, text, recipe=recipe(steps=2))
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"stages\.0\.steps: 2 → 3"):
+        run(rounded, output, text, recipe=recipe(steps=3))
+
+
+def test_a_tuned_checkpoint_is_tuned_again(finished, root, text) -> None:
+    again = run(finished.output, root / "twice", text, recipe=recipe(steps=4), evaluate=False)
+    extra = Checkpoint.open(again.output).quantization.extra
+    assert len(extra["tuning"]) == 2
+    before = Checkpoint.open(finished.output)
+    assert Checkpoint.open(again.output).linears == before.linears  # no scale upon scale
+
+
+@pytest.mark.parametrize("train", [("columns",), ("head",), ("rows", "columns", "vectors", "head")])
+def test_kinds_of_parameters(root, rounded, text, train) -> None:
+    output = root / "-".join(train)
+    told = run(rounded, output, text, recipe=recipe(train=train, steps=10, head_rate=0.01))
+    history = told.tuning[0]["history"]
+    assert told.evaluation["kl"] < history[0]["held_out_kl"]
+    best = min(look["held_out_kl"] for look in history)
+    assert told.evaluation["kl"] == pytest.approx(best, rel=0.05)
+
+
+def test_a_teacher_that_does_not_fit(root, rounded, text) -> None:
+    other = save_tiny(root / "wide", "qwen2", intermediate_size=96)
+    with pytest.raises(ModelError, match=r"the teacher does not fit: .* has \d+ x \d+ there"):
+        run(rounded, root / "wrong-1", text, teacher=other)
+    with pytest.raises(ModelError, match="the teacher has no such module"):
+        run(rounded, root / "wrong-2", text, teacher=save_tiny(root / "opt", "opt"))
+
+
+def test_a_teacher_with_another_vocabulary(root, source, rounded, text) -> None:
+    other = shutil.copytree(source, root / "renamed")
+    file = other / "tokenizer.json"
+    values = json.loads(file.read_text())
+    vocabulary = values["model"]["vocab"]
+    a, b = sorted(vocabulary)[:2]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    file.write_text(json.dumps(values))
+    with pytest.raises(ModelError, match="another vocabulary"):
+        run(rounded, root / "wrong-3", text, teacher=other)
+
+
+def test_a_checkpoint_that_names_no_teacher(root, rounded, text) -> None:
+    older = shutil.copytree(rounded, root / "older")
+    values = json.loads((older / "config.json").read_text())
+    del values["quantization_config"]["source"]
+    (older / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="pass it with --teacher"):
+        run(older, root / "wrong-4", text)
+
+
+def test_a_text_that_is_not_there_leaves_no_folder(root, rounded) -> None:
+    with pytest.raises(CalibrationError, match="nowhere"):
+        run(rounded, root / "wrong-5", root / "nowhere.txt")
+    assert not (root / "wrong-5").exists()
+
+
+def test_out_of_memory_says_what_to_lower(root, rounded, text, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("vqllm.tuning.end_to_end.divergence", full)
+    with pytest.raises(ModelError, match=r"stages\.0\.together=1"):
+        run(rounded, root / "full", text)
+
+
+def test_an_ordinary_model_is_refused(root, source, text) -> None:
+    with pytest.raises(CheckpointError, match="quantize it first"):
+        run(source, root / "wrong-6", text)
+
+
+def test_the_command(root, rounded, text, tmp_path) -> None:
+    file = tmp_path / "tuning.yaml"
+    file.write_text(recipe(steps=3).to_yaml())
+    options = ["--recipe", file, "--calibration", text, "--time", "10m", "--set", "seed=3"]
+    arguments = ["tune", rounded, "--output", tmp_path / "out", "--device", "cpu", *options]
+    result = CliRunner().invoke(cli.app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    assert "end_to_end, held-out sequences" in result.output
+    told = Checkpoint.open(tmp_path / "out").quantization.extra["tuning"][0]["recipe"]
+    assert (told["seed"], told["stages"][0]["time"]) == (3, "10m")

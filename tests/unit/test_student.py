@@ -1,0 +1,117 @@
+"""A quantized model made trainable: it predicts the same, and its scales go back into storage."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.fake_checkpoint import FORMATS, fake_checkpoint, linear_spec, random_packed
+from vqllm.checkpoint.reader import Checkpoint
+from vqllm.errors import NumericalError
+from vqllm.student import Student, scaled
+from vqllm_kernels.transforms import CodedScaleSpec, HadamardSpec, ScaleSpec
+
+ALL = {"rows", "columns", "vectors", "head"}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "opt"])
+def checkpoint(request, tmp_path_factory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("student")
+    return Checkpoint.open(fake_checkpoint(folder, request.param).folder)
+
+
+def loaded(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32):
+    return AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype).eval()
+
+
+TOKENS = torch.arange(24).reshape(2, 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_untuned_it_predicts_the_same(checkpoint, dtype) -> None:
+    model = loaded(checkpoint, dtype)
+    with torch.no_grad():
+        wanted = model(TOKENS).logits
+        got = Student(model, checkpoint, ALL).logits(TOKENS)
+    assert got.dtype == dtype
+    error = (got.double() - wanted.double()).norm() / wanted.double().norm()
+    assert error < (1e-5 if dtype == torch.float32 else 0.03)
+
+
+def test_every_parameter_has_a_gradient_and_nothing_else(checkpoint) -> None:
+    student = Student(loaded(checkpoint), checkpoint, ALL)
+    student.logits(TOKENS).square().mean().backward()
+    parameters = [p for own in student.parameters.values() for p in own.values()]
+    assert len(student.parameters["rows"]) == len(checkpoint.linears)
+    assert all(p.dtype == torch.float32 and p.grad is not None for p in parameters)
+    trained = {id(p) for p in parameters}
+    assert {id(p) for p in student.model.parameters() if p.requires_grad} == trained
+    assert not student.not_stored
+
+
+def test_only_what_is_asked_for_is_trained(checkpoint) -> None:
+    student = Student(loaded(checkpoint), checkpoint, {"vectors"})
+    assert set(student.parameters) == {"vectors"}
+    student.logits(TOKENS).sum().backward()
+    changes = student.changes()
+    assert changes.specs == checkpoint.linears
+    for name, tensors in changes.packed.items():
+        assert all(torch.equal(t, checkpoint.packed(name)[k]) for k, t in tensors.items())
+    for name, tensor in changes.others.items():
+        assert torch.equal(tensor, checkpoint.read(name))
+
+
+def test_a_tied_head_is_one_parameter(tmp_path) -> None:
+    tied = Checkpoint.open(fake_checkpoint(tmp_path, tie_word_embeddings=True).folder)
+    student = Student(loaded(tied), tied, ALL)
+    assert len(student.parameters["head"]) == 1
+    student.logits(TOKENS).sum().backward()
+    (parameter,) = student.parameters["head"].values()
+    with torch.no_grad():
+        parameter *= 2
+    assert torch.equal(student.model.get_input_embeddings().weight, parameter)
+    assert torch.equal(student.model.get_output_embeddings().weight, parameter)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_scales_multiply_the_weights(format, side) -> None:
+    spec = linear_spec(FORMATS[format], 20, 37)
+    tensors = random_packed(spec)
+    size = 20 if side == "out" else 37
+    factor = 0.5 + torch.rand(size, generator=torch.Generator().manual_seed(0))
+    new_spec, new = scaled("m", spec, tensors, side, factor)
+    assert {n: (t.shape, t.dtype) for n, t in new.items()} == {
+        n: (torch.Size(t.shape), t.dtype) for n, t in new_spec.layout().items()
+    }
+    W = spec.dequantize(tensors)
+    wanted = factor[:, None] * W if side == "out" else W * factor
+    torch.testing.assert_close(new_spec.dequantize(new), wanted, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_a_scale_that_stands_first_takes_the_factor_in(side) -> None:
+    size = 20 if side == "out" else 37
+    base = linear_spec(FORMATS["e8p"], 20, 37)
+    transforms = (
+        CodedScaleSpec(side=side, size=size, bits=2),
+        HadamardSpec(side=side, size=size),
+    )
+    spec = type(base)(rows=20, cols=37, format=base.format, transforms=transforms)
+    tensors = random_packed(spec)
+    factor = torch.linspace(0.5, 2, size)
+    new_spec, new = scaled("m", spec, tensors, side, factor)
+    assert new_spec.transforms == (ScaleSpec(side=side, size=size), transforms[1])
+    again_spec, again = scaled("m", new_spec, new, side, 1 / factor)
+    assert again_spec == new_spec
+    torch.testing.assert_close(
+        again_spec.dequantize(again), spec.dequantize(tensors), rtol=2e-3, atol=2e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(1e9, "does not hold"), (1e-12, "are 0 in float16")]
+)
+def test_values_that_cannot_be_stored(value, message) -> None:
+    spec = linear_spec(FORMATS["e8p"], 20, 37)
+    with pytest.raises(NumericalError, match=message):
+        scaled("m", spec, random_packed(spec), "out", torch.full((20,), value))

@@ -1,0 +1,203 @@
+"""A quantized model that can be trained: codes decoded once, everything continuous a parameter.
+
+Every quantized linear becomes y = r ∘ (Ŵ (c ∘ x)) + bias with its decoded weights Ŵ and new scales
+of its outputs, r, and inputs, c, which start at 1. That is the same for every format. Afterwards
+the scales go into the stored ones, or become a stored scale of 16 bits a row or column.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from vqllm.checkpoint.reader import Checkpoint
+from vqllm.errors import NumericalError
+from vqllm.runtime import VQLinear
+from vqllm_kernels.linear import LinearSpec
+from vqllm_kernels.transforms import ScaleSpec
+
+
+class ScaledLinear(nn.Module):
+    """y = r ∘ (Ŵ (c ∘ x)) + bias; Ŵ is a constant in the dtype of the model, the rest float32."""
+
+    def __init__(self, linear: VQLinear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        W_RC = linear.dequantize()
+        self.register_buffer("weight", W_RC, persistent=False)
+        self.rows = _parameter(torch.ones(self.out_features, device=W_RC.device))
+        self.columns = _parameter(torch.ones(self.in_features, device=W_RC.device))
+        self.bias = None if linear.bias is None else _parameter(linear.bias.detach().float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [.., R] of x [.., C], in the dtype of x."""
+        if self.columns.requires_grad:
+            x = x * self.columns.to(x.dtype)
+        y = F.linear(x, self.get_buffer("weight"))
+        y = y * self.rows.to(y.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class _Narrow(nn.Module):
+    """What a module sees of a parameter that is trained in float32."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, wide: Tensor) -> Tensor:
+        return wide.to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What tuning changed of a checkpoint: specifications and packed tensors of modules by name,
+    and other tensors by theirs."""
+
+    specs: dict[str, LinearSpec] = field(default_factory=dict)
+    packed: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    others: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Student:
+    """A loaded quantized model, changed in place so that it can be trained.
+
+    Attributes:
+        model: gives logits; nothing in it needs a gradient but what was asked for.
+        parameters: float32, by kind ("rows", "columns", "vectors", "head") and name.
+        not_stored: names of parameters that the checkpoint does not have, which are left alone.
+    """
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, kinds: set[str]) -> None:
+        """Args:
+        model: loaded from the checkpoint, on the device where it will run.
+        kinds: what will be trained.
+        """
+        self.model = model
+        self._checkpoint = checkpoint
+        self.not_stored: list[str] = []
+        model.requires_grad_(False)
+        outside = set(checkpoint.quantization.outside_layers)
+        linears: dict[str, ScaledLinear] = {}
+        for name, module in list(model.named_modules()):
+            if isinstance(module, VQLinear) and name in checkpoint.linears and name not in outside:
+                linears[name] = ScaledLinear(module).to(module.device)
+                model.set_submodule(name, linears[name])
+        self._linears = linears
+        vectors = {f"{n}.bias": linear.bias for n, linear in linears.items()}
+        self.parameters: dict[str, dict[str, nn.Parameter]] = {
+            "rows": {name: linear.rows for name, linear in linears.items()},
+            "columns": {name: linear.columns for name, linear in linears.items()},
+            "vectors": {n: bias for n, bias in vectors.items() if bias is not None},
+            "head": {},
+        }
+        self._widen(kinds)
+        self.parameters = {k: own for k, own in self.parameters.items() if k in kinds and own}
+        for own in self.parameters.values():
+            for parameter in own.values():
+                parameter.requires_grad_(True)
+
+    def _widen(self, kinds: set[str]) -> None:
+        """Make vectors, and the matrices of head and embedding, parameters in float32."""
+        ends = {self.model.get_input_embeddings(), self.model.get_output_embeddings()}
+        scaled = set(self._linears.values())
+        tied: dict[int, nn.Parameter] = {}
+        for prefix, module in list(self.model.named_modules()):
+            if module in scaled or isinstance(module, VQLinear):
+                continue
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                name = f"{prefix}.{key}" if prefix else key
+                kind = "head" if module in ends else "vectors"
+                if kind not in kinds or not parameter.is_floating_point():
+                    continue
+                if kind == "vectors" and parameter.ndim > 1:
+                    continue
+                wide = tied.get(id(parameter))
+                if wide is None and name not in self._checkpoint.tensors:
+                    self.not_stored.append(name)
+                    continue
+                dtype = parameter.dtype
+                if wide is None:
+                    wide = tied[id(parameter)] = _parameter(parameter.detach().float())
+                    self.parameters[kind][name] = wide
+                module.register_parameter(key, wide)
+                if dtype != torch.float32:
+                    parametrize.register_parametrization(module, key, _Narrow(dtype), unsafe=True)
+                    # It made a copy of its own, which would undo the tie.
+                    module.parametrizations[key].original = wide  # type: ignore[index]
+
+    def logits(self, tokens_SL: Tensor) -> Tensor:
+        """Predictions [S, L, V]."""
+        return self.model(input_ids=tokens_SL, use_cache=False).logits
+
+    def changes(self) -> Changes:
+        """What is to be written in the place of what the checkpoint has.
+
+        Raises:
+            NumericalError: a value is beyond what its stored dtype holds.
+        """
+        changes = Changes()
+        for name, linear in self._linears.items():
+            spec, tensors = self._checkpoint.linears[name], self._checkpoint.packed(name)
+            for side, factor in (("out", linear.rows), ("in", linear.columns)):
+                if factor.requires_grad:
+                    spec, tensors = scaled(name, spec, tensors, side, factor.detach().cpu())
+            changes.specs[name], changes.packed[name] = spec, tensors
+        for kind in ("vectors", "head"):
+            for name, parameter in self.parameters.get(kind, {}).items():
+                stored = self._checkpoint.read(name)
+                changes.others[name] = _rounded(name, parameter.detach().cpu(), stored.dtype)
+        return changes
+
+
+def scaled(
+    name: str, spec: LinearSpec, tensors: Mapping[str, Tensor], side: str, factor: Tensor
+) -> tuple[LinearSpec, dict[str, Tensor]]:
+    """A packed linear with its outputs (side "out", [R]) or inputs ("in", [C]) multiplied.
+
+    A scale that stands first on that side takes the factor in; otherwise a new one stands before
+    all transforms. Either is stored in float16.
+    """
+    own, states = spec.split(dict(tensors))
+    transforms = list(spec.transforms)
+    first = next((i for i, t in enumerate(transforms) if t.side == side), None)
+    size = spec.rows if side == "out" else spec.cols
+    new = ScaleSpec(side=side, size=size)  # type: ignore[arg-type]
+    old = None if first is None else transforms[first]
+    if first is not None and isinstance(old, ScaleSpec):
+        factor = factor * old.scale(states[first]).float()
+        transforms[first], place = new, first
+    else:
+        transforms.insert(0, new)
+        states.insert(0, {})
+        place = 0
+    scale = _rounded(f"scales of {name}", factor, torch.float16)
+    if bool((scale == 0).any()):
+        raise NumericalError(
+            f"scales of {name} were tuned to values as small as {float(factor.abs().min()):.3g}, "
+            "which are 0 in float16: lower `rate`."
+        )
+    states[place] = {"scale": scale}
+    changed = LinearSpec(
+        rows=spec.rows, cols=spec.cols, format=spec.format, transforms=tuple(transforms)
+    )
+    stored = {f"t{i}_{key}": t for i, state in enumerate(states) for key, t in state.items()}
+    return changed, {**own, **stored}
+
+
+def _rounded(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    stored = values.to(dtype)
+    if not bool(stored.isfinite().all()):
+        raise NumericalError(
+            f"{name}: tuned to values up to {float(values.abs().max()):.3g}, which {dtype} does "
+            "not hold: lower `rate`."
+        )
+    return stored
+
+
+def _parameter(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)

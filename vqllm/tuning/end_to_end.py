@@ -1,0 +1,312 @@
+"""Codes fixed, all that is continuous trained: a model that predicts what the original predicts.
+
+Adam on the mean KL divergence of the predictions. A look at the held-out sequences every twentieth
+of the way tells which state was the best one, and that is where the parameters end. A loss or a
+gradient that is not finite takes the run back to the last look with half the rates; the third time
+ends it.
+
+Sources: Tseng et al., "QuIP#", arXiv 2402.04396, section 5 (sign and scale vectors and norms,
+trained end to end); Malinovskii et al., "PV-Tuning", arXiv 2405.14852 (KL divergence from the
+original as the objective).
+"""
+
+import logging
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from vqllm import rng
+from vqllm.errors import ModelError
+from vqllm.tuning.base import MODEL_TUNINGS, ModelTask, ModelTuning
+from vqllm.tuning.divergence import divergence
+from vqllm.types import JSON
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["rows", "columns", "vectors", "head"]
+
+LOOKS = 20
+LOOK_TOKENS = 4096
+"""Held-out tokens of a look: 2 % of the time of 240 steps of 512 tokens each."""
+WARM_UP = 0.05
+"""Share of the way on which the rates rise from 0."""
+MAX_FAULTS = 3
+LOGIT_BYTES = 1 << 28
+"""Of the logits of sequences that run together, counted in float32."""
+DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+
+
+@MODEL_TUNINGS.register("end_to_end")
+class EndToEnd(ModelTuning):
+    """Scales, norms and biases, optionally the head, trained against the original's predictions."""
+
+    type: Literal["end_to_end"] = "end_to_end"
+    train: tuple[Kind, ...] = Field(
+        ("rows", "vectors"),
+        min_length=1,
+        description="rows: a scale for every output of every quantized linear; columns: one for "
+        "every input; vectors: norms and biases; head: output head and embedding, where they are "
+        "not quantized",
+    )
+    steps: int = Field(240, ge=1, description="steps of the optimizer")
+    time: str | None = Field(
+        None, description="stop after so long (90s, 20m, 1h30m) at the best state so far"
+    )
+    batch: int = Field(
+        2, ge=1, description="sequences a step; more steps of few beat fewer steps of many"
+    )
+    rate: float = Field(
+        3e-3,
+        gt=0,
+        le=1,
+        description="step size of Adam for scales and vectors, in units of their root mean square",
+    )
+    head_rate: float = Field(1e-4, gt=0, le=1, description="step size of Adam for the head")
+    together: int | None = Field(
+        None,
+        ge=1,
+        description="sequences that run at a time; by default as many as have 2^28 bytes of logits",
+    )
+
+    @field_validator("time")
+    @classmethod
+    def _is_a_duration(cls, text: str | None) -> str | None:
+        if text is not None and seconds_of(text) is None:
+            raise ValueError(f"{text!r} is no duration; write 90s, 20m or 1h30m")
+        return text
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        return frozenset(self.train)
+
+    def __call__(self, task: ModelTask) -> JSON:
+        return _Run(self, task).run()
+
+
+def seconds_of(text: str) -> int | None:
+    """Seconds of a duration such as 1h30m; None for anything else."""
+    found = DURATION.fullmatch(text)
+    if found is None or not any(found.groups()):
+        return None
+    hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return 3600 * hours + 60 * minutes + seconds or None
+
+
+class _Run:
+    """A stage on its way. Its state is what `_state` says, and nothing else."""
+
+    def __init__(self, stage: EndToEnd, task: ModelTask) -> None:
+        self._stage, self._task = stage, task
+        self._parameters: dict[str, nn.Parameter] = {}
+        groups = []
+        for kind in stage.train:
+            for name, parameter in task.parameters.get(kind, {}).items():
+                self._parameters[f"{kind}.{name}"] = parameter
+                rate = stage.head_rate if kind == "head" else stage.rate * _size(parameter)
+                groups.append({"params": [parameter], "lr": rate, "full_rate": rate})
+        if not groups:
+            raise ModelError(
+                f"nothing to tune: the model has none of {', '.join(stage.train)}. Add kinds to "
+                "`train`."
+            )
+        # beta2 of 0.95, as in PV-Tuning: a few hundred steps are too few for 0.999.
+        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        self._step = self._faults = 0
+        self._factor, self._before = 1.0, 0.0
+        self._history: list[JSON] = []
+        self._best: dict[str, Tensor] = {}
+        self._losses: list[float] = []
+        self._start = time.monotonic()
+        self._good: tuple[JSON, dict[str, Tensor]] | None = None
+
+    def run(self) -> JSON:
+        if kept := self._task.keeper.last():
+            self._load(*kept)
+            logger.info("tuning goes on at step %d of %d", self._step, self._stage.steps)
+        every = max(1, self._stage.steps // LOOKS)
+        while not self._is_over():
+            if self._step % every == 0 and not self._was_looked_at():
+                self._look()
+            if not self._advance():
+                self._go_back()
+            self._task.share(self._progress())
+        if not self._was_looked_at():
+            self._look()
+        self._restore(self._best)
+        best = min(self._history, key=lambda look: look["held_out_kl"])
+        return {"history": self._history, "best_step": best["step"], "faults": self._faults}
+
+    def _was_looked_at(self) -> bool:
+        return bool(self._history) and self._history[-1]["step"] == self._step
+
+    def _is_over(self) -> bool:
+        return self._faults >= MAX_FAULTS or self._progress() >= 1
+
+    def _progress(self) -> float:
+        """Share of the way that is done: by steps, or by time where that is shorter."""
+        done = self._step / self._stage.steps
+        if self._stage.time is not None:
+            done = max(done, self._elapsed() / (seconds_of(self._stage.time) or 1))
+        return min(done, 1.0)
+
+    def _elapsed(self) -> float:
+        return self._before + time.monotonic() - self._start
+
+    def _look(self) -> None:
+        """Measure on held-out sequences, remember the best state, and keep all of it."""
+        with torch.no_grad():
+            held_out = self._task.held_out
+            num = max(1, LOOK_TOKENS // held_out.shape[1])
+            loss = self._mean_loss(held_out[:num])
+        recent = sum(self._losses) / len(self._losses) if self._losses else None
+        if not math.isfinite(loss):
+            self._go_back()
+            return
+        if loss < min((look["held_out_kl"] for look in self._history), default=math.inf):
+            self._best = self._copies()
+        self._history.append({"step": self._step, "train_kl": recent, "held_out_kl": loss})
+        logger.info(
+            "step %d of %d: KL %.4f on held-out sequences%s",
+            self._step,
+            self._stage.steps,
+            loss,
+            "" if recent is None else f", {recent:.4f} on the last batches",
+        )
+        self._losses = []
+        self._good = self._state()
+        self._task.keeper.keep(*self._good)
+
+    def _mean_loss(self, sequences_SL: Tensor) -> float:
+        total = 0.0
+        for tokens in sequences_SL.split(self._together(sequences_SL)):
+            total += float(self._loss(tokens))
+        return total / sequences_SL.numel()
+
+    def _loss(self, tokens_SL: Tensor) -> Tensor:
+        tokens_SL = tokens_SL.to(self._task.device)
+        with torch.no_grad():
+            other = self._task.teacher(tokens_SL)
+        own = self._task.student(tokens_SL)
+        if own.shape != other.shape:
+            raise ModelError(
+                f"the teacher predicts {other.shape[-1]} tokens, the quantized model "
+                f"{own.shape[-1]}: it is another model. Pass the original one."
+            )
+        return divergence(own, other)
+
+    def _together(self, sequences_SL: Tensor) -> int:
+        if self._stage.together is not None:
+            return self._stage.together
+        with torch.no_grad():
+            size = self._task.teacher(sequences_SL[:1, :1].to(self._task.device)).shape[-1]
+        return max(1, LOGIT_BYTES // (4 * size * sequences_SL.shape[1]))
+
+    def _advance(self) -> bool:
+        """One step; False if something was not finite, and nothing moved."""
+        stage = self._stage
+        done = min(1.0, self._progress() + 1 / stage.steps)
+        rising = min(1.0, done / WARM_UP)
+        for group in self._optimizer.param_groups:
+            falling = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+            group["lr"] = group["full_rate"] * self._factor * rising * max(falling, 1e-3)
+        self._optimizer.zero_grad(set_to_none=True)
+        tokens_SL = self._task.sequences[self._batch()]
+        total = 0.0
+        for part in tokens_SL.split(self._together(tokens_SL)):
+            loss = self._loss(part) / tokens_SL.numel()
+            loss.backward()
+            total += float(loss.detach())
+        grads = [p.grad for p in self._parameters.values() if p.grad is not None]
+        if not math.isfinite(total) or not all(bool(g.isfinite().all()) for g in grads):
+            return False
+        self._optimizer.step()
+        self._step += 1
+        self._losses.append(total)
+        return True
+
+    def _batch(self) -> Tensor:
+        """The sequences of this step: all of them once in random order, then again in another."""
+        num, size = len(self._task.sequences), self._stage.batch
+        first = self._step * size
+        orders: dict[int, Tensor] = {}
+        rows = []
+        for place in range(first, first + size):
+            round_number = place // num
+            if round_number not in orders:
+                generator = rng.generator(self._task.seed, f"round {round_number}", "end_to_end")
+                orders[round_number] = torch.randperm(num, generator=generator)
+            rows.append(orders[round_number][place % num])
+        return torch.stack(rows)
+
+    def _go_back(self) -> None:
+        if self._good is None:
+            raise ModelError(
+                "the quantized model's predictions are not finite before the first step: the "
+                "checkpoint is damaged, or its dtype is too narrow for this model."
+            )
+        faults, factor = self._faults + 1, self._factor / 2
+        logger.warning(
+            "step %d: loss or gradient is not finite; back to step %d with half the rates%s",
+            self._step,
+            self._good[0]["step"],
+            ", and stopped there" if faults >= MAX_FAULTS else "",
+        )
+        before = self._elapsed()
+        self._load(*self._good)
+        self._faults, self._factor = faults, factor
+        self._before, self._start = before, time.monotonic()
+
+    def _copies(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self._parameters.items()}
+
+    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(tensors[name])
+
+    def _state(self) -> tuple[JSON, dict[str, Tensor]]:
+        told = {
+            "step": self._step,
+            "faults": self._faults,
+            "factor": self._factor,
+            "elapsed": self._elapsed(),
+            "history": list(self._history),
+        }
+        tensors = {f"now.{name}": tensor for name, tensor in self._copies().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()}
+        for name, parameter in self._parameters.items():
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                tensors[f"adam.{key}.{name}"] = value.detach().clone()
+        return told, tensors
+
+    def _load(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:
+        self._step, self._faults, self._factor = told["step"], told["faults"], told["factor"]
+        self._before, self._start = told["elapsed"], time.monotonic()
+        self._history, self._losses = list(told["history"]), []
+        self._restore(_under("now.", tensors))
+        self._best = {
+            name: tensor.to(self._task.device).clone()
+            for name, tensor in _under("best.", tensors).items()
+        }
+        self._optimizer.state.clear()
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            for name, value in _under(f"adam.{key}.", tensors).items():
+                parameter = self._parameters[name]
+                device = torch.device("cpu") if key == "step" else parameter.device
+                self._optimizer.state[parameter][key] = value.to(device, copy=True)
+        self._good = told, dict(tensors)
+
+
+def _size(parameter: Tensor) -> float:
+    """The root mean square; where that is next to nothing (biases that start at 0), 0.01."""
+    return max(float(parameter.detach().square().mean().sqrt()), 0.01)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
