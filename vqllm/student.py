@@ -1,8 +1,11 @@
 """A quantized model that can be trained: codes decoded once, everything continuous a parameter.
 
 Every quantized linear becomes y = r ∘ (Ŵ (c ∘ x)) + bias with its decoded weights Ŵ and new scales
-of its outputs, r, and inputs, c, which start at 1. That is the same for every format. Afterwards
-the scales go into the stored ones, or become a stored scale of 16 bits a row or column.
+of its outputs, r = 1 + δ, and inputs, c = 1 + δ. That is the same for every format. Afterwards the
+scales go into the stored ones, or become a stored scale of 16 bits a row or column. All else that
+is trained is its old value and a change in units of it, v + s δ.
+
+What is trained is always δ, which starts at 0, so that one step size means the same everywhere.
 """
 
 from collections.abc import Mapping
@@ -29,28 +32,51 @@ class ScaledLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         W_RC = linear.dequantize()
         self.register_buffer("weight", W_RC, persistent=False)
-        self.rows = _parameter(torch.ones(self.out_features, device=W_RC.device))
-        self.columns = _parameter(torch.ones(self.in_features, device=W_RC.device))
-        self.bias = None if linear.bias is None else _parameter(linear.bias.detach().float())
+        self.rows = _parameter(torch.zeros(self.out_features, device=W_RC.device))
+        self.columns = _parameter(torch.zeros(self.in_features, device=W_RC.device))
+        self.bias = None if linear.bias is None else Moved(linear.bias.detach(), linear.bias.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """y [.., R] of x [.., C], in the dtype of x."""
         if self.columns.requires_grad:
-            x = x * self.columns.to(x.dtype)
+            x = x * (1 + self.columns).to(x.dtype)
         y = F.linear(x, self.get_buffer("weight"))
-        y = y * self.rows.to(y.dtype)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        if self.rows.requires_grad:
+            y = y * (1 + self.rows).to(y.dtype)
+        return y if self.bias is None else y + self.bias.value().to(y.dtype)
 
 
-class _Narrow(nn.Module):
-    """What a module sees of a parameter that is trained in float32."""
+class Moved(nn.Module):
+    """v + s δ in the dtype of the model, v the old value of a vector or a matrix.
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    s = max(|v|, a tenth of the root mean square of v), so that large entries move more than small
+    ones, and those that are 0 at all; of a matrix, whose rows are vectors of features, it is the
+    root mean square.
+    """
+
+    LEAST = 0.01
+    """of the root mean square, for what is 0 throughout"""
+
+    def __init__(self, old: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
+        old = old.float()
+        size = old.square().mean().sqrt().clamp(min=self.LEAST)
+        self.register_buffer("old", old, persistent=False)
+        unit = size if old.ndim > 1 else torch.maximum(old.abs(), 0.1 * size)
+        self.register_buffer("unit", unit, persistent=False)
+        self.delta = _parameter(torch.zeros_like(old))
 
-    def forward(self, wide: Tensor) -> Tensor:
-        return wide.to(self.dtype)
+    def forward(self, delta: Tensor) -> Tensor:
+        return self.wide(delta).to(self.dtype)
+
+    def wide(self, delta: Tensor) -> Tensor:
+        """The value in float32."""
+        return self.get_buffer("old") + self.get_buffer("unit") * delta
+
+    def value(self) -> Tensor:
+        """What the model computes with."""
+        return self(self.delta)
 
 
 @dataclass(frozen=True)
@@ -88,26 +114,28 @@ class Student:
                 linears[name] = ScaledLinear(module).to(module.device)
                 model.set_submodule(name, linears[name])
         self._linears = linears
-        vectors = {f"{n}.bias": linear.bias for n, linear in linears.items()}
+        self._moved = {
+            "vectors": {f"{n}.bias": lin.bias for n, lin in linears.items() if lin.bias is not None}
+        }
+        self._move(kinds)
         self.parameters: dict[str, dict[str, nn.Parameter]] = {
             "rows": {name: linear.rows for name, linear in linears.items()},
             "columns": {name: linear.columns for name, linear in linears.items()},
-            "vectors": {n: bias for n, bias in vectors.items() if bias is not None},
-            "head": {},
         }
-        self._widen(kinds)
+        for kind, moved in self._moved.items():
+            self.parameters[kind] = {name: own.delta for name, own in moved.items()}
         self.parameters = {k: own for k, own in self.parameters.items() if k in kinds and own}
         for own in self.parameters.values():
             for parameter in own.values():
                 parameter.requires_grad_(True)
 
-    def _widen(self, kinds: set[str]) -> None:
-        """Make vectors, and the matrices of head and embedding, parameters in float32."""
+    def _move(self, kinds: set[str]) -> None:
+        """Let vectors, and the matrices of head and embedding, move."""
         ends = {self.model.get_input_embeddings(), self.model.get_output_embeddings()}
-        scaled = set(self._linears.values())
-        tied: dict[int, nn.Parameter] = {}
+        ours = {module for linear in self._linears.values() for module in linear.modules()}
+        tied: dict[int, Moved] = {}
         for prefix, module in list(self.model.named_modules()):
-            if module in scaled or isinstance(module, VQLinear):
+            if module in ours or isinstance(module, VQLinear):
                 continue
             for key, parameter in list(module.named_parameters(recurse=False)):
                 name = f"{prefix}.{key}" if prefix else key
@@ -116,19 +144,17 @@ class Student:
                     continue
                 if kind == "vectors" and parameter.ndim > 1:
                     continue
-                wide = tied.get(id(parameter))
-                if wide is None and name not in self._checkpoint.tensors:
+                moved = tied.get(id(parameter))
+                if moved is None and name not in self._checkpoint.tensors:
                     self.not_stored.append(name)
                     continue
-                dtype = parameter.dtype
-                if wide is None:
-                    wide = tied[id(parameter)] = _parameter(parameter.detach().float())
-                    self.parameters[kind][name] = wide
-                module.register_parameter(key, wide)
-                if dtype != torch.float32:
-                    parametrize.register_parametrization(module, key, _Narrow(dtype), unsafe=True)
-                    # It made a copy of its own, which would undo the tie.
-                    module.parametrizations[key].original = wide  # type: ignore[index]
+                if moved is None:
+                    moved = tied[id(parameter)] = Moved(parameter.detach(), parameter.dtype)
+                    self._moved.setdefault(kind, {})[name] = moved
+                module.register_parameter(key, moved.delta)
+                parametrize.register_parametrization(module, key, moved, unsafe=True)
+                # It made a copy of its own, which would undo ties.
+                module.parametrizations[key].original = moved.delta  # type: ignore[index]
 
     def logits(self, tokens_SL: Tensor) -> Tensor:
         """Predictions [S, L, V]."""
@@ -145,12 +171,13 @@ class Student:
             spec, tensors = self._checkpoint.linears[name], self._checkpoint.packed(name)
             for side, factor in (("out", linear.rows), ("in", linear.columns)):
                 if factor.requires_grad:
-                    spec, tensors = scaled(name, spec, tensors, side, factor.detach().cpu())
+                    spec, tensors = scaled(name, spec, tensors, side, 1 + factor.detach().cpu())
             changes.specs[name], changes.packed[name] = spec, tensors
-        for kind in ("vectors", "head"):
-            for name, parameter in self.parameters.get(kind, {}).items():
-                stored = self._checkpoint.read(name)
-                changes.others[name] = _rounded(name, parameter.detach().cpu(), stored.dtype)
+        for moved in self._moved.values():
+            for name, own in moved.items():
+                if own.delta.requires_grad:
+                    values = own.wide(own.delta).detach().cpu()
+                    changes.others[name] = _rounded(name, values, self._checkpoint.read(name).dtype)
         return changes
 
 

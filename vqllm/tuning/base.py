@@ -30,9 +30,9 @@ class Keeper(Protocol):
 class ModelTask:
     """A quantized model, the original, and the text on which the one is made to follow the other.
 
-    `student` and `teacher` give logits [S, L, V] of tokens [S, L] on `device`; `parameters` are
-    what the student lets move, float32, by kind and name. Training and held-out sequences are
-    int64 [S, L].
+    `student` and `teacher` give logits [S, L, V] of tokens [S, L] on `device`. `parameters` are
+    relative changes of what the student lets move, float32, by kind and name. Training and held-out
+    sequences are int64 [S, L].
     """
 
     student: Callable[[Tensor], Tensor]
