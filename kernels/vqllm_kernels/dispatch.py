@@ -24,7 +24,7 @@ tensors are constants.
 import json
 from collections.abc import Sequence
 from functools import cache
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -46,6 +46,9 @@ from vqllm_kernels.formats import FormatSpec
 from vqllm_kernels.linear import LinearSpec
 from vqllm_kernels.lut import cpu as lookup
 from vqllm_kernels.transforms import HadamardSpec, ScaleSpec, TransformSpec
+
+if TYPE_CHECKING:  # it needs triton
+    from vqllm_kernels.activations import Quantized
 
 __all__ = [
     "Call",
@@ -230,7 +233,7 @@ def _looked_up(spec: FormatSpec) -> bool:
 
 
 def _triton_matmul(
-    x_NC: Tensor, tensors: dict[str, Tensor], spec: FormatSpec, rows: int, cols: int
+    x_NC: "Tensor | Quantized", tensors: dict[str, Tensor], spec: FormatSpec, rows: int, cols: int
 ) -> Tensor:
     kernels = gpu.module(spec)
     assert kernels is not None
@@ -337,9 +340,12 @@ def _linear_op(
     spec, names, blocks = _linear(text, rows, cols)
     own, states = spec.split(dict(zip(names, packed)))
     staged = list(zip(spec.transforms, states))
-    x_NC = _through([s for s in staged if s[0].side == "in"], x.reshape(-1, cols), "input")
+    x_NC = x.reshape(-1, cols)
+    product = _chosen_matmul(x_NC, spec.format)
+    stages = [s for s in staged if s[0].side == "in"]
+    operand = _operand(stages, x_NC, product, spec.format)
     parts = [
-        _product(x_NC, spec.block(own, start, stop), spec.format, stop - start, cols)
+        product.run(operand, spec.block(own, start, stop), spec.format, stop - start, cols)
         for start, stop in blocks
     ]
     y_NR = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -372,6 +378,28 @@ def _through(stages: list[Staged], v: Tensor, direction: str) -> Tensor:
     return v
 
 
+def _operand(
+    stages: list[Staged], x_NC: Tensor, product: Implementation, spec: FormatSpec
+) -> "Tensor | Quantized":
+    """x in the basis of W. In bytes, if the kernel of the product takes it so and that of the last
+    Hadamard transform, with the scales before it, can write it so."""
+    if stages and isinstance(stages[-1][0], HadamardSpec) and product is _MATMULS["triton"]:
+        hadamard, tensors = stages[-1]
+        kernels, transform_kernels = gpu.module(spec), gpu.module(hadamard)
+        assert kernels is not None
+        assert transform_kernels is not None
+        wanted = kernels.wanted(spec, x_NC.shape[1])
+        by_kernel = _chosen_transform(x_NC, hadamard) is _TRANSFORMS["triton"]
+        if wanted and by_kernel and transform_kernels.quantizes(hadamard, x_NC.dtype):
+            first = len(stages) - 1
+            while first > 0 and isinstance(stages[first - 1][0], ScaleSpec):
+                first -= 1
+            x_NC = _through(stages[:first], x_NC, "input")
+            scales = stages[first:-1]
+            return transform_kernels.quantize(x_NC, hadamard, tensors, scales, wanted)
+    return _through(stages, x_NC, "input")
+
+
 def _transformed(
     v: Tensor,
     spec: TransformSpec,
@@ -379,18 +407,18 @@ def _transformed(
     direction: str,
     scales: Sequence[Staged] = (),
 ) -> Tensor:
+    return _chosen_transform(v, spec).run(v, spec, tensors, direction, scales)
+
+
+def _chosen_transform(v: Tensor, spec: TransformSpec) -> Implementation:
     call = Call(operation="transform", spec=spec, device=v.device, dtype=v.dtype)
-    chosen = choose(call, _TRANSFORMS, _order(v.device, "transform"))
-    return chosen.run(v, spec, tensors, direction, scales)
+    return choose(call, _TRANSFORMS, _order(v.device, "transform"))
 
 
-def _product(
-    x_NC: Tensor, tensors: dict[str, Tensor], spec: FormatSpec, rows: int, cols: int
-) -> Tensor:
+def _chosen_matmul(x_NC: Tensor, spec: FormatSpec) -> Implementation:
     batch = bucket(x_NC.shape[0])
     call = Call(operation="matmul", spec=spec, device=x_NC.device, dtype=x_NC.dtype, batch=batch)
-    chosen = choose(call, _MATMULS, _order(x_NC.device, "matmul"))
-    return chosen.run(x_NC, tensors, spec, rows, cols)
+    return choose(call, _MATMULS, _order(x_NC.device, "matmul"))
 
 
 def _linear_fake(
@@ -444,7 +472,8 @@ def _linear_transpose_fake(
 def _matmul_op(x: Tensor, packed: list[Tensor], text: str, rows: int, cols: int) -> Tensor:
     spec = _format(text)
     x_NC = x.reshape(-1, cols)
-    return _product(x_NC, _named(spec, packed), spec, rows, cols).view(*x.shape[:-1], rows)
+    y_NR = _chosen_matmul(x_NC, spec).run(x_NC, _named(spec, packed), spec, rows, cols)
+    return y_NR.view(*x.shape[:-1], rows)
 
 
 def _decode_op(packed: list[Tensor], text: str, rows: int, cols: int, dtype: torch.dtype) -> Tensor:

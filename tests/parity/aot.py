@@ -179,6 +179,18 @@ def hadamard_case(size: int, dtype: str, block: int | None = None) -> Case:
     return launch, "dense_kernel" if block else "pass_kernel", 0
 
 
+def quantize_case(size: int, dtype: str, block: int | None = None) -> Case:
+    spec = transforms.HadamardSpec(side="in", size=size, block=block)
+    x = torch.zeros(1, size, dtype=DTYPES[dtype])
+    signs = spec.pack_signs(torch.ones(size))
+    wanted = trellis.wanted(formats.from_dict(BYTES2), size)
+
+    def launch() -> None:
+        hadamard.quantize(x, spec, signs, (), wanted)
+
+    return launch, "quantized_pass_kernel", 0
+
+
 def lut_values(rows: int, cols: int, bits: int) -> dict:
     return {"format": "lut-v1", "tile_rows": rows, "tile_cols": cols, "index_bits": bits}
 
@@ -276,6 +288,9 @@ CASES: dict[str, tuple[ModuleType, Case]] = {
     "hadamard 11008, bf16": (hadamard, hadamard_case(11008, "bf16")),
     "hadamard 14336, fp32": (hadamard, hadamard_case(14336, "fp32")),
     "hadamard, blocks of 128, bf16": (hadamard, hadamard_case(4096, "bf16", 128)),
+    "hadamard 4096 to bytes, bf16": (hadamard, quantize_case(4096, "bf16")),
+    "hadamard 8192 to bytes, fp16": (hadamard, quantize_case(8192, "fp16")),
+    "hadamard, blocks of 128 to bytes, bf16": (hadamard, quantize_case(8192, "bf16", 128)),
     "viterbi 2^16, 2 bits": (viterbi, search_case(16, [2] * 256)),
     "viterbi 2^16, 4 bits": (viterbi, search_case(16, [4] * 256)),
     "viterbi 2^12, 2.5 bits": (viterbi, search_case(12, [2, 3] * 128)),
