@@ -226,17 +226,20 @@ def finish_kernel(
     factor,
     BYTES: tl.constexpr,
     HAS_ADD: tl.constexpr,
+    PIECES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(1)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < rows
     at = token.to(tl.int64) * rows + row
+    # All pieces at once, or 32: one after the other each waits for its load.
     y = tl.zeros((BLOCK,), tl.float32)
-    for s in range(0, splits):
-        y += tl.load(
-            partial_ptr + tl.cast(s, tl.int64) * num_tokens * rows + at, mask=mask, other=0.0
-        )
+    for start in range(0, splits, PIECES):
+        # pieces: [PIECES, BLOCK]
+        s = (start + tl.arange(0, PIECES))[:, None]
+        pieces = partial_ptr + s.to(tl.int64) * num_tokens * rows + at[None, :]
+        y += tl.sum(tl.load(pieces, mask=(s < splits) & mask[None, :], other=0.0), axis=0)
     if BYTES:
         y = y * tl.load(step_ptr + token * 2) + tl.load(step_ptr + token * 2 + 1)
     y = y * (tl.load(scale_ptr) * factor)
@@ -478,7 +481,7 @@ def matmul(
         num_stages=1,
         enable_fp_fusion=True,
     )
-    block = 256
+    block = 128
     finish_kernel[(triton.cdiv(rows, block), num_tokens)](
         partial,
         tensors["scale"],
@@ -491,6 +494,7 @@ def matmul(
         factor,
         BYTES=mode == "bytes",
         HAS_ADD=add_NR is not None,
+        PIECES=min(32, triton.next_power_of_2(num_splits)),
         BLOCK=block,
         num_warps=4,
         enable_fp_fusion=True,
