@@ -25,10 +25,12 @@ class Wanted:
 
     padded_cols: int
     """Integers of a token, a multiple of 4: those behind x are 0."""
+    bit: int = 1
+    """Columns are of two kinds, by this bit of their number."""
     factors: tuple[float, float] = (1.0, 1.0)
-    """What x is multiplied by first, in even and in odd columns."""
+    """What x is multiplied by first, in columns of either kind."""
     offsets: tuple[float, float] = (0.0, 0.0)
-    """What every weight of an even or an odd column is to be increased by."""
+    """What every weight of a column of either kind is to be increased by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,23 +81,23 @@ def quantize_kernel(
     step_ptr,  # float32 [num_tokens, 2]: s, and s times the sum of the integers times offset
     cols,
     padded_cols,
-    even_factor,
-    odd_factor,
-    even_offset,
-    odd_offset,
+    factor0,
+    factor1,
+    offset0,
+    offset1,
+    BIT: tl.constexpr,
     PARTS: tl.constexpr,
     LEVELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Quantizes x times a factor, one program a token. A NaN or an infinity makes s NaN.
 
-    Factors and offsets are those of even and odd columns.
+    Factors and offsets are those of columns without and with BIT in their number.
     """
     token = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
-    is_odd = (c & 1) == 1
-    factor = tl.where(is_odd, odd_factor, even_factor)
-    offset = tl.where(is_odd, odd_offset, even_offset)
+    factor = tl.where((c & BIT) == 0, factor0, factor1)
+    offset = tl.where((c & BIT) == 0, offset0, offset1)
     most = tl.zeros((BLOCK,), tl.float32)
     poison = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, cols, BLOCK):
@@ -139,6 +141,7 @@ def quantized(x_NC: Tensor, wanted: Wanted) -> Quantized:
         wanted.padded_cols,
         *wanted.factors,
         *wanted.offsets,
+        BIT=wanted.bit,
         PARTS=out.parts,
         LEVELS=LEVELS[out.parts],
         BLOCK=min(triton.next_power_of_2(wanted.padded_cols), 8192),

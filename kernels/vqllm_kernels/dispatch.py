@@ -388,7 +388,7 @@ def _operand(
         kernels, transform_kernels = gpu.module(spec), gpu.module(hadamard)
         assert kernels is not None
         assert transform_kernels is not None
-        wanted = kernels.wanted(spec, x_NC.shape[1])
+        wanted = kernels.wanted(spec, x_NC)
         by_kernel = _chosen_transform(x_NC, hadamard) is _TRANSFORMS["triton"]
         if wanted and by_kernel and transform_kernels.quantizes(hadamard, x_NC.dtype):
             first = len(stages) - 1

@@ -24,6 +24,7 @@ TRELLIS = {
     "step_weights": 2,
     "table_bits": 0,
 }
+E8P = {"format": "e8p-v1"}
 ROWS, COLS = 72, 96
 
 
@@ -49,7 +50,7 @@ def linear(values: dict, device: str, block: int | None = None):
     return spec, tensors
 
 
-@pytest.mark.parametrize("values", [TRELLIS, {"format": "e8p-v1"}], ids=lambda v: v["format"])
+@pytest.mark.parametrize("values", [TRELLIS, E8P], ids=lambda v: v["format"])
 @pytest.mark.parametrize("block", [None, 32])
 @pytest.mark.parametrize("num_tokens", [1, 5, 17])
 def test_a_linear_is_as_exact_as_torch_step_by_step(values, block, num_tokens, device):
@@ -86,7 +87,7 @@ def launched(device, monkeypatch) -> list[str]:
     """The names of the kernels that run, in order."""
     names: list[str] = []
     activations = pytest.importorskip("vqllm_kernels.activations")
-    specs = [formats.from_dict(TRELLIS), HadamardSpec(side="in", size=1)]
+    specs = [*map(formats.from_dict, (TRELLIS, E8P)), HadamardSpec(side="in", size=1)]
     for module in [activations, *(gpu.module(spec) for spec in specs)]:
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
@@ -105,6 +106,27 @@ def test_launches_of_a_linear(launched, device):
         dispatch.linear(x.float(), tensors, spec)
         taken = ["dense_kernel", "quantize_kernel", *taken[1:]]
         assert launched == taken
+
+
+@pytest.mark.parametrize("values", [TRELLIS, E8P], ids=lambda v: v["format"])
+def test_no_tokens_give_no_outputs(values, device):
+    spec, tensors = linear(values, device)
+    x = torch.zeros(2, 0, COLS, dtype=torch.float16, device=device)
+    with dispatch.force("triton"):
+        assert dispatch.linear(x, tensors, spec).shape == (2, 0, ROWS)
+
+
+def test_equal_stages_share_their_activations(launched, device):
+    spec, tensors = linear({"format": "residual-v1", "stages": [E8P, E8P]}, device)
+    x = random_activations(1, COLS, torch.float16, device)
+    with dispatch.force("triton"):
+        dispatch.linear(x, tensors, spec)
+        transform, stage = "quantized_pass_kernel", "bytes_matmul_kernel"
+        assert launched == [transform, stage, stage, "dense_kernel"]
+        launched.clear()
+        own, _ = spec.split(tensors)
+        dispatch.matmul(x, own, spec.format, ROWS, COLS)
+    assert launched == ["quantize_kernel", stage, stage]
 
 
 def test_blocks_of_rows_share_their_activations(launched, device, monkeypatch):

@@ -58,7 +58,7 @@ def spec(request: pytest.FixtureRequest) -> TrellisSpec:
 
 def in_bytes(x_NC: torch.Tensor, spec: TrellisSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """The bytes int8 [N, parts, padded] of the activations, and their steps."""
-    out = activations.quantized(x_NC, gpu.module(spec).wanted(spec, x_NC.shape[1]))
+    out = activations.quantized(x_NC, gpu.module(spec).wanted(spec, x_NC))
     return out.words.view(torch.int8), out.step
 
 

@@ -221,26 +221,26 @@ def _quantize(
     padded_cols,
     factors,
     offsets,
+    BIT: tl.constexpr,
     PARTS: tl.constexpr,
     LEVELS: tl.constexpr,
     TAIL: tl.constexpr,
 ):
     """Quantizes the features of a token, y [rows, columns], as `activations.quantize_kernel`."""
     token = tl.program_id(0).to(tl.int64)
-    is_odd = (feature & 1) == 1
-    y = tl.where(valid, y * tl.where(is_odd, factors[1], factors[0]), 0.0)
-    step, inverse = activations.step_of(tl.max(tl.max(tl.abs(y), axis=1), axis=0), LEVELS)
-    step += tl.sum(tl.sum(y * 0.0, axis=1), axis=0)
+    is_first = (feature & BIT) == 0
+    y = tl.where(valid, y * tl.where(is_first, factors[0], factors[1]), 0.0)
+    step, inverse = activations.step_of(tl.max(tl.abs(y)), LEVELS)
+    step += tl.sum(y * 0.0)
     q = activations.integers_of(y, inverse)
     first = q_ptr + token * PARTS * padded_cols
     activations.store_bytes(first + feature, q, padded_cols, valid, PARTS)
     tail = cols + tl.arange(0, TAIL)
     zeros = tl.zeros((TAIL,), tl.int32)
     activations.store_bytes(first + tail, zeros, padded_cols, tail < padded_cols, PARTS)
-    total = q.to(tl.float32) * tl.where(is_odd, offsets[1], offsets[0])
-    total = tl.sum(tl.sum(total, axis=1), axis=0)
+    total = q.to(tl.float32) * tl.where(is_first, offsets[0], offsets[1])
     tl.store(step_ptr + token * 2, step)
-    tl.store(step_ptr + token * 2 + 1, step * total)
+    tl.store(step_ptr + token * 2 + 1, step * tl.sum(total))
 
 
 @triton.jit
@@ -254,10 +254,11 @@ def quantized_pass_kernel(
     post,
     scale,
     padded_cols,
-    even_factor,
-    odd_factor,
-    even_offset,
-    odd_offset,
+    factor0,
+    factor1,
+    offset0,
+    offset1,
+    BIT: tl.constexpr,
     PARTS: tl.constexpr,
     LEVELS: tl.constexpr,
     HAS_SYLVESTER: tl.constexpr,
@@ -277,7 +278,7 @@ def quantized_pass_kernel(
     valid = (i < m) & (col < post)
     _quantize(
         acc * scale, i * post + col, valid, q_ptr, step_ptr, m * post, padded_cols,
-        (even_factor, odd_factor), (even_offset, odd_offset), PARTS, LEVELS, TAIL,
+        (factor0, factor1), (offset0, offset1), BIT, PARTS, LEVELS, TAIL,
     )  # fmt: skip
 
 
@@ -408,6 +409,7 @@ def quantize(
         wanted.padded_cols,
         *wanted.factors,
         *wanted.offsets,
+        BIT=wanted.bit,
         PARTS=out.parts,
         LEVELS=activations.LEVELS[out.parts],
         HAS_SYLVESTER=has_sylvester,

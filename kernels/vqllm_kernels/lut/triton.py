@@ -214,7 +214,7 @@ def declines(call: Call) -> str | None:
     return None
 
 
-def wanted(spec: FormatSpec, cols: int) -> None:
+def wanted(spec: FormatSpec, x_NC: Tensor) -> None:
     """The kernels take x as it is."""
 
 

@@ -397,11 +397,16 @@ def splits(steps: int, programs: int, device: torch.device) -> int:
     return min(steps, max(1, wanted))
 
 
-@cache
-def wanted(spec: FormatSpec, cols: int) -> activations.Wanted | None:
-    """Sums of bytes take x in bytes, with what their values are divided by, and their means, in
-    it; None for what takes x as it is."""
+def wanted(spec: FormatSpec, x_NC: Tensor) -> activations.Wanted | None:
+    """What the product takes in place of x; None if it takes x as it is."""
     assert isinstance(spec, TrellisSpec)
+    return _wanted(spec, x_NC.shape[1])
+
+
+@cache
+def _wanted(spec: TrellisSpec, cols: int) -> activations.Wanted | None:
+    """Sums of bytes take x in bytes, with what their values are divided by, and their means, in
+    it."""
     if _mode(spec) != "bytes":
         return None
     moments = _moments(spec.code, spec.state_bits)
@@ -438,7 +443,7 @@ def matmul(
     tiles_r, tiles_c = spec.grid(rows, cols)
     factor, mean = 1.0, 0.0
     columns_of_token = 1
-    in_bytes = wanted(spec, cols)
+    in_bytes = _wanted(spec, cols)
     if in_bytes is not None:
         if not isinstance(x_NC, Quantized):
             x_NC = activations.quantized(x_NC, in_bytes)
