@@ -389,8 +389,11 @@ def _operand(
         assert kernels is not None
         assert transform_kernels is not None
         wanted = kernels.wanted(spec, x_NC)
-        by_kernel = _chosen_transform(x_NC, hadamard) is _TRANSFORMS["triton"]
-        if wanted and by_kernel and transform_kernels.quantizes(hadamard, x_NC.dtype):
+        if (
+            wanted is not None
+            and _chosen_transform(x_NC, hadamard) is _TRANSFORMS["triton"]
+            and transform_kernels.quantizes(hadamard, x_NC.dtype)
+        ):
             first = len(stages) - 1
             while first > 0 and isinstance(stages[first - 1][0], ScaleSpec):
                 first -= 1
