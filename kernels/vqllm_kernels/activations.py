@@ -6,14 +6,72 @@ leaves, a root mean square of 4·10⁻⁵, a quarter of float16's. float32 activ
 s = max |x| / (127 · 2²⁴); with three, the rounding error is that of torch's product.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 PARTS = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4}
 """Bytes of an activation by its type."""
 LEVELS = {2: 127 << 8, 4: 127 << 24}
 """The largest integer by the number of bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What the product of a format takes in place of x."""
+
+    padded_cols: int
+    """Integers of a token, a multiple of 4: those behind x are 0."""
+    bit: int = 1
+    """Columns are of two kinds, by this bit of their number."""
+    factors: tuple[float, float] = (1.0, 1.0)
+    """What x is multiplied by first, in columns of either kind."""
+    offsets: tuple[float, float] = (0.0, 0.0)
+    """What every weight of a column of either kind is to be increased by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """Activations in bytes."""
+
+    words: Tensor
+    """int32 [N, parts, padded_cols / 4]: 4 int8 a word, the highest bytes of a token first."""
+    step: Tensor
+    """float32 [N, 2]: s, and s times the sum of the integers times their offsets."""
+    dtype: torch.dtype
+    """That of x."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.words.shape[0]
+
+    @property
+    def parts(self) -> int:
+        return self.words.shape[1]
+
+
+@triton.jit
+def step_of(amax, LEVELS: tl.constexpr):
+    """s of a token and its reciprocal, which is 0 where it could overflow: such a token is 0."""
+    return amax / LEVELS, tl.where(amax > 1e-30, LEVELS / tl.maximum(amax, 1e-30), 0.0)
+
+
+@triton.jit
+def integers_of(x, inverse):
+    return tl.floor(x * inverse + 0.5).to(tl.int32)
+
+
+@triton.jit
+def store_bytes(out, q, stride, mask, PARTS: tl.constexpr):
+    """Stores the bytes of q, the highest at `out`, each of the others `stride` further on."""
+    # From the lowest on, so that each lies in -128..127 and what is left is exact.
+    for i in tl.static_range(PARTS):
+        part = ((q + 128) & 0xFF) - 128
+        q = (q - part) >> 8
+        tl.store(out + (PARTS - 1 - i) * stride, part.to(tl.int8), mask=mask)
 
 
 @triton.jit
@@ -23,23 +81,23 @@ def quantize_kernel(
     step_ptr,  # float32 [num_tokens, 2]: s, and s times the sum of the integers times offset
     cols,
     padded_cols,
-    even_factor,
-    odd_factor,
-    even_offset,
-    odd_offset,
+    factor0,
+    factor1,
+    offset0,
+    offset1,
+    BIT: tl.constexpr,
     PARTS: tl.constexpr,
     LEVELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Quantizes x times a factor, one program a token. A NaN or an infinity makes s NaN.
 
-    Factors and offsets are those of even and odd columns.
+    Factors and offsets are those of columns without and with BIT in their number.
     """
     token = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
-    is_odd = (c & 1) == 1
-    factor = tl.where(is_odd, odd_factor, even_factor)
-    offset = tl.where(is_odd, odd_offset, even_offset)
+    factor = tl.where((c & BIT) == 0, factor0, factor1)
+    offset = tl.where((c & BIT) == 0, offset0, offset1)
     most = tl.zeros((BLOCK,), tl.float32)
     poison = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, cols, BLOCK):
@@ -47,22 +105,47 @@ def quantize_kernel(
         x = x.to(tl.float32) * factor
         most = tl.maximum(most, tl.abs(x))
         poison += x * 0.0
-    amax = tl.max(most, axis=0)
-    # Below 1e-30 the reciprocal could overflow; such a token is 0.
-    inverse = tl.where(amax > 1e-30, LEVELS / tl.maximum(amax, 1e-30), 0.0)
-    step = amax / LEVELS + tl.sum(poison, axis=0)
+    step, inverse = step_of(tl.max(most, axis=0), LEVELS)
+    step += tl.sum(poison, axis=0)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, padded_cols, BLOCK):
         x = tl.load(x_ptr + token * cols + start + c, mask=start + c < cols, other=0.0)
-        q = tl.floor(x.to(tl.float32) * factor * inverse + 0.5).to(tl.int32)
-        inside = start + c < padded_cols
+        q = integers_of(x.to(tl.float32) * factor, inverse)
         out = q_ptr + token * PARTS * padded_cols + start + c
-        # From the lowest on, so that each lies in -128..127 and what is left is exact.
-        rest = q
-        for i in tl.static_range(PARTS):
-            part = ((rest + 128) & 0xFF) - 128
-            rest = (rest - part) >> 8
-            tl.store(out + (PARTS - 1 - i) * padded_cols, part.to(tl.int8), mask=inside)
+        store_bytes(out, q, padded_cols, start + c < padded_cols, PARTS)
         total += q.to(tl.float32) * offset
     tl.store(step_ptr + token * 2, step)
     tl.store(step_ptr + token * 2 + 1, step * tl.sum(total, axis=0))
+
+
+def empty(num_tokens: int, wanted: Wanted, dtype: torch.dtype, device: torch.device) -> Quantized:
+    """Room for tokens of `dtype`."""
+    size = (num_tokens, PARTS[dtype], wanted.padded_cols // 4)
+    return Quantized(
+        words=torch.empty(size, dtype=torch.int32, device=device),
+        step=torch.empty(num_tokens, 2, dtype=torch.float32, device=device),
+        dtype=dtype,
+    )
+
+
+def quantized(x_NC: Tensor, wanted: Wanted) -> Quantized:
+    """Activations float16, bfloat16 or float32 [N, cols] as bytes."""
+    x_NC = x_NC.contiguous()
+    num_tokens, cols = x_NC.shape
+    out = empty(num_tokens, wanted, x_NC.dtype, x_NC.device)
+    quantize_kernel[(num_tokens,)](
+        x_NC,
+        out.words.view(torch.int8),
+        out.step,
+        cols,
+        wanted.padded_cols,
+        *wanted.factors,
+        *wanted.offsets,
+        BIT=wanted.bit,
+        PARTS=out.parts,
+        LEVELS=LEVELS[out.parts],
+        BLOCK=min(triton.next_power_of_2(wanted.padded_cols), 8192),
+        num_warps=8,
+        enable_fp_fusion=True,
+    )
+    return out

@@ -26,7 +26,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -48,6 +48,11 @@ from vqllm_kernels.formats import FormatSpec
 from vqllm_kernels.linear import LinearSpec
 from vqllm_kernels.lut import cpu as lookup
 from vqllm_kernels.transforms import HadamardSpec, ScaleSpec, TransformSpec
+
+if TYPE_CHECKING:  # it needs triton
+    from vqllm_kernels.activations import Quantized, Wanted
+
+    Operand = Tensor | Quantized
 
 __all__ = [
     "Call",
@@ -258,7 +263,7 @@ def _looked_up(spec: FormatSpec) -> bool:
 
 
 def _triton_matmul(
-    x_NC: Tensor, tensors: dict[str, Tensor], spec: FormatSpec, rows: int, cols: int
+    x_NC: "Operand", tensors: dict[str, Tensor], spec: FormatSpec, rows: int, cols: int
 ) -> Tensor:
     kernels = gpu.module(spec)
     assert kernels is not None
@@ -363,7 +368,8 @@ def _linear_op(
     x: Tensor, packed: list[Tensor], bias: Tensor | None, text: str, rows: int, cols: int
 ) -> Tensor:
     loaded = _Loaded.of(text, rows, cols, packed)
-    y_NR = loaded.product(loaded.transformed(x.reshape(-1, cols)))
+    x_NC = x.reshape(-1, cols)
+    y_NR = loaded.product(x_NC, loaded.operand(x_NC, loaded.wanted(x_NC)))
     if bias is not None:
         y_NR = y_NR + bias
     return y_NR.view(*x.shape[:-1], rows)
@@ -380,8 +386,16 @@ def _linears_op(
                 f"linears of one input with different transforms of it: {first.spec.inputs} and "
                 f"{other.spec.inputs}"
             )
-    x_NC = first.transformed(x.reshape(-1, cols))
-    return [loaded.product(x_NC).view(*x.shape[:-1], loaded.spec.rows) for loaded in every]
+    x_NC = x.reshape(-1, cols)
+    operands: dict[Wanted | None, Operand] = {}
+    products = []
+    for loaded in every:
+        wanted = loaded.wanted(x_NC)
+        if wanted not in operands:
+            operands[wanted] = first.operand(x_NC, wanted)
+        y_NR = loaded.product(x_NC, operands[wanted])
+        products.append(y_NR.view(*x.shape[:-1], loaded.spec.rows))
+    return products
 
 
 def _split(packed: list[Tensor], texts: list[str], rows: list[int], cols: int) -> list["_Loaded"]:
@@ -410,15 +424,51 @@ class _Loaded:
         own, states = spec.split(dict(zip(names, packed)))
         return cls(spec, blocks, own, list(zip(spec.transforms, states)))
 
-    def transformed(self, x_NC: Tensor) -> Tensor:
-        """The input in the basis of the product."""
-        return _through([s for s in self.staged if s[0].side == "in"], x_NC, "input")
+    @property
+    def inputs(self) -> list[Staged]:
+        return [s for s in self.staged if s[0].side == "in"]
 
-    def product(self, x_NC: Tensor) -> Tensor:
-        """y [N, rows], without bias, of a transformed input."""
+    def wanted(self, x_NC: Tensor) -> "Wanted | None":
+        """What the kernel of the product takes in place of x, if it takes bytes, and the last of
+        the transforms, with the scales before it, can write them; None for x itself."""
+        stages = self.inputs
+        if not stages or not isinstance(stages[-1][0], HadamardSpec):
+            return None
+        if _chosen_matmul(x_NC, self.spec.format) is not _MATMULS["triton"]:
+            return None
+        hadamard = stages[-1][0]
+        kernels, transform_kernels = gpu.module(self.spec.format), gpu.module(hadamard)
+        assert kernels is not None
+        assert transform_kernels is not None
+        wanted = kernels.wanted(self.spec.format, x_NC)
+        if (
+            wanted is None
+            or _chosen_transform(x_NC, hadamard) is not _TRANSFORMS["triton"]
+            or not transform_kernels.quantizes(hadamard, x_NC.dtype)
+        ):
+            return None
+        return wanted
+
+    def operand(self, x_NC: Tensor, wanted: "Wanted | None") -> "Operand":
+        """x in the basis of W, in bytes if they are wanted."""
+        stages = self.inputs
+        if wanted is None:
+            return _through(stages, x_NC, "input")
+        hadamard, tensors = stages[-1]
+        transform_kernels = gpu.module(hadamard)
+        assert transform_kernels is not None
+        first = len(stages) - 1
+        while first > 0 and isinstance(stages[first - 1][0], ScaleSpec):
+            first -= 1
+        x_NC = _through(stages[:first], x_NC, "input")
+        return transform_kernels.quantize(x_NC, hadamard, tensors, stages[first:-1], wanted)
+
+    def product(self, x_NC: Tensor, operand: "Operand") -> Tensor:
+        """y [N, rows], without bias, of an operand that was made of x."""
         spec = self.spec
+        run = _chosen_matmul(x_NC, spec.format).run
         parts = [
-            _product(x_NC, spec.block(self.own, start, stop), spec.format, stop - start, spec.cols)
+            run(operand, spec.block(self.own, start, stop), spec.format, stop - start, spec.cols)
             for start, stop in self.blocks
         ]
         y_NR = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -456,18 +506,18 @@ def _transformed(
     direction: str,
     scales: Sequence[Staged] = (),
 ) -> Tensor:
+    return _chosen_transform(v, spec).run(v, spec, tensors, direction, scales)
+
+
+def _chosen_transform(v: Tensor, spec: TransformSpec) -> Implementation:
     call = Call(operation="transform", spec=spec, device=v.device, dtype=v.dtype)
-    chosen = choose(call, _TRANSFORMS, _order(v.device, "transform"))
-    return chosen.run(v, spec, tensors, direction, scales)
+    return choose(call, _TRANSFORMS, _order(v.device, "transform"))
 
 
-def _product(
-    x_NC: Tensor, tensors: dict[str, Tensor], spec: FormatSpec, rows: int, cols: int
-) -> Tensor:
+def _chosen_matmul(x_NC: Tensor, spec: FormatSpec) -> Implementation:
     batch = bucket(x_NC.shape[0])
     call = Call(operation="matmul", spec=spec, device=x_NC.device, dtype=x_NC.dtype, batch=batch)
-    chosen = choose(call, _MATMULS, _order(x_NC.device, "matmul"))
-    return chosen.run(x_NC, tensors, spec, rows, cols)
+    return choose(call, _MATMULS, _order(x_NC.device, "matmul"))
 
 
 def _linear_fake(
@@ -548,7 +598,8 @@ def _linear_transpose_fake(
 def _matmul_op(x: Tensor, packed: list[Tensor], text: str, rows: int, cols: int) -> Tensor:
     spec = _format(text)
     x_NC = x.reshape(-1, cols)
-    return _product(x_NC, _named(spec, packed), spec, rows, cols).view(*x.shape[:-1], rows)
+    y_NR = _chosen_matmul(x_NC, spec).run(x_NC, _named(spec, packed), spec, rows, cols)
+    return y_NR.view(*x.shape[:-1], rows)
 
 
 def _decode_op(packed: list[Tensor], text: str, rows: int, cols: int, dtype: torch.dtype) -> Tensor:

@@ -126,7 +126,7 @@ def measure(compiled: "triton.compiler.CompiledKernel", weights_per_lane: int) -
         "shared": compiled.metadata.shared,
         "instructions": counts.total(),
         "per_weight": round(counts.total() / weights_per_lane, 3) if weights_per_lane else None,
-        "mma": count(r"[HIQ]G?MMA"),
+        "mma": count(r"[HIQ]G?MMA|UTC\w*MMA"),
         "mma_anywhere": len(re.findall(r"\b(?:[HIQ]G?MMA|UTC\w*MMA)\b", sass)),
         "shuffles": count("SHFL"),
         "shared_memory": count("LDS|STS|STSM"),
@@ -150,11 +150,17 @@ def matmul_case(
     def launch() -> None:
         module.matmul(x, tensors, spec, rows, cols, x.dtype)
 
-    tile = lut.tiling(x, spec, rows) if module is lut else e8p.tiling(x, rows)
+    kernel = "matmul_kernel"
+    if module is lut:
+        tile = lut.tiling(x, spec, rows)
+    elif e8p.wanted(spec, x):
+        tile, kernel = e8p.bytes_tiling(tokens, rows, x.device), "bytes_matmul_kernel"
+    else:
+        tile = e8p.tiling(x, rows)
     groups = tile["ROW_GROUPS"] if "ROW_GROUPS" in tile else tile["TILE_GROUPS"]
     bits = {"e8p-v1": 16, "e81b-v1": 8}.get(spec.format_id) or values["index_bits"]
     codes_per_lane = 8 if bits not in (8, 12, 16) else (32 if bits == 12 else 128 // bits)
-    return launch, "matmul_kernel", groups * codes_per_lane * spec.tile[0] * spec.tile[1]
+    return launch, kernel, groups * codes_per_lane * spec.tile[0] * spec.tile[1]
 
 
 def decode_case(module: ModuleType, values: dict, dtype: str) -> Case:
@@ -177,6 +183,18 @@ def hadamard_case(size: int, dtype: str, block: int | None = None) -> Case:
         hadamard.transform(x, spec, signs, "input")
 
     return launch, "dense_kernel" if block else "pass_kernel", 0
+
+
+def quantize_case(size: int, dtype: str, block: int | None = None) -> Case:
+    spec = transforms.HadamardSpec(side="in", size=size, block=block)
+    x = torch.zeros(1, size, dtype=DTYPES[dtype])
+    signs = spec.pack_signs(torch.ones(size))
+    wanted = trellis.wanted(formats.from_dict(BYTES2), x)
+
+    def launch() -> None:
+        hadamard.quantize(x, spec, signs, (), wanted)
+
+    return launch, "quantized_pass_kernel", 0
 
 
 def lut_values(rows: int, cols: int, bits: int) -> dict:
@@ -261,10 +279,14 @@ CASES: dict[str, tuple[ModuleType, Case]] = {
     "sum of the pieces, bf16": (trellis, (trellis_case(BYTES2, 1, "bf16")[0], "finish_kernel", 0)),
     "3inst decode": (trellis, trellis_decode_case(trellis_values("3inst", 2, 16), "fp16")),
     "e8p fp16": (e8p, matmul_case(e8p, E8P, 1, "fp16")),
+    "e8p bf16, 8 tokens": (e8p, matmul_case(e8p, E8P, 8, "bf16")),
+    "e8p bf16, 28672 rows": (e8p, matmul_case(e8p, E8P, 1, "bf16", rows=28672)),
     "e8p bf16, 16 tokens": (e8p, matmul_case(e8p, E8P, 16, "bf16")),
     "e8p fp16, 64 tokens": (e8p, matmul_case(e8p, E8P, 64, "fp16", rows=28672)),
     "e8p fp32": (e8p, matmul_case(e8p, E8P, 1, "fp32")),
     "e81b bf16": (e8p, matmul_case(e8p, E81B, 1, "bf16")),
+    "e81b bf16, 28672 rows": (e8p, matmul_case(e8p, E81B, 1, "bf16", rows=28672)),
+    "e81b fp16, 16 tokens": (e8p, matmul_case(e8p, E81B, 16, "fp16")),
     "lut 1x8, 8 bit, fp16": (lut, matmul_case(lut, lut_values(1, 8, 8), 1, "fp16")),
     "lut 1x4, 8 bit, bf16": (lut, matmul_case(lut, lut_values(1, 4, 8), 1, "bf16")),
     "lut 8x1, 16 bit, fp16": (lut, matmul_case(lut, lut_values(8, 1, 16), 1, "fp16")),
@@ -276,6 +298,9 @@ CASES: dict[str, tuple[ModuleType, Case]] = {
     "hadamard 11008, bf16": (hadamard, hadamard_case(11008, "bf16")),
     "hadamard 14336, fp32": (hadamard, hadamard_case(14336, "fp32")),
     "hadamard, blocks of 128, bf16": (hadamard, hadamard_case(4096, "bf16", 128)),
+    "hadamard 4096 to bytes, bf16": (hadamard, quantize_case(4096, "bf16")),
+    "hadamard 8192 to bytes, fp16": (hadamard, quantize_case(8192, "fp16")),
+    "hadamard, blocks of 128 to bytes, bf16": (hadamard, quantize_case(8192, "bf16", 128)),
     "viterbi 2^16, 2 bits": (viterbi, search_case(16, [2] * 256)),
     "viterbi 2^16, 4 bits": (viterbi, search_case(16, [4] * 256)),
     "viterbi 2^12, 2.5 bits": (viterbi, search_case(12, [2, 3] * 128)),

@@ -6,7 +6,7 @@ import torch
 from tests.parity.kernels import assert_no_worse, random_activations
 from vqllm_kernels import dispatch
 from vqllm_kernels.hadamard import triton as kernels
-from vqllm_kernels.transforms import HadamardSpec
+from vqllm_kernels.transforms import HadamardSpec, ScaleSpec
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -24,6 +24,18 @@ SIZES = [
     (4096, None),
 ]
 """(features, block): dense Sylvester, DCT and core; one pass with every kind of factor."""
+BYTES_SIZES = [
+    (1, None),
+    (37, None),
+    (96, 32),
+    (128, None),
+    (86, 43),
+    (304, None),
+    (576, 64),
+    (1536, None),
+    (4096, 128),
+    (8192, None),
+]
 
 
 def random_signs(size: int, device: str) -> dict[str, torch.Tensor]:
@@ -91,3 +103,66 @@ def test_leading_axes_and_no_tokens(device):
             dispatch.transform(v.view(2, 3, 48), spec, tensors, "input"), flat.view(2, 3, 48)
         )
         assert dispatch.transform(v[:0], spec, tensors, "input").shape == (0, 48)
+
+
+@pytest.mark.parametrize(
+    ("size", "block"),
+    BYTES_SIZES,
+    ids=str,
+)
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_a_transform_in_bytes(size, block, num_tokens, device, monkeypatch):
+    activations = pytest.importorskip("vqllm_kernels.activations")
+    allocate = activations.empty
+
+    def poisoned(*args):
+        out = allocate(*args)
+        out.words.fill_(0x55555555)
+        return out
+
+    monkeypatch.setattr(activations, "empty", poisoned)
+    spec, scale = HadamardSpec(side="in", size=size, block=block), ScaleSpec(side="in", size=size)
+    tensors = random_signs(size, device)
+    own = {"scale": torch.linspace(-2, 2, size).half().to(device)}
+    wanted = activations.Wanted(
+        padded_cols=-(-size // 32) * 32, factors=(0.5, 0.3), offsets=(1.5, -0.5)
+    )
+    v = random_activations(num_tokens, size, torch.float16, device)
+    out = kernels.quantize(v, spec, tensors, [(scale, own)], wanted)
+    hi, lo = out.words.view(torch.int8).double().unbind(1)
+    integers = 256 * hi + lo
+    assert bool((integers.abs().amax(-1) == activations.LEVELS[2]).all())
+    assert not bool(integers[:, size:].any())
+    odd = torch.arange(wanted.padded_cols, device=device) % 2
+    factor, offset = torch.tensor([wanted.factors, wanted.offsets], device=device).double()
+    step, total = out.step.double().unbind(1)
+    torch.testing.assert_close(total, step * (integers @ offset[odd]), rtol=1e-5, atol=1e-4)
+    exact = spec.input(scale.input(v.double(), own), tensors) * factor[odd[:size]]
+    naive = spec.input(scale.input(v, own), tensors) * factor[odd[:size]].half()
+    assert_no_worse((integers[:, :size] * step[:, None]).half(), naive, exact)
+
+
+def test_what_is_transformed_to_bytes():
+    def takes(size: int, block: int | None = None, dtype: torch.dtype = torch.bfloat16) -> bool:
+        return kernels.quantizes(HadamardSpec(side="in", size=size, block=block), dtype)
+
+    assert takes(4096)
+    assert takes(8192)
+    assert takes(8192, 128)
+    assert not takes(11008)  # 172 rows
+    assert not takes(14336, 128)  # 112 x 2 rows
+    assert not takes(4096, dtype=torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so_in_bytes(bad, device):
+    activations = pytest.importorskip("vqllm_kernels.activations")
+    spec = HadamardSpec(side="in", size=64)
+    v = random_activations(2, 64, torch.float16, device)
+    v[1, 7] = bad
+    wanted = activations.Wanted(padded_cols=64)
+    out = kernels.quantize(v, spec, random_signs(64, device), (), wanted)
+    assert bool(out.step[0].isfinite().all())
+    assert bool(out.step[1].isnan().all())

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from tests.parity.kernels import assert_no_worse, random_activations, random_tensors
-from vqllm_kernels import dispatch, formats
+from vqllm_kernels import dispatch, formats, gpu
+from vqllm_kernels import linear as linear_module
 from vqllm_kernels.hadamard import triton as hadamard
 from vqllm_kernels.linear import LinearSpec
-from vqllm_kernels.transforms import CodedScaleSpec, HadamardSpec, ScaleSpec
+from vqllm_kernels.transforms import CodedScaleSpec, HadamardSpec, PermutationSpec, ScaleSpec
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -23,6 +24,7 @@ TRELLIS = {
     "step_weights": 2,
     "table_bits": 0,
 }
+E8P = {"format": "e8p-v1"}
 ROWS, COLS = 72, 96
 
 
@@ -48,9 +50,9 @@ def linear(values: dict, device: str, block: int | None = None):
     return spec, tensors
 
 
-@pytest.mark.parametrize("values", [TRELLIS, {"format": "e8p-v1"}], ids=lambda v: v["format"])
+@pytest.mark.parametrize("values", [TRELLIS, E8P], ids=lambda v: v["format"])
 @pytest.mark.parametrize("block", [None, 32])
-@pytest.mark.parametrize("num_tokens", [1, 5])
+@pytest.mark.parametrize("num_tokens", [1, 5, 17])
 def test_a_linear_is_as_exact_as_torch_step_by_step(values, block, num_tokens, device):
     spec, tensors = linear(values, device, block)
     x = random_activations(num_tokens, COLS, torch.float16, device)
@@ -67,6 +69,84 @@ def test_a_linear_is_as_exact_as_torch_step_by_step(values, block, num_tokens, d
     with dispatch.force("triton"):
         y = dispatch.linear(x, tensors, spec, bias)
     assert_no_worse(y, naive + bias, exact)
+
+
+class Counted:
+    """A kernel that notes its launches."""
+
+    def __init__(self, kernel, name: str, launched: list[str]) -> None:
+        self.kernel, self.name, self.launched = kernel, name, launched
+
+    def __getitem__(self, grid):
+        self.launched.append(self.name)
+        return self.kernel[grid]
+
+
+@pytest.fixture
+def launched(device, monkeypatch) -> list[str]:
+    """The names of the kernels that run, in order."""
+    names: list[str] = []
+    activations = pytest.importorskip("vqllm_kernels.activations")
+    specs = [*map(formats.from_dict, (TRELLIS, E8P)), HadamardSpec(side="in", size=1)]
+    for module in [activations, *(gpu.module(spec) for spec in specs)]:
+        for name, kernel in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Counted(kernel, name, names))
+    return names
+
+
+def test_launches_of_a_linear(launched, device):
+    spec, tensors = linear(TRELLIS, device)
+    x = random_activations(1, COLS, torch.float16, device)
+    with dispatch.force("triton"):
+        dispatch.linear(x, tensors, spec)
+        taken = ["quantized_pass_kernel", "matmul_kernel", "finish_kernel", "dense_kernel"]
+        assert launched == taken
+        launched.clear()
+        dispatch.linear(x.float(), tensors, spec)
+        taken = ["dense_kernel", "quantize_kernel", *taken[1:]]
+        assert launched == taken
+
+
+@pytest.mark.parametrize("values", [TRELLIS, E8P], ids=lambda v: v["format"])
+def test_no_tokens_give_no_outputs(values, device):
+    spec, tensors = linear(values, device)
+    x = torch.zeros(2, 0, COLS, dtype=torch.float16, device=device)
+    with dispatch.force("triton"):
+        assert dispatch.linear(x, tensors, spec).shape == (2, 0, ROWS)
+
+
+def test_equal_stages_share_their_activations(launched, device):
+    spec, tensors = linear({"format": "residual-v1", "stages": [E8P, E8P]}, device)
+    x = random_activations(1, COLS, torch.float16, device)
+    with dispatch.force("triton"):
+        dispatch.linear(x, tensors, spec)
+        transform, stage = "quantized_pass_kernel", "bytes_matmul_kernel"
+        assert launched == [transform, stage, stage, "dense_kernel"]
+        launched.clear()
+        own, _ = spec.split(tensors)
+        dispatch.matmul(x, own, spec.format, ROWS, COLS)
+    assert launched == ["quantize_kernel", stage, stage]
+
+
+def test_blocks_of_rows_share_their_activations(launched, device, monkeypatch):
+    monkeypatch.setattr(linear_module, "BLOCK_WEIGHTS", 128 * 96)
+    hadamard_spec = HadamardSpec(side="in", size=COLS)
+    moved = PermutationSpec(side="in", size=COLS)
+    spec = LinearSpec(
+        rows=200, cols=COLS, format=formats.from_dict(TRELLIS), transforms=(moved, hadamard_spec)
+    )
+    tensors = random_tensors(spec.format, 200, COLS, device)
+    tensors["t0_permutation"] = torch.arange(COLS, device=device, dtype=torch.int32).flip(0)
+    signs = hadamard_spec.pack_signs(torch.arange(COLS) % 3 - 0.5)["signs"]
+    tensors["t1_signs"] = signs.to(device)
+    x = random_activations(2, COLS, torch.float16, device)
+    with dispatch.force("reference"):
+        exact, naive = (dispatch.linear(v, tensors, spec) for v in (x.double(), x))
+    with dispatch.force("triton"):
+        y = dispatch.linear(x, tensors, spec)
+    assert launched == ["quantized_pass_kernel", *["matmul_kernel", "finish_kernel"] * 2]
+    assert_no_worse(y, naive, exact)
 
 
 def test_scales_that_change_are_seen(device):

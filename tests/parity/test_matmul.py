@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.parity.kernels import assert_no_worse, random_activations, random_tensors
-from vqllm_kernels import dispatch, formats, gpu
+from vqllm_kernels import activations, dispatch, formats, gpu
+from vqllm_kernels.e8p import triton as e8p
 from vqllm_kernels.formats import FormatSpec
 
 pytestmark = [
@@ -35,6 +36,7 @@ FORMATS = {
     "lut 16x1 11 bit": lut(16, 1, 11),
     "lut 12x1 12 bit": lut(12, 1, 12),
     "lut 1x4 5 bit": lut(1, 4, 5),
+    "e8p + e8p": {"format": "residual-v1", "stages": [E8P, E8P]},
     "e8p + e81b": {"format": "residual-v1", "stages": [E8P, E81B]},
     "lut + lut": {"format": "residual-v1", "stages": [lut(1, 4, 8), lut(1, 4, 6)]},
 }
@@ -75,8 +77,61 @@ def test_decode_equals_the_reference(spec, shape, out, device):
 
 
 @pytest.mark.parametrize("num_tokens", [*range(1, 18), 33, 64])
-def test_matmul_at_every_batch_size(num_tokens, device):
-    check_matmul(formats.from_dict(E8P), (24, 48, num_tokens), torch.float16, device)
+@pytest.mark.parametrize("values", [E8P, E81B], ids=str)
+def test_matmul_at_every_batch_size(values, num_tokens, device):
+    check_matmul(formats.from_dict(values), (24, 64, num_tokens), torch.float16, device)
+
+
+@pytest.mark.parametrize("values", [E8P, E81B], ids=str)
+@pytest.mark.parametrize("shape", [(37, 93, 3), (1, 25, 1), (130, 608, 8), (5, 9088, 5)], ids=str)
+@pytest.mark.parametrize("multiprocessors", [1, 1000])
+def test_matmul_in_bytes(values, shape, multiprocessors, device, monkeypatch):
+    monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: multiprocessors)
+    spec = formats.from_dict(values)
+    assert e8p.wanted(spec, torch.zeros(shape[2], shape[1], dtype=torch.float16))
+    check_matmul(spec, shape, torch.float16, device)
+
+
+@pytest.mark.parametrize("values", [E8P, E81B], ids=str)
+def test_sums_in_bytes_are_exact(values, device):
+    """The product of the integers and the weights, with one rounding or two at the end."""
+    spec = formats.from_dict(values)
+    tensors = random_tensors(spec, 48, 192, device)
+    x_NC = random_activations(3, 192, torch.float16, device)
+    x_NC[1] += 8  # what is left when a large mean is taken away
+    quantized = activations.quantized(x_NC, e8p.wanted(spec, x_NC))
+    y_NR = e8p.matmul(quantized, tensors, spec, 48, 192, torch.float32)
+    hi, lo = quantized.words.view(torch.int8).double().unbind(1)
+    W_RC = spec.decode(tensors, 48, 192).double()
+    exact = (256 * hi + lo) @ W_RC.T * quantized.step[:, :1]
+    torch.testing.assert_close(
+        y_NR.double(), exact, rtol=1e-6, atol=4e-6 * float(exact.abs().max())
+    )
+
+
+def test_what_is_not_taken_in_bytes():
+    spec = formats.from_dict(E8P)
+
+    def takes(num_tokens: int, cols: int, dtype: torch.dtype = torch.bfloat16) -> bool:
+        return e8p.wanted(spec, torch.zeros(num_tokens, cols, dtype=dtype)) is not None
+
+    assert takes(8, 4096)
+    assert not takes(9, 4096)
+    assert not takes(1, 4096, torch.float32)
+    assert not takes(1, 4104)  # 513 codes: not whole words of 32 bits
+    assert not takes(1, 1 << 17)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_what_is_not_finite_stays_so(device):
+    spec = formats.from_dict(E8P)
+    tensors = random_tensors(spec, 16, 64, device)
+    x_NC = random_activations(2, 64, torch.float16, device)
+    x_NC[1, 5] = float("inf")
+    with dispatch.force("triton"):
+        y_NR = dispatch.matmul(x_NC, tensors, spec, 16, 64)
+    assert bool(y_NR[0].isfinite().all())
+    assert bool(y_NR[1].isnan().all())
 
 
 @pytest.mark.parametrize("values", [E8P, E81B, lut(1, 8, 8), lut(1, 4, 12)], ids=str)
@@ -112,11 +167,12 @@ def test_codes_at_an_odd_address(device):
     storage = torch.zeros(1 + 8 * 8, dtype=torch.int16, device=device)
     storage[1:] = tensors["codes"].flatten()
     tensors["codes"] = storage[1:].view(8, 8)
-    x_NC = random_activations(1, 64, torch.float32, device)
-    with dispatch.force("triton"):
-        y_NR = dispatch.matmul(x_NC, tensors, spec, 8, 64)
     W_RC = spec.decode(tensors, 8, 64)
-    assert_no_worse(y_NR, x_NC @ W_RC.T, x_NC.double() @ W_RC.double().T)
+    for dtype in (torch.float32, torch.float16):
+        x_NC = random_activations(1, 64, dtype, device)
+        with dispatch.force("triton"):
+            y_NR = dispatch.matmul(x_NC, tensors, spec, 8, 64)
+        assert_no_worse(y_NR, x_NC @ W_RC.to(dtype).T, x_NC.double() @ W_RC.double().T)
 
 
 def test_activations_that_are_not_contiguous(device):

@@ -56,6 +56,12 @@ def spec(request: pytest.FixtureRequest) -> TrellisSpec:
     return request.param
 
 
+def in_bytes(x_NC: torch.Tensor, spec: TrellisSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bytes int8 [N, parts, padded] of the activations, and their steps."""
+    out = activations.quantized(x_NC, gpu.module(spec).wanted(spec, x_NC))
+    return out.words.view(torch.int8), out.step
+
+
 def check_matmul(
     spec: TrellisSpec, shape: tuple[int, int, int], dtype: torch.dtype, device: str
 ) -> None:
@@ -106,9 +112,8 @@ def test_sums_of_bytes_are_exact_integers(device):
     x_NC = random_activations(2, cols, torch.float16, device)
     with dispatch.force("triton"):
         y_NR = dispatch.matmul(x_NC.half(), tensors, spec, rows, cols)
-    kernels = gpu.module(spec)
-    q, step_N2 = kernels.quantized(x_NC, spec, cols)
-    hi_NC, lo_NC = q.view(torch.int8).view(2, 2, cols).long().unbind(1)
+    q, step_N2 = in_bytes(x_NC, spec)
+    hi_NC, lo_NC = q.long().unbind(1)
     codes = tensors["codes"].to(torch.int32) & 0xFFFF
     state = reference.states(codes, spec.tile_bits, spec.state_bits, 128).long()
     sums = reference.byte_sums("bytes2", state).flatten(-2)
@@ -121,8 +126,8 @@ def test_sums_of_bytes_are_exact_integers(device):
 def test_float32_activations_keep_thirty_two_bits(device):
     spec = trellis()
     x_NC = random_activations(3, 100, torch.float32, device)
-    q, step_N2 = gpu.module(spec).quantized(x_NC, spec, 128)
-    parts = q.view(torch.int8).view(3, 4, 128).double()
+    q, step_N2 = in_bytes(x_NC, spec)
+    parts = q.double()
     integers = ((parts[:, 0] * 256 + parts[:, 1]) * 256 + parts[:, 2]) * 256 + parts[:, 3]
     assert float(integers.abs().max()) == activations.LEVELS[4]
     deviation = gpu.module(spec)._moments("bytes4", 12).deviations[0]
@@ -132,14 +137,15 @@ def test_float32_activations_keep_thirty_two_bits(device):
 
 def test_activations_keep_sixteen_bits(device):
     spec = trellis()
-    x_NC = random_activations(3, 100, torch.float16, device)
-    q, step_N2 = gpu.module(spec).quantized(x_NC, spec, 128)
-    hi, lo = q.view(torch.int8).view(3, 2, 128).float().unbind(1)
+    x_NC = random_activations(3, 98, torch.float16, device)
+    q, step_N2 = in_bytes(x_NC, spec)
+    hi, lo = q.float().unbind(1)
     integers = 256 * hi + lo
     assert float(integers.abs().max()) == activations.LEVELS[2]
-    assert not bool(integers[:, 100:].any())
+    assert integers.shape == (3, 100)
+    assert not bool(integers[:, 98:].any())
     deviation = gpu.module(spec)._moments("bytes4", 12).deviations[0]
-    error = (integers[:, :100] * step_N2[:, :1] * deviation - x_NC.float()).abs()
+    error = (integers[:, :98] * step_N2[:, :1] * deviation - x_NC.float()).abs()
     assert bool((error <= 0.501 * step_N2[:, :1] * deviation).all())
 
 

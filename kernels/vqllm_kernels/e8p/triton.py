@@ -1,26 +1,32 @@
 """Kernels of e8p-v1 and e81b-v1: decode, and a decode-matmul for up to 64 tokens.
 
-A code becomes eight 16-bit floats in about 24 instructions, without a table of codewords. The
-table has one 32-bit word for each of the 256 vectors, four bits f = 2·value + 8 for each
-coordinate, so it is 1 KB and stays in the first-level cache. With the signs s and their parity p,
-e8p-v1 is
+There is no table of codewords. The table has one 32-bit word for each of the 256 vectors, four bits
+f = 2·value + 8 for each coordinate, so it is 1 KB and stays in the first-level cache. With the
+signs s and their parity p, e8p-v1 is
 
     f' = f ^ 0b1110 where the sign bit is set          (negates the coordinate)
     f' = f' ^ 1 everywhere if p = 1                     (−1/4 in place of +1/4)
     4 w = 2 f' − 15
 
 Three multiplications do the bit work: s · 0x08040201 puts the eight sign bits at distances of four,
-times 7 fills the fields, times 0x11111111 adds the bits up, with the parity in bit 31. A field
-becomes a float by being or-ed into the mantissa of 1024 (128 for bfloat16), and one packed addition
-takes the offset away. 4 w is a small integer, exact in every type; the scale comes at the end.
+times 7 fills the fields, times 0x11111111 adds the bits up, with the parity in bit 31. The fields
+stand in the order in which the multiplication leaves the signs, coordinates 3 7 2 6 1 5 0 4 from
+the lowest; the activations, far fewer than the weights, are put into the same order.
 
-The fields stand in the order in which the multiplication leaves the signs, coordinates 3 7 2 6 1 5
-0 4 from the lowest, so that a 32-bit register gets coordinates two apart; the activations, far
-fewer than the weights, are put into the same order.
+Up to 8 tokens of 16-bit activations go to int8 tensor cores, as `activations` makes them. Then one
+mask leaves four int8 operands: the low halves of the bytes, which are f, and another the high
+halves, 16 f. As f of those would not fit a signed byte, the table has them less 8. Each of the two
+has a sum of its own, exact in int32; what the weights have more or less is the token's offset.
 
-Static figures for sm_90 at up to 8 tokens (tests/parity holds the budgets): 4.0 instructions a
-weight with tiles of 16 rows, 3.6 with 32, and 2.9 for e81b-v1. An H100 issues 29.6·10^12 a second,
-which bounds decoding to 8·10^12 weights a second where 2-bit codes arrive at 12·10^12.
+Otherwise a field becomes a 16-bit float by being or-ed into the mantissa of 1024 (128 for
+bfloat16), and one packed addition takes the offset away. A 32-bit register gets coordinates two
+apart. 4 w is a small integer, exact in every type. The scale comes at the end either way.
+
+Static figures for sm_90 (tests/parity holds the budgets), instructions a weight: 2.4 up to 4 tokens
+with tiles of 16 rows, 2.3 with 32, 2.7 up to 8 tokens, and 1.3 for e81b-v1; in 16-bit floats 4.0,
+3.6, 4.0, and 2.9. An H100 issues 29.6·10^12 a second, which bounds decoding to 12·10^12 weights a
+second, and 2-bit codes arrive at 12·10^12. What the look-ups cost, one for eight weights in a table
+of 8 cache lines, is not in these figures.
 """
 
 from functools import cache
@@ -31,11 +37,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vqllm_kernels import fragments, gpu
+from vqllm_kernels import activations, fragments, gpu
+from vqllm_kernels.activations import Quantized, Wanted
 from vqllm_kernels.choice import Call
 from vqllm_kernels.e8p import reference
 from vqllm_kernels.e8p.spec import E8PSpec
 from vqllm_kernels.formats import FormatSpec
+from vqllm_kernels.trellis import tiles
 
 COORDINATE_OF_FIELD = (3, 7, 2, 6, 1, 5, 0, 4)
 
@@ -44,9 +52,14 @@ COORDINATE_OF_FIELD = (3, 7, 2, 6, 1, 5, 0, 4)
 # parity flips, all lowest bits of a field and the sign of coordinate 0.
 _LOADED_CONSTANTS = (0x001E001E, 0x01E001E0, 2 * 0x1F111111)
 
+MAX_BYTES_TOKENS = 8
+MAX_BYTES_COLS = (1 << 17) - 1
+"""Columns that a sum of int32 is safe for: 128 · 128 · 2^17 = 2^31 is one too many."""
+
 _lanes = fragments.lanes
 _pick = fragments.pick
 _dot = fragments.dot
+_bytes = tiles.bytes_of
 
 
 @triton.jit
@@ -208,6 +221,102 @@ def matmul_kernel(
 
 
 @triton.jit
+def _bytes_dot(w, x, acc, WARPS: tl.constexpr, K_WIDTH: tl.constexpr):
+    """acc + W xᵀ for two words of 4 bytes a lane: w uint32 [G·WARPS·32, 2], x [H·WARPS·32, 2]."""
+    G: tl.constexpr = w.shape[0] // (WARPS * 32)
+    H: tl.constexpr = x.shape[0] // (WARPS * 32)
+    w = _bytes(w).reshape(G, WARPS, 8, 4, 8 // K_WIDTH, K_WIDTH).permute(1, 0, 2, 4, 3, 5)
+    x = _bytes(x).reshape(H, WARPS, 8, 4, 8 // K_WIDTH, K_WIDTH).permute(1, 4, 3, 5, 0, 2)
+    w = w.reshape(WARPS, 8 * G, 32)
+    return tl.dot(w, x.reshape(WARPS, 32, 8 * H), acc, out_dtype=tl.int32)
+
+
+@triton.jit
+def _reversed_bytes(v):
+    return (v << 24) | ((v & 0xFF00) << 8) | ((v >> 8) & 0xFF00) | (v >> 24)
+
+
+@triton.jit
+def bytes_matmul_kernel(
+    x_ptr,  # int32 [num_tokens, 2, x_words] of 4 int8
+    codes_ptr,  # int32 [rows, row_words] of 2 or 4 codes
+    table_ptr,  # int32 [259], the fields of coordinates 4 to 7 as signed numbers
+    scale_ptr,  # float32 [1]
+    step_ptr,  # float32 [num_tokens, 2]
+    add_ptr,  # float32 [num_tokens, rows], or unused
+    y_ptr,  # [num_tokens, rows]
+    num_tokens,
+    rows,
+    word_units,
+    IS_E8P: tl.constexpr,
+    WORD_UNIT: tl.constexpr,
+    HAS_ADD: tl.constexpr,
+    COLUMN_GROUPS: tl.constexpr,
+    ROW_GROUPS: tl.constexpr,
+    WARPS: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+):
+    CODE_BITS: tl.constexpr = 16 if IS_E8P else 8
+    PER_WORD: tl.constexpr = 32 // CODE_BITS
+    STEP: tl.constexpr = WARPS * 4 * 4
+    COLUMNS: tl.constexpr = 8 * COLUMN_GROUPS
+    row_words = word_units * WORD_UNIT
+    x_words = row_words * (2 * PER_WORD)
+    flip = tl.load(table_ptr + 258).to(tl.uint32, bitcast=True)
+
+    row, place = _lanes(ROW_GROUPS, WARPS)
+    row = tl.program_id(0) * (8 * ROW_GROUPS) + row
+    column, place_x = _lanes(COLUMN_GROUPS, WARPS)
+    column = (tl.program_id(1) * COLUMNS + column)[:, None]
+    k = place_x[:, None] * (8 * PER_WORD) + tl.arange(0, 4)[None, :]
+    x_ptrs = x_ptr + column.to(tl.int64) * x_words + k
+
+    low = tl.zeros((WARPS, 8 * ROW_GROUPS, COLUMNS), tl.int32)
+    high = tl.zeros((WARPS, 8 * ROW_GROUPS, COLUMNS), tl.int32)
+    # words: [ROW_GROUPS·WARPS·32, 4], 16 bytes a lane; the next step's are on their way.
+    j = place[:, None] * 4 + tl.arange(0, 4)[None, :]
+    word_ptrs = codes_ptr + row[:, None].to(tl.int64) * row_words + j
+    in_rows = (row < rows)[:, None]
+    mask = in_rows & (j < row_words)
+    words = tl.load(word_ptrs, mask=mask, other=0, eviction_policy="evict_first")
+    for start in tl.range(0, row_words, STEP, num_stages=1):
+        mask = in_rows & (j + (start + STEP) < row_words)
+        ahead = tl.load(
+            word_ptrs + (start + STEP), mask=mask, other=0, eviction_policy="evict_first"
+        )
+        for i in tl.static_range(2 * PER_WORD):
+            # Two codes, and their 16 activations.
+            word = _pick(words, 2 * i // PER_WORD).to(tl.uint32, bitcast=True)
+            a = _fields(word, 2 * i % PER_WORD * CODE_BITS, table_ptr, flip, IS_E8P)
+            b = _fields(word, (2 * i % PER_WORD + 1) * CODE_BITS, table_ptr, flip, IS_E8P)
+            f = tl.join(a, b)
+            # x: [COLUMN_GROUPS·WARPS·32, 4], 16 consecutive columns a lane
+            at = (start * PER_WORD * 2) + 4 * i
+            x_mask = (column < 2 * num_tokens) & (at + k < x_words)
+            x = tl.load(x_ptrs + at, mask=x_mask, other=0).to(tl.uint32, bitcast=True)
+            # The fields of a byte are coordinates b and b + 4 from the highest byte on.
+            x = _reversed_bytes(x)
+            x_low, x_high = tl.split(x.reshape(x.shape[0], 2, 2))
+            low = _bytes_dot(f & 0x0F0F0F0F, x_low, low, WARPS, K_WIDTH)
+            high = _bytes_dot(f & 0xF0F0F0F0, x_high, high, WARPS, K_WIDTH)
+        words = ahead
+
+    y = tl.sum(low, axis=0) + (tl.sum(high, axis=0) >> 4)
+    hi, lo = tl.split(y.reshape(8 * ROW_GROUPS, COLUMNS // 2, 2))
+    y = hi.to(tl.float32) * 256.0 + lo.to(tl.float32)
+    row = tl.program_id(0) * (8 * ROW_GROUPS) + tl.arange(0, 8 * ROW_GROUPS)[:, None]
+    token = (tl.program_id(1) * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2))[None, :]
+    s = tl.load(step_ptr + token * 2, mask=token < num_tokens, other=0.0)
+    offset = tl.load(step_ptr + token * 2 + 1, mask=token < num_tokens, other=0.0)
+    y = (y * s + offset) * (tl.load(scale_ptr) * 0.5)
+    offsets = token.to(tl.int64) * rows + row
+    mask = (row < rows) & (token < num_tokens)
+    if HAS_ADD:
+        y += tl.load(add_ptr + offsets, mask=mask, other=0.0)
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def decode_kernel(
     codes_ptr,  # [rows, row_codes]
     table_ptr,  # int32 [259]
@@ -258,6 +367,15 @@ def table(is_e8p: bool, device: torch.device) -> Tensor:
         return words.to(torch.int32).to(device)
 
 
+@cache
+def bytes_table(is_e8p: bool, device: torch.device) -> Tensor:
+    """`table` with the fields of coordinates 4 to 7, the high halves of bytes, as signed numbers:
+    8 less, which is their highest bit turned over."""
+    words = table(is_e8p, torch.device("cpu")).clone()
+    words[:256] ^= 0x80808080 - (1 << 32)
+    return words.to(device)
+
+
 def tiling(x_NC: Tensor, rows: int) -> dict[str, int]:
     """Tile sizes of the matmul: tokens and rows in groups of 8, and warps.
 
@@ -278,8 +396,35 @@ def declines(call: Call) -> str | None:
     return None
 
 
+def wanted(spec: FormatSpec, x_NC: Tensor) -> Wanted | None:
+    """What the product takes in place of x; None if it takes x as it is: 16 columns of the product
+    are 8 tokens of 16 bits, and 2 programs for 16 tokens would decode more than 16-bit floats do.
+    """
+    num_tokens, cols = x_NC.shape
+    if num_tokens > MAX_BYTES_TOKENS or x_NC.dtype == torch.float32:
+        return None
+    return _wanted(isinstance(spec, E8PSpec), cols)
+
+
+@cache
+def _wanted(is_e8p: bool, cols: int) -> Wanted | None:
+    num_codes = triton.cdiv(cols, 8)
+    if num_codes % (2 if is_e8p else 4) or cols > MAX_BYTES_COLS:
+        return None
+    # 2 w, less a field, and less a field read as a signed number.
+    offsets = (-7.5, 0.5) if is_e8p else (-8.0, 0.0)
+    return Wanted(padded_cols=8 * num_codes, bit=4, offsets=offsets)
+
+
+def bytes_tiling(num_tokens: int, rows: int, device: torch.device) -> dict[str, int]:
+    """Tile sizes of the product of bytes: columns and rows in groups of 8."""
+    groups = 1 if num_tokens <= 4 else 2
+    few = rows < 32 * 2 * gpu.num_multiprocessors(device)
+    return {"COLUMN_GROUPS": groups, "ROW_GROUPS": 2 if few or groups == 2 else 4, "WARPS": 8}
+
+
 def matmul(
-    x_NC: Tensor,
+    x_NC: Tensor | Quantized,
     tensors: dict[str, Tensor],
     spec: FormatSpec,
     rows: int,
@@ -290,14 +435,21 @@ def matmul(
     """x Wᵀ (+ add), `dtype` [N, rows], for up to 64 tokens.
 
     Args:
-        x_NC: float16, bfloat16 or float32 [N, cols].
+        x_NC: float16, bfloat16 or float32 [N, cols], or what is `wanted`.
         tensors: `codes` and `scale` as in `spec.layout(rows, cols)`.
         add_NR: float32 [N, rows].
     """
-    x_NC, codes = x_NC.contiguous(), tensors["codes"].contiguous()
-    y_NR = torch.empty(len(x_NC), rows, dtype=dtype, device=x_NC.device)
+    codes = tensors["codes"].contiguous()
+    num_tokens = x_NC.num_tokens if isinstance(x_NC, Quantized) else len(x_NC)
+    y_NR = torch.empty(num_tokens, rows, dtype=dtype, device=codes.device)
     if y_NR.numel() == 0:
         return y_NR
+    if isinstance(x_NC, Tensor) and (in_bytes := wanted(spec, x_NC)):
+        x_NC = activations.quantized(x_NC, in_bytes)
+    if isinstance(x_NC, Quantized):
+        _bytes_matmul(x_NC, codes, tensors["scale"], isinstance(spec, E8PSpec), add_NR, y_NR)
+        return y_NR
+    x_NC = x_NC.contiguous()
     is_e8p = isinstance(spec, E8PSpec)
     by_word = codes.shape[1] * codes.itemsize % 4 == 0 and codes.data_ptr() % 4 == 0
     if by_word:
@@ -332,6 +484,43 @@ def matmul(
         enable_fp_fusion=True,
     )
     return y_NR
+
+
+def _bytes_matmul(
+    x: Quantized, codes: Tensor, scale: Tensor, is_e8p: bool, add_NR: Tensor | None, y_NR: Tensor
+) -> None:
+    """Writes x Wᵀ (+ add) to `y_NR`."""
+    num_tokens, rows = y_NR.shape
+    if codes.data_ptr() % 4:
+        codes = codes.clone()
+    words = codes.view(torch.int32)
+    word_unit = gcd(words.shape[1], fragments.WORD_UNIT)
+    tile = bytes_tiling(num_tokens, rows, codes.device)
+    grid = (
+        triton.cdiv(rows, 8 * tile["ROW_GROUPS"]),
+        triton.cdiv(x.parts * num_tokens, 8 * tile["COLUMN_GROUPS"]),
+    )
+    bytes_matmul_kernel[grid](
+        x.words,
+        words,
+        bytes_table(is_e8p, codes.device),
+        scale,
+        x.step,
+        x.step if add_NR is None else add_NR,
+        y_NR,
+        num_tokens,
+        rows,
+        words.shape[1] // word_unit,
+        IS_E8P=is_e8p,
+        WORD_UNIT=word_unit,
+        HAS_ADD=add_NR is not None,
+        **tile,
+        K_WIDTH=2 * fragments.k_width(joined=True, narrow=False),
+        num_warps=tile["WARPS"],
+        num_stages=1,
+        maxnreg=fragments.max_registers(tile["COLUMN_GROUPS"]),
+        enable_fp_fusion=True,
+    )
 
 
 def decode(

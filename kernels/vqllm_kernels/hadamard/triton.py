@@ -32,6 +32,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from vqllm_kernels import activations
+from vqllm_kernels.activations import Quantized, Wanted
 from vqllm_kernels.bitpack import unpack_bits
 from vqllm_kernels.choice import Call
 from vqllm_kernels.hadamard import matrices
@@ -42,6 +44,10 @@ Scales = Sequence[tuple[ScaleSpec, dict[str, Tensor]]]
 MAX_DENSE = 128
 MAX_SYLVESTER = 64
 MAX_LEFT = 512
+MAX_QUANTIZED_LEFT = 128
+"""Rows of B up to which one program transforms and quantizes all features of a token: 128 x 64 are
+8192 features and 2 MFLOP, on an H100 half a microsecond of one multiprocessor, less than a launch.
+448 x 64 would be 10. With float32's three products it spills on sm_80."""
 
 
 _factors = WeakTensorKeyDictionary()
@@ -126,6 +132,48 @@ def _sylvester(n, PAD: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _times_block(
+    x_ptr,  # [m, post], one block
+    factor_ptr,
+    matrix_ptr,
+    first_feature,
+    i,
+    col,
+    m,
+    post,
+    num_cols,
+    HAS_SYLVESTER: tl.constexpr,
+    FACTOR: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    IS_EXACT: tl.constexpr,
+    BLOCK_SUM: tl.constexpr,
+):
+    """Rows i [rows, 1] and columns col [1, cols] of B X S."""
+    X_DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    if HAS_SYLVESTER:
+        S = _sylvester(post, col.shape[1], X_DTYPE)
+    acc = tl.zeros((i.shape[0], col.shape[1]), tl.float32)
+    for start in tl.range(0, m, BLOCK_SUM, num_stages=1):
+        # X: [BLOCK_SUM, BLOCK_COLS]
+        k = start + tl.arange(0, BLOCK_SUM)
+        offsets = k[:, None] * post + col
+        valid = (k < m)[:, None] & (col < post)
+        X = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
+        if FACTOR == "before":
+            first = first_feature + k[:, None] * post
+            X = _times_factor(X, factor_ptr, first, (k < m)[:, None], num_cols)
+        if HAS_SYLVESTER and IS_EXACT:
+            X = tl.dot(X, S.to(tl.float32), input_precision="tf32x3")
+        elif HAS_SYLVESTER:
+            X = tl.dot(X.to(X_DTYPE), S)
+        # B: [BLOCK_ROWS, BLOCK_SUM]
+        entry = k[None, :] * m + i if TRANSPOSE else i * m + k[None, :]
+        B = tl.load(matrix_ptr + entry, mask=(i < m) & (k < m)[None, :], other=0).to(tl.float32)
+        acc += _product(B, X, IS_EXACT)
+    return acc
+
+
+@triton.jit
 def pass_kernel(
     x_ptr,  # [num_blocks, m, post]
     factor_ptr,  # float32, one a feature
@@ -149,27 +197,10 @@ def pass_kernel(
     num_cols = post - first_col
     base = tl.program_id(0).to(tl.int64) * m * post
     first_feature = (base % num_features).to(tl.int32) + first_col
-    X_DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    if HAS_SYLVESTER:
-        S = _sylvester(post, BLOCK_COLS, X_DTYPE)
-    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    for start in tl.range(0, m, BLOCK_SUM, num_stages=1):
-        # X: [BLOCK_SUM, BLOCK_COLS]
-        k = start + tl.arange(0, BLOCK_SUM)
-        offsets = k[:, None] * post + col
-        valid = (k < m)[:, None] & (col < post)
-        X = tl.load(x_ptr + base + offsets, mask=valid, other=0.0).to(tl.float32)
-        if FACTOR == "before":
-            first = first_feature + k[:, None] * post
-            X = _times_factor(X, factor_ptr, first, (k < m)[:, None], num_cols)
-        if HAS_SYLVESTER and IS_EXACT:
-            X = tl.dot(X, S.to(tl.float32), input_precision="tf32x3")
-        elif HAS_SYLVESTER:
-            X = tl.dot(X.to(X_DTYPE), S)
-        # B: [BLOCK_ROWS, BLOCK_SUM]
-        entry = k[None, :] * m + i if TRANSPOSE else i * m + k[None, :]
-        B = tl.load(matrix_ptr + entry, mask=(i < m) & (k < m)[None, :], other=0).to(tl.float32)
-        acc += _product(B, X, IS_EXACT)
+    acc = _times_block(
+        x_ptr + base, factor_ptr, matrix_ptr, first_feature, i, col, m, post, num_cols,
+        HAS_SYLVESTER, FACTOR, TRANSPOSE, IS_EXACT, BLOCK_SUM,
+    )  # fmt: skip
     y = acc * scale
     offsets = i * post + col
     valid = (i < m) & (col < post)
@@ -179,13 +210,89 @@ def pass_kernel(
     tl.store(y_ptr + base + offsets, y.to(y_ptr.dtype.element_ty), mask=valid)
 
 
-@cache
-def _matrix(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, float]:
-    """(matrix, scale): their product is the Kronecker product of the factors of these sizes.
+@triton.jit
+def _quantize(
+    y,
+    feature,
+    valid,
+    q_ptr,
+    step_ptr,
+    cols,
+    padded_cols,
+    factors,
+    offsets,
+    BIT: tl.constexpr,
+    PARTS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """Quantizes the features of a token, y [rows, columns], as `activations.quantize_kernel`."""
+    token = tl.program_id(0).to(tl.int64)
+    is_first = (feature & BIT) == 0
+    y = tl.where(valid, y * tl.where(is_first, factors[0], factors[1]), 0.0)
+    step, inverse = activations.step_of(tl.max(tl.abs(y)), LEVELS)
+    step += tl.sum(y * 0.0)
+    q = activations.integers_of(y, inverse)
+    first = q_ptr + token * PARTS * padded_cols
+    activations.store_bytes(first + feature, q, padded_cols, valid, PARTS)
+    tail = cols + tl.arange(0, TAIL)
+    zeros = tl.zeros((TAIL,), tl.int32)
+    activations.store_bytes(first + tail, zeros, padded_cols, tail < padded_cols, PARTS)
+    total = q.to(tl.float32) * tl.where(is_first, offsets[0], offsets[1])
+    tl.store(step_ptr + token * 2, step)
+    tl.store(step_ptr + token * 2 + 1, step * tl.sum(total))
 
-    ±1 in int8 if all are Hadamard matrices, else float32.
+
+@triton.jit
+def quantized_pass_kernel(
+    x_ptr,  # [num_tokens, m, post]
+    factor_ptr,  # float32 [m · post]
+    matrix_ptr,  # B [m, m], int8 or float32; several along the diagonal if there are blocks
+    q_ptr,  # int8 [num_tokens, PARTS, padded_cols]
+    step_ptr,  # float32 [num_tokens, 2]
+    m,
+    post,
+    scale,
+    padded_cols,
+    factor0,
+    factor1,
+    offset0,
+    offset1,
+    BIT: tl.constexpr,
+    PARTS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    HAS_SYLVESTER: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_SUM: tl.constexpr,
+    COLS: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """The only pass of a transform and `activations.quantize_kernel` of one token."""
+    i = tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, COLS)[None, :]
+    base = tl.program_id(0).to(tl.int64) * m * post
+    acc = _times_block(
+        x_ptr + base, factor_ptr, matrix_ptr, 0, i, col, m, post, post,
+        HAS_SYLVESTER, "before", False, False, BLOCK_SUM,
+    )  # fmt: skip
+    valid = (i < m) & (col < post)
+    _quantize(
+        acc * scale, i * post + col, valid, q_ptr, step_ptr, m * post, padded_cols,
+        (factor0, factor1), (offset0, offset1), BIT, PARTS, LEVELS, TAIL,
+    )  # fmt: skip
+
+
+@cache
+def _matrix(sizes: tuple[int, ...], device: torch.device, repeats: int = 1) -> tuple[Tensor, float]:
+    """(matrix, scale): their product is the Kronecker product of the factors of these sizes, or
+    several of them along the diagonal.
+
+    ±1 and 0 in int8 if all are Hadamard matrices, else float32.
     """
     with torch.inference_mode(False):
+        if repeats > 1:
+            Q, scale = _matrix(sizes, torch.device("cpu"))
+            return torch.kron(torch.eye(repeats, dtype=Q.dtype), Q).to(device), scale
         if all(size % 2 == 0 or size == 1 for size in sizes):
             Q = torch.ones(1, 1, dtype=torch.int8)
             for size in sizes:
@@ -249,6 +356,71 @@ def transform(
     run = _dense if order <= MAX_DENSE else _by_passes
     factor = factors(spec, tensors["signs"], scales)
     return run(v, factor, spec.size, order, direction == "output")
+
+
+def quantizes(spec: HadamardSpec, dtype: torch.dtype) -> bool:
+    """Whether `quantize` takes a transform of activations of `dtype`."""
+    return dtype != torch.float32 and _one_block(spec) is not None
+
+
+@cache
+def _one_block(spec: HadamardSpec) -> tuple[tuple[int, ...], int, int, bool] | None:
+    """(sizes of the factors in B, how often B is repeated along the diagonal, columns of X, whether
+    the columns are Sylvester's) of all features of a token as one X; None if X is too large."""
+    order = spec.block or spec.size
+    (sizes, post, has_sylvester), *others = passes(order)
+    repeats = spec.size // order
+    if others or repeats * math.prod(sizes) > MAX_QUANTIZED_LEFT:
+        return None
+    return sizes, repeats, post, has_sylvester
+
+
+def quantize(
+    v: Tensor,
+    spec: TransformSpec,
+    tensors: dict[str, Tensor],
+    scales: Scales,
+    wanted: Wanted,
+) -> Quantized:
+    """x' of `transform` in bytes, not rounded to anything else before.
+
+    Args:
+        v: float16 or bfloat16 [N, size].
+    """
+    assert isinstance(spec, HadamardSpec)
+    one_block = _one_block(spec)
+    assert one_block is not None
+    sizes, repeats, post, has_sylvester = one_block
+    v = v.contiguous()
+    out = activations.empty(len(v), wanted, v.dtype, v.device)
+    if len(v) == 0:
+        return out
+    B, scale = _matrix(sizes, v.device, repeats)
+    m = len(B)
+    quantized_pass_kernel[(len(v),)](
+        v,
+        factors(spec, tensors["signs"], scales),
+        B,
+        out.words.view(torch.int8),
+        out.step,
+        m,
+        post,
+        scale / math.sqrt(post) if has_sylvester else scale,
+        wanted.padded_cols,
+        *wanted.factors,
+        *wanted.offsets,
+        BIT=wanted.bit,
+        PARTS=out.parts,
+        LEVELS=activations.LEVELS[out.parts],
+        HAS_SYLVESTER=has_sylvester,
+        ROWS=max(16, triton.next_power_of_2(m)),
+        BLOCK_SUM=min(64, max(16, triton.next_power_of_2(m))),
+        COLS=max(16, triton.next_power_of_2(post)),
+        TAIL=triton.next_power_of_2(max(1, wanted.padded_cols - spec.size)),
+        num_warps=8,
+        enable_fp_fusion=True,
+    )
+    return out
 
 
 def factors(spec: HadamardSpec, signs: Tensor, scales: Scales = ()) -> Tensor:

@@ -5,11 +5,13 @@ a sum of stages is rounded once, and costs one launch a stage and nothing else.
 """
 
 from dataclasses import replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from vqllm_kernels import gpu
+from vqllm_kernels import activations, gpu
+from vqllm_kernels.activations import Quantized, Wanted
 from vqllm_kernels.choice import Call
 from vqllm_kernels.formats import FormatSpec
 from vqllm_kernels.residual.reference import stage_tensors
@@ -29,8 +31,21 @@ def declines(call: Call) -> str | None:
     return None
 
 
+def _kernels(stage: FormatSpec) -> ModuleType:
+    kernels = gpu.module(stage)
+    assert kernels is not None
+    return kernels
+
+
+def wanted(spec: FormatSpec, x_NC: Tensor) -> Wanted | None:
+    """What all stages take in place of x, if it is the same."""
+    assert isinstance(spec, ResidualSpec)
+    first, *others = [_kernels(stage).wanted(stage, x_NC) for stage in spec.stages]
+    return first if all(other == first for other in others) else None
+
+
 def matmul(
-    x_NC: Tensor,
+    x_NC: Tensor | Quantized,
     tensors: dict[str, Tensor],
     spec: FormatSpec,
     rows: int,
@@ -41,12 +56,12 @@ def matmul(
     """x Wᵀ (+ add), `dtype` [N, rows]; arguments as those of the stages."""
     assert isinstance(spec, ResidualSpec)
     last = len(spec.stages) - 1
+    if isinstance(x_NC, Tensor) and len(x_NC) and (shared := wanted(spec, x_NC)):
+        x_NC = activations.quantized(x_NC, shared)
     for i, stage in enumerate(spec.stages):
-        kernels = gpu.module(stage)
-        assert kernels is not None
         out = dtype if i == last else torch.float32
         own = stage_tensors(tensors, i)
-        add_NR = kernels.matmul(x_NC, own, stage, rows, cols, out, add_NR)
+        add_NR = _kernels(stage).matmul(x_NC, own, stage, rows, cols, out, add_NR)
     assert add_NR is not None
     return add_NR
 
@@ -63,9 +78,7 @@ def decode(
     assert isinstance(spec, ResidualSpec)
     last = len(spec.stages) - 1
     for i, stage in enumerate(spec.stages):
-        kernels = gpu.module(stage)
-        assert kernels is not None
         out = dtype if i == last else torch.float32
-        add_RC = kernels.decode(stage_tensors(tensors, i), stage, rows, cols, out, add_RC)
+        add_RC = _kernels(stage).decode(stage_tensors(tensors, i), stage, rows, cols, out, add_RC)
     assert add_RC is not None
     return add_RC

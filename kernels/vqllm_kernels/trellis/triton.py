@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vqllm_kernels import activations, fragments, gpu
+from vqllm_kernels.activations import Quantized
 from vqllm_kernels.choice import Call
 from vqllm_kernels.formats import FormatSpec
 from vqllm_kernels.trellis import reference, tiles
@@ -225,17 +226,20 @@ def finish_kernel(
     factor,
     BYTES: tl.constexpr,
     HAS_ADD: tl.constexpr,
+    PIECES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(1)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < rows
     at = token.to(tl.int64) * rows + row
+    # All pieces at once, or 32: one after the other each waits for its load.
     y = tl.zeros((BLOCK,), tl.float32)
-    for s in range(0, splits):
-        y += tl.load(
-            partial_ptr + tl.cast(s, tl.int64) * num_tokens * rows + at, mask=mask, other=0.0
-        )
+    for start in range(0, splits, PIECES):
+        # pieces: [PIECES, BLOCK]
+        s = (start + tl.arange(0, PIECES))[:, None]
+        pieces = partial_ptr + s.to(tl.int64) * num_tokens * rows + at[None, :]
+        y += tl.sum(tl.load(pieces, mask=(s < splits) & mask[None, :], other=0.0), axis=0)
     if BYTES:
         y = y * tl.load(step_ptr + token * 2) + tl.load(step_ptr + token * 2 + 1)
     y = y * (tl.load(scale_ptr) * factor)
@@ -393,8 +397,28 @@ def splits(steps: int, programs: int, device: torch.device) -> int:
     return min(steps, max(1, wanted))
 
 
+def wanted(spec: FormatSpec, x_NC: Tensor) -> activations.Wanted | None:
+    """What the product takes in place of x; None if it takes x as it is."""
+    assert isinstance(spec, TrellisSpec)
+    return _wanted(spec, x_NC.shape[1])
+
+
+@cache
+def _wanted(spec: TrellisSpec, cols: int) -> activations.Wanted | None:
+    """Sums of bytes take x in bytes, with what their values are divided by, and their means, in
+    it."""
+    if _mode(spec) != "bytes":
+        return None
+    moments = _moments(spec.code, spec.state_bits)
+    return activations.Wanted(
+        padded_cols=spec.grid(1, cols)[1] * spec.tile[1],
+        factors=(1 / moments.deviations[0], 1 / moments.deviations[-1]),
+        offsets=(-moments.means[0], -moments.means[-1]),
+    )
+
+
 def matmul(
-    x_NC: Tensor,
+    x_NC: Tensor | Quantized,
     tensors: dict[str, Tensor],
     spec: FormatSpec,
     rows: int,
@@ -405,26 +429,31 @@ def matmul(
     """x Wᵀ (+ add), `dtype` [N, rows], for up to 64 tokens.
 
     Args:
-        x_NC: float16 or bfloat16 [N, cols], float32 too for sums of bytes.
+        x_NC: float16 or bfloat16 [N, cols], float32 too for sums of bytes, or what is `wanted`.
         tensors: as in `spec.layout(rows, cols)`.
         add_NR: float32 [N, rows].
     """
     assert isinstance(spec, TrellisSpec)
-    x_NC = x_NC.contiguous()
-    num_tokens, device = len(x_NC), x_NC.device
+    num_tokens = x_NC.num_tokens if isinstance(x_NC, Quantized) else len(x_NC)
+    device = tensors["codes"].device
     y_NR = torch.empty(num_tokens, rows, dtype=dtype, device=device)
     if y_NR.numel() == 0:
         return y_NR
     mode = _mode(spec)
     tiles_r, tiles_c = spec.grid(rows, cols)
     factor, mean = 1.0, 0.0
-    step = values = x_NC
-    if mode == "bytes":
-        values, step = quantized(x_NC, spec, tiles_c * spec.tile[1])
-    elif mode == "3inst":
+    columns_of_token = 1
+    in_bytes = _wanted(spec, cols)
+    if in_bytes is not None:
+        if not isinstance(x_NC, Quantized):
+            x_NC = activations.quantized(x_NC, in_bytes)
+        values, step, columns_of_token = x_NC.words, x_NC.step, x_NC.parts
+    else:
+        assert isinstance(x_NC, Tensor)
+        step = values = x_NC.contiguous()
+    if mode == "3inst":
         moments = _moments(spec.code, spec.state_bits)
         factor, mean = 1 / moments.deviations[0], moments.means[0]
-    columns_of_token = activations.PARTS[x_NC.dtype] if mode == "bytes" else 1
     groups = token_groups(columns_of_token * num_tokens)
     row_programs = triton.cdiv(tiles_r, 8)
     token_programs = triton.cdiv(num_tokens * columns_of_token, 8 * groups)
@@ -438,7 +467,7 @@ def matmul(
     matmul_kernel[(row_programs, num_splits, token_programs)](
         values,
         _words_of(tensors["codes"]),
-        _lookup(spec, tensors) if mode == "table" else x_NC,
+        _lookup(spec, tensors) if mode == "table" else values,
         partial,
         num_tokens,
         rows,
@@ -457,7 +486,7 @@ def matmul(
         num_stages=1,
         enable_fp_fusion=True,
     )
-    block = 256
+    block = 128
     finish_kernel[(triton.cdiv(rows, block), num_tokens)](
         partial,
         tensors["scale"],
@@ -470,38 +499,12 @@ def matmul(
         factor,
         BYTES=mode == "bytes",
         HAS_ADD=add_NR is not None,
+        PIECES=min(32, triton.next_power_of_2(num_splits)),
         BLOCK=block,
         num_warps=4,
         enable_fp_fusion=True,
     )
     return y_NR
-
-
-def quantized(x_NC: Tensor, spec: TrellisSpec, padded_cols: int) -> tuple[Tensor, Tensor]:
-    """Activations as `activations` makes them: (int32 words of 4 bytes [parts · N, padded / 4],
-    float32 [N, 2]). What the values of the code are divided by, and their means, are in them."""
-    num_tokens, cols = x_NC.shape
-    parts = activations.PARTS[x_NC.dtype]
-    q = torch.empty(num_tokens, parts, padded_cols, dtype=torch.int8, device=x_NC.device)
-    step = torch.empty(num_tokens, 2, dtype=torch.float32, device=x_NC.device)
-    moments = _moments(spec.code, spec.state_bits)
-    activations.quantize_kernel[(num_tokens,)](
-        x_NC,
-        q,
-        step,
-        cols,
-        padded_cols,
-        1 / moments.deviations[0],
-        1 / moments.deviations[-1],
-        -moments.means[0],
-        -moments.means[-1],
-        PARTS=parts,
-        LEVELS=activations.LEVELS[parts],
-        BLOCK=min(triton.next_power_of_2(padded_cols), 8192),
-        num_warps=8,
-        enable_fp_fusion=True,
-    )
-    return q.view(torch.int32).view(parts * num_tokens, -1), step
 
 
 def decode(
