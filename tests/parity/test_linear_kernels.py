@@ -95,6 +95,22 @@ def launched(device, monkeypatch) -> list[str]:
     return names
 
 
+def test_linears_of_one_input_share_what_is_done_to_it(launched, device):
+    (spec, first), (e8p, other) = linear(TRELLIS, device), linear(E8P, device)
+    second = {**first, "codes": first["codes"].flip(0)}
+    other |= {name: first[name] for name in other if name.startswith(("t0_", "t2_"))}
+    x = random_activations(3, COLS, torch.float16, device)
+    tensors, specs = [first, second, other], [spec, spec, e8p]
+    with dispatch.force("triton"):
+        alone = [dispatch.linear(x, own, kind) for own, kind in zip(tensors, specs)]
+        launched.clear()
+        together = dispatch.linears(x, tensors, specs, [None] * 3)
+    for y, y_alone in zip(together, alone, strict=True):
+        assert torch.equal(y, y_alone)
+    # Each format takes x in its own kind of columns.
+    assert launched.count("quantized_pass_kernel") == 2
+
+
 def test_launches_of_a_linear(launched, device):
     spec, tensors = linear(TRELLIS, device)
     x = random_activations(1, COLS, torch.float16, device)
