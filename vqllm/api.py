@@ -1,6 +1,7 @@
 """The Python interface: what the commands do, as functions."""
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def tune(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
-) -> Summary:
+) -> Summary | None:
     """Tune a quantized model against its original; the same as `vqllm tune`.
 
     Args:
@@ -123,6 +124,10 @@ def tune(
         time: stop each stage after so long ("20m"), at the best state so far.
         calibration: as in `quantize`; so are seed, changes, device, evaluate, eval_text,
             eval_windows, trust_remote_code, progress and command.
+
+    Returns:
+        None in all but the first of several processes (`torchrun`), which share the sequences of
+        every step.
 
     Raises:
         VqllmError: a mistake that the message explains; the last kept state stays.
@@ -480,8 +485,12 @@ def _recipe(
 
 
 def _device(name: str | None) -> torch.device:
+    if name is None and torch.cuda.is_available():
+        # One of several processes takes the GPU of its number.
+        own = os.environ.get("LOCAL_RANK", "0")
+        return torch.device("cuda", int(own)) if own != "0" else torch.device("cuda")
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     known = _devices()
     if name not in known:
         raise ModelError(

@@ -171,8 +171,9 @@ def tune(
             progress=progress,
             command=shlex.join(["vqllm", *sys.argv[1:]]),
         )
-    _print_rows(summary.rows())
-    out.print(summary.load_line(), markup=False, highlight=False)
+    if summary is not None:  # only the first of several processes has one
+        _print_rows(summary.rows())
+        out.print(summary.load_line(), markup=False, highlight=False)
 
 
 @app.command()

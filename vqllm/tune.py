@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from vqllm.checkpoint.reader import Checkpoint
 from vqllm.checkpoint.tuned import TunedRun
 from vqllm.errors import CheckpointError, ModelError
 from vqllm.models import ResolvedModel
+from vqllm.processes import Processes
 from vqllm.progress import Progress
 from vqllm.quantization import Windows
 from vqllm.recipe import TuningRecipe
@@ -60,7 +62,7 @@ def teacher_of(checkpoint: Checkpoint) -> str:
 
 def run(
     job: TuningJob, windows: Windows | None, evaluate: bool, command: str, progress: Progress
-) -> Summary:
+) -> Summary | None:
     """Tune, measure and write the pages, going on where an earlier run of the job stopped.
 
     Args:
@@ -68,93 +70,188 @@ def run(
         evaluate: False leaves it unmeasured.
         command: what the pages say the checkpoint was made with.
 
+    Returns:
+        None in all but the first of several processes that share the work.
+
     Raises:
         VqllmError: a mistake that the message explains; the last kept state stays.
     """
-    recipe, checkpoint, start = job.recipe, job.checkpoint, time.perf_counter()
-    for name in recipe.calibration.source:
+    for name in job.recipe.calibration.source:
         if name != SELF:
             open_source(name)  # what cannot be read is found before a folder is begun
-    settings = {"teacher": job.teacher.name, "device": job.device.type}
-    with TunedRun(job.output, checkpoint, recipe.to_dict(), settings) as folder:
+    processes = Processes.started(job.device)
+    with ExitStack() as stack:
+        stack.callback(processes.leave)
+        settings = {
+            "teacher": job.teacher.name,
+            "device": job.device.type,
+            "processes": processes.size,
+        }
+
+        def open_folder() -> TunedRun:
+            run = TunedRun(job.output, job.checkpoint, job.recipe.to_dict(), settings)
+            return stack.enter_context(run)
+
+        folder = processes.on_first(open_folder)
+        return _Tuning(job, folder, processes, progress).run(windows, evaluate, command)
+
+
+class _Tuning:
+    """A run in its folder, which only the first process has."""
+
+    def __init__(
+        self, job: TuningJob, folder: TunedRun | None, processes: Processes, progress: Progress
+    ) -> None:
+        self._job, self._folder = job, folder
+        self._processes, self._progress = processes, progress
+
+    def run(self, windows: Windows | None, evaluate: bool, command: str) -> Summary | None:
+        job, start = self._job, time.perf_counter()
         teacher, tokenizer = load_to_run(job.teacher.path, job.device, job.trust_remote_code)
-        model, own_tokenizer = load_to_run(checkpoint.folder, job.device, job.trust_remote_code)
-        check_teacher(checkpoint, teacher, tokenizer, own_tokenizer)
-        progress.phase("calibration text")
-        sequences = _sequences(job, folder)
-        kinds = {kind for stage in recipe.stages for kind in stage.kinds}
-        student = Student(model, checkpoint, kinds)
-        if student.not_stored:
+        held_out, told = self._tune(teacher, tokenizer)
+        if self._folder is None:
+            return None
+        seconds = {"tuning": time.perf_counter() - start}
+        measured = None
+        if evaluate:
+            self._phase("evaluation against the original")
+            start = time.perf_counter()
+            tuned, _ = load_to_run(job.output, job.device, job.trust_remote_code)
+            chosen = windows or _held_out(job, held_out)
+            measured = evaluation.compare(tuned, teacher, chosen.tokens_SL, chosen.label).to_dict()
+            seconds["evaluation"] = time.perf_counter() - start
+        summary = _summary(job, command, seconds, measured, told)
+        records = list(Checkpoint.open(job.output, verify=False).records().values())
+        self._folder.complete(report_pages(records, summary, job.recipe.to_yaml()))
+        return summary
+
+    def _tune(self, teacher: Any, tokenizer: Any) -> tuple[Tensor, list[JSON]]:
+        """Write the tuned checkpoint; the held-out sequences, and what the stages say."""
+        job = self._job
+        model, own = load_to_run(job.checkpoint.folder, job.device, job.trust_remote_code)
+        check_teacher(job.checkpoint, teacher, tokenizer, own)
+        self._phase("calibration text")
+        sequences = self._processes.told(self._sequences)
+        student = self._student(model)
+        told = self._stages(student, teacher, sequences)
+        self._phase("writing the tuned model")
+        self._processes.on_first(lambda: self._write(student))
+        return sequences["held_out"], told
+
+    def _phase(self, text: str) -> None:
+        if self._processes.is_first:
+            self._progress.phase(text)
+
+    def _share(self, done: float) -> None:
+        if self._processes.is_first:
+            self._progress.share(done)
+
+    def _sequences(self) -> dict[str, Tensor]:
+        assert self._folder is not None
+        kept = self._folder.kept("sequences")
+        if kept is not None:
+            return kept[1]
+        calibration = self._job.recipe.calibration
+        found = calibration_sequences(
+            self._job.teacher.path,
+            calibration.source,
+            calibration.num_sequences,
+            calibration.length,
+            self._job.recipe.seed,
+            self._job.device,
+            self._job.trust_remote_code,
+        )
+        tensors = {"calibration": found.calibration, "held_out": found.held_out}
+        self._folder.keep("sequences", {}, tensors)
+        return tensors
+
+    def _student(self, model: Any) -> Student:
+        kinds = {kind for stage in self._job.recipe.stages for kind in stage.kinds}
+        student = Student(model, self._job.checkpoint, kinds)
+        if student.not_stored and self._processes.is_first:
             logger.warning(
                 "%d tensors are not stored under the names that the model uses, and stay as they "
                 "are: %s",
                 len(student.not_stored),
                 ", ".join(student.not_stored[:3]),
             )
-        _prepare(model, job.device)
+        if self._job.device.type == "cpu":
+            # The gradient of the plain attention is 1.3 times as fast there as that of torch's
+            # fused one: 1042 against 791 tokens a second (demo model, 16 x 128, two cores).
+            model.set_attn_implementation("eager")
+        return student
+
+    def _stages(
+        self, student: Student, teacher: Any, sequences: Mapping[str, Tensor]
+    ) -> list[JSON]:
         told = []
-        for number, stage in enumerate(recipe.stages):
-            progress.phase(f"tuning: {stage.type}")
+        for number, stage in enumerate(self._job.recipe.stages):
+            self._phase(f"tuning: {stage.type}")
             task = ModelTask(
                 student=student.logits,
                 teacher=lambda tokens: teacher(input_ids=tokens, use_cache=False).logits,
                 parameters=student.parameters,
                 sequences=sequences["calibration"],
                 held_out=sequences["held_out"],
-                seed=recipe.seed,
-                device=job.device,
-                keeper=_Keeper(folder, f"stage-{number}"),
-                share=progress.share,
+                seed=self._job.recipe.seed,
+                device=self._job.device,
+                keeper=_Keeper(self._folder, self._processes, f"stage-{number}"),
+                share=self._share,
+                processes=self._processes,
             )
             with _explained_memory():
                 told.append({"stage": stage.type, **stage(task)})
-        progress.phase("writing the tuned model")
+        return told
+
+    def _write(self, student: Student) -> None:
+        assert self._folder is not None
         changes = student.changes()
-        record = {"recipe": recipe.to_dict(), "teacher": job.teacher.name}
-        folder.write(changes.specs, changes.packed, changes.others, record)
-        seconds = {"tuning": time.perf_counter() - start}
-        del student, model
-        measured = None
-        if evaluate:
-            progress.phase("evaluation against the original")
-            start = time.perf_counter()
-            tuned, _ = load_to_run(job.output, job.device, job.trust_remote_code)
-            chosen = windows or _held_out(job, sequences["held_out"])
-            measured = evaluation.compare(tuned, teacher, chosen.tokens_SL, chosen.label).to_dict()
-            seconds["evaluation"] = time.perf_counter() - start
-        written = Checkpoint.open(job.output, verify=False)
-        quantization = written.quantization.extra
-        summary = Summary(
-            model=job.teacher.name,
-            hub_id=job.teacher.hub_id,
-            recipe=f"{_recipe_name(quantization)}, {recipe.name}",
-            command=command,
-            output=job.output,
-            bytes_before=_weight_bytes(job.teacher.path),
-            bytes_after=written.num_bytes,
-            bits_per_weight=bits_per_weight(written),
-            seconds=seconds,
-            peak_memory_bytes=memory.peak_resident(),
-            evaluation=measured,
-            not_quantized=quantization.get("not_quantized", {}),
-            tuning=told,
-        )
-        records = list(written.records().values())
-        folder.complete(report_pages(records, summary, recipe.to_yaml()))
-    return summary
+        record = {"recipe": self._job.recipe.to_dict(), "teacher": self._job.teacher.name}
+        self._folder.write(changes.specs, changes.packed, changes.others, record)
+
+
+def _summary(
+    job: TuningJob,
+    command: str,
+    seconds: dict[str, float],
+    measured: JSON | None,
+    told: list[JSON],
+) -> Summary:
+    written = Checkpoint.open(job.output, verify=False)
+    extra = written.quantization.extra
+    return Summary(
+        model=job.teacher.name,
+        hub_id=job.teacher.hub_id,
+        recipe=f"{_recipe_name(extra)}, {job.recipe.name}",
+        command=command,
+        output=job.output,
+        bytes_before=_weight_bytes(job.teacher.path),
+        bytes_after=written.num_bytes,
+        bits_per_weight=bits_per_weight(written),
+        seconds=seconds,
+        peak_memory_bytes=memory.peak_resident(),
+        evaluation=measured,
+        not_quantized=extra.get("not_quantized", {}),
+        tuning=told,
+    )
 
 
 class _Keeper:
     """The state of one stage in the folder of a run."""
 
-    def __init__(self, folder: TunedRun, name: str) -> None:
-        self._folder, self._name = folder, name
+    def __init__(self, folder: TunedRun | None, processes: Processes, name: str) -> None:
+        self._folder, self._processes, self._name = folder, processes, name
 
     def last(self) -> tuple[JSON, dict[str, Tensor]] | None:
-        return self._folder.kept(self._name)
+        def read() -> tuple[JSON, dict[str, Tensor]] | None:
+            assert self._folder is not None
+            return self._folder.kept(self._name)
+
+        return self._processes.told(read)
 
     def keep(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:
-        self._folder.keep(self._name, told, tensors)
+        if self._folder is not None:
+            self._folder.keep(self._name, told, tensors)
 
 
 def check_teacher(
@@ -182,36 +279,10 @@ def check_teacher(
         )
 
 
-def _sequences(job: TuningJob, folder: TunedRun) -> dict[str, Tensor]:
-    kept = folder.kept("sequences")
-    if kept is not None:
-        return kept[1]
-    calibration = job.recipe.calibration
-    found = calibration_sequences(
-        job.teacher.path,
-        calibration.source,
-        calibration.num_sequences,
-        calibration.length,
-        job.recipe.seed,
-        job.device,
-        job.trust_remote_code,
-    )
-    tensors = {"calibration": found.calibration, "held_out": found.held_out}
-    folder.keep("sequences", {}, tensors)
-    return tensors
-
-
 def _held_out(job: TuningJob, tokens_SL: Tensor) -> Windows:
     num, length = tokens_SL.shape
     source = "+".join(Path(name).name for name in job.recipe.calibration.source)
     return Windows(tokens_SL, f"{num} held-out sequences of {length} tokens ({source})")
-
-
-def _prepare(model: Any, device: torch.device) -> None:
-    """On a CPU the gradient of the plain attention is 1.3 times as fast as that of torch's fused
-    one: 1042 against 791 tokens a second (demo model, 16 x 128, two cores)."""
-    if device.type == "cpu":
-        model.set_attn_implementation("eager")
 
 
 class _explained_memory:

@@ -1,7 +1,10 @@
 """Tuning of a quantized tiny model, as a user meets it."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -227,3 +230,55 @@ def test_the_command(root, rounded, text, tmp_path) -> None:
     assert "end_to_end, held-out sequences" in result.output
     told = Checkpoint.open(tmp_path / "out").quantization.extra["tuning"][0]["recipe"]
     assert (told["seed"], told["stages"][0]["time"]) == (3, "10m")
+
+
+LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+
+
+def launch(num: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    root = Path(cli.__file__).parents[1]
+    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [*LAUNCHER, str(num), "-m", "vqllm", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+
+
+def test_two_processes_tune_as_one_does(finished, source, root, rounded, text) -> None:
+    file = root / "tuning.yaml"
+    file.write_text(recipe().to_yaml())
+    options = ("--recipe", file, "--calibration", text, "--device", "cpu")
+    result = launch(2, "tune", rounded, "--output", root / "two", *options)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("end_to_end, held-out sequences") == 1  # only one of them talks
+    measured = api.evaluate(
+        root / "two", baseline=source, text=text, num_windows=4, window_length=64, device="cpu"
+    )
+    wanted = api.evaluate(
+        root / "finished", baseline=source, text=text, num_windows=4, window_length=64, device="cpu"
+    )
+    assert measured["text"]["kl"] == pytest.approx(wanted["text"]["kl"], rel=0.05)
+    one, two = Checkpoint.open(finished.output), Checkpoint.open(root / "two")
+    assert one.linears == two.linears
+    for name, tensor in one.tensors.items():
+        a, b = one.read(name), two.read(name)
+        assert a.dtype == b.dtype
+        if not a.is_floating_point():
+            assert torch.equal(a, b)
+        elif tensor.numel > 1:
+            # Sums in another order, in bfloat16. Adam makes as much of the gradient of a key's
+            # bias, which is nothing but rounding, as of any other: 0.035 there.
+            error = (a.float() - b.float()).norm() / a.float().norm()
+            assert error < 0.1, name
+
+
+def test_a_mistake_ends_all_processes(root, rounded, text) -> None:
+    (root / "full-folder").mkdir()
+    (root / "full-folder" / "notes.txt").write_text("mine")
+    options = ("--calibration", text, "--device", "cpu")
+    result = launch(2, "tune", rounded, "--output", root / "full-folder", *options)
+    assert result.returncode != 0
+    assert "is not empty: notes.txt" in result.stderr

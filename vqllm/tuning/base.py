@@ -2,12 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from vqllm.processes import Processes
 from vqllm.registry import Registry
 from vqllm.types import JSON, Part, Tuning
 
@@ -45,6 +46,8 @@ class ModelTask:
     keeper: Keeper
     share: Callable[[float], None]
     """is told how much of the stage is done, from 0 to 1"""
+    processes: Processes = field(default_factory=Processes)
+    """which share the work; each has the whole of everything above"""
 
 
 class ModelTuning(Part, ABC):

@@ -104,7 +104,7 @@ class _Run:
     """A stage on its way. Its state is what `_state` says, and nothing else."""
 
     def __init__(self, stage: EndToEnd, task: ModelTask) -> None:
-        self._stage, self._task = stage, task
+        self._stage, self._task, self._processes = stage, task, task.processes
         self._parameters: dict[str, nn.Parameter] = {}
         groups = []
         for kind in stage.train:
@@ -130,7 +130,7 @@ class _Run:
     def run(self) -> JSON:
         if kept := self._task.keeper.last():
             self._load(*kept)
-            logger.info("tuning goes on at step %d of %d", self._step, self._stage.steps)
+            self._say("tuning goes on at step %d of %d", self._step, self._stage.steps)
         every = max(1, self._stage.steps // LOOKS)
         while not self._is_over():
             if self._step % every == 0 and not self._was_looked_at():
@@ -155,6 +155,9 @@ class _Run:
         done = self._step / self._stage.steps
         if self._stage.time is not None:
             done = max(done, self._elapsed() / (seconds_of(self._stage.time) or 1))
+            # Clocks differ, and all must stop at the same step.
+            own = torch.tensor(done if self._processes.is_first else 0.0, device=self._task.device)
+            done = float(self._processes.sum(own))
         return min(done, 1.0)
 
     def _elapsed(self) -> float:
@@ -173,7 +176,7 @@ class _Run:
         if loss < min((look["held_out_kl"] for look in self._history), default=math.inf):
             self._best = self._copies()
         self._history.append({"step": self._step, "train_kl": recent, "held_out_kl": loss})
-        logger.info(
+        self._say(
             "step %d of %d: KL %.4f on held-out sequences%s",
             self._step,
             self._stage.steps,
@@ -185,10 +188,11 @@ class _Run:
         self._task.keeper.keep(*self._good)
 
     def _mean_loss(self, sequences_SL: Tensor) -> float:
-        total = 0.0
-        for tokens in sequences_SL.split(self._together(sequences_SL)):
-            total += float(self._loss(tokens))
-        return total / sequences_SL.numel()
+        total = torch.zeros((), dtype=torch.float64, device=self._task.device)
+        for tokens in self._processes.own(sequences_SL).split(self._together(sequences_SL)):
+            if len(tokens):
+                total += self._loss(tokens)
+        return float(self._processes.sum(total)) / sequences_SL.numel()
 
     def _loss(self, tokens_SL: Tensor) -> Tensor:
         tokens_SL = tokens_SL.to(self._task.device)
@@ -219,18 +223,36 @@ class _Run:
             group["lr"] = group["full_rate"] * self._factor * rising * max(falling, 1e-3)
         self._optimizer.zero_grad(set_to_none=True)
         tokens_SL = self._task.sequences[self._batch()]
-        total = 0.0
-        for part in tokens_SL.split(self._together(tokens_SL)):
-            loss = self._loss(part) / tokens_SL.numel()
-            loss.backward()
-            total += float(loss.detach())
-        grads = [p.grad for p in self._parameters.values() if p.grad is not None]
-        if not math.isfinite(total) or not all(bool(g.isfinite().all()) for g in grads):
+        total = torch.zeros(1, device=self._task.device)
+        for part in self._processes.own(tokens_SL).split(self._together(tokens_SL)):
+            if len(part):
+                loss = self._loss(part) / tokens_SL.numel()
+                loss.backward()
+                total += loss.detach()
+        if not self._gather(total):
             return False
         self._optimizer.step()
         self._step += 1
-        self._losses.append(total)
+        self._losses.append(float(total))
         return True
+
+    def _gather(self, total: Tensor) -> bool:
+        """Sum loss and gradients over the processes, in place; whether all of it is finite."""
+        parameters = list(self._parameters.values())
+        for parameter in parameters:
+            if parameter.grad is None:  # where this process had no sequence of the step
+                parameter.grad = torch.zeros_like(parameter)
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if self._processes.size > 1:
+            flat = torch.cat([total, *(grad.flatten() for grad in grads)])
+            parts = self._processes.sum(flat).split([1, *(grad.numel() for grad in grads)])
+            for own, summed in zip([total, *grads], parts):
+                own.copy_(summed.view_as(own))
+        return all(bool(values.isfinite().all()) for values in (total, *grads))
+
+    def _say(self, line: str, *values: object, level: int = logging.INFO) -> None:
+        if self._processes.is_first:
+            logger.log(level, line, *values)
 
     def _batch(self) -> Tensor:
         """The sequences of this step: all of them once in random order, then again in another."""
@@ -253,11 +275,12 @@ class _Run:
                 "checkpoint is damaged, or its dtype is too narrow for this model."
             )
         faults, factor = self._faults + 1, self._factor / 2
-        logger.warning(
+        self._say(
             "step %d: loss or gradient is not finite; back to step %d with half the rates%s",
             self._step,
             self._good[0]["step"],
             ", and stopped there" if faults >= MAX_FAULTS else "",
+            level=logging.WARNING,
         )
         before = self._elapsed()
         self._load(*self._good)

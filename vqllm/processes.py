@@ -1,0 +1,75 @@
+"""Several processes at work on one model, as `torchrun` or `accelerate launch` started them."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from vqllm.errors import VqllmError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that work together; alone by default."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def started(cls, device: torch.device) -> "Processes":
+        """All that were started together, connected (gloo on a CPU, NCCL on CUDA)."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        from accelerate import PartialState
+
+        state = PartialState(cpu=device.type == "cpu")
+        return cls(state.process_index, state.num_processes)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def own(self, items: Tensor) -> Tensor:
+        """The share of this process of what is listed along the first axis."""
+        return items[self.rank :: self.size]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of the tensors of all processes, the same in each."""
+        if self.size > 1:
+            values = values.clone()
+            distributed.all_reduce(values)
+        return values
+
+    def told(self, make: Callable[[], T]) -> T:
+        """What the first process makes, in every process; so is the error if it fails."""
+        if self.size == 1:
+            return make()
+        from accelerate.utils import broadcast_object_list
+
+        result: list[object] = [None, None]
+        if self.is_first:
+            try:
+                result[0] = make()
+            except VqllmError as error:
+                result[1] = error
+        broadcast_object_list(result)
+        if isinstance(result[1], VqllmError):
+            raise result[1]
+        return result[0]  # type: ignore[return-value]
+
+    def on_first(self, make: Callable[[], T]) -> T | None:
+        """What the first process makes, there; None in the others, after it was made."""
+        made: list[T] = []
+        self.told(lambda: made.append(make()))
+        return made[0] if made else None
+
+    def leave(self) -> None:
+        """Let go of each other at the end."""
+        if self.size > 1:
+            distributed.barrier()
+            distributed.destroy_process_group()
