@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vqllm.integrations import _autoregister
 
 if TYPE_CHECKING:
-    from vqllm.api import compare, load, quantize
+    from vqllm.api import compare, load, quantize, tune
     from vqllm.checkpoint.dequantize import dequantize_checkpoint as dequantize
     from vqllm.checkpoint.inspect import inspect_checkpoint as inspect
     from vqllm.checkpoint.reader import Checkpoint
@@ -37,10 +37,12 @@ _HOMES = {
     "load": "vqllm.api:load",
     "quantize": "vqllm.api:quantize",
     "set_weight_cache": "vqllm.runtime:set_weight_cache",
+    "tune": "vqllm.api:tune",
 }
 
 __all__ = [  # noqa: RUF022 - by what one does, not by alphabet
     "quantize",
+    "tune",
     "compare",
     "load",
     "inspect",

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from vqllm import evaluation, models, quantization, speed
+from vqllm import evaluation, models, quantization, speed, teaching
 from vqllm import recipe as recipes
-from vqllm import tune as tuning
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.comparison.grid import Origin, expand
 from vqllm.comparison.result import ComparisonResult
@@ -136,8 +135,8 @@ def tune(
     command = command or _call(tune, locals())
     opened = Checkpoint.open(checkpoint)
     chosen = _tuning_recipe(recipe, calibration, seed, time, changes)
-    named = tuning.teacher_of(opened) if teacher is None else teacher
-    job = tuning.TuningJob(
+    named = teaching.teacher_of(opened) if teacher is None else teacher
+    job = teaching.TuningJob(
         checkpoint=opened,
         teacher=models.resolve(named, trust_remote_code=trust_remote_code),
         recipe=chosen,
@@ -148,7 +147,7 @@ def tune(
     windows = None
     if evaluate and eval_text is not None:
         windows = windows_of(job.teacher.path, eval_text, eval_windows, trust_remote_code)
-    return tuning.run(job, windows, evaluate, command, progress or LogProgress())
+    return teaching.run(job, windows, evaluate, command, progress or LogProgress())
 
 
 def _tuning_recipe(

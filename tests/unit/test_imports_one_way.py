@@ -29,7 +29,7 @@ LEVELS: list[set[str]] = [
     {"foresight"},
     {"pipeline", "running"},
     {"quantization"},
-    {"comparison", "tune"},
+    {"comparison", "teaching"},
     {"api"},
     {"cli"},
     {"__main__"},
