@@ -413,11 +413,16 @@ def recipes(
     from vqllm import recipe as recipes_
 
     if name:
-        out.print(recipes_.load(name).to_yaml(), markup=False, highlight=False)
+        load = recipes_.load_tuning if name in recipes_.available_tuning() else recipes_.load
+        out.print(load(name).to_yaml(), markup=False, highlight=False)
         return
     table = Table("recipe", "description")
     for shipped in recipes_.available():
         table.add_row(shipped, recipes_.load(shipped).description)
+    out.print(table)
+    table = Table("recipe of vqllm tune", "description")
+    for shipped in recipes_.available_tuning():
+        table.add_row(shipped, recipes_.load_tuning(shipped).description)
     out.print(table)
 
 
