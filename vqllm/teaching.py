@@ -107,7 +107,7 @@ class _Tuning:
 
     def run(self, windows: Windows | None, evaluate: bool, command: str) -> Summary | None:
         job, start = self._job, time.perf_counter()
-        teacher, tokenizer = load_to_run(job.teacher.path, job.device, job.trust_remote_code)
+        teacher, tokenizer = self._load(job.teacher.path)
         held_out, told = self._tune(teacher, tokenizer)
         if self._folder is None:
             return None
@@ -116,7 +116,7 @@ class _Tuning:
         if evaluate:
             self._phase("evaluation against the original")
             start = time.perf_counter()
-            tuned, _ = load_to_run(job.output, job.device, job.trust_remote_code)
+            tuned, _ = self._load(job.output)
             chosen = windows or _held_out(job, held_out)
             measured = evaluation.compare(tuned, teacher, chosen.tokens_SL, chosen.label).to_dict()
             seconds["evaluation"] = time.perf_counter() - start
@@ -125,10 +125,14 @@ class _Tuning:
         self._folder.complete(report_pages(records, summary, job.recipe.to_yaml()))
         return summary
 
+    def _load(self, folder: Path) -> tuple[Any, Any]:
+        """In bfloat16 everywhere: gradients of a mean over many positions underflow in float16."""
+        return load_to_run(folder, self._job.device, self._job.trust_remote_code, torch.bfloat16)
+
     def _tune(self, teacher: Any, tokenizer: Any) -> tuple[Tensor, list[JSON]]:
         """Write the tuned checkpoint; the held-out sequences, and what the stages say."""
         job = self._job
-        model, own = load_to_run(job.checkpoint.folder, job.device, job.trust_remote_code)
+        model, own = self._load(job.checkpoint.folder)
         check_teacher(job.checkpoint, teacher, tokenizer, own)
         self._phase("calibration text")
         sequences = self._processes.told(self._sequences)

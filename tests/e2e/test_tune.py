@@ -106,6 +106,9 @@ def test_the_checkpoint_is_one_like_any_other(finished, rounded, source) -> None
     stored = sum(checkpoint.bits(name).total for name in checkpoint.linears)
     weights = sum(spec.rows * spec.cols for spec in checkpoint.linears.values())
     assert bits["all of a quantized linear"] == pytest.approx(stored / weights)
+    for name, record in checkpoint.records().items():
+        told = record["bits_codes"] + record["bits_codebook"] + record["bits_side"]
+        assert told == checkpoint.bits(name).total
     page = (finished.output / "report.md").read_text()
     assert "Tuning: end_to_end, best after" in page
 

@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vqllm.bits import count
 from vqllm.checkpoint import atomic, writer
-from vqllm.checkpoint.format import CONFIG, JSON, QuantizationConfig
+from vqllm.checkpoint.format import CONFIG, JSON, RECORDS, QuantizationConfig
 from vqllm.checkpoint.journal import Journal, identity
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm_kernels.linear import LinearSpec
@@ -124,6 +125,11 @@ class TunedRun:
             extra={**old.extra, "tuning": [*old.extra.get("tuning", []), record]},
         )
         writer.copy_files(checkpoint.folder, self._output, self.scratch, trust_remote_code=True)
+        lines = [
+            json.dumps(_with_bits(told, linears[name]), sort_keys=True) + "\n"
+            for name, told in checkpoint.records().items()
+        ]
+        atomic.write_bytes(self._output / RECORDS, "".join(lines).encode(), self.scratch)
         writer.write_index(self._output, checksums, self.scratch)
         values = {**checkpoint.config, "quantization_config": config.to_dict()}
         writer.write_json(self._output / CONFIG, values, self.scratch)
@@ -134,3 +140,16 @@ class TunedRun:
         for name, contents in pages.items():
             atomic.write_bytes(self._output / name, contents, self.scratch)
         self._journal.complete()
+
+
+def _with_bits(record: JSON, spec: LinearSpec) -> JSON:
+    """The report's line of a linear with the bits that it has now. Its losses are those of the
+    rounding: tuning follows predictions, not weights."""
+    bits = count(spec.layout())
+    return {
+        **record,
+        "bits_codes": bits.codes,
+        "bits_codebook": bits.codebook,
+        "bits_side": bits.side,
+        "bits_per_weight": round(bits.total / (spec.rows * spec.cols), 4),
+    }
