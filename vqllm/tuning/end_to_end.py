@@ -119,7 +119,7 @@ class _Run:
             )
         # beta2 of 0.95, as in PV-Tuning: a few hundred steps are too few for 0.999.
         self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-        self._step = self._faults = 0
+        self._step = self._faults = self._vocabulary = 0
         self._factor, self._before = 1.0, 0.0
         self._history: list[JSON] = []
         self._best: dict[str, Tensor] = {}
@@ -209,9 +209,11 @@ class _Run:
     def _together(self, sequences_SL: Tensor) -> int:
         if self._stage.together is not None:
             return self._stage.together
-        with torch.no_grad():
-            size = self._task.teacher(sequences_SL[:1, :1].to(self._task.device)).shape[-1]
-        return max(1, LOGIT_BYTES // (4 * size * sequences_SL.shape[1]))
+        if self._vocabulary == 0:
+            with torch.no_grad():
+                one = self._task.teacher(sequences_SL[:1, :1].to(self._task.device))
+            self._vocabulary = one.shape[-1]
+        return max(1, LOGIT_BYTES // (4 * self._vocabulary * sequences_SL.shape[1]))
 
     def _advance(self) -> bool:
         """One step; False if something was not finite, and nothing moved."""
