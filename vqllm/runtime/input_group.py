@@ -127,8 +127,9 @@ class InputGroup:
             parts = dispatch.linears(x, packed, [member.spec for member in members], biases)
         else:
             y = F.linear(x, W_RC, _stacked(biases, self._rows))
-            # With one row of x the parts are contiguous, as the results of linears always are.
-            parts = [part.contiguous() for part in y.split(self._rows, -1)]
+            parts = y.split_with_sizes(self._rows, -1)
+            if x.numel() > x.shape[-1]:  # of a single row they are contiguous, as linears' are
+                parts = [part.contiguous() for part in parts]
         return dict(enumerate(parts))
 
     def _inputs_agree(self, members: list["VQLinear"]) -> bool:
