@@ -78,20 +78,20 @@ def quantize(
     chosen = _recipe(recipe, bits, preset, calibration, seed, changes)
     resolved = models.resolve(model, trust_remote_code=trust_remote_code)
     job = _job(resolved, chosen, output, device, compute_dtype, trust_remote_code)
-    measure = None
-    if evaluate:
+    windows = None
+    if evaluate and eval_text is not None:
         # Before the long part: a text that cannot be measured on is a mistake found at once.
-        on_text = eval_text is not None
-        windows = None
-        if on_text:
-            windows = windows_of(job.source, eval_text, eval_windows, trust_remote_code)
-        measure = measure_on(windows)
+        windows = windows_of(job.source, eval_text, eval_windows, trust_remote_code)
+    progress = progress or LogProgress()
+    if chosen.tune is not None:
+        return teaching.quantize_and_tune(job, resolved, windows, evaluate, command, progress)
+    measure = measure_on(windows) if evaluate else None
     return quantization.run(
         job,
         measure,
         hub_id=resolved.hub_id,
         command=command,
-        progress=progress or LogProgress(),
+        progress=progress,
     )
 
 
@@ -219,7 +219,13 @@ def compare(
     given = dict(locals())
 
     def build(origin: Origin, changed: tuple[str, ...]) -> Recipe:
-        return _recipe(origin, None, None, calibration, seed, changed)
+        built = _recipe(origin, None, None, calibration, seed, changed)
+        if built.tune is not None:
+            raise RecipeError(
+                f"{built.name}: a comparison is of recipes without `tune`. Leave it out (--set "
+                "tune=null), and tune the members that you like: vqllm tune."
+            )
+        return built
 
     members, repeated = expand(recipe, grid or {}, changes, build)
     resolved = models.resolve(model, trust_remote_code=trust_remote_code)

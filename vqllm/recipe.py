@@ -257,6 +257,31 @@ class Head(Vocabulary):
         return 1.0 if self.damping is None else self.damping
 
 
+class Stages(Settings):
+    """What is tuned when all linears are rounded, on which text."""
+
+    calibration: Calibration = Calibration(length=256, sequences=512)
+    stages: tuple[Annotated[SerializeAsAny[ModelTuning], _build(MODEL_TUNINGS)], ...] = Field(
+        min_length=1, description="one after the other, each from where the one before it ended"
+    )
+
+
+class TuningRecipe(Stages):
+    """What `vqllm tune` does to a quantized model."""
+
+    version: Literal[1] = RECIPE_VERSION
+    name: str
+    description: str = ""
+    seed: int = Field(default=0, ge=0)
+
+    def to_dict(self) -> JSON:
+        """JSON values with every field present."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
 class Recipe(Settings):
     """What `vqllm quantize` does, except to which model and where."""
 
@@ -275,6 +300,11 @@ class Recipe(Settings):
     rounding: Annotated[SerializeAsAny[Rounding], _build(ROUNDINGS)]
     tuning: tuple[Annotated[SerializeAsAny[Tuning], _build(TUNINGS)], ...] = Field(
         default=(), description="steps after rounding, of the linears in the layers"
+    )
+    tune: Stages | None = Field(
+        default=None,
+        description="stages of `vqllm tune` that follow when all linears are rounded, and their "
+        "text, whose source is that of `calibration` here; null tunes nothing",
     )
     fragile: Fragile | None = Field(
         default=None,
@@ -365,25 +395,17 @@ class Recipe(Settings):
         alike = {"tuning": (), "target": Target(), "fragile": None, "allocation": None}
         return self.model_copy(update={**alike, **own})
 
-    def to_dict(self) -> JSON:
-        """JSON values with every field present."""
-        return self.model_dump(mode="json")
+    def rounding_only(self) -> "Recipe":
+        """This recipe without the stages that follow when all linears are rounded."""
+        return self.model_copy(update={"tune": None})
 
-    def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-
-
-class TuningRecipe(Settings):
-    """What `vqllm tune` does to a quantized model."""
-
-    version: Literal[1] = RECIPE_VERSION
-    name: str
-    description: str = ""
-    seed: int = Field(default=0, ge=0)
-    calibration: Calibration = Calibration(length=256, sequences=512)
-    stages: tuple[Annotated[SerializeAsAny[ModelTuning], _build(MODEL_TUNINGS)], ...] = Field(
-        min_length=1, description="one after the other, each from where the one before it ended"
-    )
+    def tuning_only(self) -> TuningRecipe:
+        """Those stages."""
+        assert self.tune is not None, "the recipe has no such key"
+        text = self.tune.calibration.model_copy(update={"source": self.calibration.source})
+        return TuningRecipe(
+            name=self.name, seed=self.seed, calibration=text, stages=self.tune.stages
+        )
 
     def to_dict(self) -> JSON:
         """JSON values with every field present."""

@@ -4,19 +4,21 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vqllm import evaluation, memory
+from vqllm import evaluation, memory, quantization
 from vqllm.calibration.tokens import SELF, calibration_sequences
 from vqllm.checkpoint.inspect import bits_per_weight
-from vqllm.checkpoint.reader import Checkpoint
+from vqllm.checkpoint.journal import WORK, check_free, differences, is_unfinished
+from vqllm.checkpoint.reader import Checkpoint, is_checkpoint
 from vqllm.checkpoint.tuned import TunedRun
 from vqllm.errors import CheckpointError, ModelError
+from vqllm.job import Job
 from vqllm.models import ResolvedModel
 from vqllm.processes import Processes
 from vqllm.progress import Progress
@@ -94,6 +96,50 @@ def run(
 
         folder = processes.on_first(open_folder)
         return _Tuning(job, folder, processes, progress).run(windows, evaluate, command)
+
+
+def quantize_and_tune(
+    job: Job,
+    teacher: ResolvedModel,
+    windows: Windows | None,
+    evaluate: bool,
+    command: str,
+    progress: Progress,
+) -> Summary:
+    """Quantize into a folder inside the output folder, and tune the result into the output folder.
+
+    Args:
+        job: its recipe has `tune`.
+        teacher: the model of the job.
+
+    Raises:
+        CheckpointError: something else is in the folder, or a run of another recipe.
+    """
+    check_free(job.output)
+    recipe, rounded = job.recipe.rounding_only(), job.output / WORK / "rounded"
+    if is_unfinished(rounded) or not is_checkpoint(rounded):
+        inner = replace(job, output=rounded, recipe=recipe)
+        quantization.run(inner, None, hub_id=teacher.hub_id, command=command, progress=progress)
+    checkpoint = Checkpoint.open(rounded)
+    lines = differences(checkpoint.quantization.extra["recipe"], recipe.to_dict())
+    if lines:
+        raise CheckpointError(
+            f"{job.output} holds an unfinished run that differs (there → here):\n"
+            + "\n".join(lines)
+            + "\nTo go on with it, repeat the command that began it. To start over, delete the "
+            "folder or choose another one."
+        )
+    tuning = TuningJob(
+        checkpoint=checkpoint,
+        teacher=teacher,
+        recipe=job.recipe.tuning_only(),
+        output=job.output,
+        device=job.device,
+        trust_remote_code=job.trust_remote_code,
+    )
+    summary = run(tuning, windows, evaluate, command, progress)
+    assert summary is not None, "one process quantizes"
+    return summary
 
 
 class _Tuning:
@@ -226,7 +272,7 @@ def _summary(
     return Summary(
         model=job.teacher.name,
         hub_id=job.teacher.hub_id,
-        recipe=f"{_recipe_name(extra)}, {job.recipe.name}",
+        recipe=", ".join(dict.fromkeys((_recipe_name(extra), job.recipe.name))),
         command=command,
         output=job.output,
         bytes_before=_weight_bytes(job.teacher.path),

@@ -15,8 +15,8 @@ from tests.tiny import TEXT, save_tiny
 from vqllm import api, cli
 from vqllm.checkpoint import tuned
 from vqllm.checkpoint.reader import Checkpoint
-from vqllm.errors import CalibrationError, CheckpointError, ModelError
-from vqllm.recipe import TuningRecipe, from_dict, tuning_from_dict
+from vqllm.errors import CalibrationError, CheckpointError, ModelError, RecipeError
+from vqllm.recipe import Recipe, TuningRecipe, from_dict, tuning_from_dict
 
 QUANTIZE = from_dict(
     {
@@ -233,6 +233,47 @@ def test_the_command(root, rounded, text, tmp_path) -> None:
     assert "end_to_end, held-out sequences" in result.output
     told = Checkpoint.open(tmp_path / "out").quantization.extra["tuning"][0]["recipe"]
     assert (told["seed"], told["stages"][0]["time"]) == (3, "10m")
+
+
+def whole(**stage: object) -> Recipe:
+    values = QUANTIZE.to_dict()
+    stages = {"calibration": {"sequences": 40, "length": 32}, "stages": recipe(**stage).stages}
+    return from_dict({**values, "tune": stages}, "whole")
+
+
+def test_a_recipe_that_quantizes_and_tunes(finished, root, source, text) -> None:
+    given = {"recipe": whole(), "calibration": text, "device": "cpu"}
+    summary = api.quantize(source, root / "whole", **given)
+    assert summary.evaluation["kl"] == pytest.approx(finished.evaluation["kl"], rel=1e-6)
+    one, other = Checkpoint.open(finished.output), Checkpoint.open(root / "whole")
+    assert one.linears == other.linears
+    assert all(torch.equal(one.read(name), other.read(name)) for name in one.tensors)
+    assert not (root / "whole" / ".vqllm").exists()
+
+
+def test_such_a_recipe_goes_on_where_it_was(root, source, text, monkeypatch) -> None:
+    given = {"calibration": text, "device": "cpu", "evaluate": False}
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuned.TunedRun, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        api.quantize(source, root / "halfway", recipe=whole(steps=3), **given)
+    monkeypatch.undo()
+    other = whole(steps=3).model_copy(update={"seed": 5})
+    with pytest.raises(CheckpointError, match="unfinished run that differs"):
+        api.quantize(source, root / "halfway", recipe=other, **given)
+    monkeypatch.setattr("vqllm.quantization.run_pipeline", killed)  # it is not quantized again
+    api.quantize(source, root / "halfway", recipe=whole(steps=3), **given)
+    assert Checkpoint.open(root / "halfway").quantization.extra["tuning"]
+    with pytest.raises(CheckpointError, match="holds a finished checkpoint"):
+        api.quantize(source, root / "halfway", recipe=whole(steps=3), **given)
+
+
+def test_a_comparison_does_not_tune(root, source, text) -> None:
+    with pytest.raises(RecipeError, match="without `tune`"):
+        api.compare(source, root / "compared", whole(), calibration=text, device="cpu")
 
 
 LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")

@@ -210,6 +210,12 @@ class Journal:
         self._lock.release()
 
 
+def check_free(folder: Path) -> None:
+    """Refuse a folder in which no run could begin or go on. CheckpointError says why."""
+    if not is_unfinished(folder):
+        _check_empty(folder)
+
+
 def is_unfinished(folder: Path) -> bool:
     """Whether a run stands in `folder` that can go on."""
     return (folder / WORK / JOURNAL).is_file()
