@@ -3,8 +3,7 @@
     python kernels/bench/bench_cpu.py [--output FILE.csv] [--threads N]
 
 One row of x. The contenders take turns; times are medians, speedup is the median of the ratios of
-rounds, speedup_best that of the fastest rounds, and load that of the machine, averaged over a minute
-by the system.
+rounds, speedup_best that of the fastest ones, and load that of the machine, averaged over a minute.
 """
 
 import argparse

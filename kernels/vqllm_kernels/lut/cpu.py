@@ -6,6 +6,9 @@ d is, and no weight is ever decoded. Where the processor can (AVX-512 VBMI), 64 
 at once in registers (permute_numba.py); elsewhere one by one, along the codes of all rows for one
 piece, whose 256 products stay in the first-level cache (gather_numba.py).
 
+In registers 4096 x 4096 is 8 times as fast as torch's bfloat16 product at 1 bit (d = 8), and 2.5 to
+5 times at 2 bits and more (kernels/bench/results/cpu.csv).
+
 Source: the idea is that of AQLM's CPU kernel, arXiv 2401.06118, section 3.4.
 """
 
@@ -60,11 +63,12 @@ def declines(spec: FormatSpec) -> str | None:
 
 
 def fewest_weights(cols: int) -> int:
-    """Weights of a linear from which on its look-ups are not slower than torch's bfloat16 product:
-    1024 x 1024 takes 45 to 80 us in registers, torch 85 to 110; one by one 576 x 1536 takes 180 to
-    360, torch 100. The compiler cannot trace the question for the processor: the larger number."""
+    """Weights of a linear from which on its look-ups are faster than torch's bfloat16 product, of
+    whatever kind: 2048 x 1024 takes 50 to 97 us in registers, torch 145 (1024 x 1024: 48 to 81,
+    torch 76 to 109); one by one 576 x 1536 takes 180 to 360, torch 100. The compiler cannot trace
+    the question for the processor: the larger number."""
     fast = not torch.compiler.is_compiling() and _in_registers(cols)
-    return 1 << 20 if fast else 1 << 22
+    return 1 << 21 if fast else 1 << 22
 
 
 def matmul(
