@@ -2,14 +2,17 @@
 
     python kernels/bench/bench_cpu.py [--output FILE.csv] [--threads N]
 
-One row of x. The contenders take turns, and the medians of their rounds are compared.
+One row of x. The contenders take turns; times are medians, speedup is the median of the ratios of
+rounds, speedup_best that of the fastest ones, and load that of the machine, averaged over a minute.
 """
 
 import argparse
 import csv
+import os
 import statistics
 import time
 from collections.abc import Callable
+from operator import truediv
 from pathlib import Path
 
 import torch
@@ -23,12 +26,13 @@ def lut(cols: int, bits: int) -> dict:
 
 
 FORMATS = {
+    "1x8, 8 bit": lut(8, 8),
     "1x4, 8 bit": lut(4, 8),
     "1x8, 8 bit, twice": {"format": "residual-v1", "stages": [lut(8, 8), lut(8, 8)]},
     "1x2, 6 bit": lut(2, 6),
     "e81b": {"format": "e81b-v1"},
 }
-SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (1536, 576), (576, 1536)]
+SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 1024), (1536, 576), (576, 1536)]
 ROUNDS = 15
 MIN_SECONDS = 0.02
 
@@ -80,13 +84,15 @@ def measure(values: dict, shape: tuple[int, int]) -> dict[str, object]:
     return {
         "rows": num_rows,
         "cols": num_cols,
-        **{f"{name}_us": round(1e6 * value, 1) for name, value in times.items()},
-        "speedup": round(times["bfloat16"] / times["lookup"], 2),
+        **{f"{name}_us": round(1e6 * statistics.median(t), 1) for name, t in times.items()},
+        "speedup": round(statistics.median(map(truediv, times["bfloat16"], times["lookup"])), 2),
+        "speedup_best": round(min(times["bfloat16"]) / min(times["lookup"]), 2),
+        "load": round(os.getloadavg()[0], 1),
     }
 
 
-def in_turns(**calls: Callable[[], object]) -> dict[str, float]:
-    """Median seconds of a call, by name."""
+def in_turns(**calls: Callable[[], object]) -> dict[str, list[float]]:
+    """Seconds of a call in every round, by name."""
     repeats = {
         name: max(1, int(MIN_SECONDS / max(seconds(call, 2), 1e-7))) for name, call in calls.items()
     }
@@ -94,7 +100,7 @@ def in_turns(**calls: Callable[[], object]) -> dict[str, float]:
     for _ in range(ROUNDS):
         for name, call in calls.items():
             times[name].append(seconds(call, repeats[name]))
-    return {name: statistics.median(found) for name, found in times.items()}
+    return times
 
 
 def seconds(call: Callable[[], object], repeats: int) -> float:

@@ -71,12 +71,10 @@ __all__ = [
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
-LOOKUP_WEIGHTS = 1 << 22
-"""Weights from which on they are: 576 x 1536 takes 100 us in torch, and 180 to 360 looked up, most
-of it for calls."""
 LOOKUP_ROWS = 1
 """Rows of x up to which look-ups are not slower than torch's product with decoded weights: 4096 x
-4096 takes 0.8 (1 bit) to 1.4 ms (2 bits) a row, torch 1.7 ms for 1 to 4 rows in bfloat16."""
+4096 takes 0.14 (1 bit) to 0.39 ms (2 bits, d = 2) a row, torch 1.7 ms for 1 to 4 rows in bfloat16;
+one by one it takes 0.8 to 1.6."""
 
 
 def linear(
@@ -252,8 +250,8 @@ def beats_kept_weights(spec: LinearSpec, device: torch.device, num_rows: int) ->
     return (
         device.type == "cpu"
         and num_rows <= LOOKUP_ROWS
-        and spec.rows * spec.cols >= LOOKUP_WEIGHTS
         and _looked_up(spec.format)
+        and spec.rows * spec.cols >= lookup.fewest_weights(spec.cols)
     )
 
 

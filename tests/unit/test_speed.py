@@ -35,7 +35,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch):
-    monkeypatch.setattr(dispatch, "LOOKUP_WEIGHTS", 0)
+    monkeypatch.setattr(dispatch.lookup, "fewest_weights", lambda cols: 0)
     yield
     set_weight_cache("auto")
 

@@ -2,11 +2,12 @@
 
 With the inputs cut into pieces of d columns, one small product gives the inner product of every
 entry with every piece, [pieces, 256]. A tile of W then costs one look-up and an addition, whatever
-d is, and no weight is ever decoded. Codes of all rows for one piece lie side by side, so that the
-inner loop walks along them and its 256 products stay in the first-level cache.
+d is, and no weight is ever decoded. Where the processor can (AVX-512 VBMI), 64 codes are looked up
+at once in registers (permute_numba.py); elsewhere one by one, along the codes of all rows for one
+piece, whose 256 products stay in the first-level cache (gather_numba.py).
 
-4096 x 4096 at 2 bits (d = 4) takes 1.4 ms where torch's bfloat16 product takes 1.7 on two cores, at
-1 bit (d = 8) 0.8 ms (kernels/bench/results/cpu.csv).
+In registers 4096 x 4096 is 8 times as fast as torch's bfloat16 product at 1 bit (d = 8), and 2.5 to
+5 times at 2 bits and more (kernels/bench/results/cpu.csv).
 
 Source: the idea is that of AQLM's CPU kernel, arXiv 2401.06118, section 3.4.
 """
@@ -28,11 +29,17 @@ from vqllm_kernels.residual.spec import ResidualSpec
 
 MAX_BITS = 8
 PARTS = 8
-"""Pieces of a large matrix are dealt out to so many sums, which are added in their order: the
-result does not depend on the number of threads."""
+"""Where codes are looked up one by one, the pieces of a large matrix are dealt out to so many sums,
+which are added in their order: the result does not depend on the number of threads."""
 LARGE = 1 << 23
-"""Look-ups from which on threads pay: 4096 x 4096 at d = 4 (2^22) takes 1.2 ms on one core and 1.5
-on two, a thread of Python's being slow to wake; 14336 x 4096 3.8 ms and 2.8 to 4.2."""
+"""Look-ups from which on threads pay there: 4096 x 4096 at d = 4 (2^22) takes 1.2 ms on one core
+and 1.5 on two, a thread of Python's being slow to wake; 14336 x 4096 3.8 ms and 2.8 to 4.2. In
+registers 14336 x 4096 takes 1.2 ms on one and 1.4 on two: one thread it is."""
+
+REGISTER_COLUMNS = 512
+"""Columns from which on products rounded to 24 bits are as exact as torch's float32: the relative
+error is 2 · 10⁻⁷ whatever their number, that of torch grows with it (at 16 columns it is a third,
+at 4096 three times as large)."""
 
 _prepared = WeakTensorKeyDictionary()
 """Codes as stored -> (addresses and versions of what went in, codes by piece, entries)."""
@@ -55,6 +62,15 @@ def declines(spec: FormatSpec) -> str | None:
     return None
 
 
+def fewest_weights(cols: int) -> int:
+    """Weights of a linear from which on its look-ups are faster than torch's bfloat16 product, of
+    whatever kind: 2048 x 1024 takes 50 to 97 us in registers, torch 145 (1024 x 1024: 48 to 81,
+    torch 76 to 109); one by one 576 x 1536 takes 180 to 360, torch 100. The compiler cannot trace
+    the question for the processor: the larger number."""
+    fast = not torch.compiler.is_compiling() and _in_registers(cols)
+    return 1 << 21 if fast else 1 << 22
+
+
 def matmul(
     x_NC: Tensor, tensors: dict[str, Tensor], spec: FormatSpec, rows: int, cols: int
 ) -> Tensor:
@@ -64,16 +80,15 @@ def matmul(
     """
     if len(x_NC) == 0:
         return x_NC.new_empty(0, rows)
-    x = x_NC.to(torch.float32)
+    x = x_NC.to(torch.float32).contiguous()
     y_NR: Tensor | None = None
     for i, stage in enumerate(_stages(spec)):
         own = stage_tensors(tensors, i) if isinstance(spec, ResidualSpec) else tensors
-        codes_GR, entries_DE = _by_piece(stage, own, cols)
-        width = len(entries_DE)
-        missing = len(codes_GR) * width - cols
+        codes, entries_DE = _prepare(stage, own, cols)
+        missing = -cols % len(entries_DE)
         padded = torch.nn.functional.pad(x, (0, missing)) if missing else x
-        sums_NGE = padded.view(len(x), -1, width) @ entries_DE
-        y = torch.stack([_gather(sums_GE, codes_GR) for sums_GE in sums_NGE.unbind()])
+        x_NGD = padded.view(len(x), -1, len(entries_DE))
+        y = torch.stack([_product(x_GD, entries_DE, codes, rows) for x_GD in x_NGD.unbind()])
         y_NR = y if y_NR is None else y_NR + y
     assert y_NR is not None, "a format has a stage"
     return y_NR.to(x_NC.dtype)
@@ -89,8 +104,9 @@ def _stages(spec: FormatSpec) -> tuple[FormatSpec, ...]:
     return spec.stages if isinstance(spec, ResidualSpec) else (spec,)
 
 
-def _by_piece(stage: FormatSpec, tensors: dict[str, Tensor], cols: int) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [pieces, rows], and all entries of the table, float32 [d, 2^bits]."""
+def _prepare(stage: FormatSpec, tensors: dict[str, Tensor], cols: int) -> tuple[Tensor, Tensor]:
+    """Codes as they are read, uint8 [pieces, rows] or, for registers, [pieces · padded rows], and
+    all entries of the table, float32 [d, 2^bits or more]."""
     codes = tensors["codes"]
     key = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors.values()]
     kept = _prepared.get(codes)
@@ -104,9 +120,26 @@ def _by_piece(stage: FormatSpec, tensors: dict[str, Tensor], cols: int) -> tuple
             else:
                 every = torch.arange(256, dtype=torch.uint8)[:, None]
                 entries_ED = stage.decode({**tensors, "codes": every}, 256, stage.tile[1])
+            if _in_registers(cols):
+                from vqllm_kernels.lut.permute_numba import arrange
+
+                missing = max(128 - len(entries_ED), 0)
+                entries_ED = torch.nn.functional.pad(entries_ED, (0, 0, 0, missing))
+                codes_GR = arrange(codes_GR)
             kept = (key, codes_GR, entries_ED.T.contiguous())
         _prepared[codes] = kept
     return kept[1], kept[2]
+
+
+def _product(x_GD: Tensor, entries_DE: Tensor, codes: Tensor, rows: int) -> Tensor:
+    """Σ_g x[g] · entries[:, code of g and r], float32 [R]."""
+    if codes.dim() == 1:
+        from vqllm_kernels.lut.permute_numba import kernel
+
+        y_R = torch.empty(codes.numel() // len(x_GD))
+        kernel(entries_DE.shape[1])(x_GD.numpy(), entries_DE.numpy(), codes.numpy(), y_R.numpy())
+        return y_R[:rows]
+    return _gather(x_GD @ entries_DE, codes)
 
 
 def _gather(sums_GE: Tensor, codes_GR: Tensor) -> Tensor:
@@ -149,3 +182,10 @@ def _has_numba() -> bool:
     except ImportError:
         return False
     return True
+
+
+@cache
+def _in_registers(cols: int) -> bool:
+    from vqllm_kernels.lut.permute_numba import available
+
+    return cols >= REGISTER_COLUMNS and available()

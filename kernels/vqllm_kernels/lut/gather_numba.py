@@ -1,4 +1,4 @@
-"""The inner loop of the look-ups on a CPU, compiled by numba. No lock is held."""
+"""Look-ups one by one, compiled by numba, for any processor. No lock is held."""
 
 import numba
 import numpy as np
