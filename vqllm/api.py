@@ -135,10 +135,9 @@ def tune(
     command = command or _call(tune, locals())
     opened = Checkpoint.open(checkpoint)
     chosen = _tuning_recipe(recipe, calibration, seed, time, changes)
-    named = teaching.teacher_of(opened) if teacher is None else teacher
     job = teaching.TuningJob(
         checkpoint=opened,
-        teacher=models.resolve(named, trust_remote_code=trust_remote_code),
+        teacher=_teacher(opened, teacher, trust_remote_code),
         recipe=chosen,
         output=Path(output),
         device=_device(device),
@@ -148,6 +147,21 @@ def tune(
     if evaluate and eval_text is not None:
         windows = windows_of(job.teacher.path, eval_text, eval_windows, trust_remote_code)
     return teaching.run(job, windows, evaluate, command, progress or LogProgress())
+
+
+def _teacher(
+    checkpoint: Checkpoint, given: str | Path | None, trust_remote_code: bool
+) -> ResolvedModel:
+    if given is not None:
+        return models.resolve(given, trust_remote_code=trust_remote_code)
+    named = teaching.teacher_of(checkpoint)
+    try:
+        return models.resolve(named, trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        raise ModelError(
+            f"{checkpoint.folder} was made from {named!r}, which is not found from here: pass it "
+            f"with --teacher. ({error})"
+        ) from error
 
 
 def _tuning_recipe(

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, distributed
 from vqllm.errors import VqllmError
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(days=7)
+"""torch's own 10 to 30 minutes would end a run that waits for its first process."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Processes:
             return cls()
         from accelerate import PartialState
 
-        state = PartialState(cpu=device.type == "cpu")
+        # The first process samples text and writes, which may take hours, while the others wait.
+        state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
         return cls(state.process_index, state.num_processes)
 
     @property
@@ -69,7 +74,8 @@ class Processes:
         return made[0] if made else None
 
     def leave(self) -> None:
-        """Let go of each other at the end."""
+        """Let go of each other when the shared work is done. After an error nobody leaves so: the
+        launcher ends the others, which may be waiting."""
         if self.size > 1:
             distributed.barrier()
             distributed.destroy_process_group()

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.errors import NumericalError
-from vqllm.runtime import VQLinear
+from vqllm.runtime import PackedModule, VQLinear
 from vqllm_kernels.linear import LinearSpec
 from vqllm_kernels.transforms import ScaleSpec
 
@@ -27,14 +27,17 @@ from vqllm_kernels.transforms import ScaleSpec
 class ScaledLinear(nn.Module):
     """y = r ∘ (Ŵ (c ∘ x)) + bias; Ŵ is a constant in the dtype of the model, the rest float32."""
 
-    def __init__(self, linear: VQLinear) -> None:
+    def __init__(self, linear: VQLinear, bias: Tensor | None) -> None:
+        """Args:
+        bias: as stored, which may be more exact than that of the loaded linear.
+        """
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         W_RC = linear.dequantize()
         self.register_buffer("weight", W_RC, persistent=False)
         self.rows = _parameter(torch.zeros(self.out_features, device=W_RC.device))
         self.columns = _parameter(torch.zeros(self.in_features, device=W_RC.device))
-        self.bias = None if linear.bias is None else Moved(linear.bias.detach(), linear.bias.dtype)
+        self.bias = None if bias is None else Moved(bias, W_RC.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """y [.., R] of x [.., C], in the dtype of x."""
@@ -112,7 +115,8 @@ class Student:
         linears: dict[str, ScaledLinear] = {}
         for name, module in list(model.named_modules()):
             if isinstance(module, VQLinear) and name in checkpoint.linears and name not in outside:
-                linears[name] = ScaledLinear(module).to(module.device)
+                bias = None if module.bias is None else checkpoint.read(f"{name}.bias")
+                linears[name] = ScaledLinear(module, bias).to(module.device)
                 model.set_submodule(name, linears[name])
         self._linears = linears
         self._moved = {
@@ -136,7 +140,7 @@ class Student:
         ours = {module for linear in self._linears.values() for module in linear.modules()}
         tied: dict[int, Moved] = {}
         for prefix, module in list(self.model.named_modules()):
-            if module in ours or isinstance(module, VQLinear):
+            if module in ours or isinstance(module, PackedModule):
                 continue
             for key, parameter in list(module.named_parameters(recurse=False)):
                 name = f"{prefix}.{key}" if prefix else key
@@ -150,7 +154,9 @@ class Student:
                     self.not_stored.append(name)
                     continue
                 if moved is None:
-                    moved = tied[id(parameter)] = Moved(parameter.detach(), parameter.dtype)
+                    # As stored: the loaded one may be rounded to a narrower dtype.
+                    old = self._checkpoint.read(name).to(parameter.device)
+                    moved = tied[id(parameter)] = Moved(old, parameter.dtype)
                     self._moved.setdefault(kind, {})[name] = moved
                 module.register_parameter(key, moved.delta)
                 parametrize.register_parametrization(module, key, moved, unsafe=True)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from vqllm import evaluation, memory, quantization
 from vqllm.calibration.tokens import SELF, calibration_sequences
 from vqllm.checkpoint.inspect import bits_per_weight
-from vqllm.checkpoint.journal import WORK, check_free, differences, is_unfinished
+from vqllm.checkpoint.journal import ROUNDED, WORK, check_free, differences, is_unfinished
 from vqllm.checkpoint.reader import Checkpoint, is_checkpoint
 from vqllm.checkpoint.tuned import TunedRun
 from vqllm.errors import CheckpointError, ModelError
 from vqllm.job import Job
+from vqllm.loading import load_tokenizer, skeleton
 from vqllm.models import ResolvedModel
 from vqllm.processes import Processes
 from vqllm.progress import Progress
@@ -45,6 +46,8 @@ class TuningJob:
     output: Path
     device: torch.device
     trust_remote_code: bool = False
+    within: str = ""
+    """what stands before the recipe's keys in that of the command"""
 
 
 def teacher_of(checkpoint: Checkpoint) -> str:
@@ -82,8 +85,7 @@ def run(
         if name != SELF:
             open_source(name)  # what cannot be read is found before a folder is begun
     processes = Processes.started(job.device)
-    with ExitStack() as stack:
-        stack.callback(processes.leave)
+    with ExitStack() as stack, _explained_memory(job):
         settings = {
             "teacher": job.teacher.name,
             "device": job.device.type,
@@ -91,9 +93,10 @@ def run(
         }
 
         def open_folder() -> TunedRun:
-            run = TunedRun(job.output, job.checkpoint, job.recipe.to_dict(), settings)
+            run = TunedRun(job.output, job.checkpoint, _identity(job.recipe), settings)
             return stack.enter_context(run)
 
+        _check_fit(job)
         folder = processes.on_first(open_folder)
         return _Tuning(job, folder, processes, progress).run(windows, evaluate, command)
 
@@ -116,8 +119,13 @@ def quantize_and_tune(
         CheckpointError: something else is in the folder, or a run of another recipe.
     """
     check_free(job.output)
-    recipe, rounded = job.recipe.rounding_only(), job.output / WORK / "rounded"
+    recipe, rounded = job.recipe.rounding_only(), job.output / WORK / ROUNDED
     if is_unfinished(rounded) or not is_checkpoint(rounded):
+        if is_unfinished(job.output):
+            raise CheckpointError(
+                f"{job.output} holds an unfinished run of a recipe without `tune`. Repeat the "
+                "command that began it, or choose another output folder."
+            )
         inner = replace(job, output=rounded, recipe=recipe)
         quantization.run(inner, None, hub_id=teacher.hub_id, command=command, progress=progress)
     checkpoint = Checkpoint.open(rounded)
@@ -136,6 +144,7 @@ def quantize_and_tune(
         output=job.output,
         device=job.device,
         trust_remote_code=job.trust_remote_code,
+        within="tune.",
     )
     summary = run(tuning, windows, evaluate, command, progress)
     assert summary is not None, "one process quantizes"
@@ -153,8 +162,12 @@ class _Tuning:
 
     def run(self, windows: Windows | None, evaluate: bool, command: str) -> Summary | None:
         job, start = self._job, time.perf_counter()
-        teacher, tokenizer = self._load(job.teacher.path)
-        held_out, told = self._tune(teacher, tokenizer)
+        self._phase("calibration text")
+        # Before the models are loaded: a source that is the model itself is one more in memory.
+        sequences = self._processes.told(self._sequences)
+        teacher, _ = self._load(job.teacher.path)
+        told = self._tune(teacher, sequences)
+        self._processes.leave()
         if self._folder is None:
             return None
         seconds = {"tuning": time.perf_counter() - start}
@@ -163,7 +176,7 @@ class _Tuning:
             self._phase("evaluation against the original")
             start = time.perf_counter()
             tuned, _ = self._load(job.output)
-            chosen = windows or _held_out(job, held_out)
+            chosen = windows or _held_out(job, sequences["held_out"])
             measured = evaluation.compare(tuned, teacher, chosen.tokens_SL, chosen.label).to_dict()
             seconds["evaluation"] = time.perf_counter() - start
         summary = _summary(job, command, seconds, measured, told)
@@ -175,18 +188,14 @@ class _Tuning:
         """In bfloat16 everywhere: gradients of a mean over many positions underflow in float16."""
         return load_to_run(folder, self._job.device, self._job.trust_remote_code, torch.bfloat16)
 
-    def _tune(self, teacher: Any, tokenizer: Any) -> tuple[Tensor, list[JSON]]:
-        """Write the tuned checkpoint; the held-out sequences, and what the stages say."""
-        job = self._job
-        model, own = self._load(job.checkpoint.folder)
-        check_teacher(job.checkpoint, teacher, tokenizer, own)
-        self._phase("calibration text")
-        sequences = self._processes.told(self._sequences)
+    def _tune(self, teacher: Any, sequences: Mapping[str, Tensor]) -> list[JSON]:
+        """Write the tuned checkpoint; what the stages say."""
+        model, _ = self._load(self._job.checkpoint.folder)
         student = self._student(model)
         told = self._stages(student, teacher, sequences)
         self._phase("writing the tuned model")
         self._processes.on_first(lambda: self._write(student))
-        return sequences["held_out"], told
+        return told
 
     def _phase(self, text: str) -> None:
         if self._processes.is_first:
@@ -249,8 +258,7 @@ class _Tuning:
                 share=self._share,
                 processes=self._processes,
             )
-            with _explained_memory():
-                told.append({"stage": stage.type, **stage(task)})
+            told.append({"stage": stage.type, **stage(task)})
         return told
 
     def _write(self, student: Student) -> None:
@@ -283,6 +291,26 @@ def _summary(
         evaluation=measured,
         not_quantized=extra.get("not_quantized", {}),
         tuning=told,
+    )
+
+
+def _identity(recipe: TuningRecipe) -> JSON:
+    """The recipe, as far as a run that goes on must have the same: how many sequences run together
+    changes the order of sums only, and is what to lower where memory ended."""
+    values = recipe.to_dict()
+    for stage in values["stages"]:
+        stage.pop("together", None)
+    return values
+
+
+def _check_fit(job: TuningJob) -> None:
+    """Look at the sizes and vocabularies of both models before anything is computed."""
+    folder, trust = job.teacher.path, job.trust_remote_code
+    check_teacher(
+        job.checkpoint,
+        skeleton(folder, trust_remote_code=trust),
+        load_tokenizer(folder, trust_remote_code=trust),
+        load_tokenizer(job.checkpoint.folder, trust_remote_code=trust),
     )
 
 
@@ -338,6 +366,9 @@ def _held_out(job: TuningJob, tokens_SL: Tensor) -> Windows:
 class _explained_memory:
     """Turns running out of memory into a message that says what to lower."""
 
+    def __init__(self, job: TuningJob) -> None:
+        self._keys = job.within
+
     def __enter__(self) -> None:
         return None
 
@@ -345,9 +376,10 @@ class _explained_memory:
         out = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if out or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
             raise ModelError(
-                "out of memory. What was tuned is kept: lower `together` of the stage (sequences "
-                "that run at a time; --set stages.0.together=1), then calibration.length, and run "
-                "it again into another folder; or take another --device."
+                "out of memory. What was tuned is kept: repeat the command with fewer sequences at "
+                f"a time, --set {self._keys}stages.0.together=1. If one is too many, lower "
+                f"{self._keys}calibration.length (which begins the tuning again, in another "
+                "folder), or take another --device."
             ) from error
 
 

@@ -465,9 +465,11 @@ class _Loaded:
         """y [N, rows], without bias, of an operand that was made of x."""
         spec = self.spec
         run = _chosen_matmul(x_NC, spec.format).run
+        # Look-ups decode nothing, and keep a copy of the codes that belongs to the whole.
+        blocks = [(0, spec.rows)] if run is lookup.matmul else self.blocks
         parts = [
             run(operand, spec.block(self.own, start, stop), spec.format, stop - start, spec.cols)
-            for start, stop in self.blocks
+            for start, stop in blocks
         ]
         y_NR = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         outer = [s for s in reversed(self.staged) if s[0].side == "out"]

@@ -194,13 +194,18 @@ def test_a_teacher_with_another_vocabulary(root, source, rounded, text) -> None:
         run(rounded, root / "wrong-3", text, teacher=other)
 
 
-def test_a_checkpoint_that_names_no_teacher(root, rounded, text) -> None:
+def test_a_checkpoint_that_names_no_teacher(root, source, rounded, text) -> None:
     older = shutil.copytree(rounded, root / "older")
     values = json.loads((older / "config.json").read_text())
     del values["quantization_config"]["source"]
     (older / "config.json").write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match="pass it with --teacher"):
         run(older, root / "wrong-4", text)
+    values["quantization_config"]["source"] = {"model": "models/gone"}
+    (older / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ModelError, match="made from 'models/gone', which is not found from here"):
+        run(older, root / "wrong-4", text)
+    assert run(older, root / "given", text, teacher=source, recipe=recipe(steps=2), evaluate=False)
 
 
 def test_a_text_that_is_not_there_leaves_no_folder(root, rounded) -> None:
@@ -209,13 +214,19 @@ def test_a_text_that_is_not_there_leaves_no_folder(root, rounded) -> None:
     assert not (root / "wrong-5").exists()
 
 
-def test_out_of_memory_says_what_to_lower(root, rounded, text, monkeypatch) -> None:
+def test_out_of_memory_says_what_to_lower(root, source, rounded, text, monkeypatch) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("vqllm.tuning.end_to_end.divergence", full)
-    with pytest.raises(ModelError, match=r"stages\.0\.together=1"):
-        run(rounded, root / "full", text)
+    with pytest.raises(ModelError, match=r"--set stages\.0\.together=1"):
+        run(rounded, root / "full", text, recipe=recipe(steps=2))
+    with pytest.raises(ModelError, match=r"--set tune\.stages\.0\.together=1"):
+        api.quantize(source, root / "full-2", recipe=whole(), calibration=text, device="cpu")
+    monkeypatch.undo()
+    # What it says works, in the same folder.
+    run(rounded, root / "full", text, recipe=recipe(steps=2, together=1), evaluate=False)
+    assert Checkpoint.open(root / "full").quantization.extra["tuning"]
 
 
 def test_an_ordinary_model_is_refused(root, source, text) -> None:
@@ -271,6 +282,29 @@ def test_such_a_recipe_goes_on_where_it_was(root, source, text, monkeypatch) -> 
         api.quantize(source, root / "halfway", recipe=whole(steps=3), **given)
 
 
+@pytest.mark.parametrize("tunes_first", [True, False])
+def test_runs_with_and_without_tuning_keep_apart(
+    root, source, text, tunes_first, monkeypatch
+) -> None:
+    given = {"calibration": text, "device": "cpu", "evaluate": False}
+    output = root / f"apart-{tunes_first}"
+    first, second = (whole(), QUANTIZE) if tunes_first else (QUANTIZE, whole())
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vqllm.checkpoint.run.CheckpointRun.finish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        api.quantize(source, output, recipe=first, **given)
+    monkeypatch.undo()
+    kept = files(output)
+    kind = "with" if tunes_first else "without"
+    with pytest.raises(CheckpointError, match=f"unfinished run of a recipe {kind} `tune`"):
+        api.quantize(source, output, recipe=second, **given)
+    assert files(output) == kept
+    api.quantize(source, output, recipe=first, **given)
+
+
 def test_a_comparison_does_not_tune(root, source, text) -> None:
     with pytest.raises(RecipeError, match="without `tune`"):
         api.compare(source, root / "compared", whole(), calibration=text, device="cpu")
@@ -283,11 +317,11 @@ def launch(num: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     root = Path(cli.__file__).parents[1]
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [*LAUNCHER, str(num), "-m", "vqllm", *map(str, arguments)],
+        [*LAUNCHER, str(num), *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        timeout=300,
+        timeout=120,
     )
 
 
@@ -295,7 +329,7 @@ def test_two_processes_tune_as_one_does(finished, source, root, rounded, text) -
     file = root / "tuning.yaml"
     file.write_text(recipe().to_yaml())
     options = ("--recipe", file, "--calibration", text, "--device", "cpu")
-    result = launch(2, "tune", rounded, "--output", root / "two", *options)
+    result = launch(2, "-m", "vqllm", "tune", rounded, "--output", root / "two", *options)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("end_to_end, held-out sequences") == 1  # only one of them talks
     measured = api.evaluate(
@@ -323,6 +357,30 @@ def test_a_mistake_ends_all_processes(root, rounded, text) -> None:
     (root / "full-folder").mkdir()
     (root / "full-folder" / "notes.txt").write_text("mine")
     options = ("--calibration", text, "--device", "cpu")
-    result = launch(2, "tune", rounded, "--output", root / "full-folder", *options)
+    result = launch(2, "-m", "vqllm", "tune", rounded, "--output", root / "full-folder", *options)
     assert result.returncode != 0
     assert "is not empty: notes.txt" in result.stderr
+
+
+PROGRAM = """
+import os, sys
+import torch
+import vqllm
+from vqllm.tuning import end_to_end
+
+def full(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+if os.environ["RANK"] == "1":
+    end_to_end.divergence = full
+rounded, output, text = sys.argv[1:]
+few = ("calibration.length=32", "calibration.sequences=40")
+vqllm.tune(rounded, output, calibration=text, device="cpu", changes=few)
+"""
+
+
+def test_an_error_in_one_process_ends_the_others(root, rounded, text, tmp_path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    result = launch(2, tmp_path / "program.py", rounded, root / "half-full", text)
+    assert result.returncode != 0
+    assert "out of memory. What was tuned is kept" in result.stderr

@@ -136,6 +136,25 @@ def test_an_input_that_was_written_into_is_another_one(mode) -> None:
     assert torch.equal(model.v(x), model.v.multiply(x))
 
 
+def test_gradients_are_those_of_the_call_that_asks(mode) -> None:
+    model, x = Attention(), inputs(4).requires_grad_()
+    group_inputs(model)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            model.q(x)
+        assert model.k(x).requires_grad
+        assert model.v(x).requires_grad
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_results_may_be_written_into(mode, rows) -> None:
+    model, x = Attention(), inputs(rows).requires_grad_()
+    group_inputs(model)
+    first = model.q(x).mul_(2)
+    torch.testing.assert_close(first, 2 * model.q.multiply(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.k(x), model.k.multiply(x), rtol=1e-5, atol=1e-5)
+
+
 def test_changed_weights_are_seen(mode) -> None:
     model, x = Attention(), inputs(4)
     group_inputs(model)

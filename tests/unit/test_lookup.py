@@ -11,6 +11,7 @@ import torch
 from tests.parity.kernels import assert_no_worse, random_activations, random_tensors, relative_rms
 from vqllm.runtime import VQLinear, describe, set_weight_cache
 from vqllm_kernels import dispatch, formats
+from vqllm_kernels import linear as linear_module
 from vqllm_kernels.linear import LinearSpec
 from vqllm_kernels.lut import cpu
 
@@ -254,3 +255,25 @@ def test_a_look_up_has_a_gradient():
     x = torch.randn(1, 64, requires_grad=True)
     module(x).sum().backward()
     torch.testing.assert_close(x.grad, module.dequantize().sum(0)[None])
+
+
+def test_a_large_matrix_is_prepared_once(monkeypatch):
+    monkeypatch.setattr(linear_module, "BLOCK_WEIGHTS", 32 * 64)
+    monkeypatch.setattr(linear_module, "BLOCK_ROWS", 1)
+    spec = LinearSpec(rows=96, cols=64, format=formats.from_dict(SERVED["4 columns, 8 bits"]))
+    tensors = random_tensors(spec.format, 96, 64, "cpu")
+    x = random_activations(1, 64, torch.float32, "cpu")
+    dispatch._linear.cache_clear()
+    assert len(spec.row_blocks()) == 3
+    with dispatch.force("reference"):
+        wanted = dispatch.linear(x, tensors, spec)
+    unpacked = []
+    unpack = cpu.unpack_bits
+    monkeypatch.setattr(cpu, "unpack_bits", lambda *a: unpacked.append(1) or unpack(*a))
+    for _ in range(3):
+        with dispatch.force("lookup"):
+            y = dispatch.linear(x, tensors, spec)
+        torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
+    assert len(unpacked) == 1
+    assert cpu.kept_bytes(tensors["codes"]) > 0
+    dispatch._linear.cache_clear()

@@ -48,8 +48,9 @@ def test_every_parameter_has_a_gradient_and_nothing_else(checkpoint) -> None:
     assert not student.not_stored
 
 
-def test_only_what_is_asked_for_is_trained(checkpoint) -> None:
-    student = Student(loaded(checkpoint), checkpoint, {"vectors"})
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_what_is_asked_for_is_trained(checkpoint, dtype) -> None:
+    student = Student(loaded(checkpoint, dtype), checkpoint, {"vectors"})
     assert set(student.parameters) == {"vectors"}
     student.logits(TOKENS).sum().backward()
     changes = student.changes()
@@ -72,6 +73,19 @@ def test_a_tied_head_is_one_parameter(tmp_path) -> None:
     after = student.model.get_input_embeddings().weight
     torch.testing.assert_close(after, before + before.square().mean().sqrt())
     assert torch.equal(student.model.get_output_embeddings().weight, after)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_quantized_vocabulary_is_left_alone(tmp_path, tied) -> None:
+    outside = fake_checkpoint(tmp_path, outside=FORMATS["e8p"], tie_word_embeddings=tied)
+    both = Checkpoint.open(outside.folder)
+    student = Student(loaded(both), both, ALL)
+    assert "head" not in student.parameters
+    student.logits(TOKENS).sum().backward()
+    ends = both.quantization.outside_layers
+    assert ends
+    changes = student.changes()
+    assert not any(name.startswith(tuple(ends)) for name in (*changes.packed, *changes.others))
 
 
 @pytest.mark.parametrize("format", FORMATS)

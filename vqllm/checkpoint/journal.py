@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 WORK = ".vqllm"
 JOURNAL = "journal.jsonl"
 LOCK = "lock"
+ROUNDED = "rounded"
+"""Folder in WORK with the checkpoint that a run quantizes first and tunes then."""
 
 NUM_SAMPLES = 64
 SAMPLE_BYTES = 4096

@@ -24,9 +24,9 @@ from vqllm.checkpoint.format import (
     spec_from_dict,
     spec_to_dict,
 )
-from vqllm.checkpoint.journal import FinishedLayer, Journal, identity
+from vqllm.checkpoint.journal import ROUNDED, WORK, FinishedLayer, Journal, identity
 from vqllm.checkpoint.source import SourceTensors
-from vqllm.errors import ModelError
+from vqllm.errors import CheckpointError, ModelError
 from vqllm_kernels.linear import LinearSpec
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,11 @@ class CheckpointRun:
     ) -> None:
         self._output, self._source, self._model = output, source, model
         self._recipe, self._trust_remote_code = recipe, trust_remote_code
+        if (output / WORK / ROUNDED).is_dir():
+            raise CheckpointError(
+                f"{output} holds an unfinished run of a recipe with `tune`. Repeat the command "
+                "that began it, or choose another output folder."
+            )
         # A model that cannot become a checkpoint is refused before anything is written.
         writer.read_dense_config(source)
         run = identity(

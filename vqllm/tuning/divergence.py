@@ -15,16 +15,16 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own_NV: Tensor, other_NV: Tensor) -> Tensor:
         grad_NV = torch.empty_like(own_NV)
-        total = torch.zeros((), dtype=torch.float64, device=own_NV.device)
+        total = torch.zeros((), device=own_NV.device)
         parts = zip(own_NV.split(CHUNK), other_NV.split(CHUNK), grad_NV.split(CHUNK))
         for own, other, grad in parts:
             log_q, log_p = F.log_softmax(own.float(), -1), F.log_softmax(other.float(), -1)
             p = log_p.exp()
             # Where the original says never, log p is −∞ and counts for nothing.
-            total += torch.where(p == 0, 0, p * (log_p - log_q)).sum(dtype=torch.float64)
+            total += torch.where(p == 0, 0, p * (log_p - log_q)).sum()
             grad.copy_(log_q.exp_().sub_(p))
         ctx.save_for_backward(grad_NV)
-        return total.float()
+        return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -120,6 +120,7 @@ class _Run:
         # beta2 of 0.95, as in PV-Tuning: a few hundred steps are too few for 0.999.
         self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         self._step = self._faults = self._vocabulary = 0
+        self._looked = -1
         self._factor, self._before = 1.0, 0.0
         self._history: list[JSON] = []
         self._best: dict[str, Tensor] = {}
@@ -131,9 +132,8 @@ class _Run:
         if kept := self._task.keeper.last():
             self._load(*kept)
             self._say("tuning goes on at step %d of %d", self._step, self._stage.steps)
-        every = max(1, self._stage.steps // LOOKS)
         while not self._is_over():
-            if self._step % every == 0 and not self._was_looked_at():
+            if self._tenth() > self._looked and not self._was_looked_at():
                 self._look()
             if not self._advance():
                 self._go_back()
@@ -146,6 +146,10 @@ class _Run:
 
     def _was_looked_at(self) -> bool:
         return bool(self._history) and self._history[-1]["step"] == self._step
+
+    def _tenth(self) -> int:
+        """How many of the parts of the way after which to look are done."""
+        return int(LOOKS * self._progress() + 1e-9)
 
     def _is_over(self) -> bool:
         return self._faults >= MAX_FAULTS or self._progress() >= 1
@@ -173,6 +177,7 @@ class _Run:
         if not math.isfinite(loss):
             self._go_back()
             return
+        self._looked = self._tenth()
         if loss < min((look["held_out_kl"] for look in self._history), default=math.inf):
             self._best = self._copies()
         self._history.append({"step": self._step, "train_kl": recent, "held_out_kl": loss})
@@ -188,7 +193,7 @@ class _Run:
         self._task.keeper.keep(*self._good)
 
     def _mean_loss(self, sequences_SL: Tensor) -> float:
-        total = torch.zeros((), dtype=torch.float64, device=self._task.device)
+        total = torch.zeros((), device=self._task.device)
         for tokens in self._processes.own(sequences_SL).split(self._together(sequences_SL)):
             if len(tokens):
                 total += self._loss(tokens)
@@ -302,6 +307,7 @@ class _Run:
             "step": self._step,
             "faults": self._faults,
             "factor": self._factor,
+            "looked": self._looked,
             "elapsed": self._elapsed(),
             "history": list(self._history),
         }
@@ -314,6 +320,7 @@ class _Run:
 
     def _load(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:
         self._step, self._faults, self._factor = told["step"], told["faults"], told["factor"]
+        self._looked = told["looked"]
         self._before, self._start = told["elapsed"], time.monotonic()
         self._history, self._losses = list(told["history"]), []
         self._restore(_under("now.", tensors))
