@@ -32,4 +32,4 @@ def test_dry_run_of_the_look_ups(tmp_path: Path) -> None:
     file = tmp_path / "cpu.csv"
     command = [sys.executable, str(FOLDER / "bench_cpu.py"), "--dry-run", "--output", str(file)]
     subprocess.run(command, capture_output=True, check=True)
-    assert len(file.read_text().splitlines()) == 5
+    assert len(file.read_text().splitlines()) == 6
