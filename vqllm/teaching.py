@@ -209,7 +209,7 @@ class _Tuning:
         assert self._folder is not None
         kept = self._folder.kept("sequences")
         if kept is not None:
-            return kept[1]
+            return kept
         calibration = self._job.recipe.calibration
         found = calibration_sequences(
             self._job.teacher.path,
@@ -221,7 +221,7 @@ class _Tuning:
             self._job.trust_remote_code,
         )
         tensors = {"calibration": found.calibration, "held_out": found.held_out}
-        self._folder.keep("sequences", {}, tensors)
+        self._folder.put("sequences", tensors)
         return tensors
 
     def _student(self, model: Any) -> Student:
@@ -323,13 +323,13 @@ class _Keeper:
     def last(self) -> tuple[JSON, dict[str, Tensor]] | None:
         def read() -> tuple[JSON, dict[str, Tensor]] | None:
             assert self._folder is not None
-            return self._folder.kept(self._name)
+            return self._folder.kept_told(self._name)
 
         return self._processes.told(read)
 
     def keep(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:
         if self._folder is not None:
-            self._folder.keep(self._name, told, tensors)
+            self._folder.put_told(self._name, told, tensors)
 
 
 def check_teacher(

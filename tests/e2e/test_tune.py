@@ -123,15 +123,15 @@ def test_the_same_bytes_again(finished, root, rounded, text) -> None:
 @pytest.mark.parametrize("stop", [1, 5])
 def test_an_interrupted_run_goes_on(finished, root, rounded, text, stop, monkeypatch) -> None:
     output = root / f"stopped-{stop}"
-    keep, calls = tuned.TunedRun.keep, []
+    keep, calls = tuned.TunedRun.put_told, []
 
     def stopping(self, name, told, tensors) -> None:
         keep(self, name, told, tensors)
         calls.append(name)
-        if len(calls) == 1 + stop:  # the sequences come first
+        if len(calls) == stop:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuned.TunedRun, "keep", stopping)
+    monkeypatch.setattr(tuned.TunedRun, "put_told", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(rounded, output, text)
     assert not (output / "config.json").exists()

@@ -5,17 +5,15 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol
 
-import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import vqllm
 from vqllm.bits import count
 from vqllm.checkpoint import atomic, writer
+from vqllm.checkpoint.folder import RunFolder
 from vqllm.checkpoint.format import (
     JSON,
     RECORDS,
@@ -24,16 +22,12 @@ from vqllm.checkpoint.format import (
     spec_from_dict,
     spec_to_dict,
 )
-from vqllm.checkpoint.journal import ROUNDED, WORK, FinishedLayer, Journal, identity
+from vqllm.checkpoint.journal import ROUNDED, WORK, FinishedLayer, identity
 from vqllm.checkpoint.source import SourceTensors
 from vqllm.errors import CheckpointError, ModelError
 from vqllm_kernels.linear import LinearSpec
 
 logger = logging.getLogger(__name__)
-
-
-TOLD = "told"
-"""In a file of `keep_packed`, beside the packed tensors: all else about it, JSON in UTF-8."""
 
 
 class Packed(Protocol):
@@ -59,11 +53,8 @@ class Kept:
     record: JSON
 
 
-class CheckpointRun:
-    """Writes a checkpoint layer by layer; entering a folder with an unfinished run goes on with it.
-
-    A context manager: leaving it in any way lets go of the folder and keeps what is finished.
-    """
+class CheckpointRun(RunFolder):
+    """Writes a checkpoint layer by layer."""
 
     def __init__(
         self,
@@ -74,7 +65,7 @@ class CheckpointRun:
         settings: JSON,
         trust_remote_code: bool = False,
     ) -> None:
-        self._output, self._source, self._model = output, source, model
+        self._source, self._model = source, model
         self._recipe, self._trust_remote_code = recipe, trust_remote_code
         if (output / WORK / ROUNDED).is_dir():
             raise CheckpointError(
@@ -90,19 +81,7 @@ class CheckpointRun:
             settings=settings,
             trust_remote_code=trust_remote_code,
         )
-        self._journal = Journal(output, run)
-        self.scratch = self._journal.staging
-
-    def __enter__(self) -> "CheckpointRun":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._journal.close()
+        super().__init__(output, run)
 
     @property
     def num_finished(self) -> int:
@@ -126,38 +105,20 @@ class CheckpointRun:
         self.put(name, make())
         return load_file(self._kept_path(name))
 
-    def put(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Keep tensors for later in the run, or for when it goes on."""
-        atomic.write_shard(self._kept_path(name), tensors, self.scratch)
-
-    def kept(self, name: str) -> dict[str, Tensor] | None:
-        """What `put` or `keep` kept; None if there is nothing, or it is damaged."""
-        path = self._kept_path(name)
-        try:
-            return load_file(path) if path.is_file() else None
-        except (SafetensorError, OSError) as error:
-            logger.warning("%s cannot be read (%s): it is made again", path, error)
-            return None
-
-    def _kept_path(self, name: str) -> Path:
-        return self.scratch / f"{name}.safetensors"
-
     def keep_packed(self, name: str, made: Packed) -> Kept:
         """Keep a quantized matrix for when the run goes on."""
         told = {"name": made.name, "spec": spec_to_dict(made.spec), "record": made.record}
-        text = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
-        tensors = {f"packed.{key}": tensor.cpu() for key, tensor in made.tensors.items()}
-        self.put(name, {TOLD: text, **tensors})
+        self.put_told(name, told, {f"packed.{key}": t for key, t in made.tensors.items()})
         kept = self.kept_packed(name)
         assert kept is not None, "it was just written"
         return kept
 
     def kept_packed(self, name: str) -> Kept | None:
         """What `keep_packed` kept; None if there is nothing, or it is damaged."""
-        tensors = self.kept(name)
-        if tensors is None:
+        found = self.kept_told(name)
+        if found is None:
             return None
-        told = json.loads(bytes(tensors.pop(TOLD).tolist()))
+        told, tensors = found
         packed = {key.removeprefix("packed."): tensor for key, tensor in tensors.items()}
         return Kept(told["name"], spec_from_dict(told["spec"]), packed, told["record"])
 
@@ -281,13 +242,6 @@ class CheckpointRun:
         writer.copy_files(self._source, self._output, self.scratch, self._trust_remote_code)
         writer.write_index(self._output, checksums, self.scratch)
         writer.write_config(self._source, self._output, self.scratch, config)
-
-    def complete(self, pages: Mapping[str, bytes]) -> None:
-        """The run is over: write the pages about it, by file name, and remove what only a run
-        needs."""
-        for name, contents in pages.items():
-            atomic.write_bytes(self._output / name, contents, self.scratch)
-        self._journal.complete()
 
     def source_bytes(self) -> int:
         """Bytes of the tensors of the source model."""

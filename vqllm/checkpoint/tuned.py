@@ -1,35 +1,23 @@
 """The output folder of a tuning run: a checkpoint with some tensors of another one changed."""
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vqllm.bits import count
 from vqllm.checkpoint import atomic, writer
+from vqllm.checkpoint.folder import RunFolder
 from vqllm.checkpoint.format import CONFIG, JSON, RECORDS, QuantizationConfig
-from vqllm.checkpoint.journal import Journal, identity
+from vqllm.checkpoint.journal import identity
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm_kernels.linear import LinearSpec
 
-logger = logging.getLogger(__name__)
 
-TOLD = "told"
-"""In a kept state, beside its tensors: all else about it, JSON in UTF-8."""
-
-
-class TunedRun:
-    """Writes a tuned checkpoint; entering a folder with an unfinished run goes on with it.
-
-    A context manager: leaving it in any way lets go of the folder and keeps what was kept.
-    """
+class TunedRun(RunFolder):
+    """Writes a tuned checkpoint."""
 
     def __init__(self, output: Path, checkpoint: Checkpoint, recipe: JSON, settings: JSON) -> None:
         """Begin or go on.
@@ -42,7 +30,7 @@ class TunedRun:
             CheckpointError: something else is in the folder; a difference to the earlier run is
                 shown.
         """
-        self._output, self._checkpoint = output, checkpoint
+        self._checkpoint = checkpoint
         run = identity(
             model=str(checkpoint.folder),
             source=checkpoint.folder,
@@ -50,40 +38,7 @@ class TunedRun:
             settings=settings,
             trust_remote_code=True,
         )
-        self._journal = Journal(output, run)
-        self.scratch = self._journal.staging
-
-    def __enter__(self) -> "TunedRun":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._journal.close()
-
-    def keep(self, name: str, told: JSON, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a state for when the run goes on."""
-        text = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
-        own = {name: tensor.cpu() for name, tensor in tensors.items()}
-        atomic.write_shard(self._path(name), {TOLD: text, **own}, self.scratch)
-
-    def kept(self, name: str) -> tuple[JSON, dict[str, Tensor]] | None:
-        """What `keep` kept; None if there is nothing, or it is damaged."""
-        path = self._path(name)
-        if not path.is_file():
-            return None
-        try:
-            tensors = load_file(path)
-            return json.loads(bytes(tensors.pop(TOLD).tolist())), tensors
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            logger.warning("%s cannot be read (%s): it is made again", path, error)
-            return None
-
-    def _path(self, name: str) -> Path:
-        return self.scratch / f"{name}.safetensors"
+        super().__init__(output, run)
 
     def write(
         self,
@@ -133,13 +88,6 @@ class TunedRun:
         writer.write_index(self._output, checksums, self.scratch)
         values = {**checkpoint.config, "quantization_config": config.to_dict()}
         writer.write_json(self._output / CONFIG, values, self.scratch)
-
-    def complete(self, pages: Mapping[str, bytes]) -> None:
-        """The run is over: write the pages about it, by file name, and remove what only a run
-        needs."""
-        for name, contents in pages.items():
-            atomic.write_bytes(self._output / name, contents, self.scratch)
-        self._journal.complete()
 
 
 def _with_bits(record: JSON, spec: LinearSpec) -> JSON:
