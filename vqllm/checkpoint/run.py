@@ -1,7 +1,6 @@
 """The output folder of a run: finished layers, what is to do, and how it becomes a checkpoint."""
 
 import json
-import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,6 @@ from vqllm.checkpoint.journal import ROUNDED, WORK, FinishedLayer, identity
 from vqllm.checkpoint.source import SourceTensors
 from vqllm.errors import CheckpointError, ModelError
 from vqllm_kernels.linear import LinearSpec
-
-logger = logging.getLogger(__name__)
 
 
 class Packed(Protocol):
