@@ -250,6 +250,7 @@ class _Tuning:
                 student=student.logits,
                 teacher=lambda tokens: teacher(input_ids=tokens, use_cache=False).logits,
                 parameters=student.parameters,
+                codes=student.codes,
                 sequences=sequences["calibration"],
                 held_out=sequences["held_out"],
                 seed=self._job.recipe.seed,

@@ -27,13 +27,45 @@ class Keeper(Protocol):
         ...
 
 
+class CodedMatrix(Protocol):
+    """A quantized matrix whose codes a stage may exchange. Tiles are [E] in the codec's basis."""
+
+    listens: bool
+    """whether gradients of the weights are added up"""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the grid of tiles."""
+        ...
+
+    def tiles(self) -> Tensor:
+        """What the codes reproduce, float32 [I, J, E]."""
+        ...
+
+    def take_gradient(self) -> Tensor:
+        """The sum of the gradients of the tiles since the last call, float32 [I, J, E]."""
+        ...
+
+    def nearest(self, X_KE: Tensor, where_K: Tensor) -> Tensor:
+        """Codes [K, M] nearest to these tiles, at places that count the grid row by row."""
+        ...
+
+    def codes_at(self, where_K: Tensor) -> Tensor:
+        """Codes [K, M] of the tiles at these places."""
+        ...
+
+    def put(self, codes_KM: Tensor, where_K: Tensor) -> None:
+        """Take these codes for the tiles at these places."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelTask:
     """A quantized model, the original, and the text on which the one is made to follow the other.
 
     `student` and `teacher` give logits [S, L, V] of tokens [S, L] on `device`. `parameters` are
-    relative changes of what the student lets move, float32, by kind and name. Training and held-out
-    sequences are int64 [S, L].
+    relative changes of what the student lets move, float32, by kind and name; `codes` are its
+    matrices by name where a stage moves codes. Training and held-out sequences are int64 [S, L].
     """
 
     student: Callable[[Tensor], Tensor]
@@ -46,6 +78,7 @@ class ModelTask:
     keeper: Keeper
     share: Callable[[float], None]
     """is told how much of the stage is done, from 0 to 1"""
+    codes: Mapping[str, CodedMatrix] = field(default_factory=dict)
     processes: Processes = field(default_factory=Processes)
     """which share the work; each has the whole of everything above"""
 
