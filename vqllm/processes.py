@@ -73,6 +73,11 @@ class Processes:
         self.told(lambda: made.append(make()))
         return made[0] if made else None
 
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            distributed.barrier()
+
     def leave(self) -> None:
         """Let go of each other when the shared work is done. After an error nobody leaves so: the
         launcher ends the others, which may be waiting."""

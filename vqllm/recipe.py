@@ -264,6 +264,12 @@ class Stages(Settings):
     stages: tuple[Annotated[SerializeAsAny[ModelTuning], _build(MODEL_TUNINGS)], ...] = Field(
         min_length=1, description="one after the other, each from where the one before it ended"
     )
+    teacher: Literal["cached", "live"] = Field(
+        default="cached",
+        description="cached: the original runs once, layer by layer, and what its head is computed "
+        "from is kept in the output folder, 2 bytes a feature and token; live: it stays in memory "
+        "and runs along",
+    )
 
 
 class TuningRecipe(Stages):
@@ -403,9 +409,8 @@ class Recipe(Settings):
         """Those stages."""
         assert self.tune is not None, "the recipe has no such key"
         text = self.tune.calibration.model_copy(update={"source": self.calibration.source})
-        return TuningRecipe(
-            name=self.name, seed=self.seed, calibration=text, stages=self.tune.stages
-        )
+        given = {key: getattr(self.tune, key) for key in Stages.model_fields}
+        return TuningRecipe(**{**given, "name": self.name, "seed": self.seed, "calibration": text})
 
     def to_dict(self) -> JSON:
         """JSON values with every field present."""

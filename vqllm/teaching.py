@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vqllm import evaluation, memory, quantization
+from vqllm.calibration.stream import LayerStream
 from vqllm.calibration.tokens import SELF, calibration_sequences
 from vqllm.checkpoint.inspect import bits_per_weight
 from vqllm.checkpoint.journal import ROUNDED, WORK, check_free, differences, is_unfinished
@@ -29,6 +30,7 @@ from vqllm.report.pages import report_pages
 from vqllm.report.summary import Summary
 from vqllm.running import load_to_run
 from vqllm.student import Student
+from vqllm.teacher import CachedTeacher
 from vqllm.texts import open_source
 from vqllm.tuning.base import ModelTask
 from vqllm.types import JSON
@@ -165,7 +167,7 @@ class _Tuning:
         self._phase("calibration text")
         # Before the models are loaded: a source that is the model itself is one more in memory.
         sequences = self._processes.told(self._sequences)
-        teacher, _ = self._load(job.teacher.path)
+        teacher = self._teacher(torch.cat([sequences["calibration"], sequences["held_out"]]))
         told = self._tune(teacher, sequences)
         self._processes.leave()
         if self._folder is None:
@@ -175,6 +177,9 @@ class _Tuning:
         if evaluate:
             self._phase("evaluation against the original")
             start = time.perf_counter()
+            if windows is not None and job.recipe.teacher == "cached":
+                self._processes = Processes()  # the others are gone
+                teacher = self._teacher(windows.tokens_SL, "windows")
             tuned, _ = self._load(job.output)
             chosen = windows or _held_out(job, sequences["held_out"])
             measured = evaluation.compare(tuned, teacher, chosen.tokens_SL, chosen.label).to_dict()
@@ -187,6 +192,21 @@ class _Tuning:
     def _load(self, folder: Path) -> tuple[Any, Any]:
         """In bfloat16 everywhere: gradients of a mean over many positions underflow in float16."""
         return load_to_run(folder, self._job.device, self._job.trust_remote_code, torch.bfloat16)
+
+    def _teacher(self, tokens_SL: Tensor, name: str = "teacher") -> Any:
+        """The original, or what stands for it where these sequences are all that it is given."""
+        if self._job.recipe.teacher == "live":
+            return self._load(self._job.teacher.path)[0]
+        self._phase("predictions of the original")
+        return CachedTeacher(
+            self._open_original, tokens_SL, self._folder, self._processes, self._share, name
+        )
+
+    def _open_original(self, offload: Path) -> LayerStream:
+        job = self._job
+        return LayerStream(
+            job.teacher.path, job.device, offload, torch.bfloat16, job.trust_remote_code
+        )
 
     def _tune(self, teacher: Any, sequences: Mapping[str, Tensor]) -> list[JSON]:
         """Write the tuned checkpoint; what the stages say."""
@@ -297,8 +317,10 @@ def _summary(
 
 def _identity(recipe: TuningRecipe) -> JSON:
     """The recipe, as far as a run that goes on must have the same: how many sequences run together
-    changes the order of sums only, and is what to lower where memory ended."""
+    and whether the original stays in memory change the order of sums at most, and are what to
+    change where memory ended."""
     values = recipe.to_dict()
+    del values["teacher"]
     for stage in values["stages"]:
         stage.pop("together", None)
     return values

@@ -30,12 +30,13 @@ QUANTIZE = from_dict(
 )
 
 
-def recipe(**stage: object) -> TuningRecipe:
+def recipe(teacher: str = "cached", **stage: object) -> TuningRecipe:
     stage = {"type": "end_to_end", "steps": 30, "rate": 0.02, "batch": 4, **stage}
     values = {
         "name": "tuned",
         "calibration": {"sequences": 40, "length": 32},
         "stages": [stage],
+        "teacher": teacher,
     }
     return tuning_from_dict(values, "tuned")
 
@@ -118,6 +119,43 @@ def test_the_same_bytes_again(finished, root, rounded, text) -> None:
     one, other = files(finished.output), files(root / "again")
     assert one.keys() == other.keys()
     assert [name for name in one if one[name] != other[name]] == []
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in files(folder).items() if name.endswith(".safetensors")}
+
+
+def test_a_teacher_in_memory_gives_the_same_weights(finished, root, rounded, text) -> None:
+    live = run(rounded, root / "live", text, recipe=recipe("live"))
+    assert weights(live.output) == weights(finished.output) != {}
+    assert live.tuning == finished.tuning
+    assert live.evaluation == finished.evaluation
+
+
+def test_windows_of_a_text_are_measured_alike(finished, root, rounded, text) -> None:
+    options = {"eval_text": text, "eval_windows": 2}
+    few = {"steps": 2}
+    cached = run(rounded, root / "windows", text, recipe=recipe(**few), **options)
+    live = run(rounded, root / "windows-live", text, recipe=recipe("live", **few), **options)
+    assert cached.evaluation == live.evaluation
+    assert not (cached.output / ".vqllm").exists()
+
+
+def test_a_run_goes_on_with_the_teacher_in_memory(finished, root, rounded, text, monkeypatch):
+    output = root / "changed-its-mind"
+
+    def stopping(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuned.TunedRun, "write", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(rounded, output, text)
+    assert (output / ".vqllm" / "teacher-0.bin").stat().st_size == 56 * 32 * 64 * 2
+    monkeypatch.undo()
+    assert weights(run(rounded, output, text, recipe=recipe("live")).output) == weights(
+        finished.output
+    )
+    assert not (output / ".vqllm").exists()
 
 
 @pytest.mark.parametrize("stop", [1, 5])
@@ -351,6 +389,17 @@ def test_two_processes_tune_as_one_does(finished, source, root, rounded, text) -
             # bias, which is nothing but rounding, as of any other: 0.035 there.
             error = (a.float() - b.float()).norm() / a.float().norm()
             assert error < 0.1, name
+
+
+def test_two_processes_follow_either_teacher_alike(root, rounded, text) -> None:
+    for teacher in ("cached", "live"):
+        file = root / f"{teacher}.yaml"
+        file.write_text(recipe(teacher, steps=4).to_yaml())
+        options = ("--recipe", file, "--calibration", text, "--device", "cpu", "--no-eval")
+        output = root / f"two-{teacher}"
+        result = launch(2, "-m", "vqllm", "tune", rounded, "--output", output, *options)
+        assert result.returncode == 0, result.stderr
+    assert weights(root / "two-cached") == weights(root / "two-live") != {}
 
 
 def test_a_mistake_ends_all_processes(root, rounded, text) -> None:

@@ -238,7 +238,7 @@ class Run:
             return self._stage.together
         if self._vocabulary == 0:
             with torch.no_grad():
-                one = self._task.teacher(sequences_SL[:1, :1].to(self._task.device))
+                one = self._task.teacher(sequences_SL[:1].to(self._task.device))
             self._vocabulary = one.shape[-1]
         return max(1, LOGIT_BYTES // (4 * self._vocabulary * sequences_SL.shape[1]))
 
