@@ -11,13 +11,16 @@ What is trained is always δ, which starts at 0, so that one step size means the
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint as recomputed
 
+from vqllm.calibration.stream import layer_names
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.coded import CodedWeights, codecs_of
 from vqllm.errors import NumericalError
@@ -119,6 +122,8 @@ class Student:
         self._moved = {
             "vectors": {f"{n}.bias": lin.bias for n, lin in linears.items() if lin.bias is not None}
         }
+        layers = [model.get_submodule(name) for name in layer_names(model)]
+        self._forwards = {layer: layer.forward for layer in layers}
         self._move(kinds)
         self.parameters: dict[str, dict[str, nn.Parameter]] = {
             "rows": {name: linear.rows for name, linear in linears.items()},
@@ -168,6 +173,16 @@ class Student:
     def logits(self, tokens_SL: Tensor) -> Tensor:
         """Predictions [S, L, V]."""
         return self.model(input_ids=tokens_SL, use_cache=False).logits
+
+    def recompute(self, on: bool) -> None:
+        """Whether gradients find only the inputs of layers in memory and compute the rest again.
+
+        Not through transformers' own: it does so in training mode only, where models drop features
+        and layers.
+        """
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        for layer, own in self._forwards.items():
+            layer.forward = partial(recomputed, own, **options) if on else own
 
     def changes(self) -> Changes:
         """What is to be written in the place of what the checkpoint has.

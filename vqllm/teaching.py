@@ -266,6 +266,7 @@ class _Tuning:
         told = []
         for number, stage in enumerate(self._job.recipe.stages):
             self._phase(f"tuning: {stage.type}")
+            student.recompute(stage.recomputes)
             task = ModelTask(
                 student=student.logits,
                 teacher=lambda tokens: teacher(input_ids=tokens, use_cache=False).logits,
@@ -316,13 +317,14 @@ def _summary(
 
 
 def _identity(recipe: TuningRecipe) -> JSON:
-    """The recipe, as far as a run that goes on must have the same: how many sequences run together
-    and whether the original stays in memory change the order of sums at most, and are what to
-    change where memory ended."""
+    """The recipe, as far as a run that goes on must have the same: how many sequences run together,
+    what is computed again and whether the original stays in memory change the order of sums at
+    most, and are what to change where memory ended."""
     values = recipe.to_dict()
     del values["teacher"]
     for stage in values["stages"]:
         stage.pop("together", None)
+        stage.pop("checkpointing", None)
     return values
 
 
@@ -391,6 +393,8 @@ class _explained_memory:
 
     def __init__(self, job: TuningJob) -> None:
         self._keys = job.within
+        live = job.recipe.teacher == "live"
+        self._cached = f", or with --set {job.within}teacher=cached" if live else ""
 
     def __enter__(self) -> None:
         return None
@@ -400,9 +404,10 @@ class _explained_memory:
         if out or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
             raise ModelError(
                 "out of memory. What was tuned is kept: repeat the command with fewer sequences at "
-                f"a time, --set {self._keys}stages.0.together=1. If one is too many, lower "
-                f"{self._keys}calibration.length (which begins the tuning again, in another "
-                "folder), or take another --device."
+                f"a time, --set {self._keys}stages.0.together=1, or with activations computed "
+                f"again, --set {self._keys}stages.0.checkpointing=true{self._cached}. If that is "
+                f"not enough, lower {self._keys}calibration.length (which begins the tuning again, "
+                "in another folder), or take another --device."
             ) from error
 
 

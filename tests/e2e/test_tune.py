@@ -132,6 +132,11 @@ def test_a_teacher_in_memory_gives_the_same_weights(finished, root, rounded, tex
     assert live.evaluation == finished.evaluation
 
 
+def test_activations_computed_again_give_the_same_weights(finished, root, rounded, text) -> None:
+    again = run(rounded, root / "again-inside", text, recipe=recipe(checkpointing=True))
+    assert weights(again.output) == weights(finished.output) != {}
+
+
 def test_windows_of_a_text_are_measured_alike(finished, root, rounded, text) -> None:
     options = {"eval_text": text, "eval_windows": 2}
     few = {"steps": 2}
@@ -433,3 +438,4 @@ def test_an_error_in_one_process_ends_the_others(root, rounded, text, tmp_path) 
     result = launch(2, tmp_path / "program.py", rounded, root / "half-full", text)
     assert result.returncode != 0
     assert "out of memory. What was tuned is kept" in result.stderr
+    assert "--set stages.0.checkpointing=true. If" in result.stderr

@@ -91,6 +91,11 @@ class ModelTuning(Part, ABC):
     def kinds(self) -> frozenset[str]:
         """The kinds of parameters that it moves."""
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether gradients compute what is inside of layers again, in place of keeping it."""
+        return False
+
     @abstractmethod
     def __call__(self, task: ModelTask) -> JSON:
         """Move the parameters in place; they end at the best state that was found.

@@ -77,6 +77,12 @@ class Descent(ModelTuning):
         description="sequences that run at a time; by default as many as have 2^28 bytes of logits",
     )
 
+    checkpointing: bool = Field(
+        False,
+        description="keep only the inputs of layers for the gradients and compute the rest again: "
+        "less memory, more time",
+    )
+
     @field_validator("time")
     @classmethod
     def _is_a_duration(cls, text: str | None) -> str | None:
@@ -87,6 +93,10 @@ class Descent(ModelTuning):
     @property
     def kinds(self) -> frozenset[str]:
         return frozenset(self.train)
+
+    @property
+    def recomputes(self) -> bool:
+        return self.checkpointing
 
     def rate_of(self, kind: str) -> float:
         """Step size of Adam for parameters of a kind."""
