@@ -3,7 +3,7 @@
 import re
 import reprlib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -270,6 +270,24 @@ class Stages(Settings):
         "from is kept in the output folder, 2 bytes a feature and token; live: it stays in memory "
         "and runs along",
     )
+    shard: bool = Field(
+        default=False,
+        description="each of several processes holds a part of the decoded weights, for models "
+        "that do not fit on one device",
+    )
+
+    @model_validator(mode="after")
+    def _is_sharded_whole(self) -> Self:
+        if self.shard and self.teacher == "live":
+            raise ValueError(
+                "shard: a live teacher would be whole in every process; take `teacher: cached`"
+            )
+        moving = {kind for stage in self.stages for kind in stage.kinds} & {"codebooks", "codes"}
+        if self.shard and moving:
+            raise ValueError(
+                f"shard: splits weights that stay as they are, and {', '.join(sorted(moving))} move"
+            )
+        return self
 
 
 class TuningRecipe(Stages):

@@ -18,7 +18,7 @@ from vqllm.checkpoint.inspect import bits_per_weight
 from vqllm.checkpoint.journal import ROUNDED, WORK, check_free, differences, is_unfinished
 from vqllm.checkpoint.reader import Checkpoint, is_checkpoint
 from vqllm.checkpoint.tuned import TunedRun
-from vqllm.errors import CheckpointError, ModelError
+from vqllm.errors import CheckpointError, ModelError, RecipeError
 from vqllm.job import Job
 from vqllm.loading import load_tokenizer, skeleton
 from vqllm.models import ResolvedModel
@@ -87,6 +87,11 @@ def run(
         if name != SELF:
             open_source(name)  # what cannot be read is found before a folder is begun
     processes = Processes.started(job.device)
+    if job.recipe.shard and processes.size == 1:
+        raise RecipeError(
+            f"{job.within}shard splits a model over several processes, and there is one: start "
+            "them with torchrun --nproc-per-node NUMBER -m vqllm tune, or leave the key out."
+        )
     with ExitStack() as stack, _explained_memory(job):
         settings = {
             "teacher": job.teacher.name,
@@ -246,7 +251,8 @@ class _Tuning:
 
     def _student(self, model: Any) -> Student:
         kinds = {kind for stage in self._job.recipe.stages for kind in stage.kinds}
-        student = Student(model, self._job.checkpoint, kinds)
+        shared_by = self._processes if self._job.recipe.shard else None
+        student = Student(model, self._job.checkpoint, kinds, shared_by)
         if student.not_stored and self._processes.is_first:
             logger.warning(
                 "%d tensors are not stored under the names that the model uses, and stay as they "
@@ -279,6 +285,7 @@ class _Tuning:
                 keeper=_Keeper(self._folder, self._processes, f"stage-{number}"),
                 share=self._share,
                 processes=self._processes,
+                in_step=self._job.recipe.shard,
             )
             told.append({"stage": stage.type, **stage(task)})
         return told
@@ -321,7 +328,7 @@ def _identity(recipe: TuningRecipe) -> JSON:
     what is computed again and whether the original stays in memory change the order of sums at
     most, and are what to change where memory ended."""
     values = recipe.to_dict()
-    del values["teacher"]
+    del values["teacher"], values["shard"]
     for stage in values["stages"]:
         stage.pop("together", None)
         stage.pop("checkpointing", None)

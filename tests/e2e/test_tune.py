@@ -30,13 +30,14 @@ QUANTIZE = from_dict(
 )
 
 
-def recipe(teacher: str = "cached", **stage: object) -> TuningRecipe:
+def recipe(teacher: str = "cached", shard: bool = False, **stage: object) -> TuningRecipe:
     stage = {"type": "end_to_end", "steps": 30, "rate": 0.02, "batch": 4, **stage}
     values = {
         "name": "tuned",
         "calibration": {"sequences": 40, "length": 32},
         "stages": [stage],
         "teacher": teacher,
+        "shard": shard,
     }
     return tuning_from_dict(values, "tuned")
 
@@ -405,6 +406,28 @@ def test_two_processes_follow_either_teacher_alike(root, rounded, text) -> None:
         result = launch(2, "-m", "vqllm", "tune", rounded, "--output", output, *options)
         assert result.returncode == 0, result.stderr
     assert weights(root / "two-cached") == weights(root / "two-live") != {}
+
+
+def test_sharded_it_gives_the_same_weights(root, rounded, text) -> None:
+    """Steps of 3 sequences: one of the two processes has fewer, and runs along."""
+    for shard in (False, True):
+        file = root / f"shard-{shard}.yaml"
+        values = recipe(shard=shard, steps=4, batch=3, together=1, checkpointing=True).to_yaml()
+        file.write_text(values)
+        options = ("--recipe", file, "--calibration", text, "--device", "cpu", "--no-eval")
+        output = root / f"two-shard-{shard}"
+        result = launch(2, "-m", "vqllm", "tune", rounded, "--output", output, *options)
+        assert result.returncode == 0, result.stderr
+    assert weights(root / "two-shard-True") == weights(root / "two-shard-False") != {}
+
+
+def test_one_process_has_nothing_to_share(root, rounded, text) -> None:
+    with pytest.raises(RecipeError, match="over several processes, and there is one"):
+        run(rounded, root / "alone", text, recipe=recipe(shard=True))
+    with pytest.raises(RecipeError, match="a live teacher would be whole in every process"):
+        recipe("live", shard=True)
+    with pytest.raises(RecipeError, match="weights that stay as they are, and codebooks move"):
+        recipe(shard=True, train=["rows", "codebooks"])
 
 
 def test_a_mistake_ends_all_processes(root, rounded, text) -> None:

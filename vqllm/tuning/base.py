@@ -81,6 +81,8 @@ class ModelTask:
     codes: Mapping[str, CodedMatrix] = field(default_factory=dict)
     processes: Processes = field(default_factory=Processes)
     """which share the work; each has the whole of everything above"""
+    in_step: bool = False
+    """whether all processes must call the student equally often"""
 
 
 class ModelTuning(Part, ABC):
