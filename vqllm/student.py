@@ -11,17 +11,21 @@ What is trained is always δ, which starts at 0, so that one step size means the
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint as recomputed
 
+from vqllm.calibration.stream import layer_names
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.coded import CodedWeights, codecs_of
 from vqllm.errors import NumericalError
 from vqllm.moved import Moved
+from vqllm.processes import Processes
 from vqllm.runtime import PackedModule, VQLinear
 from vqllm.runtime.packed import frozen
 from vqllm_kernels.linear import LinearSpec
@@ -41,11 +45,20 @@ class ScaledLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         W_RC = linear.dequantize()
+        self.weight: Tensor
         self.register_buffer("weight", W_RC, persistent=False)
         self.coded, self._version = coded, 0
         self.rows = frozen(torch.zeros(self.out_features, device=W_RC.device))
         self.columns = frozen(torch.zeros(self.in_features, device=W_RC.device))
         self.bias = None if bias is None else Moved(bias, W_RC.dtype)
+
+    def split(self, processes: Processes) -> None:
+        """From now on each process holds a part of Ŵ, and all of it only while it is computed with.
+        All must call the linear equally often."""
+        W_RC = self.weight
+        del self.weight  # only parameters are split
+        self.weight = frozen(W_RC)
+        processes.split(self, {self.weight})
 
     def forward(self, x: Tensor) -> Tensor:
         """y [.., R] of x [.., C], in the dtype of x."""
@@ -58,7 +71,7 @@ class ScaledLinear(nn.Module):
         return y if self.bias is None else y + self.bias.value().to(y.dtype)
 
     def _weight(self) -> Tensor:
-        W_RC, coded = self.get_buffer("weight"), self.coded
+        W_RC, coded = self.weight, self.coded
         if coded is None:
             return W_RC
         if coded.trains:
@@ -90,10 +103,18 @@ class Student:
         not_stored: names of parameters that the checkpoint does not have, which are left alone.
     """
 
-    def __init__(self, model: Any, checkpoint: Checkpoint, kinds: set[str]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        checkpoint: Checkpoint,
+        kinds: set[str],
+        shared_by: Processes | None = None,
+    ) -> None:
         """Args:
         model: loaded from the checkpoint, on the device where it will run.
         kinds: what will be trained: the kinds of `parameters`, and "codes".
+        shared_by: processes each of which is to hold a part of the decoded weights, which are
+            then constant.
         """
         self.model = model
         self._checkpoint = checkpoint
@@ -114,11 +135,15 @@ class Student:
                 coded = CodedWeights(module.spec, codec, module.packed, module.weight.dtype)
             linears[name] = ScaledLinear(module, bias, coded).to(module.device)
             model.set_submodule(name, linears[name])
+            if shared_by is not None:
+                linears[name].split(shared_by)
         self._linears = linears
         self.codes = {n: linear.coded for n, linear in linears.items() if linear.coded is not None}
         self._moved = {
             "vectors": {f"{n}.bias": lin.bias for n, lin in linears.items() if lin.bias is not None}
         }
+        layers = [model.get_submodule(name) for name in layer_names(model)]
+        self._forwards = {layer: layer.forward for layer in layers}
         self._move(kinds)
         self.parameters: dict[str, dict[str, nn.Parameter]] = {
             "rows": {name: linear.rows for name, linear in linears.items()},
@@ -168,6 +193,16 @@ class Student:
     def logits(self, tokens_SL: Tensor) -> Tensor:
         """Predictions [S, L, V]."""
         return self.model(input_ids=tokens_SL, use_cache=False).logits
+
+    def recompute(self, on: bool) -> None:
+        """Whether gradients find only the inputs of layers in memory and compute the rest again.
+
+        Not through transformers' own: it does so in training mode only, where models drop features
+        and layers.
+        """
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        for layer, own in self._forwards.items():
+            layer.forward = partial(recomputed, own, **options) if on else own
 
     def changes(self) -> Changes:
         """What is to be written in the place of what the checkpoint has.

@@ -22,7 +22,7 @@ LEVELS: list[set[str]] = [
         *("report", "rounding", "runtime", "transforms", "tuning"),
     },
     {"gguf_model", "integrations", "moved", "progress_bar", "recipe"},
-    {"codec_bench", "coded", "demo", "job", "rows", "speed", "survey", "target"},
+    {"codec_bench", "coded", "demo", "job", "rows", "speed", "survey", "target", "teacher"},
     {"group", "student"},
     {"expected_loss", "outside"},
     {"models", "preflight"},

@@ -81,6 +81,8 @@ class ModelTask:
     codes: Mapping[str, CodedMatrix] = field(default_factory=dict)
     processes: Processes = field(default_factory=Processes)
     """which share the work; each has the whole of everything above"""
+    in_step: bool = False
+    """whether all processes must call the student equally often"""
 
 
 class ModelTuning(Part, ABC):
@@ -90,6 +92,11 @@ class ModelTuning(Part, ABC):
     @abstractmethod
     def kinds(self) -> frozenset[str]:
         """The kinds of parameters that it moves."""
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether gradients compute what is inside of layers again, in place of keeping it."""
+        return False
 
     @abstractmethod
     def __call__(self, task: ModelTask) -> JSON:

@@ -77,6 +77,12 @@ class Descent(ModelTuning):
         description="sequences that run at a time; by default as many as have 2^28 bytes of logits",
     )
 
+    checkpointing: bool = Field(
+        False,
+        description="keep only the inputs of layers for the gradients and compute the rest again: "
+        "less memory, more time",
+    )
+
     @field_validator("time")
     @classmethod
     def _is_a_duration(cls, text: str | None) -> str | None:
@@ -87,6 +93,10 @@ class Descent(ModelTuning):
     @property
     def kinds(self) -> frozenset[str]:
         return frozenset(self.train)
+
+    @property
+    def recomputes(self) -> bool:
+        return self.checkpointing
 
     def rate_of(self, kind: str) -> float:
         """Step size of Adam for parameters of a kind."""
@@ -216,10 +226,19 @@ class Run:
 
     def _mean_loss(self, sequences_SL: Tensor) -> float:
         total = torch.zeros((), device=self._task.device)
-        for tokens in self._processes.own(sequences_SL).split(self._together(sequences_SL)):
-            if len(tokens):
-                total += self._loss(tokens)
+        for tokens, weight in self._parts(sequences_SL):
+            total += weight * self._loss(tokens)
         return float(self._processes.sum(total)) / sequences_SL.numel()
+
+    def _parts(self, sequences_SL: Tensor) -> list[tuple[Tensor, int]]:
+        """What this process runs of some sequences, in parts, each with its weight: 1, or 0 where
+        it only runs along with others that have more."""
+        size = self._together(sequences_SL)
+        own = self._processes.own(sequences_SL)
+        parts = [(part, 1) for part in own.split(size) if len(part)]
+        most = math.ceil(math.ceil(len(sequences_SL) / self._processes.size) / size)
+        along = most - len(parts) if self._task.in_step else 0
+        return parts + along * [(sequences_SL[:1], 0)]
 
     def _loss(self, tokens_SL: Tensor) -> Tensor:
         tokens_SL = tokens_SL.to(self._task.device)
@@ -238,7 +257,7 @@ class Run:
             return self._stage.together
         if self._vocabulary == 0:
             with torch.no_grad():
-                one = self._task.teacher(sequences_SL[:1, :1].to(self._task.device))
+                one = self._task.teacher(sequences_SL[:1].to(self._task.device))
             self._vocabulary = one.shape[-1]
         return max(1, LOGIT_BYTES // (4 * self._vocabulary * sequences_SL.shape[1]))
 
@@ -253,11 +272,10 @@ class Run:
         self._optimizer.zero_grad(set_to_none=True)
         tokens_SL = self._task.sequences[self._batch()]
         total = torch.zeros(1, device=self._task.device)
-        for part in self._processes.own(tokens_SL).split(self._together(tokens_SL)):
-            if len(part):
-                loss = self._loss(part) / tokens_SL.numel()
-                loss.backward()
-                total += loss.detach()
+        for part, weight in self._parts(tokens_SL):
+            loss = weight * self._loss(part) / tokens_SL.numel()
+            loss.backward()
+            total += loss.detach()
         if not self._gather(total):
             return False
         self._optimizer.step()
