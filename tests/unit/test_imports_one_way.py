@@ -24,7 +24,7 @@ LEVELS: list[set[str]] = [
     {"gguf_model", "integrations", "progress_bar", "recipe"},
     {"codec_bench", "demo", "job", "rows", "speed", "student", "survey", "target"},
     {"group"},
-    {"expected_loss", "outside"},
+    {"expected_loss", "layer_training", "outside"},
     {"models", "preflight"},
     {"foresight"},
     {"pipeline", "running"},

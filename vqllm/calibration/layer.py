@@ -53,7 +53,8 @@ class LayerCalibrator:
     `weights` are those of the tokens in the Hessians of linears, float32 [S, L] by full name;
     without, all weigh the same. With `target` "outputs" the original model runs beside the one
     with quantized layers, and Hessians come with the drift of the inputs between the two; with
-    "residual" that of the residual stream is measured too.
+    "residual" that of the residual stream is measured too. `aims` is the model for whose input the
+    unquantized layer's output is the aim of training.
     """
 
     def __init__(
@@ -64,19 +65,21 @@ class LayerCalibrator:
         folder: Path,
         weights: Mapping[str, Tensor] | None = None,
         target: Literal["weights", "outputs", "residual"] = "weights",
+        aims: Model | None = None,
     ) -> None:
         self._weights = weights or {}
         self._target = target
         models: tuple[Model, ...] = ("quantized",)
-        if target != "weights":
+        if target != "weights" or aims == "original":
             models = ("quantized", "original")
-        self._passes = Passes(stream, tokens, budget_bytes, folder, models)
+        self._passes = Passes(stream, tokens, budget_bytes, folder, models, aims)
         self._stream = stream
         self._layer = _Layer()
 
-    def begin(self, linears: Mapping[str, nn.Linear]) -> None:
-        """A layer is loaded, in the compute dtype; these linears of it have their own weights."""
-        self._passes.begin(linears)
+    def begin(self, linears: Mapping[str, nn.Linear], vectors: Iterable[nn.Parameter] = ()) -> None:
+        """A layer is loaded, in the compute dtype; these linears of it have their own weights, and
+        its vectors that will change their own values."""
+        self._passes.begin([*(linear.weight for linear in linears.values()), *vectors])
         self._layer = _Layer()
 
     def groups(self, index: int, linears: Mapping[str, nn.Linear]) -> list[InputGroup]:
@@ -161,6 +164,22 @@ class LayerCalibrator:
         # A linear that `groups` did not reach is finished last, wherever it runs.
         if not self._layer.unreached:
             self._passes.settle(layer, unfinished)
+
+    @property
+    def tokens(self) -> Tensor:
+        """The sequences, int64 [S, L]."""
+        return self._passes.tokens
+
+    def aim(self, index: int) -> None:
+        """Store the output of loaded layer `index`, which is still unquantized, for `error`."""
+        self._passes.aim(index)
+
+    def error(self, index: int, rows_N: Tensor) -> Tensor:
+        """How far loaded layer `index` is from its aim on sequences by number: the squared error of
+        a token's output relative to the power of the aim, mean over tokens. With gradients where
+        they are on."""
+        wanted = self._passes.wanted(rows_N).float()
+        return relative_error(self._passes.output(index, rows_N).float(), wanted)
 
     def advance(self, index: int) -> None:
         """Replace the stored states by the outputs of loaded layer `index`."""
@@ -256,6 +275,15 @@ class LayerCalibrator:
         if not known or x.shape[:-1] != known[0].shape:
             return None
         return torch.stack(known).mean(0).flatten().to(x.device)
+
+
+def relative_error(own: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error relative to the power of what is wanted, [.., D] both, mean over tokens.
+
+    Each token by itself: a few tokens have states a thousand times as large as all others.
+    """
+    error = (own - wanted).square().sum(-1)
+    return (error / wanted.square().sum(-1).clamp_min(1e-30)).mean()
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

@@ -64,6 +64,22 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
         )
         for bits, group in sorted(by_bits.items(), key=lambda item: float(item[0]))
     ]
+    trained: dict[tuple[int, str], JSON] = {}
+    for record in records:
+        if "training" in record:
+            group = ", ".join(name.rsplit(".", 1)[-1] for name in record["group"])
+            trained[record["layer"], group] = record["training"]
+    trained_rows = [
+        (
+            str(layer),
+            group,
+            f"{told['before']:.4g}",
+            f"{told['after']:.4g}",
+            str(told["best_step"]),
+            str(told["faults"] or ""),
+        )
+        for (layer, group), told in trained.items()
+    ]
     kept = [(name, reason) for name, reason in summary.not_quantized.items()]
     return "\n".join(
         [
@@ -91,6 +107,11 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
                 "Fragile linears, coded with more bits",
                 ("linear", "proxy loss before", "after", "bits"),
                 fragile_rows,
+            ),
+            *_section(
+                "Training after each input group was rounded: held-out error of the layer's output",
+                ("layer", "group", "before", "after", "best step", "times not finite"),
+                trained_rows,
             ),
             *_tuned(summary.tuning),
             "## Not quantized",
