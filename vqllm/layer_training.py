@@ -17,13 +17,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from vqllm import rng
 from vqllm.bits import count
 from vqllm.calibration.layer import LayerCalibrator
 from vqllm.group import QuantizedLinear, bit_fields
 from vqllm.recipe import LayerTraining
 from vqllm.student import Moved, scaled
-from vqllm.tuning.descent import descend
+from vqllm.tuning.descent import batch, descend
 from vqllm.types import JSON
 
 
@@ -147,9 +146,11 @@ class LayerTrainer:
         }
         return replace(quantized, spec=spec, tensors=tensors, record=record)
 
-    def _loss(self, step: int) -> Tensor:
+    def _loss(self, step: int) -> list[Tensor]:
+        name = f"{self._layer.name}, training {self._num_trainings}"
+        rows = batch(step, self._settings.batch, len(self._training), self._seed, name)
         with _in_place(self._values()):
-            return self._calibrator.error(self._layer.index, self._batch(step))
+            return [self._calibrator.error(self._layer.index, self._training[rows])]
 
     def _look(self) -> float:
         total = 0.0
@@ -157,15 +158,6 @@ class LayerTrainer:
             for rows in self._held_out.split(self._settings.batch):
                 total += float(self._calibrator.error(self._layer.index, rows)) * len(rows)
         return total / len(self._held_out)
-
-    def _batch(self, step: int) -> Tensor:
-        """The sequences of a step: all of them once in random order, then again in another."""
-        num = len(self._training)
-        size = min(self._settings.batch, num)
-        epoch, place = divmod(step, num // size)
-        purpose = f"training {self._num_trainings}, round {epoch}"
-        order = torch.randperm(num, generator=rng.generator(self._seed, self._layer.name, purpose))
-        return self._training[order[place * size : (place + 1) * size]]
 
     def _values(self) -> dict[Place, Tensor]:
         """What the layer computes with, as far as it moves."""

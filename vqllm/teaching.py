@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vqllm import evaluation, memory, quantization
+from vqllm.calibration.stream import Layers, layer_names
 from vqllm.calibration.tokens import SELF, calibration_sequences
 from vqllm.checkpoint.inspect import bits_per_weight
 from vqllm.checkpoint.journal import ROUNDED, WORK, check_free, differences, is_unfinished
@@ -244,6 +245,7 @@ class _Tuning:
         self, student: Student, teacher: Any, sequences: Mapping[str, Tensor]
     ) -> list[JSON]:
         told = []
+        names, device = layer_names(teacher), self._job.device
         for number, stage in enumerate(self._job.recipe.stages):
             self._phase(f"tuning: {stage.type}")
             task = ModelTask(
@@ -257,6 +259,8 @@ class _Tuning:
                 keeper=_Keeper(self._folder, self._processes, f"stage-{number}"),
                 share=self._share,
                 processes=self._processes,
+                student_layers=Layers(student.model, names, device),
+                teacher_layers=Layers(teacher, names, device),
             )
             told.append({"stage": stage.type, **stage(task)})
         return told

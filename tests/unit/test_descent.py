@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vqllm.errors import NumericalError
-from vqllm.tuning.descent import descend
+from vqllm.tuning.descent import batch, descend
 
 GOAL = torch.tensor([0.3, -0.2])
 
@@ -21,10 +21,10 @@ class Parabola:
         self.broken = broken or set()
         self.num_calls = self.num_looks = 0
 
-    def loss(self, step: int) -> Tensor:
+    def loss(self, step: int) -> list[Tensor]:
         self.num_calls += 1
-        loss = (self.point - GOAL).square().sum()
-        return loss * math.nan if self.num_calls in self.broken else loss
+        parts = [(self.point[i] - GOAL[i]).square() for i in range(2)]
+        return [part * math.nan for part in parts] if self.num_calls in self.broken else parts
 
     def look(self) -> float:
         self.num_looks += 1
@@ -104,3 +104,11 @@ def test_what_is_never_finite_is_an_error() -> None:
     parabola.look = lambda: math.nan
     with pytest.raises(NumericalError, match="parabola: its output is not finite before the first"):
         parabola.run()
+
+
+def test_batches_take_all_in_rounds_of_their_own_order() -> None:
+    rows = torch.stack([batch(step, 3, 12, 0, "m") for step in range(8)])
+    first, second = rows[:4].flatten(), rows[4:].flatten()
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(12))
+    assert first.tolist() != second.tolist()
+    assert batch(5, 9, 4, 0, "m").sort().values.tolist() == [0, 1, 2, 3]

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from vqllm import metrics
 from vqllm.calibration.drift import Drift, Writer, silenced, writers
 from vqllm.calibration.hessian import Hessian
 from vqllm.calibration.passes import Model, Passes
@@ -178,8 +179,8 @@ class LayerCalibrator:
         """How far loaded layer `index` is from its aim on sequences by number: the squared error of
         a token's output relative to the power of the aim, mean over tokens. With gradients where
         they are on."""
-        wanted = self._passes.wanted(rows_N).float()
-        return relative_error(self._passes.output(index, rows_N).float(), wanted)
+        wanted = self._passes.wanted(rows_N)
+        return metrics.output_error(self._passes.output(index, rows_N), wanted)
 
     def advance(self, index: int) -> None:
         """Replace the stored states by the outputs of loaded layer `index`."""
@@ -275,15 +276,6 @@ class LayerCalibrator:
         if not known or x.shape[:-1] != known[0].shape:
             return None
         return torch.stack(known).mean(0).flatten().to(x.device)
-
-
-def relative_error(own: Tensor, wanted: Tensor) -> Tensor:
-    """Squared error relative to the power of what is wanted, [.., D] both, mean over tokens.
-
-    Each token by itself: a few tokens have states a thousand times as large as all others.
-    """
-    error = (own - wanted).square().sum(-1)
-    return (error / wanted.square().sum(-1).clamp_min(1e-30)).mean()
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

@@ -27,6 +27,22 @@ class Keeper(Protocol):
         ...
 
 
+class DecoderLayers(Protocol):
+    """The decoder layers of a model, run one at a time."""
+
+    @property
+    def names(self) -> list[str]:
+        """Full module name of each, which the names of its parameters begin with."""
+        ...
+
+    def run(
+        self, index: int, tokens: Tensor, states: Tensor | None, *, grad: bool = False
+    ) -> Tensor | None:
+        """The output [S, L, D] of a layer for tokens [S, L] and its input, which is None for the
+        first one; layers are run in order. `grad`: with what gradients need."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelTask:
     """A quantized model, the original, and the text on which the one is made to follow the other.
@@ -48,6 +64,8 @@ class ModelTask:
     """is told how much of the stage is done, from 0 to 1"""
     processes: Processes = field(default_factory=Processes)
     """which share the work; each has the whole of everything above"""
+    student_layers: DecoderLayers | None = None
+    teacher_layers: DecoderLayers | None = None
 
 
 class ModelTuning(Part, ABC):

@@ -6,11 +6,12 @@ rates; the third time ends it. So do looks that find no better state, several on
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from vqllm import rng
 from vqllm.errors import NumericalError
 from vqllm.processes import Processes
 from vqllm.types import JSON
@@ -25,10 +26,13 @@ WARM_UP = 0.1
 MAX_FAULTS = 3
 
 
+Loss = Callable[[int], Iterable[Tensor]]
+
+
 def descend(
     parameters: Sequence[tuple[Tensor, float]],
     steps: int,
-    loss: Callable[[int], Tensor | None],
+    loss: Loss,
     look: Callable[[], float],
     name: str,
     processes: Processes | None = None,
@@ -37,8 +41,7 @@ def descend(
 
     Args:
         parameters: leaves that require gradients, each with the step size of Adam.
-        loss: of a step, by its number; None where this process has no part in it. Losses of
-            processes are summed.
+        loss: of a step, by its number, in parts whose sum it is; those of processes are summed too.
         look: the loss on held-out data, the same in all processes.
         name: of what is trained, for messages.
 
@@ -49,6 +52,15 @@ def descend(
         NumericalError: the held-out loss is not finite before the first step.
     """
     return _Descent(parameters, steps, name, processes or Processes()).run(loss, look)
+
+
+def batch(step: int, size: int, num: int, seed: int, name: str) -> Tensor:
+    """Which of `num` sequences a step takes, int64 [`size`]: all of them once in random order, then
+    again in another. What is left over of a round is not taken."""
+    size = min(size, num)
+    round_number, place = divmod(step, num // size)
+    generator = rng.generator(seed, name, f"round {round_number}")
+    return torch.randperm(num, generator=generator)[place * size : (place + 1) * size]
 
 
 class _Descent:
@@ -67,12 +79,13 @@ class _Descent:
         self._step = self._best_step = self._faults = 0
         self._factor = 1.0
 
-    def run(self, loss: Callable[[int], Tensor | None], look: Callable[[], float]) -> JSON:
+    def run(self, loss: Loss, look: Callable[[], float]) -> JSON:
         before = least = self._look(look)
         if not math.isfinite(before):
             raise NumericalError(
                 f"{self._name}: its output is not finite before the first step of its training: "
-                "run with --compute-dtype float32"
+                "the weights are damaged, or the dtype in which it runs is too narrow for it "
+                "(vqllm quantize has --compute-dtype float32)."
             )
         best, num_worse = self._copies(), 0
         while self._step < self._steps and self._faults < MAX_FAULTS and num_worse < PATIENCE:
@@ -96,30 +109,28 @@ class _Descent:
         with torch.no_grad():
             return look()
 
-    def _advance(self, loss: Callable[[int], Tensor | None]) -> bool:
+    def _advance(self, loss: Loss) -> bool:
         """One step; False if something was not finite, and nothing moved."""
         done = (self._step + 1) / self._steps
         for group in self._optimizer.param_groups:
             falling = 0.5 * (1 + math.cos(math.pi * done))
             group["lr"] = group["full_rate"] * self._factor * min(1.0, done / WARM_UP)
             group["lr"] *= max(falling, 1e-3)
-        with torch.enable_grad():
-            own = loss(self._step)
-            grads: Sequence[Tensor | None] = [None] * len(self._parameters)
-            if own is not None:
-                # Not backward(): that would leave gradients in whatever else asks for them.
-                grads = torch.autograd.grad(own, self._parameters, allow_unused=True)
         total = torch.zeros((), device=self._parameters[0].device)
-        if own is not None:
-            total += own.detach()
-        summed = [self._processes.sum(total)]
-        for parameter, grad in zip(self._parameters, grads):
-            parameter.grad = self._processes.sum(
-                torch.zeros_like(parameter) if grad is None else grad
-            )
-            summed.append(parameter.grad)
-        good = all(bool(values.isfinite().all()) for values in summed)
+        sums = [torch.zeros_like(parameter) for parameter in self._parameters]
+        with torch.enable_grad():
+            for part in loss(self._step):
+                total += part.detach()
+                # Not backward(): that would leave gradients in whatever else asks for them.
+                grads = torch.autograd.grad(part, self._parameters, allow_unused=True)
+                for own, grad in zip(sums, grads):
+                    if grad is not None:
+                        own += grad
+        total, *sums = (self._processes.sum(values) for values in (total, *sums))
+        good = all(bool(values.isfinite().all()) for values in (total, *sums))
         if good:
+            for parameter, own in zip(self._parameters, sums):
+                parameter.grad = own
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return good
