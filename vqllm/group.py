@@ -13,6 +13,7 @@ from vqllm.calibration import saliency
 from vqllm.calibration.drift import Drift
 from vqllm.errors import NumericalError
 from vqllm.recipe import Recipe
+from vqllm.student import with_scale
 from vqllm.target import corrected
 from vqllm.tiles import to_tiles
 from vqllm.types import JSON, Codec, OutputRounding, State
@@ -76,6 +77,7 @@ def quantize_group(
     statistics: Statistics,
     recipe: Recipe,
     codecs: Mapping[str, Codec] | None = None,
+    trained: Mapping[str, Tensor] | None = None,
 ) -> list[QuantizedLinear]:
     """Quantize linears that read the same input. A pure function of its arguments.
 
@@ -84,12 +86,13 @@ def quantize_group(
         statistics: of their input, and of their outputs.
         recipe: which transforms, codec and rounding.
         codecs: of linears that have another than the recipe's, by full name.
+        trained: W after training, of all of them, which is rounded in place of the weights.
     """
     codecs = codecs or {}
     for name, W_RC in weights.items():
         _check_finite(name, W_RC)
     H_CC = statistics.H_CC
-    targets = _targets(weights, statistics, recipe)
+    targets = trained or _targets(weights, statistics, recipe)
     linears, H_prime = transformed(targets, H_CC, recipe)
     if not linalg.is_zero(H_CC):
         H_damped = linalg.damp(H_prime, recipe.hessian.damping)
@@ -110,7 +113,7 @@ def quantize_group(
             group=list(weights),
             damping=recipe.hessian.damping,
             num_tokens=statistics.num_tokens,
-            **_target_fields(weights[name], targets[name], statistics, recipe),
+            **_target_fields(weights[name], targets[name], statistics, recipe, bool(trained)),
         )
         results.append(done)
     return results
@@ -151,7 +154,7 @@ def _quantize_linear(task: _Task, recipe: Recipe) -> QuantizedLinear:
         "rows": R,
         "cols": C,
         "codec": recipe.codec.format_id,
-        **_bit_fields(bits, R * C),
+        **bit_fields(bits, R * C),
         "code_entropy": round(entropy / (R * C), 4),
         "proxy_loss": metrics.proxy_loss(task.target_RC, W_hat_RC, task.H_CC),
         "sqnr_db": metrics.sqnr_db(task.W_RC, W_hat_RC),
@@ -175,15 +178,21 @@ def _targets(
         raise NumericalError(f"{names}, damping {damping} of the target: {error}") from error
 
 
-def _target_fields(W_RC: Tensor, target_RC: Tensor, statistics: Statistics, recipe: Recipe) -> JSON:
+def _target_fields(
+    W_RC: Tensor, target_RC: Tensor, statistics: Statistics, recipe: Recipe, trained: bool
+) -> JSON:
     """Of a report line: what was aimed at, and how far that is from the weights themselves."""
-    if recipe.target.of == "weights":
-        return {}
     drift = statistics.drift
-    if drift is None:
+    if trained:
+        target = "trained"
+    elif recipe.target.of == "weights":
+        return {}
+    elif drift is None:
         return {"target": "weights", "target_change": 0.0}
+    else:
+        target = "outputs" if drift.residual_RC is None else "residual"
     return {
-        "target": "outputs" if drift.residual_RC is None else "residual",
+        "target": target,
         "target_change": metrics.proxy_loss(W_RC, target_RC, statistics.H_CC),
     }
 
@@ -194,6 +203,14 @@ def linear_spec(rows: int, cols: int, recipe: Recipe) -> LinearSpec:
         transform.spec(cols if transform.side == "in" else rows) for transform in recipe.transforms
     )
     return LinearSpec(rows=rows, cols=cols, format=recipe.codec.spec(), transforms=transforms)
+
+
+def stored_spec(rows: int, cols: int, recipe: Recipe) -> LinearSpec:
+    """The same when the layer was trained, if the recipe says so: with the scales of rows."""
+    spec = linear_spec(rows, cols, recipe)
+    if recipe.layer is None or "rows" not in recipe.layer.train:
+        return spec
+    return with_scale(spec, "out")[0]
 
 
 def transformed(
@@ -265,7 +282,8 @@ def _encode(task: _Task, recipe: Recipe) -> tuple[dict[str, Tensor], float, floa
     return tensors, mse, sum(map(metrics.code_entropy, codec.streams(codes_IJM)))
 
 
-def _bit_fields(bits: BitCount, numel: int) -> JSON:
+def bit_fields(bits: BitCount, numel: int) -> JSON:
+    """Of a report line: what a linear of so many weights takes."""
     return {
         "bits_codes": bits.codes,
         "bits_codebook": bits.codebook,

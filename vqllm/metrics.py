@@ -76,3 +76,13 @@ def _ratio(error: float, signal: float) -> float:
     if error == 0:
         return 0.0
     return error / signal if signal > 0 else math.inf
+
+
+def output_error(own: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error of outputs [.., D] relative to the power of what is wanted, mean over tokens.
+
+    Each token by itself: a few have states a thousand times as large as those of all others.
+    """
+    wanted = wanted.float()
+    error = (own.float() - wanted).square().sum(-1)
+    return (error / wanted.square().sum(-1).clamp_min(1e-30)).mean()

@@ -8,13 +8,15 @@ from torch import Tensor, nn
 
 from vqllm import memory
 from vqllm.calibration.layer import InputGroup, LayerCalibrator
+from vqllm.calibration.passes import Model
 from vqllm.calibration.stream import linears_of
 from vqllm.calibration.tokens import calibration_sequences
 from vqllm.checkpoint.run import CheckpointRun
 from vqllm.errors import ModelError
 from vqllm.foresight import Allocated, Foresight
-from vqllm.group import QuantizedLinear, Statistics, linear_spec, quantize_group
+from vqllm.group import QuantizedLinear, Statistics, quantize_group, stored_spec
 from vqllm.job import Job
+from vqllm.layer_training import LayerTrainer, Place, TrainedLayer, vectors_of
 from vqllm.outside import Outside
 from vqllm.preflight import check_finite, check_model, chosen, shapes_of
 from vqllm.progress import Progress
@@ -66,7 +68,7 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
     shapes = shapes_of(stream, recipe)
     allocation = foresight.allocation(shapes)
     planned = {
-        name: linear_spec(
+        name: stored_spec(
             *shape,
             recipe.with_codec(allocation[name].codec if name in allocation else recipe.codec),
         )
@@ -81,6 +83,7 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
         run.scratch,
         foresight.token_weights(),
         recipe.target.of,
+        _aims(recipe),
     )
     progress.layers(len(stream), run.num_finished)
     unfinished = run.num_finished < len(stream) or outside.head_is_due
@@ -88,16 +91,29 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
         with stream.layer(index) as layer:
             linears = chosen(linears_of(layer, layer_name, stream.shared), recipe)
             weights = {name: linear.weight.data for name, linear in linears.items()}
+            moving: dict[str, Place] = {}
+            if recipe.layer and "vectors" in recipe.layer.train:
+                moving = vectors_of(layer, layer_name, stream.shared, run.has)
+            vectors = {name: place.parameter for name, place in moving.items()}
+            stored = {name: vector.data for name, vector in vectors.items()}
             check_finite(layer, layer_name, linears.values())
             layer.to(stream.compute_dtype)
-            calibrator.begin(linears)
-            if index < run.num_finished:
-                for name, W_hat_RC in run.decoded(index):
-                    _install(linears[name], W_hat_RC)
-            else:
+            calibrator.begin(linears, vectors.values())
+            is_finished = index < run.num_finished
+            if not is_finished:
+                trainer = None
+                if recipe.layer and linears:
+                    whole = TrainedLayer(index, layer_name, linears, weights, moving, stored)
+                    trainer = LayerTrainer(recipe.layer, recipe.seed, whole, calibrator)
                 outputs = foresight.outputs(index)
-                task = _Layer(index, layer, linears, weights, outputs, allocation)
-                run.write_layer(index, _quantize_layer(task, calibrator, recipe, progress))
+                task = _Layer(index, layer, linears, weights, outputs, allocation, trainer)
+                results = _quantize_layer(task, calibrator, recipe, progress)
+                run.write_layer(index, results, trainer.vectors() if trainer else {})
+            if is_finished or recipe.layer:
+                for name, W_hat_RC in run.decoded(index):
+                    _install(linears[name], "weight", W_hat_RC)
+                for name, values in run.vectors(index, vectors).items():
+                    _install(moving[name].module, moving[name].key, values)
             if index + 1 < len(stream):
                 calibrator.advance(index)
             elif outside.head_is_due:
@@ -132,6 +148,7 @@ class _Layer:
     """packed H_O, where the rounding rule needs them"""
     allocation: Mapping[str, Allocated]
     """of all linears of the model, where bits are allocated"""
+    trainer: LayerTrainer | None
 
 
 def _quantize_layer(
@@ -147,15 +164,20 @@ def _quantize_layer(
     results: list[QuantizedLinear] = []
     unfinished = dict(layer.linears)
     for stage in stages:
-        for quantized in _quantize_stage(layer, stage, calibrator, recipe):
+        done = _quantize_stage(layer, stage, calibrator, recipe)
+        names = [name for group in stage for name in group.names]
+        if layer.trainer:
+            layer.trainer.train(names, done)
+        for quantized in done:
             progress.linear(quantized.record)
-            results.append(quantized)
-        for group in stage:
-            for name in group.names:
-                del unfinished[name]
-        if unfinished:  # without, only the output of the layer is left to compute
+        results += done
+        for name in names:
+            del unfinished[name]
+        # Nothing is settled before the last training; after it, or with nothing unfinished, only
+        # the output of the layer is left to compute.
+        if unfinished and not layer.trainer:
             calibrator.settle(layer.module, unfinished.values())
-    return results
+    return layer.trainer.finished(results) if layer.trainer else results
 
 
 def _quantize_stage(
@@ -170,18 +192,27 @@ def _quantize_stage(
             hessian.matrix(group.names[0]), hessian.num_tokens, hessian.drift, layer.outputs
         )
         codecs = {name: layer.allocation[name].codec for name in W if name in layer.allocation}
-        results += quantize_group(W, statistics, recipe, codecs)
+        trained = layer.trainer.weights(group.names) if layer.trainer else None
+        results += quantize_group(W, statistics, recipe, codecs, trained)
     for quantized in results:
         quantized.record["layer"] = layer.index
         if quantized.name in layer.allocation:
             quantized.record["expected_kl"] = layer.allocation[quantized.name].expected_kl
-        _install(layer.linears[quantized.name], quantized.W_hat_RC)
+        _install(layer.linears[quantized.name], "weight", quantized.W_hat_RC)
     return results
 
 
-def _install(linear: nn.Linear, W_hat_RC: Tensor) -> None:
-    """Let the layer run with the weights that a reader will decode."""
-    linear.weight.data = W_hat_RC.to(linear.weight.dtype)
+def _install(module: nn.Module, key: str, values: Tensor) -> None:
+    """Let the layer run with what a reader will decode."""
+    parameter = module.get_parameter(key)
+    parameter.data = values.to(parameter.device, parameter.dtype)
+
+
+def _aims(recipe: Recipe) -> Model | None:
+    """The model for whose input the unquantized layer's output is the aim of training."""
+    if recipe.layer is None:
+        return None
+    return "original" if recipe.layer.aim == "original" else "quantized"
 
 
 def sequences_of(job: Job) -> dict[str, Tensor]:

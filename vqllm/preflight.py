@@ -15,7 +15,7 @@ from vqllm.calibration.stream import LayerStream, check_states, layer_names, lin
 from vqllm.checkpoint.source import SourceTensors, stored_tensors
 from vqllm.checkpoint.writer import read_dense_config
 from vqllm.errors import ModelError, NumericalError, RecipeError
-from vqllm.group import linear_spec
+from vqllm.group import stored_spec
 from vqllm.linears import shared_modules
 from vqllm.recipe import Recipe
 from vqllm.survey import nothing_to_quantize, why_not_quantized
@@ -143,7 +143,7 @@ def code_bits(codec: Codec) -> float:
 def option_costs(shape: Shape, recipe: Recipe) -> tuple[int, ...]:
     """Bits of a linear with each of the codecs that it may get, all included."""
     return tuple(
-        count(linear_spec(*shape, recipe.with_codec(codec)).layout()).total
+        count(stored_spec(*shape, recipe.with_codec(codec)).layout()).total
         for codec in recipe.codecs
     )
 

@@ -158,6 +158,34 @@ class Target(Settings):
     )
 
 
+class LayerTraining(Settings):
+    """How a decoder layer is trained after each input group of it is rounded."""
+
+    train: tuple[Literal["weights", "rows", "vectors"], ...] = Field(
+        ("weights", "rows", "vectors"),
+        min_length=1,
+        description="weights: those not yet rounded; rows: a scale for every output of every "
+        "rounded linear; vectors: norms and biases",
+    )
+    aim: Literal["original", "own"] = Field(
+        "original",
+        description="what the layer's output is to be: that of the unquantized layer for the input "
+        "that it has in the original model (original), which runs beside, or for the input that it "
+        "has after quantized layers (own)",
+    )
+    steps: int = Field(48, ge=1, description="steps of Adam after each group")
+    batch: int = Field(8, ge=1, description="sequences a step")
+    rate: float = Field(
+        3e-3, gt=0, le=1, description="step size for scales and vectors, relative to them"
+    )
+    weight_rate: float = Field(
+        3e-3, gt=0, le=1, description="that for weights, relative to their root mean square"
+    )
+    held_out: float = Field(
+        0.1, gt=0, le=0.5, description="share of the sequences that the best state is chosen by"
+    )
+
+
 class Fragile(Settings):
     """Which linears are coded again, with more bits, and how. The report names them."""
 
@@ -330,6 +358,11 @@ class Recipe(Settings):
         description="stages of `vqllm tune` that follow when all linears are rounded, and their "
         "text, whose source is that of `calibration` here; null tunes nothing",
     )
+    layer: LayerTraining | None = Field(
+        default=None,
+        description="training of each layer between the roundings of its input groups, against the "
+        "original layer's output; null trains nothing",
+    )
     fragile: Fragile | None = Field(
         default=None,
         description="another codec for linears that the codec loses too much of; null codes all "
@@ -392,6 +425,27 @@ class Recipe(Settings):
                 self.rounding.check(self.fragile.codec)
         except RecipeError as error:
             raise ValueError(str(error)) from error
+        return self
+
+    @model_validator(mode="after")
+    def _training_fits(self) -> "Recipe":
+        if self.layer is None:
+            return self
+        if "weights" in self.layer.train and self.target.of != "weights":
+            raise ValueError(
+                f"target.of: {self.target.of} and layer.train with weights both make weights right "
+                "for inputs that have drifted, and together would do it twice; use target.of: "
+                "weights, or layer.train: [rows, vectors]"
+            )
+        if set(self.layer.train) == {"weights"} and self.hessian.refresh == "layer":
+            raise ValueError(
+                "layer.train: [weights] with hessian.refresh: layer leaves nothing to train, "
+                "because all groups are rounded at once; use hessian.refresh: group"
+            )
+        if self.calibration.num_sequences < 2:
+            raise ValueError(
+                "layer: training holds sequences out and needs at least 2 calibration.sequences"
+            )
         return self
 
     @property

@@ -232,22 +232,15 @@ def scaled(
 ) -> tuple[LinearSpec, dict[str, Tensor]]:
     """A packed linear with its outputs (side "out", [R]) or inputs ("in", [C]) multiplied.
 
-    A scale that stands first on that side takes the factor in; otherwise a new one stands before
-    all transforms. Either is stored in float16.
+    Stored as `with_scale` says.
     """
     own, states = spec.split(dict(tensors))
-    transforms = list(spec.transforms)
-    first = next((i for i, t in enumerate(transforms) if t.side == side), None)
-    size = spec.rows if side == "out" else spec.cols
-    new = ScaleSpec(side=side, size=size)  # type: ignore[arg-type]
-    old = None if first is None else transforms[first]
-    if first is not None and isinstance(old, ScaleSpec):
-        factor = factor * old.scale(states[first]).float()
-        transforms[first], place = new, first
+    changed, place = with_scale(spec, side)
+    old = spec.transforms[place] if spec.transforms else None
+    if isinstance(old, ScaleSpec) and len(changed.transforms) == len(spec.transforms):
+        factor = factor * old.scale(states[place]).float()
     else:
-        transforms.insert(0, new)
-        states.insert(0, {})
-        place = 0
+        states.insert(place, {})
     scale = _rounded(f"scales of {name}", factor, torch.float16)
     if bool((scale == 0).any()):
         raise NumericalError(
@@ -255,11 +248,29 @@ def scaled(
             "which are 0 in float16: lower `rate`."
         )
     states[place] = {"scale": scale}
+    stored = {f"t{i}_{key}": t for i, state in enumerate(states) for key, t in state.items()}
+    return changed, {**own, **stored}
+
+
+def with_scale(spec: LinearSpec, side: str) -> tuple[LinearSpec, int]:
+    """How a linear is stored that has a float16 scale first on a side, and the place of the scale.
+
+    A scale that stands first on that side becomes it; otherwise a new one stands before all
+    transforms.
+    """
+    transforms = list(spec.transforms)
+    first = next((i for i, t in enumerate(transforms) if t.side == side), None)
+    size = spec.rows if side == "out" else spec.cols
+    new = ScaleSpec(side=side, size=size)  # type: ignore[arg-type]
+    place = 0
+    if first is not None and isinstance(transforms[first], ScaleSpec):
+        transforms[first], place = new, first
+    else:
+        transforms.insert(0, new)
     changed = LinearSpec(
         rows=spec.rows, cols=spec.cols, format=spec.format, transforms=tuple(transforms)
     )
-    stored = {f"t{i}_{key}": t for i, state in enumerate(states) for key, t in state.items()}
-    return changed, {**own, **stored}
+    return changed, place
 
 
 def _rounded(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:

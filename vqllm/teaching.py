@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vqllm import evaluation, memory, quantization
-from vqllm.calibration.stream import LayerStream
+from vqllm.calibration.stream import Layers, LayerStream, StreamedLayers, layer_names
 from vqllm.calibration.tokens import SELF, calibration_sequences
 from vqllm.checkpoint.inspect import bits_per_weight
 from vqllm.checkpoint.journal import ROUNDED, WORK, check_free, differences, is_unfinished
@@ -172,7 +172,10 @@ class _Tuning:
         self._phase("calibration text")
         # Before the models are loaded: a source that is the model itself is one more in memory.
         sequences = self._processes.told(self._sequences)
-        teacher = self._teacher(torch.cat([sequences["calibration"], sequences["held_out"]]))
+        asked = [sequences["calibration"], sequences["held_out"]]
+        if all(stage.by_layers for stage in job.recipe.stages):
+            del asked[0]
+        teacher = self._teacher(torch.cat(asked))
         told = self._tune(teacher, sequences)
         self._processes.leave()
         if self._folder is None:
@@ -206,6 +209,17 @@ class _Tuning:
         return CachedTeacher(
             self._open_original, tokens_SL, self._folder, self._processes, self._share, name
         )
+
+    def _teacher_layers(self, teacher: Any, names: list[str]) -> Layers | StreamedLayers:
+        if self._job.recipe.teacher == "live":
+            return Layers(teacher, names, self._job.device)
+
+        def scratch() -> Path:
+            assert self._folder is not None
+            return self._folder.scratch
+
+        offload = self._processes.told(scratch) / f"layers-{self._processes.rank}"
+        return StreamedLayers(self._open_original(offload))
 
     def _open_original(self, offload: Path) -> LayerStream:
         job = self._job
@@ -273,6 +287,7 @@ class _Tuning:
         for number, stage in enumerate(self._job.recipe.stages):
             self._phase(f"tuning: {stage.type}")
             student.recompute(stage.recomputes)
+            names, device = layer_names(student.model), self._job.device
             task = ModelTask(
                 student=student.logits,
                 teacher=lambda tokens: teacher(input_ids=tokens, use_cache=False).logits,
@@ -286,6 +301,8 @@ class _Tuning:
                 share=self._share,
                 processes=self._processes,
                 in_step=self._job.recipe.shard,
+                student_layers=Layers(student.model, names, device),
+                teacher_layers=self._teacher_layers(teacher, names) if stage.by_layers else None,
             )
             told.append({"stage": stage.type, **stage(task)})
         return told

@@ -122,7 +122,8 @@ def test_an_interrupted_run_ends_as_a_straight_one(root, text, stage, monkeypatc
 
     def stopping(self, name, told, tensors) -> None:
         keep(self, name, told, tensors)
-        calls.append(name)
+        if name.startswith("stage"):
+            calls.append(name)
         if len(calls) == 3:
             raise KeyboardInterrupt
 

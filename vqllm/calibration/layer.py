@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from vqllm import metrics
 from vqllm.calibration.drift import Drift, Writer, silenced, writers
 from vqllm.calibration.hessian import Hessian
 from vqllm.calibration.passes import Model, Passes
@@ -53,7 +54,8 @@ class LayerCalibrator:
     `weights` are those of the tokens in the Hessians of linears, float32 [S, L] by full name;
     without, all weigh the same. With `target` "outputs" the original model runs beside the one
     with quantized layers, and Hessians come with the drift of the inputs between the two; with
-    "residual" that of the residual stream is measured too.
+    "residual" that of the residual stream is measured too. `aims` is the model for whose input the
+    unquantized layer's output is the aim of training.
     """
 
     def __init__(
@@ -64,19 +66,21 @@ class LayerCalibrator:
         folder: Path,
         weights: Mapping[str, Tensor] | None = None,
         target: Literal["weights", "outputs", "residual"] = "weights",
+        aims: Model | None = None,
     ) -> None:
         self._weights = weights or {}
         self._target = target
         models: tuple[Model, ...] = ("quantized",)
-        if target != "weights":
+        if target != "weights" or aims == "original":
             models = ("quantized", "original")
-        self._passes = Passes(stream, tokens, budget_bytes, folder, models)
+        self._passes = Passes(stream, tokens, budget_bytes, folder, models, aims)
         self._stream = stream
         self._layer = _Layer()
 
-    def begin(self, linears: Mapping[str, nn.Linear]) -> None:
-        """A layer is loaded, in the compute dtype; these linears of it have their own weights."""
-        self._passes.begin(linears)
+    def begin(self, linears: Mapping[str, nn.Linear], vectors: Iterable[nn.Parameter] = ()) -> None:
+        """A layer is loaded, in the compute dtype; these linears of it have their own weights, and
+        its vectors that will change their own values."""
+        self._passes.begin([*(linear.weight for linear in linears.values()), *vectors])
         self._layer = _Layer()
 
     def groups(self, index: int, linears: Mapping[str, nn.Linear]) -> list[InputGroup]:
@@ -161,6 +165,22 @@ class LayerCalibrator:
         # A linear that `groups` did not reach is finished last, wherever it runs.
         if not self._layer.unreached:
             self._passes.settle(layer, unfinished)
+
+    @property
+    def tokens(self) -> Tensor:
+        """The sequences, int64 [S, L]."""
+        return self._passes.tokens
+
+    def aim(self, index: int) -> None:
+        """Store the output of loaded layer `index`, which is still unquantized, for `error`."""
+        self._passes.aim(index)
+
+    def error(self, index: int, rows_N: Tensor) -> Tensor:
+        """How far loaded layer `index` is from its aim on sequences by number: the squared error of
+        a token's output relative to the power of the aim, mean over tokens. With gradients where
+        they are on."""
+        wanted = self._passes.wanted(rows_N)
+        return metrics.output_error(self._passes.output(index, rows_N), wanted)
 
     def advance(self, index: int) -> None:
         """Replace the stored states by the outputs of loaded layer `index`."""

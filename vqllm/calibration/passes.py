@@ -45,22 +45,32 @@ class Passes:
         budget_bytes: int,
         folder: Path,
         models: tuple[Model, ...],
+        aims: Model | None = None,
     ) -> None:
+        """Args:
+        aims: the model whose states `aim` starts from, if it is called; one of `models`.
+        """
         self.stream = stream
         self.tokens = tokens
         self._models = models
+        self._aims: Model | None = aims
+        self._wanted: ActivationStore | None = None
+        self._is_next = False
+        """the wanted outputs are the original model's states after this layer"""
         self._budget_bytes = budget_bytes // 2
         self._folder = folder
         self._stores: dict[Model, ActivationStore] = {}
-        self._own_weights: dict[nn.Linear, Tensor] = {}
+        self._own: dict[Tensor, Tensor] = {}
         self._replay = Replay(0)
 
-    def begin(self, linears: Mapping[str, nn.Linear]) -> None:
-        """A layer is loaded, in the compute dtype; these linears of it have their own weights."""
+    def begin(self, parameters: Iterable[Tensor]) -> None:
+        """A layer is loaded, in the compute dtype; these parameters of it, all that will change,
+        have their own values."""
         self._replay.close()
         self._replay = Replay(self._budget_bytes)
+        self._is_next = False
         if "original" in self._models:
-            self._own_weights = {linear: linear.weight.data for linear in linears.values()}
+            self._own = {parameter: parameter.data for parameter in parameters}
 
     def settle(self, layer: nn.Module, unfinished: Iterable[nn.Module]) -> None:
         """The linears of `layer` have their final weights but for these: what the next passes need
@@ -98,49 +108,91 @@ class Passes:
         with self._weights_of(model), capture_inputs(dict(linears), visit):
             return self.stream.run(index, self.tokens[rows], states, beyond=beyond)
 
+    def aim(self, index: int) -> None:
+        """Store what loaded layer `index`, which is still unchanged, is to give for every sequence:
+        its output for the input that it has in one of the models."""
+        assert self._aims is not None, "said at the start"
+        for rows, output in self._outputs(index, self._aims):
+            if self._wanted is None:
+                # Two of them take turns with the original's states.
+                self._wanted = self._new_store(f"wanted-{index % 2}", output)
+            self._wanted.write(rows, output)
+        self._is_next = self._aims == "original"
+
+    def wanted(self, rows_N: Tensor) -> Tensor:
+        """What `aim` stored, of sequences by number."""
+        assert self._wanted is not None, "aimed before"
+        return self._wanted.read(rows_N, self.stream.device)
+
+    def output(self, index: int, rows_N: Tensor) -> Tensor:
+        """The output of loaded layer `index` for sequences by number, in the model that is being
+        quantized; with gradients where they are on."""
+        states = None
+        if index > 0:
+            states = self._stores["quantized"].read(rows_N, self.stream.device)
+        grad = torch.is_grad_enabled()
+        output = self.stream.run(index, self.tokens[rows_N], states, grad=grad)
+        assert output is not None, "nothing ends this pass early"
+        return output
+
     def advance(self, index: int) -> None:
         """Replace the stored states by the outputs of loaded layer `index`."""
         for model in self._models:
-            for rows in self.batches():
-                output = self.run(index, rows, {}, lambda name, x: None, model=model)
-                assert output is not None, "nothing ends this pass early"
-                if not bool(torch.isfinite(output).all()):
-                    raise NumericalError(
-                        f"the output of {self.stream.names[index]} is not finite in "
-                        f"{self.stream.compute_dtype}: run with --compute-dtype float32"
-                    )
+            if model == "original" and self._is_next:  # `aim` has computed them
+                assert self._wanted is not None, "aimed before"
+                old = self._stores.get(model)
+                self._stores[model], self._wanted = self._wanted, old
+                continue
+            for rows, output in self._outputs(index, model):
                 self._store(model, output).write(rows, output)
         self._replay.close()
 
     def close(self) -> None:
         """Free the stored states."""
         self._replay.close()
-        for store in self._stores.values():
-            store.close()
+        for store in (*self._stores.values(), self._wanted):
+            if store is not None:
+                store.close()
+
+    def _outputs(self, index: int, model: Model) -> Iterator[tuple[slice, Tensor]]:
+        """The outputs of loaded layer `index`, batch by batch."""
+        for rows in self.batches():
+            output = self.run(index, rows, {}, lambda name, x: None, model=model)
+            assert output is not None, "nothing ends this pass early"
+            if not bool(torch.isfinite(output).all()):
+                raise NumericalError(
+                    f"the output of {self.stream.names[index]} is not finite in "
+                    f"{self.stream.compute_dtype}: run with --compute-dtype float32"
+                )
+            yield rows, output
 
     def _store(self, model: Model, output: Tensor) -> ActivationStore:
         if model not in self._stores:
-            num_sequences, length = self.tokens.shape
-            shape = (num_sequences, length, output.shape[-1])
-            budget_bytes = self._budget_bytes // len(self._models)
-            path = self._folder / f"states-{model}.bin"
-            self._stores[model] = ActivationStore(shape, output.dtype, budget_bytes, path)
+            self._stores[model] = self._new_store(model, output)
         return self._stores[model]
+
+    def _new_store(self, name: str, output: Tensor) -> ActivationStore:
+        num_sequences, length = self.tokens.shape
+        shape = (num_sequences, length, output.shape[-1])
+        num_stores = len(self._models) + (self._aims is not None)
+        budget_bytes = self._budget_bytes // num_stores
+        path = self._folder / f"states-{name}.bin"
+        return ActivationStore(shape, output.dtype, budget_bytes, path)
 
     @contextmanager
     def _weights_of(self, model: Model) -> Iterator[None]:
-        """The layer's own weights in its linears while the original model runs."""
+        """The layer's own weights and vectors while the original model runs."""
         if model == "quantized":
             yield
             return
-        present = {linear: linear.weight.data for linear in self._own_weights}
-        for linear, own in self._own_weights.items():
-            linear.weight.data = own
+        present = {parameter: parameter.data for parameter in self._own}
+        for parameter, own in self._own.items():
+            parameter.data = own
         try:
             yield
         finally:
-            for linear, weight in present.items():
-                linear.weight.data = weight
+            for parameter, values in present.items():
+                parameter.data = values
 
 
 def batches(tokens: Tensor, device: torch.device, most: int | None = None) -> Iterator[slice]:

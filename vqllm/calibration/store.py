@@ -29,8 +29,8 @@ class ActivationStore:
                 shape
             )
 
-    def read(self, rows: slice, device: torch.device) -> Tensor:
-        """The states of some sequences, on `device`."""
+    def read(self, rows: slice | Tensor, device: torch.device) -> Tensor:
+        """The states of some sequences, a range or int64 [N], on `device`."""
         return self._states[rows].to(device)
 
     def write(self, rows: slice, states: Tensor) -> None:

@@ -32,42 +32,20 @@ class LayerDone(Exception):
     layer that has seen all it wanted."""
 
 
-class LayerStream:
-    """The layers of the model in `folder`, loaded one at a time.
+class Layers:
+    """The layers of a model, run one at a time on given states.
 
     Attributes:
-        model: the model; its layers' weights are on the meta device unless loaded.
+        model: the model.
         names: full module name of each layer.
-        shared: modules that several layers, or a layer and the rest of the model, have in common;
-            they stay in memory from the first layer on.
-        source_dtype: the dtype of the stored weights.
-        compute_dtype: the dtype in which layers run.
+        layers: the modules.
+        device: where they run.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        device: torch.device,
-        offload_folder: Path,
-        compute_dtype: torch.dtype | None = None,
-        trust_remote_code: bool = False,
-    ) -> None:
-        self.device = device
-        empty = skeleton(folder, trust_remote_code=trust_remote_code)
-        self.names = layer_names(empty)
-        shared = shared_modules(empty, self.names)
-        self.model: Any = load_model(
-            folder,
-            trust_remote_code=trust_remote_code,
-            dtype="auto",
-            device_map=_device_map(empty, self.names, shared, device),
-            offload_folder=offload_folder,
-        )
-        self.layers = [self.model.get_submodule(name) for name in self.names]
-        self.shared = shared_modules(self.model, self.names)
-        self.source_dtype: torch.dtype = self.model.dtype
-        self.compute_dtype = compute_dtype or _compute_dtype(self.source_dtype, device)
-        self._cast_outside_layers()
+    def __init__(self, model: nn.Module, names: list[str], device: torch.device) -> None:
+        self.model: Any = model
+        self.names, self.device = names, device
+        self.layers = [model.get_submodule(name) for name in names]
         self._returns: dict[int, _Output] = {}
         self._own_forward = {
             i: layer.__dict__.get("forward") for i, layer in enumerate(self.layers)
@@ -75,24 +53,6 @@ class LayerStream:
 
     def __len__(self) -> int:
         return len(self.layers)
-
-    @contextlib.contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
-        """Layer `index` with its weights in memory, in the source dtype; freed on leaving.
-
-        A layer can be loaded once: it loses its connection to the files when it is.
-        """
-        layer = self.layers[index]
-        self._restore_forward(index)
-        for module in layer.modules():
-            _materialize(module, self.device)
-        try:
-            yield layer
-        finally:
-            for module in layer.modules():
-                if module not in self.shared:
-                    module._apply(lambda tensor: tensor.to("meta"), recurse=False)
-            gc.collect()
 
     def run(
         self,
@@ -204,6 +164,61 @@ class LayerStream:
         if own is not None and hasattr(layer, "_hf_hook"):
             layer.forward = own
 
+
+class LayerStream(Layers):
+    """The layers of the model in `folder`, loaded one at a time.
+
+    Attributes:
+        model: the model; its layers' weights are on the meta device unless loaded.
+        names: full module name of each layer.
+        shared: modules that several layers, or a layer and the rest of the model, have in common;
+            they stay in memory from the first layer on.
+        source_dtype: the dtype of the stored weights.
+        compute_dtype: the dtype in which layers run.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        offload_folder: Path,
+        compute_dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        empty = skeleton(folder, trust_remote_code=trust_remote_code)
+        names = layer_names(empty)
+        shared = shared_modules(empty, names)
+        model: Any = load_model(
+            folder,
+            trust_remote_code=trust_remote_code,
+            dtype="auto",
+            device_map=_device_map(empty, names, shared, device),
+            offload_folder=offload_folder,
+        )
+        super().__init__(model, names, device)
+        self.shared = shared_modules(model, names)
+        self.source_dtype: torch.dtype = self.model.dtype
+        self.compute_dtype = compute_dtype or _compute_dtype(self.source_dtype, device)
+        self._cast_outside_layers()
+
+    @contextlib.contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Layer `index` with its weights in memory, in the source dtype; freed on leaving.
+
+        A layer can be loaded once: it loses its connection to the files when it is.
+        """
+        layer = self.layers[index]
+        self._restore_forward(index)
+        for module in layer.modules():
+            _materialize(module, self.device)
+        try:
+            yield layer
+        finally:
+            for module in layer.modules():
+                if module not in self.shared:
+                    module._apply(lambda tensor: tensor.to("meta"), recurse=False)
+            gc.collect()
+
     def _cast_outside_layers(self) -> None:
         inside = {id(module) for layer in self.layers for module in layer.modules()}
         cast: dict[nn.Parameter, nn.Parameter] = {}  # so that what was tied still is
@@ -214,6 +229,27 @@ class LayerStream:
                         if value not in cast:
                             cast[value] = _frozen(value.to(self.compute_dtype))
                         setattr(module, name, cast[value])
+
+
+class StreamedLayers:
+    """The layers of a stream, run in order: each is loaded when it is asked for, and the one before
+    it freed."""
+
+    def __init__(self, stream: LayerStream) -> None:
+        self._stream, self._index = stream, -1
+        self._loaded = contextlib.ExitStack()
+        self.names = stream.names
+
+    def run(
+        self, index: int, tokens: Tensor, states: Tensor | None, *, grad: bool = False
+    ) -> Tensor | None:
+        """As `Layers.run`. A layer before the last one asked for is gone."""
+        if index != self._index:
+            self._loaded.close()
+            layer = self._loaded.enter_context(self._stream.layer(index))
+            layer.to(self._stream.compute_dtype)
+            self._index = index
+        return self._stream.run(index, tokens, states, grad=grad)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """The output folder of a run: finished layers, what is to do, and how it becomes a checkpoint."""
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ from vqllm.checkpoint.format import (
 )
 from vqllm.checkpoint.journal import ROUNDED, WORK, FinishedLayer, identity
 from vqllm.checkpoint.source import SourceTensors
-from vqllm.errors import CheckpointError, ModelError
+from vqllm.errors import CheckpointError, ModelError, NumericalError
 from vqllm_kernels.linear import LinearSpec
 
 
@@ -145,8 +147,19 @@ class CheckpointRun(RunFolder):
             needed = self._tensors.num_bytes() - replaced + packed
             atomic.check_space(self._output, needed)
 
-    def write_layer(self, index: int, results: Sequence[Packed]) -> None:
-        """Write a finished layer's shard, then its line in the journal."""
+    def write_layer(
+        self, index: int, results: Sequence[Packed], changed: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write a finished layer's shard, then its line in the journal.
+
+        Args:
+            changed: values in the place of other tensors of the source, by full name; they get the
+                dtype that the source has.
+
+        Raises:
+            NumericalError: a changed value is beyond what that dtype holds.
+        """
+        changed = changed or {}
         tensors: dict[str, Tensor] = {}
         replaced = set()
         for result in results:
@@ -162,6 +175,8 @@ class CheckpointRun(RunFolder):
         for name in self._tensors:
             if name.startswith(prefix) and name not in replaced:
                 tensors[name] = self._tensors.read(name)
+                if name in changed:
+                    tensors[name] = _as_stored(name, changed[name], tensors[name].dtype)
         shard = self._shard(index)
         digest = atomic.write_shard(self._output / shard, tensors, self.scratch)
         self._journal.append(
@@ -182,6 +197,11 @@ class CheckpointRun(RunFolder):
             spec = spec_from_dict(values)
             yield name, spec.dequantize({key: tensors[f"{name}.{key}"] for key in spec.layout()})
 
+    def vectors(self, index: int, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of a finished layer that are not packed, by full name."""
+        with safe_open(self._output / self._journal.finished[index].shard, "pt") as file:
+            return {name: file.get_tensor(name) for name in names}
+
     def records(self, index: int) -> list[JSON]:
         """The report lines of a finished layer."""
         return self._journal.finished[index].records
@@ -196,7 +216,11 @@ class CheckpointRun(RunFolder):
 
     def stores(self, module: str) -> bool:
         """Whether the source model has a weight under the name of this module."""
-        return f"{module}.weight" in self._tensors
+        return self.has(f"{module}.weight")
+
+    def has(self, name: str) -> bool:
+        """Whether the source model has a tensor of this full name."""
+        return name in self._tensors
 
     def finish(
         self,
@@ -246,3 +270,13 @@ class CheckpointRun(RunFolder):
 
     def _shard(self, index: int) -> str:
         return shard_name(index + 1, len(self._layer_names) + 1)
+
+
+def _as_stored(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    stored = values.to("cpu", dtype)
+    if not bool(stored.isfinite().all()):
+        raise NumericalError(
+            f"{name}: trained to values up to {float(values.abs().max()):.3g}, which {dtype} does "
+            "not hold: lower layer.rate."
+        )
+    return stored

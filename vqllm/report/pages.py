@@ -64,6 +64,14 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
         )
         for bits, group in sorted(by_bits.items(), key=lambda item: float(item[0]))
     ]
+    trained: dict[tuple[int, str], JSON] = {}
+    for record in records:
+        if "training" in record:
+            group = ", ".join(name.rsplit(".", 1)[-1] for name in record["group"])
+            trained[record["layer"], group] = record["training"]
+    trained_rows = [
+        (str(layer), group, *_training_cells(told)) for (layer, group), told in trained.items()
+    ]
     kept = [(name, reason) for name, reason in summary.not_quantized.items()]
     return "\n".join(
         [
@@ -92,6 +100,11 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
                 ("linear", "proxy loss before", "after", "bits"),
                 fragile_rows,
             ),
+            *_section(
+                "Training after each input group was rounded: held-out error of the layer's output",
+                ("layer", "group", *TRAINING),
+                trained_rows,
+            ),
             *_tuned(summary.tuning),
             "## Not quantized",
             "",
@@ -104,10 +117,24 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
     )
 
 
+TRAINING = ("before", "after", "best step", "times not finite")
+
+
+def _training_cells(told: JSON) -> tuple[str, ...]:
+    """What the training of a layer says, under `TRAINING`."""
+    errors = f"{told['before']:.4g}", f"{told['after']:.4g}"
+    return (*errors, str(told["best_step"]), str(told["faults"] or ""))
+
+
 def _tuned(stages: Sequence[JSON]) -> list[str]:
     """The course of every stage of a tuning."""
     lines = []
     for told in stages:
+        if "layers" in told:
+            rows = [(str(own["layer"]), *_training_cells(own)) for own in told["layers"]]
+            title = f"Tuning: {told['stage']}, held-out error of each layer's output"
+            lines += _section(title, ("layer", *TRAINING), rows)
+            continue
         rows = [
             (
                 str(look["step"]),

@@ -58,6 +58,11 @@ class Summary:
             for label, value in self.bits_per_weight.items()
         ]
         for told in self.tuning:
+            if "layers" in told:
+                before, after = (_mean(told["layers"], key) for key in ("before", "after"))
+                shown = f"mean error of a layer's output {before:.4g} → {after:.4g}"
+                rows.append((f"{told['stage']}, held-out sequences", shown))
+                continue
             first, best = told["history"][0], told["best_step"]
             last = min(look["held_out_kl"] for look in told["history"])
             shown = f"KL {first['held_out_kl']:.4f} → {last:.4f} after {best} steps"
@@ -102,6 +107,10 @@ def result_rows(results: JSON) -> list[tuple[str, str]]:
 def worst(records: Sequence[JSON], num: int = NUM_WORST) -> list[JSON]:
     """The linears of the largest proxy loss."""
     return sorted(records, key=lambda record: -record["proxy_loss"])[:num]
+
+
+def _mean(layers: Sequence[JSON], key: str) -> float:
+    return sum(told[key] for told in layers) / len(layers)
 
 
 def _mb(num_bytes: int) -> str:

@@ -59,6 +59,22 @@ class CodedMatrix(Protocol):
         ...
 
 
+class DecoderLayers(Protocol):
+    """The decoder layers of a model, run one at a time."""
+
+    @property
+    def names(self) -> list[str]:
+        """Full module name of each, which the names of its parameters begin with."""
+        ...
+
+    def run(
+        self, index: int, tokens: Tensor, states: Tensor | None, *, grad: bool = False
+    ) -> Tensor | None:
+        """The output [S, L, D] of a layer for tokens [S, L] and its input, which is None for the
+        first one; layers are run in order. `grad`: with what gradients need."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelTask:
     """A quantized model, the original, and the text on which the one is made to follow the other.
@@ -83,6 +99,9 @@ class ModelTask:
     """which share the work; each has the whole of everything above"""
     in_step: bool = False
     """whether all processes must call the student equally often"""
+    student_layers: DecoderLayers | None = None
+    teacher_layers: DecoderLayers | None = None
+    """for a stage that goes `by_layers`"""
 
 
 class ModelTuning(Part, ABC):
@@ -96,6 +115,12 @@ class ModelTuning(Part, ABC):
     @property
     def recomputes(self) -> bool:
         """Whether gradients compute what is inside of layers again, in place of keeping it."""
+        return False
+
+    @property
+    def by_layers(self) -> bool:
+        """Whether it runs the decoder layers of both models one by one, each of those of the
+        original in one go, and asks for no predictions."""
         return False
 
     @abstractmethod
