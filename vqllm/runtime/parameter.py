@@ -2,7 +2,7 @@
 
 A linear has about 8 packed tensors. To ask each of them for its address and its version at every
 call took 1.6 ms a token for the 1680 of the demo model, most of it to bring them into the
-processor's cache. A clock for the linears of one input takes 0.2 ms.
+processor's cache. A clock for the linears of one input: 0.16 ms.
 """
 
 from collections.abc import Callable, Mapping
