@@ -250,8 +250,8 @@ def beats_kept_weights(spec: LinearSpec, device: torch.device, num_rows: int) ->
     return (
         device.type == "cpu"
         and num_rows <= LOOKUP_ROWS
-        and _looked_up(spec.format)
         and spec.rows * spec.cols >= lookup.fewest_weights(spec.cols)
+        and _looked_up(spec.format)
     )
 
 

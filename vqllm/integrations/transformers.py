@@ -26,7 +26,7 @@ from vqllm.errors import CheckpointError
 from vqllm.linears import before_lookup
 from vqllm.runtime.embedding import VQEmbedding
 from vqllm.runtime.linear import VQLinear
-from vqllm.runtime.packed import PackedModule, frozen
+from vqllm.runtime.packed import PackedModule, frozen, own_tensors
 from vqllm.runtime.replace import group_inputs, replace_modules
 from vqllm_kernels import layout
 
@@ -89,7 +89,10 @@ class VqllmQuantizer(HfQuantizer):
             module.requires_grad_(False)  # the loader wraps float tensors anew, with gradient
         if self.pre_quantized and self.quantization_config.dequantize:
             return self._dequantize(model)
-        group_inputs(model)
+        groups = [group.members for group in group_inputs(model)]
+        grouped = {id(member) for members in groups for member in members}
+        alone = [m for m in packed.values() if id(m) not in grouped and not m.is_offloaded()]
+        own_tensors([*groups, *([module] for module in alone)])
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:

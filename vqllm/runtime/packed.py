@@ -1,52 +1,65 @@
 """What modules with a packed matrix have in common: its tensors, and how they move and are kept."""
 
-from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import is_
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from vqllm.runtime import cache
+from vqllm.runtime.parameter import PackedParameter, Parameters, new_clock
 from vqllm_kernels import layout
 from vqllm_kernels.linear import LinearSpec
 
 
 class Fingerprint:
-    """The packed tensors that something was computed from: tells whether one of them was replaced
-    or overwritten since.
+    """What something was decoded from and kept for: tells whether a packed tensor was replaced or
+    overwritten since, or the weight cache set to something else.
 
-    Addresses tell data that was exchanged under a parameter, which leaves its version as it is. It
-    is asked at every call and pays for every tensor that has left the processor's cache: 1.4 ms a
-    token for the 1680 of the demo model.
+    It is asked at every call, and what it looks at has left the processor's cache by then: for
+    loaded modules (`own_tensors`) one clock. Of others it looks at every parameter, and at the
+    address, which tells data that was exchanged, and the version of every tensor.
     """
 
-    __slots__ = ("_addresses", "_counted", "_found", "_tensors", "_versions")
+    __slots__ = ("_clock", "_mode", "_rest", "_version")
 
     def __init__(self, modules: Sequence["PackedModule"]) -> None:
-        self._found = []
-        self._tensors: list[Tensor] = []
+        clocks: dict[int, Tensor] = {}
+        found: list[tuple[dict[str, nn.Parameter | None], list[nn.Parameter | None]]] = []
+        alone: list[tuple[Tensor, int, int]] = []
         for module in modules:
-            held = module._parameters.values()
-            self._found.append((held, list(map(id, held))))
-            self._tensors += module.packed.values()
-        self._counted = [t for t in self._tensors if not t.is_inference()]
-        self._addresses = list(map(_ADDRESS, self._tensors))
-        self._versions = list(map(_VERSION, self._counted))
+            held = module._parameters
+            if isinstance(held, Parameters) and held.clock is not None:
+                clocks[id(held.clock)] = held.clock
+            else:
+                found.append((held, list(held.values())))
+            for tensor in module.packed.values():
+                if isinstance(tensor, PackedParameter):
+                    clocks[id(tensor.clock)] = tensor.clock
+                else:
+                    alone.append((tensor, tensor.data_ptr(), version(tensor)))
+        first, *more = clocks.values() if clocks else [new_clock(modules[0].device)]
+        self._clock, self._version = first, first._version
+        more = [(clock, clock._version) for clock in more]
+        self._rest = (more, found, alone) if more or found or alone else None
+        self._mode = cache.weight_cache()
 
     def holds(self) -> bool:
-        """Whether the tensors are what they were."""
-        for held, ids in self._found:
-            if list(map(id, held)) != ids:
-                return False
+        """Whether the tensors and the setting are what they were."""
+        if self._clock._version != self._version or cache.weight_cache() != self._mode:
+            return False
+        if self._rest is None:
+            return True
+        clocks, found, alone = self._rest
         return (
-            list(map(_ADDRESS, self._tensors)) == self._addresses
-            and list(map(_VERSION, self._counted)) == self._versions
+            all(clock._version == count for clock, count in clocks)
+            and all(
+                len(held) == len(before) and all(map(is_, held.values(), before))
+                for held, before in found
+            )
+            and all(t.data_ptr() == place and version(t) == count for t, place, count in alone)
         )
-
-
-_ADDRESS = Tensor.data_ptr
-_VERSION = attrgetter("_version")
 
 
 class PackedModule(nn.Module):
@@ -132,18 +145,20 @@ class PackedModule(nn.Module):
         return cache.keeps_weights(self.device) and not self.is_offloaded()
 
     def _kept_weights(self, dtype: torch.dtype) -> Tensor | None:
+        dense, origin = self._dense, self._decoded_from
         if torch.compiler.is_compiling():
             # A graph takes what an earlier call decoded; keeping something new would break it.
-            return self._dense if self._dense is not None and self._dense.dtype == dtype else None
+            return dense if dense is not None and dense.dtype == dtype else None
+        # Where the tensors are what they were, they are not offloaded either: that replaces them.
+        if dense is not None and dense.dtype == dtype and origin is not None and origin.holds():
+            return dense
         if not self.keeps_weights():
             self.forget()
             return None
-        dense, origin = self._dense, self._decoded_from
-        if dense is None or dense.dtype != dtype or origin is None or not origin.holds():
-            # What is decoded in inference mode could never be used with gradients.
-            with torch.inference_mode(False), torch.no_grad():
-                dense = self.dequantize(dtype)
-            self.keep(dense)
+        # What is decoded in inference mode could never be used with gradients.
+        with torch.inference_mode(False), torch.no_grad():
+            dense = self.dequantize(dtype)
+        self.keep(dense)
         return dense
 
     def keep(self, dense: Tensor) -> None:
@@ -171,6 +186,28 @@ class PackedModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_dense": None, "_decoded_from": None}
+
+
+def own_tensors(modules: Iterable[Sequence[PackedModule]]) -> None:
+    """Let changes of the packed tensors of loaded modules be seen at one look.
+
+    To be called where nobody else has the tensors yet: what is written into those that a loader put
+    there would change the memory, but not the clock. Tied modules stay tied.
+
+    Args:
+        modules: with those of one sequence multiplied together. They get one clock, and no more
+            than they, because autograd refuses tensors whose version has changed.
+    """
+    made: dict[nn.Parameter, PackedParameter] = {}
+    for together in modules:
+        clock = new_clock(together[0].device)
+        for module in together:
+            for name in module._packed_names:
+                old = getattr(module, name)
+                if old not in made:
+                    made[old] = PackedParameter(old.detach(), clock=clock)
+                module.register_parameter(name, made[old])
+            module._parameters = Parameters(module._parameters, clock)
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

@@ -1,0 +1,108 @@
+"""Packed tensors that tell every change of theirs by one number for all of a linear, or of several.
+
+A linear has about 8 packed tensors. To ask each of them for its address and its version at every
+call took 1.6 ms a token for the 1680 of the demo model, most of it to bring them into the
+processor's cache. A clock for the linears of one input: 0.16 ms.
+"""
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+
+def new_clock(device: torch.device) -> Tensor:
+    """An empty tensor whose version counts changes of others."""
+    with torch.inference_mode(False):  # tensors of inference mode have no version
+        return torch.empty(0, device=device)
+
+
+class PackedParameter(nn.Parameter):
+    """A parameter that has the version of `clock`, as others may.
+
+    It grows with every change in place and, unlike that of torch's parameters, when the data is
+    changed through `p.data` or exchanged (`p.data = t`, `torch.utils.swap_tensors`). Not noticed is
+    what is written past torch (`p.numpy()[0] = 1`) or through other tensors of the same memory that
+    were there before.
+
+    Copies share a clock where the originals do. Unpickled it is an ordinary parameter.
+    """
+
+    clock: Tensor
+
+    def __init__(
+        self, data: Tensor, requires_grad: bool = False, clock: Tensor | None = None
+    ) -> None:
+        """A parameter of this data, not copied; None is a clock of its own."""
+
+    def __new__(
+        cls, data: Tensor, requires_grad: bool = False, clock: Tensor | None = None
+    ) -> "PackedParameter":
+        if clock is None:
+            clock = new_clock(data.device)
+        parameter: Any = super().__new__(cls, clock, requires_grad=False)
+        parameter.clock = clock
+        parameter.data = data
+        return parameter.requires_grad_(requires_grad)
+
+    @property
+    def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The same memory with the same version; that of torch's parameters has its own."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if value.is_inference():
+            with torch.inference_mode(False):
+                value = value.clone()
+        _DATA.__set__(self, value)
+        increment_version(self.clock)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "__class__":  # the first thing that swap_tensors does
+            increment_version(self.clock)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedParameter":
+        if id(self) not in memo:
+            data, clock = self.detach().clone(), deepcopy(self.clock, memo)
+            memo[id(self)] = type(self)(data, self.requires_grad, clock)
+        return memo[id(self)]
+
+
+_DATA: Any = Tensor.data
+
+
+class Parameters(dict[str, nn.Parameter | None]):
+    """The parameters of a module by name; `clock` counts how often they were replaced."""
+
+    clock: Tensor | None = None  # while it is unpickled
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter | None], clock: Tensor) -> None:
+        super().__init__(parameters)
+        self.clock = clock
+
+
+def _counted(change: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(self: Parameters, *args: Any, **kwargs: Any) -> Any:
+        if self.clock is not None:
+            increment_version(self.clock)
+        return change(self, *args, **kwargs)
+
+    return counted
+
+
+for _name in (
+    "__delitem__",
+    "__ior__",
+    "__setitem__",
+    "clear",
+    "pop",
+    "popitem",
+    "setdefault",
+    "update",
+):
+    setattr(Parameters, _name, _counted(getattr(dict, _name)))
