@@ -1,13 +1,13 @@
 """Several processes at work on one model, as `torchrun` or `accelerate launch` started them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from vqllm.errors import VqllmError
 
@@ -72,6 +72,23 @@ class Processes:
         made: list[T] = []
         self.told(lambda: made.append(make()))
         return made[0] if made else None
+
+    def split(self, module: nn.Module, parameters: Collection[nn.Parameter]) -> None:
+        """Let each process hold a part of these parameters of a module, which do not change; the
+        whole of them is there only while the module runs forward or backward. In all processes it
+        must run equally often."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        device = next(iter(parameters)).device.type
+        others = {parameter for parameter in module.parameters() if parameter not in parameters}
+        mesh = init_device_mesh(device, (self.size,))
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=others)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            distributed.barrier()
 
     def leave(self) -> None:
         """Let go of each other when the shared work is done. After an error nobody leaves so: the

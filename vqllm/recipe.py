@@ -3,7 +3,7 @@
 import re
 import reprlib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -292,6 +292,30 @@ class Stages(Settings):
     stages: tuple[Annotated[SerializeAsAny[ModelTuning], _build(MODEL_TUNINGS)], ...] = Field(
         min_length=1, description="one after the other, each from where the one before it ended"
     )
+    teacher: Literal["cached", "live"] = Field(
+        default="cached",
+        description="cached: the original runs once, layer by layer, and what its head is computed "
+        "from is kept in the output folder, 2 bytes a feature and token; live: it stays in memory "
+        "and runs along",
+    )
+    shard: bool = Field(
+        default=False,
+        description="each of several processes holds a part of the decoded weights, for models "
+        "that do not fit on one device",
+    )
+
+    @model_validator(mode="after")
+    def _is_sharded_whole(self) -> Self:
+        if self.shard and self.teacher == "live":
+            raise ValueError(
+                "shard: a live teacher would be whole in every process; take `teacher: cached`"
+            )
+        moving = {kind for stage in self.stages for kind in stage.kinds} & {"codebooks", "codes"}
+        if self.shard and moving:
+            raise ValueError(
+                f"shard: splits weights that stay as they are, and {', '.join(sorted(moving))} move"
+            )
+        return self
 
 
 class TuningRecipe(Stages):
@@ -457,9 +481,8 @@ class Recipe(Settings):
         """Those stages."""
         assert self.tune is not None, "the recipe has no such key"
         text = self.tune.calibration.model_copy(update={"source": self.calibration.source})
-        return TuningRecipe(
-            name=self.name, seed=self.seed, calibration=text, stages=self.tune.stages
-        )
+        given = {key: getattr(self.tune, key) for key in Stages.model_fields}
+        return TuningRecipe(**{**given, "name": self.name, "seed": self.seed, "calibration": text})
 
     def to_dict(self) -> JSON:
         """JSON values with every field present."""

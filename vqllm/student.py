@@ -1,86 +1,86 @@
-"""A quantized model that can be trained: codes decoded once, everything continuous a parameter.
+"""A quantized model that can be trained: everything continuous a parameter, codes exchangeable.
 
 Every quantized linear becomes y = r ∘ (Ŵ (c ∘ x)) + bias with its decoded weights Ŵ and new scales
 of its outputs, r = 1 + δ, and inputs, c = 1 + δ. That is the same for every format. Afterwards the
 scales go into the stored ones, or become a stored scale of 16 bits a row or column. All else that
-is trained is its old value and a change in units of it, v + s δ.
+is trained is its old value and a change in units of it, v + s δ. Where neither codebooks nor codes
+move, Ŵ is decoded once and for all.
 
 What is trained is always δ, which starts at 0, so that one step size means the same everywhere.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint as recomputed
 
+from vqllm.calibration.stream import layer_names
 from vqllm.checkpoint.reader import Checkpoint
+from vqllm.coded import CodedWeights, codecs_of
 from vqllm.errors import NumericalError
+from vqllm.moved import Moved
+from vqllm.processes import Processes
 from vqllm.runtime import PackedModule, VQLinear
+from vqllm.runtime.packed import frozen
 from vqllm_kernels.linear import LinearSpec
 from vqllm_kernels.transforms import ScaleSpec
 
 
 class ScaledLinear(nn.Module):
-    """y = r ∘ (Ŵ (c ∘ x)) + bias; Ŵ is a constant in the dtype of the model, the rest float32."""
+    """y = r ∘ (Ŵ (c ∘ x)) + bias; Ŵ is in the dtype of the model, the rest float32."""
 
-    def __init__(self, linear: VQLinear, bias: Tensor | None) -> None:
+    def __init__(
+        self, linear: VQLinear, bias: Tensor | None, coded: CodedWeights | None = None
+    ) -> None:
         """Args:
         bias: as stored, which may be more exact than that of the loaded linear.
+        coded: the weights, where codebooks or codes move; without, they are constant.
         """
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         W_RC = linear.dequantize()
+        self.weight: Tensor
         self.register_buffer("weight", W_RC, persistent=False)
-        self.rows = _parameter(torch.zeros(self.out_features, device=W_RC.device))
-        self.columns = _parameter(torch.zeros(self.in_features, device=W_RC.device))
+        self.coded, self._version = coded, 0
+        self.rows = frozen(torch.zeros(self.out_features, device=W_RC.device))
+        self.columns = frozen(torch.zeros(self.in_features, device=W_RC.device))
         self.bias = None if bias is None else Moved(bias, W_RC.dtype)
+
+    def split(self, processes: Processes) -> None:
+        """From now on each process holds a part of Ŵ, and all of it only while it is computed with.
+        All must call the linear equally often."""
+        W_RC = self.weight
+        del self.weight  # only parameters are split
+        self.weight = frozen(W_RC)
+        processes.split(self, {self.weight})
 
     def forward(self, x: Tensor) -> Tensor:
         """y [.., R] of x [.., C], in the dtype of x."""
         if self.columns.requires_grad:
             # Not (1 + δ) x: in bfloat16 every δ below 0.004 would be lost in 1 + δ.
             x = torch.addcmul(x, x, self.columns.to(x.dtype))
-        y = F.linear(x, self.get_buffer("weight"))
+        y = F.linear(x, self._weight())
         if self.rows.requires_grad:
             y = torch.addcmul(y, y, self.rows.to(y.dtype))
         return y if self.bias is None else y + self.bias.value().to(y.dtype)
 
-
-class Moved(nn.Module):
-    """v + s δ in the dtype of the model, v the old value of a vector or a matrix.
-
-    s = max(|v|, a tenth of the root mean square of v), so that large entries move more than small
-    ones, and those that are 0 at all; of a matrix, whose rows are vectors of features, it is the
-    root mean square.
-    """
-
-    LEAST = 0.01
-    """of the root mean square, for what is 0 throughout"""
-
-    def __init__(self, old: Tensor, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-        old = old.float()
-        size = old.square().mean().sqrt().clamp(min=self.LEAST)
-        self.register_buffer("old", old, persistent=False)
-        unit = size if old.ndim > 1 else torch.maximum(old.abs(), 0.1 * size)
-        self.register_buffer("unit", unit, persistent=False)
-        self.delta = _parameter(torch.zeros_like(old))
-
-    def forward(self, delta: Tensor) -> Tensor:
-        return self.wide(delta).to(self.dtype)
-
-    def wide(self, delta: Tensor) -> Tensor:
-        """The value in float32."""
-        return self.get_buffer("old") + self.get_buffer("unit") * delta
-
-    def value(self) -> Tensor:
-        """What the model computes with."""
-        return self(self.delta)
+    def _weight(self) -> Tensor:
+        W_RC, coded = self.weight, self.coded
+        if coded is None:
+            return W_RC
+        if coded.trains:
+            return coded.overheard(coded.decoded())
+        if self._version != coded.version:
+            with torch.no_grad():
+                W_RC.copy_(coded.decoded())
+            self._version = coded.version
+        return coded.overheard(W_RC)
 
 
 @dataclass(frozen=True)
@@ -98,34 +98,61 @@ class Student:
 
     Attributes:
         model: gives logits; nothing in it needs a gradient but what was asked for.
-        parameters: float32, by kind ("rows", "columns", "vectors", "head") and name.
+        parameters: float32, by kind ("rows", "columns", "vectors", "head", "codebooks") and name.
+        codes: of the quantized linears of the layers by name, if codes or codebooks move.
         not_stored: names of parameters that the checkpoint does not have, which are left alone.
     """
 
-    def __init__(self, model: Any, checkpoint: Checkpoint, kinds: set[str]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        checkpoint: Checkpoint,
+        kinds: set[str],
+        shared_by: Processes | None = None,
+    ) -> None:
         """Args:
         model: loaded from the checkpoint, on the device where it will run.
-        kinds: what will be trained.
+        kinds: what will be trained: the kinds of `parameters`, and "codes".
+        shared_by: processes each of which is to hold a part of the decoded weights, which are
+            then constant.
         """
         self.model = model
         self._checkpoint = checkpoint
         self.not_stored: list[str] = []
         model.requires_grad_(False)
         outside = set(checkpoint.quantization.outside_layers)
+        found = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, VQLinear) and name in checkpoint.linears and name not in outside
+        }
+        codecs = codecs_of(checkpoint, found) if kinds & {"codebooks", "codes"} else {}
         linears: dict[str, ScaledLinear] = {}
-        for name, module in list(model.named_modules()):
-            if isinstance(module, VQLinear) and name in checkpoint.linears and name not in outside:
-                bias = None if module.bias is None else checkpoint.read(f"{name}.bias")
-                linears[name] = ScaledLinear(module, bias).to(module.device)
-                model.set_submodule(name, linears[name])
+        for name, module in found.items():
+            bias = None if module.bias is None else checkpoint.read(f"{name}.bias")
+            coded = None
+            if codec := codecs.get(name):
+                coded = CodedWeights(module.spec, codec, module.packed, module.weight.dtype)
+            linears[name] = ScaledLinear(module, bias, coded).to(module.device)
+            model.set_submodule(name, linears[name])
+            if shared_by is not None:
+                linears[name].split(shared_by)
         self._linears = linears
+        self.codes = {n: linear.coded for n, linear in linears.items() if linear.coded is not None}
         self._moved = {
             "vectors": {f"{n}.bias": lin.bias for n, lin in linears.items() if lin.bias is not None}
         }
+        layers = [model.get_submodule(name) for name in layer_names(model)]
+        self._forwards = {layer: layer.forward for layer in layers}
         self._move(kinds)
         self.parameters: dict[str, dict[str, nn.Parameter]] = {
             "rows": {name: linear.rows for name, linear in linears.items()},
             "columns": {name: linear.columns for name, linear in linears.items()},
+            "codebooks": {
+                f"{name}.{key}": own.delta
+                for name, coded in self.codes.items()
+                for key, own in coded.learned.items()
+            },
         }
         for kind, moved in self._moved.items():
             self.parameters[kind] = {name: own.delta for name, own in moved.items()}
@@ -167,6 +194,16 @@ class Student:
         """Predictions [S, L, V]."""
         return self.model(input_ids=tokens_SL, use_cache=False).logits
 
+    def recompute(self, on: bool) -> None:
+        """Whether gradients find only the inputs of layers in memory and compute the rest again.
+
+        Not through transformers' own: it does so in training mode only, where models drop features
+        and layers.
+        """
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        for layer, own in self._forwards.items():
+            layer.forward = partial(recomputed, own, **options) if on else own
+
     def changes(self) -> Changes:
         """What is to be written in the place of what the checkpoint has.
 
@@ -176,6 +213,8 @@ class Student:
         changes = Changes()
         for name, linear in self._linears.items():
             spec, tensors = self._checkpoint.linears[name], self._checkpoint.packed(name)
+            if linear.coded is not None:
+                tensors |= linear.coded.packed()
             for side, factor in (("out", linear.rows), ("in", linear.columns)):
                 if factor.requires_grad:
                     spec, tensors = scaled(name, spec, tensors, side, 1 + factor.detach().cpu())
@@ -242,7 +281,3 @@ def _rounded(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
             "not hold: lower `rate`."
         )
     return stored
-
-
-def _parameter(values: Tensor) -> nn.Parameter:
-    return nn.Parameter(values, requires_grad=False)

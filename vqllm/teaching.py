@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from vqllm import evaluation, memory, quantization
-from vqllm.calibration.stream import Layers, layer_names
+from vqllm.calibration.stream import Layers, LayerStream
 from vqllm.calibration.tokens import SELF, calibration_sequences
 from vqllm.checkpoint.inspect import bits_per_weight
 from vqllm.checkpoint.journal import ROUNDED, WORK, check_free, differences, is_unfinished
 from vqllm.checkpoint.reader import Checkpoint, is_checkpoint
 from vqllm.checkpoint.tuned import TunedRun
-from vqllm.errors import CheckpointError, ModelError
+from vqllm.errors import CheckpointError, ModelError, RecipeError
 from vqllm.job import Job
 from vqllm.loading import load_tokenizer, skeleton
 from vqllm.models import ResolvedModel
@@ -30,6 +30,7 @@ from vqllm.report.pages import report_pages
 from vqllm.report.summary import Summary
 from vqllm.running import load_to_run
 from vqllm.student import Student
+from vqllm.teacher import CachedTeacher
 from vqllm.texts import open_source
 from vqllm.tuning.base import ModelTask
 from vqllm.types import JSON
@@ -86,6 +87,11 @@ def run(
         if name != SELF:
             open_source(name)  # what cannot be read is found before a folder is begun
     processes = Processes.started(job.device)
+    if job.recipe.shard and processes.size == 1:
+        raise RecipeError(
+            f"{job.within}shard splits a model over several processes, and there is one: start "
+            "them with torchrun --nproc-per-node NUMBER -m vqllm tune, or leave the key out."
+        )
     with ExitStack() as stack, _explained_memory(job):
         settings = {
             "teacher": job.teacher.name,
@@ -166,7 +172,7 @@ class _Tuning:
         self._phase("calibration text")
         # Before the models are loaded: a source that is the model itself is one more in memory.
         sequences = self._processes.told(self._sequences)
-        teacher, _ = self._load(job.teacher.path)
+        teacher = self._teacher(torch.cat([sequences["calibration"], sequences["held_out"]]))
         told = self._tune(teacher, sequences)
         self._processes.leave()
         if self._folder is None:
@@ -176,6 +182,9 @@ class _Tuning:
         if evaluate:
             self._phase("evaluation against the original")
             start = time.perf_counter()
+            if windows is not None and job.recipe.teacher == "cached":
+                self._processes = Processes()  # the others are gone
+                teacher = self._teacher(windows.tokens_SL, "windows")
             tuned, _ = self._load(job.output)
             chosen = windows or _held_out(job, sequences["held_out"])
             measured = evaluation.compare(tuned, teacher, chosen.tokens_SL, chosen.label).to_dict()
@@ -188,6 +197,26 @@ class _Tuning:
     def _load(self, folder: Path) -> tuple[Any, Any]:
         """In bfloat16 everywhere: gradients of a mean over many positions underflow in float16."""
         return load_to_run(folder, self._job.device, self._job.trust_remote_code, torch.bfloat16)
+
+    def _teacher(self, tokens_SL: Tensor, name: str = "teacher") -> Any:
+        """The original, or what stands for it where these sequences are all that it is given."""
+        if self._job.recipe.teacher == "live":
+            return self._load(self._job.teacher.path)[0]
+        self._phase("predictions of the original")
+        return CachedTeacher(
+            self._open_original, tokens_SL, self._folder, self._processes, self._share, name
+        )
+
+    def _open_original(self, offload: Path) -> LayerStream:
+        job = self._job
+        return LayerStream(
+            job.teacher.path, job.device, offload, torch.bfloat16, job.trust_remote_code
+        )
+
+    def _open_again(self) -> LayerStream:
+        """The original once more, a layer at a time."""
+        offload = self._job.output / WORK / f"offload-layers-{self._processes.rank}"
+        return self._open_original(offload)
 
     def _tune(self, teacher: Any, sequences: Mapping[str, Tensor]) -> list[JSON]:
         """Write the tuned checkpoint; what the stages say."""
@@ -227,7 +256,8 @@ class _Tuning:
 
     def _student(self, model: Any) -> Student:
         kinds = {kind for stage in self._job.recipe.stages for kind in stage.kinds}
-        student = Student(model, self._job.checkpoint, kinds)
+        shared_by = self._processes if self._job.recipe.shard else None
+        student = Student(model, self._job.checkpoint, kinds, shared_by)
         if student.not_stored and self._processes.is_first:
             logger.warning(
                 "%d tensors are not stored under the names that the model uses, and stay as they "
@@ -245,13 +275,14 @@ class _Tuning:
         self, student: Student, teacher: Any, sequences: Mapping[str, Tensor]
     ) -> list[JSON]:
         told = []
-        names, device = layer_names(teacher), self._job.device
         for number, stage in enumerate(self._job.recipe.stages):
             self._phase(f"tuning: {stage.type}")
+            student.recompute(stage.recomputes)
             task = ModelTask(
                 student=student.logits,
                 teacher=lambda tokens: teacher(input_ids=tokens, use_cache=False).logits,
                 parameters=student.parameters,
+                codes=student.codes,
                 sequences=sequences["calibration"],
                 held_out=sequences["held_out"],
                 seed=self._job.recipe.seed,
@@ -259,8 +290,9 @@ class _Tuning:
                 keeper=_Keeper(self._folder, self._processes, f"stage-{number}"),
                 share=self._share,
                 processes=self._processes,
-                student_layers=Layers(student.model, names, device),
-                teacher_layers=Layers(teacher, names, device),
+                in_step=self._job.recipe.shard,
+                student_layers=lambda names: Layers(student.model, names, self._job.device),
+                teacher_layers=self._open_again,
             )
             told.append({"stage": stage.type, **stage(task)})
         return told
@@ -299,11 +331,14 @@ def _summary(
 
 
 def _identity(recipe: TuningRecipe) -> JSON:
-    """The recipe, as far as a run that goes on must have the same: how many sequences run together
-    changes the order of sums only, and is what to lower where memory ended."""
+    """The recipe, as far as a run that goes on must have the same: how many sequences run together,
+    what is computed again and whether the original stays in memory change the order of sums at
+    most, and are what to change where memory ended."""
     values = recipe.to_dict()
+    del values["teacher"], values["shard"]
     for stage in values["stages"]:
         stage.pop("together", None)
+        stage.pop("checkpointing", None)
     return values
 
 
@@ -372,6 +407,8 @@ class _explained_memory:
 
     def __init__(self, job: TuningJob) -> None:
         self._keys = job.within
+        live = job.recipe.teacher == "live"
+        self._cached = f", or with --set {job.within}teacher=cached" if live else ""
 
     def __enter__(self) -> None:
         return None
@@ -381,9 +418,10 @@ class _explained_memory:
         if out or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
             raise ModelError(
                 "out of memory. What was tuned is kept: repeat the command with fewer sequences at "
-                f"a time, --set {self._keys}stages.0.together=1. If one is too many, lower "
-                f"{self._keys}calibration.length (which begins the tuning again, in another "
-                "folder), or take another --device."
+                f"a time, --set {self._keys}stages.0.together=1, or with activations computed "
+                f"again, --set {self._keys}stages.0.checkpointing=true{self._cached}. If that is "
+                f"not enough, lower {self._keys}calibration.length (which begins the tuning again, "
+                "in another folder), or take another --device."
             ) from error
 
 

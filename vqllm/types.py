@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from torch import Tensor
 
 from vqllm.bits import BitCount, count
@@ -50,9 +50,12 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_bool(cls, value: object) -> object:
-        """pydantic takes true and false as the numbers 1 and 0."""
-        if isinstance(value, bool):
+    def _refuse_bool(cls, value: object, field: ValidationInfo) -> object:
+        """pydantic takes true and false as the numbers 1 and 0, and the other way round."""
+        is_wanted = cls.model_fields[str(field.field_name)].annotation is bool
+        if is_wanted and not isinstance(value, bool):
+            raise ValueError(f"{value!r} is neither true nor false")
+        if isinstance(value, bool) and not is_wanted:
             raise ValueError(f"{str(value).lower()} is neither a number nor a text")
         return value
 

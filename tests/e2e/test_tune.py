@@ -30,12 +30,14 @@ QUANTIZE = from_dict(
 )
 
 
-def recipe(**stage: object) -> TuningRecipe:
+def recipe(teacher: str = "cached", shard: bool = False, **stage: object) -> TuningRecipe:
     stage = {"type": "end_to_end", "steps": 30, "rate": 0.02, "batch": 4, **stage}
     values = {
         "name": "tuned",
         "calibration": {"sequences": 40, "length": 32},
         "stages": [stage],
+        "teacher": teacher,
+        "shard": shard,
     }
     return tuning_from_dict(values, "tuned")
 
@@ -118,6 +120,48 @@ def test_the_same_bytes_again(finished, root, rounded, text) -> None:
     one, other = files(finished.output), files(root / "again")
     assert one.keys() == other.keys()
     assert [name for name in one if one[name] != other[name]] == []
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in files(folder).items() if name.endswith(".safetensors")}
+
+
+def test_a_teacher_in_memory_gives_the_same_weights(finished, root, rounded, text) -> None:
+    live = run(rounded, root / "live", text, recipe=recipe("live"))
+    assert weights(live.output) == weights(finished.output) != {}
+    assert live.tuning == finished.tuning
+    assert live.evaluation == finished.evaluation
+
+
+def test_activations_computed_again_give_the_same_weights(finished, root, rounded, text) -> None:
+    again = run(rounded, root / "again-inside", text, recipe=recipe(checkpointing=True))
+    assert weights(again.output) == weights(finished.output) != {}
+
+
+def test_windows_of_a_text_are_measured_alike(finished, root, rounded, text) -> None:
+    options = {"eval_text": text, "eval_windows": 2}
+    few = {"steps": 2}
+    cached = run(rounded, root / "windows", text, recipe=recipe(**few), **options)
+    live = run(rounded, root / "windows-live", text, recipe=recipe("live", **few), **options)
+    assert cached.evaluation == live.evaluation
+    assert not (cached.output / ".vqllm").exists()
+
+
+def test_a_run_goes_on_with_the_teacher_in_memory(finished, root, rounded, text, monkeypatch):
+    output = root / "changed-its-mind"
+
+    def stopping(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuned.TunedRun, "write", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(rounded, output, text)
+    assert (output / ".vqllm" / "teacher-0.bin").stat().st_size == 56 * 32 * 64 * 2
+    monkeypatch.undo()
+    assert weights(run(rounded, output, text, recipe=recipe("live")).output) == weights(
+        finished.output
+    )
+    assert not (output / ".vqllm").exists()
 
 
 @pytest.mark.parametrize("stop", [1, 5])
@@ -353,6 +397,39 @@ def test_two_processes_tune_as_one_does(finished, source, root, rounded, text) -
             assert error < 0.1, name
 
 
+def test_two_processes_follow_either_teacher_alike(root, rounded, text) -> None:
+    for teacher in ("cached", "live"):
+        file = root / f"{teacher}.yaml"
+        file.write_text(recipe(teacher, steps=4).to_yaml())
+        options = ("--recipe", file, "--calibration", text, "--device", "cpu", "--no-eval")
+        output = root / f"two-{teacher}"
+        result = launch(2, "-m", "vqllm", "tune", rounded, "--output", output, *options)
+        assert result.returncode == 0, result.stderr
+    assert weights(root / "two-cached") == weights(root / "two-live") != {}
+
+
+def test_sharded_it_gives_the_same_weights(root, rounded, text) -> None:
+    """Steps of 3 sequences: one of the two processes has fewer, and runs along."""
+    for shard in (False, True):
+        file = root / f"shard-{shard}.yaml"
+        values = recipe(shard=shard, steps=4, batch=3, together=1, checkpointing=True).to_yaml()
+        file.write_text(values)
+        options = ("--recipe", file, "--calibration", text, "--device", "cpu", "--no-eval")
+        output = root / f"two-shard-{shard}"
+        result = launch(2, "-m", "vqllm", "tune", rounded, "--output", output, *options)
+        assert result.returncode == 0, result.stderr
+    assert weights(root / "two-shard-True") == weights(root / "two-shard-False") != {}
+
+
+def test_one_process_has_nothing_to_share(root, rounded, text) -> None:
+    with pytest.raises(RecipeError, match="over several processes, and there is one"):
+        run(rounded, root / "alone", text, recipe=recipe(shard=True))
+    with pytest.raises(RecipeError, match="a live teacher would be whole in every process"):
+        recipe("live", shard=True)
+    with pytest.raises(RecipeError, match="weights that stay as they are, and codebooks move"):
+        recipe(shard=True, train=["rows", "codebooks"])
+
+
 def test_a_mistake_ends_all_processes(root, rounded, text) -> None:
     (root / "full-folder").mkdir()
     (root / "full-folder" / "notes.txt").write_text("mine")
@@ -384,3 +461,4 @@ def test_an_error_in_one_process_ends_the_others(root, rounded, text, tmp_path) 
     result = launch(2, tmp_path / "program.py", rounded, root / "half-full", text)
     assert result.returncode != 0
     assert "out of memory. What was tuned is kept" in result.stderr
+    assert "--set stages.0.checkpointing=true. If" in result.stderr

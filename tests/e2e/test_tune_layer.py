@@ -127,7 +127,8 @@ def test_the_same_bytes_again_and_after_a_stop(
 
     def stopping(self, name, told, tensors) -> None:
         keep(self, name, told, tensors)
-        calls.append(name)
+        if name.startswith("stage"):
+            calls.append(name)
         if len(calls) == stop:
             raise KeyboardInterrupt
 

@@ -191,6 +191,8 @@ def test_durations(text: str, seconds: int | None) -> None:
         ({"train": []}, "train"),
         ({"steps": 0}, "steps"),
         ({"speed": 3}, "speed: unknown key"),
+        ({"checkpointing": 1}, "checkpointing: 1 is neither true nor false"),
+        ({"steps": True}, "steps: true is neither a number nor a text"),
     ],
 )
 def test_stages_that_are_wrong(change, message: str) -> None:

@@ -48,6 +48,23 @@ def test_every_parameter_has_a_gradient_and_nothing_else(checkpoint) -> None:
     assert not student.not_stored
 
 
+def test_gradients_from_activations_that_are_computed_again(checkpoint) -> None:
+    """OPT drops features where it is in training mode, and must not here."""
+    student = Student(loaded(checkpoint, torch.bfloat16), checkpoint, ALL)
+    parameters = [p for own in student.parameters.values() for p in own.values()]
+    calls = []
+    first = next(name for name in checkpoint.linears if "q_proj" in name)
+    student.model.get_submodule(first).register_forward_pre_hook(lambda *_: calls.append(first))
+    gradients = []
+    for again in (False, True, False):
+        student.recompute(again)
+        calls.clear()
+        gradients.append(torch.autograd.grad(student.logits(TOKENS).square().mean(), parameters))
+        assert len(calls) == 1 + again
+    for other in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], other))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_what_is_asked_for_is_trained(checkpoint, dtype) -> None:
     student = Student(loaded(checkpoint, dtype), checkpoint, {"vectors"})

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from vqllm.errors import ModelError
 from vqllm.linears import is_linear, shared_modules
 from vqllm.loading import load_model, skeleton
+from vqllm.types import JSON
 
 
 class LayerDone(Exception):
@@ -109,6 +110,44 @@ class Layers:
             raise ModelError(f"{self.names[index]} was never called by {type(self.model).__name__}")
         return result[0] if result else None
 
+    def after(self, tokens: Tensor, states: Tensor) -> Tensor:
+        """The model's logits [S, L, V] where its last layer gives `states`: all that follows the
+        layers is its own. No layer is loaded for it, but each must have run once, in this stream or
+        in one of the same model.
+
+        Args:
+            tokens: int64 [S, L], what the model is called with.
+            states: [S, L, D].
+        """
+        first = self._returns[0].like(states.to(self.device))
+        self.layers[0].forward = lambda *args, **kwargs: first
+        for index in range(1, len(self)):
+            self.layers[index].forward = self._passing_on(index)
+        try:
+            with torch.no_grad():
+                return self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+        finally:
+            for index in range(len(self)):
+                self._restore_forward(index)
+
+    @property
+    def returned(self) -> list[JSON]:
+        """What layers were seen to return, as JSON values."""
+        return [
+            {"sequence": own.sequence and own.sequence.__name__, "length": own.length}
+            for _, own in sorted(self._returns.items())
+        ]
+
+    @returned.setter
+    def returned(self, told: list[JSON]) -> None:
+        types = {None: None, "tuple": tuple, "list": list}
+        outputs = [_Output(types[own["sequence"]], own["length"]) for own in told]
+        self._returns = dict(enumerate(outputs))
+
+    def ready(self, index: int) -> contextlib.AbstractContextManager[nn.Module]:
+        """Within, layer `index` can run."""
+        return contextlib.nullcontext(self.layers[index])
+
     def returns_like(self, other: "LayerStream") -> None:
         """Take over what another stream of the same model has learned about what layers return, to
         run them in any order."""
@@ -183,6 +222,11 @@ class LayerStream(Layers):
                 if module not in self.shared:
                     module._apply(lambda tensor: tensor.to("meta"), recurse=False)
             gc.collect()
+
+    @contextlib.contextmanager
+    def ready(self, index: int) -> Iterator[nn.Module]:
+        with self.layer(index) as layer:
+            yield layer.to(self.compute_dtype)
 
     def _cast_outside_layers(self) -> None:
         inside = {id(module) for layer in self.layers for module in layer.modules()}

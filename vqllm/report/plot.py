@@ -1,7 +1,7 @@
 """Plots: a run's proxy loss by layer, and codecs' distortion by rate."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vqllm.types import JSON
@@ -30,6 +30,29 @@ def plot_proxy_loss(records: Sequence[JSON]) -> bytes:
     axes.grid(alpha=0.3)
     if kinds:
         axes.legend(fontsize=8, ncols=2)
+    return png(figure)
+
+
+def plot_tuning(curves: Mapping[str, JSON]) -> bytes:
+    """A PNG: KL divergence on held-out sequences by minutes of tuning, a line for each stage.
+
+    Args:
+        curves: by the name of a recipe, `looks` with `seconds` and `kl`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, told in curves.items():
+        minutes = [look["seconds"] / 60 for look in told["looks"]]
+        axes.plot(minutes, [look["kl"] for look in told["looks"]], marker="o", label=name)
+    axes.set_xlabel("minutes")
+    axes.set_ylabel("KL divergence on held-out sequences")
+    axes.grid(alpha=0.3)
+    if curves:
+        axes.legend()
     return png(figure)
 
 

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -35,6 +36,10 @@ class DecoderLayers(Protocol):
         """Full module name of each, which the names of its parameters begin with."""
         ...
 
+    def ready(self, index: int) -> AbstractContextManager[object]:
+        """Within, the layer can run."""
+        ...
+
     def run(
         self, index: int, tokens: Tensor, states: Tensor | None, *, grad: bool = False
     ) -> Tensor | None:
@@ -43,13 +48,45 @@ class DecoderLayers(Protocol):
         ...
 
 
+class CodedMatrix(Protocol):
+    """A quantized matrix whose codes a stage may exchange. Tiles are [E] in the codec's basis."""
+
+    listens: bool
+    """whether gradients of the weights are added up"""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the grid of tiles."""
+        ...
+
+    def tiles(self) -> Tensor:
+        """What the codes reproduce, float32 [I, J, E]."""
+        ...
+
+    def take_gradient(self) -> Tensor:
+        """The sum of the gradients of the tiles since the last call, float32 [I, J, E]."""
+        ...
+
+    def nearest(self, X_KE: Tensor, where_K: Tensor) -> Tensor:
+        """Codes [K, M] nearest to these tiles, at places that count the grid row by row."""
+        ...
+
+    def codes_at(self, where_K: Tensor) -> Tensor:
+        """Codes [K, M] of the tiles at these places."""
+        ...
+
+    def put(self, codes_KM: Tensor, where_K: Tensor) -> None:
+        """Take these codes for the tiles at these places."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelTask:
     """A quantized model, the original, and the text on which the one is made to follow the other.
 
     `student` and `teacher` give logits [S, L, V] of tokens [S, L] on `device`. `parameters` are
-    relative changes of what the student lets move, float32, by kind and name. Training and held-out
-    sequences are int64 [S, L].
+    relative changes of what the student lets move, float32, by kind and name; `codes` are its
+    matrices by name where a stage moves codes. Training and held-out sequences are int64 [S, L].
     """
 
     student: Callable[[Tensor], Tensor]
@@ -62,10 +99,15 @@ class ModelTask:
     keeper: Keeper
     share: Callable[[float], None]
     """is told how much of the stage is done, from 0 to 1"""
+    codes: Mapping[str, CodedMatrix] = field(default_factory=dict)
     processes: Processes = field(default_factory=Processes)
     """which share the work; each has the whole of everything above"""
-    student_layers: DecoderLayers | None = None
-    teacher_layers: DecoderLayers | None = None
+    in_step: bool = False
+    """whether all processes must call the student equally often"""
+    student_layers: Callable[[list[str]], DecoderLayers] | None = None
+    """those of these names"""
+    teacher_layers: Callable[[], DecoderLayers] | None = None
+    """with one of them in memory at a time"""
 
 
 class ModelTuning(Part, ABC):
@@ -75,6 +117,11 @@ class ModelTuning(Part, ABC):
     @abstractmethod
     def kinds(self) -> frozenset[str]:
         """The kinds of parameters that it moves."""
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether gradients compute what is inside of layers again, in place of keeping it."""
+        return False
 
     @abstractmethod
     def __call__(self, task: ModelTask) -> JSON:

@@ -29,7 +29,7 @@ from vqllm.types import JSON
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["rows", "columns", "vectors", "head"]
+Kind = Literal["rows", "columns", "vectors", "head", "codebooks"]
 
 LOOKS = 10
 LOOK_TOKENS = 2048
@@ -42,17 +42,15 @@ LOGIT_BYTES = 1 << 28
 DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 
-@MODEL_TUNINGS.register("end_to_end")
-class EndToEnd(ModelTuning):
-    """Scales, norms and biases, optionally the head, trained against the original's predictions."""
+class Descent(ModelTuning):
+    """What stages that follow the original's predictions have in common."""
 
-    type: Literal["end_to_end"] = "end_to_end"
     train: tuple[Kind, ...] = Field(
         ("rows", "vectors"),
         min_length=1,
         description="rows: a scale for every output of every quantized linear; columns: one for "
         "every input; vectors: norms and biases; head: output head and embedding, where they are "
-        "not quantized",
+        "not quantized; codebooks: codebooks, tables and scales of groups, as the codec has them",
     )
     steps: int = Field(240, ge=1, description="steps of the optimizer")
     time: str | None = Field(
@@ -70,10 +68,19 @@ class EndToEnd(ModelTuning):
     head_rate: float = Field(
         1e-3, gt=0, le=1, description="that for the head, relative to its root mean square"
     )
+    codebook_rate: float = Field(
+        1e-3, gt=0, le=1, description="that for codebooks, relative to their root mean square"
+    )
     together: int | None = Field(
         None,
         ge=1,
         description="sequences that run at a time; by default as many as have 2^28 bytes of logits",
+    )
+
+    checkpointing: bool = Field(
+        False,
+        description="keep only the inputs of layers for the gradients and compute the rest again: "
+        "less memory, more time",
     )
 
     @field_validator("time")
@@ -87,8 +94,24 @@ class EndToEnd(ModelTuning):
     def kinds(self) -> frozenset[str]:
         return frozenset(self.train)
 
+    @property
+    def recomputes(self) -> bool:
+        return self.checkpointing
+
+    def rate_of(self, kind: str) -> float:
+        """Step size of Adam for parameters of a kind."""
+        return {"head": self.head_rate, "codebooks": self.codebook_rate}.get(kind, self.rate)
+
     def __call__(self, task: ModelTask) -> JSON:
-        return _Run(self, task).run()
+        return Run(self, task).run()
+
+
+@MODEL_TUNINGS.register("end_to_end")
+class EndToEnd(Descent):
+    """Scales, norms and biases, optionally codebooks and head, trained against the original's
+    predictions."""
+
+    type: Literal["end_to_end"] = "end_to_end"
 
 
 def seconds_of(text: str) -> int | None:
@@ -100,17 +123,19 @@ def seconds_of(text: str) -> int | None:
     return 3600 * hours + 60 * minutes + seconds or None
 
 
-class _Run:
+class Run:
     """A stage on its way. Its state is what `_state` says, and nothing else."""
 
-    def __init__(self, stage: EndToEnd, task: ModelTask) -> None:
+    MOMENTUM = 0.9
+
+    def __init__(self, stage: Descent, task: ModelTask) -> None:
         self._stage, self._task, self._processes = stage, task, task.processes
         self._parameters: dict[str, nn.Parameter] = {}
         groups = []
         for kind in stage.train:
             for name, parameter in task.parameters.get(kind, {}).items():
                 self._parameters[f"{kind}.{name}"] = parameter
-                rate = stage.head_rate if kind == "head" else stage.rate
+                rate = stage.rate_of(kind)
                 groups.append({"params": [parameter], "lr": rate, "full_rate": rate})
         if not groups:
             raise ModelError(
@@ -118,7 +143,7 @@ class _Run:
                 "`train`."
             )
         # beta2 of 0.95, as in PV-Tuning: a few hundred steps are too few for 0.999.
-        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        self._optimizer = torch.optim.Adam(groups, betas=(self.MOMENTUM, 0.95))
         self._step = self._faults = self._vocabulary = 0
         self._looked = -1
         self._factor, self._before = 1.0, 0.0
@@ -133,7 +158,7 @@ class _Run:
             self._load(*kept)
             self._say("tuning goes on at step %d of %d", self._step, self._stage.steps)
         while not self._is_over():
-            if self._tenth() > self._looked and not self._was_looked_at():
+            if self._may_look() and self._tenth() > self._looked and not self._was_looked_at():
                 self._look()
             if not self._advance():
                 self._go_back()
@@ -141,8 +166,15 @@ class _Run:
         if not self._was_looked_at():
             self._look()
         self._restore(self._best)
+        return self._told()
+
+    def _told(self) -> JSON:
         best = min(self._history, key=lambda look: look["held_out_kl"])
         return {"history": self._history, "best_step": best["step"], "faults": self._faults}
+
+    def _may_look(self) -> bool:
+        """Whether the state is one that a run can go on from."""
+        return True
 
     def _was_looked_at(self) -> bool:
         return bool(self._history) and self._history[-1]["step"] == self._step
@@ -194,10 +226,19 @@ class _Run:
 
     def _mean_loss(self, sequences_SL: Tensor) -> float:
         total = torch.zeros((), device=self._task.device)
-        for tokens in self._processes.own(sequences_SL).split(self._together(sequences_SL)):
-            if len(tokens):
-                total += self._loss(tokens)
+        for tokens, weight in self._parts(sequences_SL):
+            total += weight * self._loss(tokens)
         return float(self._processes.sum(total)) / sequences_SL.numel()
+
+    def _parts(self, sequences_SL: Tensor) -> list[tuple[Tensor, int]]:
+        """What this process runs of some sequences, in parts, each with its weight: 1, or 0 where
+        it only runs along with others that have more."""
+        size = self._together(sequences_SL)
+        own = self._processes.own(sequences_SL)
+        parts = [(part, 1) for part in own.split(size) if len(part)]
+        most = math.ceil(math.ceil(len(sequences_SL) / self._processes.size) / size)
+        along = most - len(parts) if self._task.in_step else 0
+        return parts + along * [(sequences_SL[:1], 0)]
 
     def _loss(self, tokens_SL: Tensor) -> Tensor:
         tokens_SL = tokens_SL.to(self._task.device)
@@ -216,7 +257,7 @@ class _Run:
             return self._stage.together
         if self._vocabulary == 0:
             with torch.no_grad():
-                one = self._task.teacher(sequences_SL[:1, :1].to(self._task.device))
+                one = self._task.teacher(sequences_SL[:1].to(self._task.device))
             self._vocabulary = one.shape[-1]
         return max(1, LOGIT_BYTES // (4 * self._vocabulary * sequences_SL.shape[1]))
 
@@ -231,17 +272,20 @@ class _Run:
         self._optimizer.zero_grad(set_to_none=True)
         tokens_SL = self._task.sequences[self._batch()]
         total = torch.zeros(1, device=self._task.device)
-        for part in self._processes.own(tokens_SL).split(self._together(tokens_SL)):
-            if len(part):
-                loss = self._loss(part) / tokens_SL.numel()
-                loss.backward()
-                total += loss.detach()
+        for part, weight in self._parts(tokens_SL):
+            loss = weight * self._loss(part) / tokens_SL.numel()
+            loss.backward()
+            total += loss.detach()
         if not self._gather(total):
             return False
         self._optimizer.step()
         self._step += 1
         self._losses.append(float(total))
+        self._after_step()
         return True
+
+    def _after_step(self) -> None:
+        """What else moves."""
 
     def _gather(self, total: Tensor) -> bool:
         """Sum loss and gradients over the processes, in place; whether all of it is finite."""

@@ -1,0 +1,131 @@
+"""Stages that move codes, on one matrix of logits whose codes of no loss are known."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.unit.test_end_to_end import Keeper
+from vqllm import rng
+from vqllm.codecs import CODECS
+from vqllm.coded import CodedWeights
+from vqllm.tiles import to_tiles
+from vqllm.tuning.base import ModelTask, ModelTuning
+from vqllm.tuning.end_to_end import EndToEnd
+from vqllm.tuning.pv import PV
+from vqllm.tuning.straight_through import StraightThrough
+from vqllm.types import Codec
+from vqllm_kernels.linear import LinearSpec
+from vqllm_kernels.transforms import HadamardSpec
+
+R, C, NUM_TOKENS = 64, 32, 96
+CODEC_OPTIONS = {
+    "kmeans": {"type": "kmeans", "index_bits": 6, "tile_cols": 4},
+    "additive": {"type": "additive", "codebooks": 2, "index_bits": 4},
+    "e8p": {"type": "e8p"},
+    "d4": {"type": "d4"},
+    "residual": {"type": "residual", "stages": [{"type": "d4"}, {"type": "d4"}]},
+    "pyramid": {"type": "pyramid", "dim": 8, "bits": 2},
+    "learned_lattice": {"type": "learned_lattice"},
+    "uniform": {"type": "uniform", "bits": 2, "group": 16},
+    "trellis": {"type": "trellis", "bits": 2, "state_bits": 8},
+    "table": {"type": "trellis", "code": "table", "bits": 2, "state_bits": 8},
+}
+
+
+def codec_of(name: str) -> Codec:
+    options = dict(CODEC_OPTIONS[name])
+    return CODECS.get(options["type"]).model_validate(options)
+
+
+class Toy:
+    """logits = x Ŵᵀ of fixed random x; the teacher's W has known codes, the student's are others.
+
+    They are those nearest to W and noise of `noise` times its size.
+    """
+
+    def __init__(self, codec: Codec, noise: float = 0.5) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        hadamard = HadamardSpec(side="in", size=C)
+        signs = {f"t0_{n}": t for n, t in hadamard.pack_signs(random(C).sign()).items()}
+        spec = LinearSpec(rows=R, cols=C, format=codec.spec(), transforms=(hadamard,))
+        X_IJE = to_tiles(random(R, C), codec.tile)
+        state = codec.fit(X_IJE, None, rng.generator(0, "toy", "fit"))
+        wanted = codec.encode(X_IJE, state)
+        X_IJE = codec.decode(wanted, state)
+        X_IJE = X_IJE + noise * X_IJE.square().mean().sqrt() * random(*X_IJE.shape)
+        given = codec.encode(X_IJE, state)
+        self.best, self.coded = (
+            CodedWeights(spec, codec, codec.pack(codes, state) | signs, torch.float32)
+            for codes in (wanted, given)
+        )
+        self.x = random(NUM_TOKENS, C) / 4
+        self.scales = nn.Parameter(torch.zeros(R))
+
+    def teacher(self, tokens: Tensor) -> Tensor:
+        return self.x[tokens] @ self.best.decoded().T
+
+    def student(self, tokens: Tensor) -> Tensor:
+        W_RC = self.coded.overheard(self.coded.decoded())
+        return self.x[tokens] @ W_RC.T * (1 + self.scales)
+
+    def task(self, stage: ModelTuning, keeper: Keeper | None = None) -> ModelTask:
+        learned = {name: own.delta for name, own in self.coded.learned.items()}
+        parameters = {"rows": {"m": self.scales}, "codebooks": learned}
+        parameters = {k: own for k, own in parameters.items() if k in stage.kinds and own}
+        for own in parameters.values():
+            for parameter in own.values():
+                parameter.requires_grad_()
+        tokens = torch.arange(NUM_TOKENS).reshape(12, 8)
+        return ModelTask(
+            student=self.student,
+            teacher=self.teacher,
+            parameters=parameters,
+            codes={"m": self.coded},
+            sequences=tokens,
+            held_out=tokens,
+            seed=0,
+            device=torch.device("cpu"),
+            keeper=keeper or Keeper(),
+            share=lambda done: None,
+        )
+
+
+def last_kl(told) -> float:
+    return min(look["held_out_kl"] for look in told["history"])
+
+
+@pytest.mark.parametrize("name", CODEC_OPTIONS)
+def test_the_objective_falls_at_every_step(name: str) -> None:
+    """With all tokens in every batch, the loss before and after each V step, and between two of
+    them, where P moves."""
+    toy = Toy(codec_of(name))
+    stage = PV(steps=24, every=1, batch=12, rate=2e-4, codebook_rate=5e-5, share=0.5)
+    told = stage(toy.task(stage))
+    losses = [loss for told in told["rounds"] for loss in told["kl"]]
+    v_steps = [(a, b) for a, b in zip(losses[::2], losses[1::2])]
+    p_steps = [(a, b) for a, b in zip(losses[1::2], losses[2::2])]
+    moved = [told["moved"] > 0 for told in told["rounds"]]
+    assert all(b < a if did else b == a for (a, b), did in zip(v_steps, moved))
+    assert sum(moved) > 2
+    # Near the end, at some hundredths of the first loss, a step of Adam may be too long.
+    assert [(a, b) for a, b in p_steps if b >= a > 0.03 * losses[0]] == []
+    assert last_kl(told) < 0.6 * told["history"][0]["held_out_kl"]
+    assert told["codes_moved"] == sum(told["moved"] for told in told["rounds"])
+
+
+@pytest.mark.parametrize("name", CODEC_OPTIONS)
+def test_it_beats_straight_through_and_scales_alone(name: str) -> None:
+    ends = {}
+    for stage in (
+        PV(steps=60, every=1, batch=12, rate=3e-3, share=0.5),
+        StraightThrough(steps=60, every=1, batch=12, rate=3e-3),
+        EndToEnd(steps=60, batch=12, rate=3e-3, train=("rows", "codebooks")),
+    ):
+        toy = Toy(codec_of(name))
+        ends[stage.type] = last_kl(stage(toy.task(stage)))
+    print(name, ends)
+    assert ends["pv"] < min(ends["straight_through"], ends["end_to_end"])

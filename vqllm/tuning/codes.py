@@ -1,0 +1,96 @@
+"""What stages that move codes have in common: gradients of the weights, gathered in rounds."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vqllm.errors import ModelError
+from vqllm.tuning.base import CodedMatrix, ModelTask
+from vqllm.tuning.end_to_end import Descent, Kind, Run
+from vqllm.types import JSON
+
+CODES = "codes"
+
+
+class CodeDescent(Descent):
+    """Steps on what is continuous, and after a round of them one on the codes."""
+
+    train: tuple[Kind, ...] = Field(
+        ("rows", "vectors", "codebooks"),
+        min_length=1,
+        description="what moves between two steps on the codes: as in end_to_end",
+    )
+    every: int = Field(
+        8, ge=1, description="steps of a round: their gradients together move the codes"
+    )
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        return frozenset({*self.train, CODES})
+
+
+class CodeRun(Run):
+    """Codes belong to the state. A look falls between two rounds, so that a run that goes on there
+    has missed nothing."""
+
+    MOMENTUM = 0.0
+    """The mean of earlier gradients is that of other codes: with 0.9 of it, half of the P steps of
+    the test of one matrix led uphill."""
+
+    def __init__(self, stage: CodeDescent, task: ModelTask) -> None:
+        if not task.codes:
+            raise ModelError("no codes to move: no linear of the layers is quantized.")
+        super().__init__(stage, task)
+        self._every = stage.every
+        for matrix in task.codes.values():
+            matrix.listens = True
+
+    def run(self) -> JSON:
+        try:
+            return super().run()
+        finally:
+            for matrix in self._task.codes.values():
+                matrix.listens = False
+
+    def _may_look(self) -> bool:
+        return self._step % self._every == 0
+
+    def _after_step(self) -> None:
+        if self._step % self._every == 0:
+            self._move_codes()
+
+    @abstractmethod
+    def _move_codes(self) -> None:
+        """A step on the codes."""
+
+    def _gradient(self, matrix: CodedMatrix) -> Tensor:
+        """The sum of the gradients of a round, over all processes: [I·J, E]."""
+        return self._processes.sum(matrix.take_gradient()).flatten(0, 1)
+
+    def _copies(self) -> dict[str, Tensor]:
+        codes = {
+            f"{CODES}.{name}": matrix.codes_at(everywhere(matrix)).clone()
+            for name, matrix in self._task.codes.items()
+        }
+        return super()._copies() | codes
+
+    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
+        super()._restore(tensors)
+        for name, matrix in self._task.codes.items():
+            matrix.put(tensors[f"{CODES}.{name}"].to(self._task.device), everywhere(matrix))
+            matrix.take_gradient()
+
+
+def real_weights(task: ModelTask) -> dict[str, Tensor]:
+    """What the codes of every matrix reproduce, float32 [I·J, E]."""
+    with torch.no_grad():
+        return {name: matrix.tiles().flatten(0, 1).clone() for name, matrix in task.codes.items()}
+
+
+def everywhere(matrix: CodedMatrix) -> Tensor:
+    """All places of a matrix, int64 [I·J]."""
+    num_rows, num_cols = matrix.grid
+    return torch.arange(num_rows * num_cols)
