@@ -181,8 +181,11 @@ def _tuning_recipe(
     if seed is not None:
         values["seed"] = seed
     if time is not None:
-        for stage in values["stages"]:
+        timed = [stage for stage in values["stages"] if "time" in stage]
+        for stage in timed:
             stage["time"] = time
+        if not timed:
+            raise RecipeError(f"{chosen.name} has no stage that ends after a time: leave out --time")
     return recipes.tuning_from_dict(values, chosen.name)
 
 

@@ -13,7 +13,6 @@ from vqllm.calibration import saliency
 from vqllm.calibration.drift import Drift
 from vqllm.errors import NumericalError
 from vqllm.recipe import Recipe
-from vqllm.student import with_scale
 from vqllm.target import corrected
 from vqllm.tiles import to_tiles
 from vqllm.types import JSON, Codec, OutputRounding, State
@@ -203,14 +202,6 @@ def linear_spec(rows: int, cols: int, recipe: Recipe) -> LinearSpec:
         transform.spec(cols if transform.side == "in" else rows) for transform in recipe.transforms
     )
     return LinearSpec(rows=rows, cols=cols, format=recipe.codec.spec(), transforms=transforms)
-
-
-def stored_spec(rows: int, cols: int, recipe: Recipe) -> LinearSpec:
-    """The same when the layer was trained, if the recipe says so: with the scales of rows."""
-    spec = linear_spec(rows, cols, recipe)
-    if recipe.layer is None or "rows" not in recipe.layer.train:
-        return spec
-    return with_scale(spec, "out")[0]
 
 
 def transformed(

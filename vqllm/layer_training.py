@@ -19,12 +19,22 @@ from torch import Tensor, nn
 
 from vqllm.bits import count
 from vqllm.calibration.layer import LayerCalibrator
-from vqllm.group import QuantizedLinear, bit_fields
+from vqllm.group import QuantizedLinear, bit_fields, linear_spec
 from vqllm.moved import Moved
-from vqllm.recipe import LayerTraining
-from vqllm.student import scaled
+from vqllm.recipe import LayerTraining, Recipe
+from vqllm.student import scaled, with_scale
 from vqllm.tuning.descent import batch, descend
 from vqllm.types import JSON
+from vqllm_kernels.linear import LinearSpec
+
+
+def stored_spec(rows: int, cols: int, recipe: Recipe) -> LinearSpec:
+    """How a linear of W [rows, cols] is stored in the end: with the scales of its rows, where the
+    recipe trains them."""
+    spec = linear_spec(rows, cols, recipe)
+    if recipe.layer is None or "rows" not in recipe.layer.train:
+        return spec
+    return with_scale(spec, "out")[0]
 
 
 @dataclass(frozen=True)

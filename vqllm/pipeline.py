@@ -14,9 +14,9 @@ from vqllm.calibration.tokens import calibration_sequences
 from vqllm.checkpoint.run import CheckpointRun
 from vqllm.errors import ModelError
 from vqllm.foresight import Allocated, Foresight
-from vqllm.group import QuantizedLinear, Statistics, quantize_group, stored_spec
+from vqllm.group import QuantizedLinear, Statistics, quantize_group
 from vqllm.job import Job
-from vqllm.layer_training import LayerTrainer, Place, TrainedLayer, vectors_of
+from vqllm.layer_training import LayerTrainer, Place, TrainedLayer, stored_spec, vectors_of
 from vqllm.outside import Outside
 from vqllm.preflight import check_finite, check_model, chosen, shapes_of
 from vqllm.progress import Progress

@@ -15,7 +15,7 @@ from vqllm.calibration.stream import LayerStream, check_states, layer_names, lin
 from vqllm.checkpoint.source import SourceTensors, stored_tensors
 from vqllm.checkpoint.writer import read_dense_config
 from vqllm.errors import ModelError, NumericalError, RecipeError
-from vqllm.group import stored_spec
+from vqllm.layer_training import stored_spec
 from vqllm.linears import shared_modules
 from vqllm.recipe import Recipe
 from vqllm.survey import nothing_to_quantize, why_not_quantized

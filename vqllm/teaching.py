@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vqllm import evaluation, memory, quantization
-from vqllm.calibration.stream import Layers, LayerStream, StreamedLayers, layer_names
+from vqllm.calibration.stream import Layers, LayerStream
 from vqllm.calibration.tokens import SELF, calibration_sequences
 from vqllm.checkpoint.inspect import bits_per_weight
 from vqllm.checkpoint.journal import ROUNDED, WORK, check_free, differences, is_unfinished
@@ -210,22 +210,16 @@ class _Tuning:
             self._open_original, tokens_SL, self._folder, self._processes, self._share, name
         )
 
-    def _teacher_layers(self, teacher: Any, names: list[str]) -> Layers | StreamedLayers:
-        if self._job.recipe.teacher == "live":
-            return Layers(teacher, names, self._job.device)
-
-        def scratch() -> Path:
-            assert self._folder is not None
-            return self._folder.scratch
-
-        offload = self._processes.told(scratch) / f"layers-{self._processes.rank}"
-        return StreamedLayers(self._open_original(offload))
-
     def _open_original(self, offload: Path) -> LayerStream:
         job = self._job
         return LayerStream(
             job.teacher.path, job.device, offload, torch.bfloat16, job.trust_remote_code
         )
+
+    def _open_again(self) -> LayerStream:
+        """The original once more, a layer at a time."""
+        offload = self._job.output / WORK / f"offload-layers-{self._processes.rank}"
+        return self._open_original(offload)
 
     def _tune(self, teacher: Any, sequences: Mapping[str, Tensor]) -> list[JSON]:
         """Write the tuned checkpoint; what the stages say."""
@@ -287,7 +281,6 @@ class _Tuning:
         for number, stage in enumerate(self._job.recipe.stages):
             self._phase(f"tuning: {stage.type}")
             student.recompute(stage.recomputes)
-            names, device = layer_names(student.model), self._job.device
             task = ModelTask(
                 student=student.logits,
                 teacher=lambda tokens: teacher(input_ids=tokens, use_cache=False).logits,
@@ -301,8 +294,8 @@ class _Tuning:
                 share=self._share,
                 processes=self._processes,
                 in_step=self._job.recipe.shard,
-                student_layers=Layers(student.model, names, device),
-                teacher_layers=self._teacher_layers(teacher, names) if stage.by_layers else None,
+                student_layers=lambda names: Layers(student.model, names, self._job.device),
+                teacher_layers=self._open_again,
             )
             told.append({"stage": stage.type, **stage(task)})
         return told

@@ -144,6 +144,10 @@ class Layers:
         outputs = [_Output(types[own["sequence"]], own["length"]) for own in told]
         self._returns = dict(enumerate(outputs))
 
+    def ready(self, index: int) -> contextlib.AbstractContextManager[nn.Module]:
+        """Within, layer `index` can run."""
+        return contextlib.nullcontext(self.layers[index])
+
     def returns_like(self, other: "LayerStream") -> None:
         """Take over what another stream of the same model has learned about what layers return, to
         run them in any order."""
@@ -219,6 +223,11 @@ class LayerStream(Layers):
                     module._apply(lambda tensor: tensor.to("meta"), recurse=False)
             gc.collect()
 
+    @contextlib.contextmanager
+    def ready(self, index: int) -> Iterator[nn.Module]:
+        with self.layer(index) as layer:
+            yield layer.to(self.compute_dtype)
+
     def _cast_outside_layers(self) -> None:
         inside = {id(module) for layer in self.layers for module in layer.modules()}
         cast: dict[nn.Parameter, nn.Parameter] = {}  # so that what was tied still is
@@ -229,27 +238,6 @@ class LayerStream(Layers):
                         if value not in cast:
                             cast[value] = _frozen(value.to(self.compute_dtype))
                         setattr(module, name, cast[value])
-
-
-class StreamedLayers:
-    """The layers of a stream, run in order: each is loaded when it is asked for, and the one before
-    it freed."""
-
-    def __init__(self, stream: LayerStream) -> None:
-        self._stream, self._index = stream, -1
-        self._loaded = contextlib.ExitStack()
-        self.names = stream.names
-
-    def run(
-        self, index: int, tokens: Tensor, states: Tensor | None, *, grad: bool = False
-    ) -> Tensor | None:
-        """As `Layers.run`. A layer before the last one asked for is gone."""
-        if index != self._index:
-            self._loaded.close()
-            layer = self._loaded.enter_context(self._stream.layer(index))
-            layer.to(self._stream.compute_dtype)
-            self._index = index
-        return self._stream.run(index, tokens, states, grad=grad)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,6 +25,26 @@ class Keeper(Protocol):
 
     def keep(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:
         """Keep this in place of what was kept before."""
+        ...
+
+
+class DecoderLayers(Protocol):
+    """The decoder layers of a model, run one at a time."""
+
+    @property
+    def names(self) -> list[str]:
+        """Full module name of each, which the names of its parameters begin with."""
+        ...
+
+    def ready(self, index: int) -> AbstractContextManager[object]:
+        """Within, the layer can run."""
+        ...
+
+    def run(
+        self, index: int, tokens: Tensor, states: Tensor | None, *, grad: bool = False
+    ) -> Tensor | None:
+        """The output [S, L, D] of a layer for tokens [S, L] and its input, which is None for the
+        first one; layers are run in order. `grad`: with what gradients need."""
         ...
 
 
@@ -59,22 +80,6 @@ class CodedMatrix(Protocol):
         ...
 
 
-class DecoderLayers(Protocol):
-    """The decoder layers of a model, run one at a time."""
-
-    @property
-    def names(self) -> list[str]:
-        """Full module name of each, which the names of its parameters begin with."""
-        ...
-
-    def run(
-        self, index: int, tokens: Tensor, states: Tensor | None, *, grad: bool = False
-    ) -> Tensor | None:
-        """The output [S, L, D] of a layer for tokens [S, L] and its input, which is None for the
-        first one; layers are run in order. `grad`: with what gradients need."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelTask:
     """A quantized model, the original, and the text on which the one is made to follow the other.
@@ -99,9 +104,10 @@ class ModelTask:
     """which share the work; each has the whole of everything above"""
     in_step: bool = False
     """whether all processes must call the student equally often"""
-    student_layers: DecoderLayers | None = None
-    teacher_layers: DecoderLayers | None = None
-    """for a stage that goes `by_layers`"""
+    student_layers: Callable[[list[str]], DecoderLayers] | None = None
+    """those of these names"""
+    teacher_layers: Callable[[], DecoderLayers] | None = None
+    """with one of them in memory at a time"""
 
 
 class ModelTuning(Part, ABC):
@@ -119,8 +125,7 @@ class ModelTuning(Part, ABC):
 
     @property
     def by_layers(self) -> bool:
-        """Whether it runs the decoder layers of both models one by one, each of those of the
-        original in one go, and asks for no predictions."""
+        """Whether it compares the outputs of layers and asks for no predictions."""
         return False
 
     @abstractmethod

@@ -74,10 +74,10 @@ class Layer(ModelTuning):
 class _Run:
     def __init__(self, stage: Layer, task: ModelTask) -> None:
         self._stage, self._task = stage, task
-        student, teacher = task.student_layers, task.teacher_layers
-        assert student is not None, "a model has layers"
-        assert teacher is not None, "a model has layers"
-        self._student, self._teacher = student, teacher
+        assert task.teacher_layers is not None, "a model has layers"
+        assert task.student_layers is not None, "a model has layers"
+        self._teacher = task.teacher_layers()
+        self._student = task.student_layers(self._teacher.names)
         length = task.sequences.shape[1]
         most = CPU_TOKENS if task.device.type == "cpu" else TOKENS
         self._together = stage.together or max(1, most // length)
@@ -101,7 +101,8 @@ class _Run:
         theirs: list[Tensor | None] = [None, None]
         for index, name in enumerate(names):
             inputs = theirs if self._stage.aim == "original" else self._states
-            self._wanted = self._outputs(self._teacher, index, inputs)
+            with self._teacher.ready(index):
+                self._wanted = self._outputs(self._teacher, index, inputs)
             theirs = list(self._wanted)
             parameters = self._parameters(name)
             if index >= num_done and parameters:
@@ -144,12 +145,15 @@ class _Run:
         this process."""
         grad = torch.is_grad_enabled()
         states = self._states[part]
-        for own in self._task.processes.own(rows).split(self._together):
+        # In step, every process runs all of them.
+        size = self._task.processes.size if self._task.in_step else 1
+        mine = rows if self._task.in_step else self._task.processes.own(rows)
+        for own in mine.split(self._together):
             if len(own):
                 given = None if states is None else states[own].to(self._task.device)
                 output = self._run(self._student, index, self._parts[part][own], given, grad)
                 wanted = self._wanted[part][own].to(self._task.device)
-                yield output_error(output, wanted) * (len(own) / len(rows))
+                yield output_error(output, wanted) * (len(own) / (len(rows) * size))
 
     def _outputs(
         self, layers: DecoderLayers, index: int, states: list[Tensor | None]
