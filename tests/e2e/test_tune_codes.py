@@ -138,6 +138,18 @@ def test_an_interrupted_run_ends_as_a_straight_one(root, text, stage, monkeypatc
         assert path.read_bytes() == (output / path.name).read_bytes()
 
 
+def test_activations_computed_again_move_the_same_codes(root, text, monkeypatch) -> None:
+    folder = root / "kmeans"
+    if not folder.exists():
+        quantized(root, text, "kmeans")
+    kept = run(folder, root / "activations-kept", text, "pv")
+    monkeypatch.setitem(STAGES, "pv", {**STAGES["pv"], "checkpointing": True})
+    again = run(folder, root / "activations-again", text, "pv")
+    assert again.tuning == kept.tuning
+    for path in kept.output.glob("*.safetensors"):
+        assert path.read_bytes() == (again.output / path.name).read_bytes()
+
+
 def test_every_linear_has_the_codec_that_it_was_allocated(root, text) -> None:
     allocation = {"bits": 2.6, "codecs": [{"bits": 2}, {"bits": 3}]}
     codec = {"type": "trellis", "bits": 2, "state_bits": 8, "code": "mul1"}
