@@ -185,7 +185,7 @@ def _tuning_recipe(
         for stage in timed:
             stage["time"] = time
         if not timed:
-            raise RecipeError(f"{chosen.name} has no stage that ends after a time: leave out --time")
+            raise RecipeError(f"{chosen.name} has no stage that ends by time: leave out --time")
     return recipes.tuning_from_dict(values, chosen.name)
 
 
