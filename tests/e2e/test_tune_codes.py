@@ -157,6 +157,7 @@ def test_every_linear_has_the_codec_that_it_was_allocated(root, text) -> None:
     assert len({spec.format for spec in Checkpoint.open(folder).linears.values()}) == 2
     told = run(folder, root / "allocated-tuned", text, "pv")
     assert told.tuning[0]["codes_moved"] > 0
+    assert "## Codes that moved, in " in (told.output / "report.md").read_text()
 
 
 def test_a_checkpoint_that_does_not_say_how_it_was_coded(root, text) -> None:

@@ -145,6 +145,13 @@ def _tuned(stages: Sequence[JSON]) -> list[str]:
         ]
         title = f"Tuning: {told['stage']}, best after {told['best_step']} steps"
         lines += _section(title, ("step", "KL of the last batches", "held-out KL"), rows)
+        if moved := [own for own in told.get("rounds", []) if own["moved"]]:
+            rows = [
+                (str(own["step"]), str(own["moved"]), *(f"{kl:.4f}" for kl in own["kl"]))
+                for own in moved
+            ]
+            title = f"Codes that moved, in {len(moved)} of {len(told['rounds'])} rounds"
+            lines += _section(title, ("step", "tiles", "KL before", "KL after"), rows)
         if told["faults"]:
             lines += [f"Not finite, and back with half the rates: {told['faults']} times.", ""]
     return lines
