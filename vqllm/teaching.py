@@ -1,5 +1,6 @@
 """Tuning a quantized checkpoint against the model that it was made from."""
 
+import hashlib
 import logging
 import time
 from collections.abc import Mapping
@@ -191,7 +192,9 @@ class _Tuning:
             start = time.perf_counter()
             if windows is not None and job.recipe.teacher == "cached":
                 self._processes = Processes()  # the others are gone
-                teacher = self._teacher(windows.tokens_SL, "windows")
+                # By their contents: a run that goes on may be measured on other windows.
+                digest = hashlib.sha256(windows.tokens_SL.numpy().tobytes()).hexdigest()
+                teacher = self._teacher(windows.tokens_SL, f"windows-{digest[:16]}")
             tuned, _ = self._load(job.output)
             chosen = windows or _held_out(job, sequences["held_out"])
             measured = evaluation.compare(tuned, teacher, chosen.tokens_SL, chosen.label).to_dict()

@@ -147,6 +147,22 @@ def test_windows_of_a_text_are_measured_alike(finished, root, rounded, text) -> 
     assert not (cached.output / ".vqllm").exists()
 
 
+def test_a_run_that_goes_on_is_measured_on_its_own_windows(root, rounded, text, monkeypatch):
+    (root / "other.txt").write_text(" ".join(reversed((TEXT * 60).split())))
+    few, options = recipe(steps=2), {"eval_text": root / "other.txt", "eval_windows": 1}
+
+    def stopping(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vqllm.evaluation.compare", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(rounded, root / "own", text, recipe=few, eval_text=text, eval_windows=1)
+    monkeypatch.undo()
+    again = run(rounded, root / "own", text, recipe=few, **options)
+    fresh = run(rounded, root / "own-fresh", text, recipe=few, **options)
+    assert again.evaluation == fresh.evaluation
+
+
 def test_a_run_goes_on_with_the_teacher_in_memory(finished, root, rounded, text, monkeypatch):
     output = root / "changed-its-mind"
 

@@ -5,7 +5,8 @@ import torch
 
 from tests.gaussian import fitted, gaussian
 from vqllm import recipe
-from vqllm.codecs.entries import distinct
+from vqllm.codecs import CODECS
+from vqllm.codecs.entries import apart, distinct
 from vqllm.types import JSON
 from vqllm_kernels.tables import FINITE, equal_entries, repeated
 
@@ -53,6 +54,28 @@ def test_distinct_tables_keep_their_first_entries(shape: tuple[int, ...], values
     assert distinct(made) is made
     if shape[-2] < 1 << 14:  # beyond all others, so that they are near to nothing
         assert made[again][:, 0].min() > table[..., 0].abs().max()
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_entries_that_came_to_be_equal_stay_near(size: int) -> None:
+    table = 0.05 * gaussian(256, size)
+    table[100:200] = table[:100]
+    again = repeated(table.half())
+    made = apart(table.half())
+    assert not repeated(made).any()
+    assert torch.equal(made[~again], table.half()[~again])
+    assert float((made - table).abs().max()) < 1e-3
+    assert apart(made) is made
+    assert torch.equal(apart(torch.zeros(3, 1).half())[0], torch.zeros(1).half())
+
+
+def test_a_trained_codebook_is_stored_as_it_was_trained() -> None:
+    codec = CODECS.get("kmeans").model_validate({"type": "kmeans", "tile_cols": 1, "index_bits": 8})
+    table = 0.05 * gaussian(256, 1)
+    assert repeated(table.half()).any()
+    stored = codec.project({"codebook": table})["codebook"]
+    assert equal_entries("codebook", stored) is None
+    assert float((stored - table).abs().max()) < 1e-3
 
 
 def test_a_table_of_the_largest_numbers_has_room_below() -> None:

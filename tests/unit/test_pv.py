@@ -129,3 +129,10 @@ def test_it_beats_straight_through_and_scales_alone(name: str) -> None:
         ends[stage.type] = last_kl(stage(toy.task(stage)))
     print(name, ends)
     assert ends["pv"] < min(ends["straight_through"], ends["end_to_end"])
+
+
+@pytest.mark.parametrize("stage", [PV, StraightThrough])
+def test_rounds_longer_than_the_stage_are_refused(stage: type[ModelTuning]) -> None:
+    assert stage.model_validate({"steps": 8, "every": 8})
+    with pytest.raises(ValueError, match="every 8 with 4 steps never moves a code; allowed is 1"):
+        stage.model_validate({"steps": 4})

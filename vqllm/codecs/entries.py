@@ -36,6 +36,32 @@ def distinct(entries: Tensor) -> Tensor:
     return tables.view(entries.shape)
 
 
+def apart(entries: Tensor) -> Tensor:
+    """Tables in float16 whose entries differ by as little as can be: one that equals an earlier one
+    gets the nearest first element that no entry of its table has.
+
+    For tables that moved while tiles had their codes: of 256 numbers that moved by 0.5 % of their
+    root mean square, 2 came to equal another in float16, and what `distinct` puts in their place
+    changed the weights by 38 %. Without equal entries the tensor itself is returned.
+
+    Args:
+        entries: [.., K, E], finite.
+    """
+    again = repeated(entries)
+    if not bool(again.any()):
+        return entries
+    tables = entries.reshape(-1, *entries.shape[-2:]).clone()
+    for table_KE, again_K in zip(tables, again.view(len(tables), -1)):
+        free = _unused(table_KE[:, 0]).sort().values
+        if int(again_K.sum()) > len(free):
+            return distinct(entries)
+        for place in again_K.nonzero()[:, 0].tolist():
+            nearest = int((free.float() - table_KE[place, 0].float()).abs().argmin())
+            table_KE[place, 0] = free[nearest]
+            free = torch.cat([free[:nearest], free[nearest + 1 :]])
+    return tables.view(entries.shape)
+
+
 def _unused(used_K: Tensor) -> Tensor:
     """Numbers that are not among some others: those above all of them first, ascending."""
     positive = _POSITIVE.to(used_K.device)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vqllm.codecs import lloyd
 from vqllm.codecs.base import CODECS, check_finite, nearest_entry, weigh
-from vqllm.codecs.entries import distinct
+from vqllm.codecs.entries import apart, distinct
 from vqllm.errors import NumericalError
 from vqllm.types import Codec, Point, State
 from vqllm_kernels.bitpack import pack_bits, unpack_bits
@@ -204,7 +204,7 @@ class Grouped(Codec):
 
     def project(self, state: State) -> State:
         projected = super().project({**state, "scale": _storable(state["scale"])})
-        return {**projected, "codebook": distinct(projected["codebook"])}
+        return {**projected, "codebook": apart(projected["codebook"])}
 
 
 class _Learned:

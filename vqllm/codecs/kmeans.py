@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vqllm.codecs import lloyd
 from vqllm.codecs.base import CODECS, SearchableCodec, check_finite, nearest_entry, weigh
-from vqllm.codecs.entries import distinct
+from vqllm.codecs.entries import apart, distinct
 from vqllm.errors import NumericalError, RecipeError
 from vqllm.types import Codec, Point, State
 from vqllm_kernels.bitpack import MAX_WIDTH, pack_bits, unpack_bits
@@ -115,9 +115,7 @@ class ClusteredCodec(Codec, ABC):
     def project(self, state: State) -> State:
         projected = super().project(state)
         return {
-            name: distinct(tensor)
-            if tensor.dtype == torch.float16 and "codebook" in name
-            else tensor
+            name: apart(tensor) if tensor.dtype == torch.float16 and "codebook" in name else tensor
             for name, tensor in projected.items()
         }
 

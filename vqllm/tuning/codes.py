@@ -2,9 +2,10 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from vqllm.errors import ModelError
@@ -26,6 +27,15 @@ class CodeDescent(Descent):
     every: int = Field(
         8, ge=1, description="steps of a round: their gradients together move the codes"
     )
+
+    @model_validator(mode="after")
+    def _moves_codes(self) -> Self:
+        if self.every > self.steps:
+            raise ValueError(
+                f"every {self.every} with {self.steps} steps never moves a code; allowed is 1 to "
+                f"{self.steps}, the number of steps"
+            )
+        return self
 
     @property
     def kinds(self) -> frozenset[str]:
