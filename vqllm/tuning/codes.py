@@ -43,8 +43,8 @@ class CodeDescent(Descent):
 
 
 class CodeRun(Run):
-    """Codes belong to the state. A look falls between two rounds, so that a run that goes on there
-    has missed nothing."""
+    """Codes belong to the state, and the real weights that they follow, which begin as the decoded
+    ones. A look falls between two rounds, so that a run that goes on there has missed nothing."""
 
     MOMENTUM = 0.0
     """The mean of earlier gradients is that of other codes: with 0.9 of it, half of the P steps of
@@ -55,6 +55,10 @@ class CodeRun(Run):
             raise ModelError("no codes to move: no linear of the layers is quantized.")
         super().__init__(stage, task)
         self._every = stage.every
+        with torch.no_grad():
+            tiles = {name: matrix.tiles() for name, matrix in task.codes.items()}
+        self._real = {name: X_IJE.flatten(0, 1).clone() for name, X_IJE in tiles.items()}
+        """[I·J, E] by matrix"""
         for matrix in task.codes.values():
             matrix.listens = True
 
@@ -93,11 +97,24 @@ class CodeRun(Run):
             matrix.put(tensors[f"{CODES}.{name}"].to(self._task.device), everywhere(matrix))
             matrix.take_gradient()
 
+    def _state(self) -> tuple[JSON, dict[str, Tensor]]:
+        told, tensors = super()._state()
+        return told, tensors | copies("real", self._real)
 
-def real_weights(task: ModelTask) -> dict[str, Tensor]:
-    """What the codes of every matrix reproduce, float32 [I·J, E]."""
-    with torch.no_grad():
-        return {name: matrix.tiles().flatten(0, 1).clone() for name, matrix in task.codes.items()}
+    def _load(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:
+        super()._load(told, tensors)
+        restore("real", self._real, tensors)
+
+
+def copies(prefix: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of each matrix as a state has them."""
+    return {f"{prefix}.{name}": X_NE.clone() for name, X_NE in own.items()}
+
+
+def restore(prefix: str, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Take what `copies` put into a state."""
+    for name, X_NE in own.items():
+        X_NE.copy_(tensors[f"{prefix}.{name}"])
 
 
 def everywhere(matrix: CodedMatrix) -> Tensor:

@@ -36,7 +36,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vqllm.tuning.base import MODEL_TUNINGS, CodedMatrix, ModelTask
-from vqllm.tuning.codes import CodeDescent, CodeRun, real_weights
+from vqllm.tuning.codes import CodeDescent, CodeRun
 from vqllm.types import JSON
 
 LEAST_SHARE = 1e-6
@@ -91,15 +91,13 @@ def _apply(exchanges: list[_Exchange], part: float) -> int:
 
 
 class PVRun(CodeRun):
-    """Real weights, the share of the next round and the counts of the report belong to the state
-    too."""
+    """The share of the next round and the counts of the report belong to the state too."""
 
     def __init__(self, stage: PV, task: ModelTask) -> None:
         super().__init__(stage, task)
         self._pv = stage
         self._share = stage.share
         self._rounds: list[JSON] = []
-        self._real = real_weights(task)
 
     def _move_codes(self) -> None:
         exchanges = [self._exchange(name) for name in self._task.codes]
@@ -145,14 +143,11 @@ class PVRun(CodeRun):
 
     def _state(self) -> tuple[JSON, dict[str, Tensor]]:
         told, tensors = super()._state()
-        tensors |= {f"real.{name}": X_NE.clone() for name, X_NE in self._real.items()}
         return {**told, "share": self._share, "rounds": list(self._rounds)}, tensors
 
     def _load(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:
         super()._load(told, tensors)
         self._share, self._rounds = told["share"], list(told["rounds"])
-        for name, X_NE in self._real.items():
-            X_NE.copy_(tensors[f"real.{name}"])
 
 
 def _size(X_NE: Tensor) -> Tensor:

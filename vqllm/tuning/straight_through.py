@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vqllm.tuning.base import MODEL_TUNINGS, ModelTask
-from vqllm.tuning.codes import CodeDescent, CodeRun, everywhere, real_weights
+from vqllm.tuning.codes import CodeDescent, CodeRun, copies, everywhere, restore
 from vqllm.types import JSON
 
 DECAY = 0.95
@@ -37,13 +37,12 @@ class StraightThrough(CodeDescent):
 
 
 class _StraightThroughRun(CodeRun):
-    """Real weights and the means of their squared gradients belong to the state."""
+    """The means of squared gradients belong to the state too."""
 
     def __init__(self, stage: StraightThrough, task: ModelTask) -> None:
         super().__init__(stage, task)
         self._weight_rate = stage.weight_rate
         self._moves = 0
-        self._real = real_weights(task)
         self._squares = {name: torch.zeros_like(X_NE) for name, X_NE in self._real.items()}
 
     @torch.no_grad()
@@ -61,13 +60,9 @@ class _StraightThroughRun(CodeRun):
 
     def _state(self) -> tuple[JSON, dict[str, Tensor]]:
         told, tensors = super()._state()
-        tensors |= {f"real.{name}": X.clone() for name, X in self._real.items()}
-        tensors |= {f"squares.{name}": X.clone() for name, X in self._squares.items()}
-        return {**told, "moves": self._moves}, tensors
+        return {**told, "moves": self._moves}, tensors | copies("squares", self._squares)
 
     def _load(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:
         super()._load(told, tensors)
         self._moves = told["moves"]
-        for prefix, own in (("real", self._real), ("squares", self._squares)):
-            for name in own:
-                own[name].copy_(tensors[f"{prefix}.{name}"])
+        restore("squares", self._squares, tensors)
