@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.e2e.test_pipeline import KillAt, Killed, same_files
-from tests.tiny import TEXT, save_tiny
 from vqllm import api, layer_training, metrics
 from vqllm.calibration.tokens import calibration_sequences
 from vqllm.checkpoint.reader import Checkpoint
@@ -36,22 +35,6 @@ def recipe(layer: JSON | None = LAYER, **changes: object) -> Recipe:
         "layer": layer,
     }
     return from_dict({**values, **changes}, "test recipe")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("layer")
-
-
-@pytest.fixture(scope="module")
-def source(root: Path) -> Path:
-    return save_tiny(root / "source", "qwen2")
-
-
-@pytest.fixture(scope="module")
-def text(root: Path) -> Path:
-    (root / "text.txt").write_text(TEXT * 60)
-    return root / "text.txt"
 
 
 def run(source: Path, output: Path, text: Path, **options: object):

@@ -43,22 +43,6 @@ def recipe(teacher: str = "cached", shard: bool = False, **stage: object) -> Tun
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("tune")
-
-
-@pytest.fixture(scope="module")
-def source(root: Path) -> Path:
-    return save_tiny(root / "source", "qwen2")
-
-
-@pytest.fixture(scope="module")
-def text(root: Path) -> Path:
-    (root / "text.txt").write_text(TEXT * 60)
-    return root / "text.txt"
-
-
-@pytest.fixture(scope="module")
 def rounded(root: Path, source: Path, text: Path) -> Path:
     api.quantize(
         source, root / "rounded", recipe=QUANTIZE, calibration=text, evaluate=False, device="cpu"

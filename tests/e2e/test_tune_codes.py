@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.tiny import TEXT, save_tiny
 from vqllm import api
 from vqllm.checkpoint import tuned
 from vqllm.checkpoint.reader import Checkpoint
@@ -34,21 +33,7 @@ STAGES = {
 }
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("codes")
-
-
-@pytest.fixture(scope="module")
-def text(root: Path) -> Path:
-    (root / "text.txt").write_text(TEXT * 60)
-    return root / "text.txt"
-
-
-def quantized(root: Path, text: Path, name: str, **keys: object) -> Path:
-    source = root / "source"
-    if not source.exists():
-        save_tiny(source, "qwen2")
+def quantized(source: Path, text: Path, name: str, **keys: object) -> Path:
     recipe = {
         "name": name,
         "calibration": {"sequences": 6, "length": 32},
@@ -58,13 +43,15 @@ def quantized(root: Path, text: Path, name: str, **keys: object) -> Path:
         **keys,
     }
     recipe = from_dict({k: v for k, v in recipe.items() if v is not None}, name)
-    api.quantize(source, root / name, recipe=recipe, calibration=text, evaluate=False, device="cpu")
-    return root / name
+    api.quantize(
+        source, source.parent / name, recipe=recipe, calibration=text, evaluate=False, device="cpu"
+    )
+    return source.parent / name
 
 
 @pytest.fixture(scope="module", params=CODECS)
-def rounded(request, root: Path, text: Path) -> Path:
-    return quantized(root, text, request.param)
+def rounded(request, source: Path, text: Path) -> Path:
+    return quantized(source, text, request.param)
 
 
 def run(folder: Path, output: Path, text: Path, *stages: str):
@@ -112,10 +99,10 @@ def codes_changed(one: Checkpoint, other: Checkpoint) -> int:
 
 
 @pytest.mark.parametrize("stage", ["pv", "straight_through"])
-def test_an_interrupted_run_ends_as_a_straight_one(root, text, stage, monkeypatch) -> None:
+def test_an_interrupted_run_ends_as_a_straight_one(root, source, text, stage, monkeypatch) -> None:
     folder = root / "kmeans"
     if not folder.exists():
-        quantized(root, text, "kmeans")
+        quantized(source, text, "kmeans")
     straight = run(folder, root / f"straight-{stage}", text, stage)
     assert codes_changed(Checkpoint.open(folder), Checkpoint.open(straight.output)) > 0
     keep, calls = tuned.TunedRun.put_told, []
@@ -138,10 +125,10 @@ def test_an_interrupted_run_ends_as_a_straight_one(root, text, stage, monkeypatc
         assert path.read_bytes() == (output / path.name).read_bytes()
 
 
-def test_activations_computed_again_move_the_same_codes(root, text, monkeypatch) -> None:
+def test_activations_computed_again_move_the_same_codes(root, source, text, monkeypatch) -> None:
     folder = root / "kmeans"
     if not folder.exists():
-        quantized(root, text, "kmeans")
+        quantized(source, text, "kmeans")
     kept = run(folder, root / "activations-kept", text, "pv")
     monkeypatch.setitem(STAGES, "pv", {**STAGES["pv"], "checkpointing": True})
     again = run(folder, root / "activations-again", text, "pv")
@@ -150,19 +137,19 @@ def test_activations_computed_again_move_the_same_codes(root, text, monkeypatch)
         assert path.read_bytes() == (again.output / path.name).read_bytes()
 
 
-def test_every_linear_has_the_codec_that_it_was_allocated(root, text) -> None:
+def test_every_linear_has_the_codec_that_it_was_allocated(root, source, text) -> None:
     allocation = {"bits": 2.6, "codecs": [{"bits": 2}, {"bits": 3}]}
     codec = {"type": "trellis", "bits": 2, "state_bits": 8, "code": "mul1"}
-    folder = quantized(root, text, "allocated", codec=codec, allocation=allocation)
+    folder = quantized(source, text, "allocated", codec=codec, allocation=allocation)
     assert len({spec.format for spec in Checkpoint.open(folder).linears.values()}) == 2
     told = run(folder, root / "allocated-tuned", text, "pv")
     assert told.tuning[0]["codes_moved"] > 0
     assert "## Codes that moved, in " in (told.output / "report.md").read_text()
 
 
-def test_a_checkpoint_that_does_not_say_how_it_was_coded(root, text) -> None:
+def test_a_checkpoint_that_does_not_say_how_it_was_coded(root, source, text) -> None:
     if not (root / "kmeans").exists():
-        quantized(root, text, "kmeans")
+        quantized(source, text, "kmeans")
     folder = shutil.copytree(root / "kmeans", root / "unknown")
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["recipe"]["codec"]["index_bits"] = 5

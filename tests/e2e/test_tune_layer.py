@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.e2e.test_tune import QUANTIZE, files, launch
-from tests.tiny import TEXT, save_tiny
 from vqllm import api, metrics
 from vqllm.checkpoint import tuned
 from vqllm.checkpoint.reader import Checkpoint
@@ -26,22 +25,6 @@ def recipe(**stage: object) -> TuningRecipe:
         "stages": [stage],
     }
     return tuning_from_dict(values, "tuned")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("tune-layer")
-
-
-@pytest.fixture(scope="module")
-def source(root: Path) -> Path:
-    return save_tiny(root / "source", "qwen2")
-
-
-@pytest.fixture(scope="module")
-def text(root: Path) -> Path:
-    (root / "text.txt").write_text(TEXT * 60)
-    return root / "text.txt"
 
 
 @pytest.fixture(scope="module")
