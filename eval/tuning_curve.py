@@ -1,12 +1,12 @@
 """Quality against tuning time, a curve for each stage: docs/tuning.png and a JSON file.
 
     python eval/tuning_curve.py CHECKPOINT --data FOLDER --work FOLDER [--teacher demo]
-        [--recipes end-to-end pv straight-through] [--set KEY=VALUE ...]
+        [--recipes end-to-end layer-end-to-end pv straight-through] [--steps NUMBER]
 
 Tunes the checkpoint with each recipe on calibration/c4.txt of the data, each from the beginning,
 and notes when each look at the held-out sequences came and what it showed. The result of each is
-measured on the first windows of wikitext-2-raw/wiki.test.raw. Seconds are those of this machine
-with whatever else it does; curves of one run can be compared, those of two cannot.
+measured on the first windows of wikitext-2-raw/wiki.test.raw. Times are CPU seconds of the stages,
+of all threads: the predictions of the original, which every recipe needs once, are not among them.
 """
 
 import argparse
@@ -20,25 +20,42 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from vqllm import api
+from vqllm import recipe as recipes
+from vqllm.progress import LogProgress
 from vqllm.report.plot import plot_tuning
 from vqllm.types import JSON
 
 ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ["end-to-end", "layer-end-to-end", "pv", "straight-through"]
 RESULTS = ROOT / "eval" / "results" / "tuning-curve.json"
 
 
-class Looks(logging.Handler):
-    """Notes the looks of the stage that runs, which are log records `step i of n: KL x ..`."""
+class Stages(LogProgress):
+    """Notes when the first stage begins."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.start = time.monotonic()
+        self.start: float | None = None
+
+    def phase(self, text: str) -> None:
+        super().phase(text)
+        if text.startswith("tuning: ") and self.start is None:
+            self.start = time.process_time()
+
+
+class Looks(logging.Handler):
+    """Notes the looks of the stages, which are log records `step i of n: KL x ..`."""
+
+    def __init__(self, stages: Stages) -> None:
+        super().__init__()
+        self.stages = stages
         self.seen: list[JSON] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.msg.startswith("step %d of %d: KL") and isinstance(record.args, tuple):
+            assert self.stages.start is not None, "looks belong to stages"
             step, _, kl, *_ = record.args
-            seconds = round(time.monotonic() - self.start, 1)
+            seconds = round(time.process_time() - self.stages.start, 1)
             self.seen.append({"step": step, "seconds": seconds, "kl": kl})
 
 
@@ -48,17 +65,21 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=os.environ.get("VQLLM_DATA"))
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
     parser.add_argument("--teacher", default="demo")
-    parser.add_argument("--recipes", nargs="+", default=["end-to-end", "pv", "straight-through"])
-    parser.add_argument("--set", nargs="*", default=[], dest="changes", metavar="KEY=VALUE")
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--steps", type=int, help="of stages that follow the predictions")
     parser.add_argument("--windows", type=int, default=8)
     arguments = parser.parse_args()
     if arguments.data is None:
         parser.error("--data or VQLLM_DATA must name the folder of the texts")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     curves = {name: curve(name, arguments) for name in arguments.recipes}
+    begin = max((told["looks"][0] for told in curves.values()), key=lambda look: look["kl"])
+    for told in curves.values():  # a stage of layers does not look: the next one does
+        if told["looks"][0]["kl"] < begin["kl"]:
+            told["looks"].insert(0, {**begin, "seconds": 0.0})
     told = {
         "checkpoint": arguments.checkpoint.name,
-        "changes": arguments.changes,
+        "steps": arguments.steps,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "curves": curves,
     }
@@ -68,7 +89,13 @@ def main() -> None:
 
 def curve(name: str, arguments: argparse.Namespace) -> JSON:
     """Tune with a recipe; the looks on the way, and the measured result."""
-    looks = Looks()
+    stages = Stages()
+    looks = Looks(stages)
+    changes = ()
+    if arguments.steps is not None:
+        chosen = recipes.load_tuning(name).stages
+        numbers = [i for i, stage in enumerate(chosen) if not stage.by_layers]
+        changes = tuple(f"stages.{i}.steps={arguments.steps}" for i in numbers)
     logger = logging.getLogger("vqllm.tuning")
     logger.addHandler(looks)
     try:
@@ -76,18 +103,16 @@ def curve(name: str, arguments: argparse.Namespace) -> JSON:
             arguments.checkpoint,
             arguments.work / f"{arguments.checkpoint.name}-{name}",
             recipe=name,
+            changes=changes,
             teacher=arguments.teacher,
             calibration=arguments.data / "calibration" / "c4.txt",
-            changes=tuple(arguments.changes),
             eval_text=arguments.data / "wikitext-2-raw" / "wiki.test.raw",
             eval_windows=arguments.windows,
+            progress=stages,
         )
     finally:
         logger.removeHandler(looks)
     assert summary is not None, "one process tunes"
-    first = looks.seen[0]["seconds"] if looks.seen else 0.0
-    for look in looks.seen:
-        look["seconds"] = round(look["seconds"] - first, 1)
     evaluation = summary.evaluation
     assert evaluation is not None
     keys = ("ratio", "kl", "top1")

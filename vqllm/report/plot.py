@@ -34,10 +34,10 @@ def plot_proxy_loss(records: Sequence[JSON]) -> bytes:
 
 
 def plot_tuning(curves: Mapping[str, JSON]) -> bytes:
-    """A PNG: KL divergence on held-out sequences by minutes of tuning, a line for each stage.
+    """A PNG: KL divergence on held-out sequences by CPU time of tuning, a line for each recipe.
 
     Args:
-        curves: by the name of a recipe, `looks` with `seconds` and `kl`.
+        curves: by the name of a recipe, `looks` with `seconds` of CPU time and `kl`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -48,7 +48,7 @@ def plot_tuning(curves: Mapping[str, JSON]) -> bytes:
     for name, told in curves.items():
         minutes = [look["seconds"] / 60 for look in told["looks"]]
         axes.plot(minutes, [look["kl"] for look in told["looks"]], marker="o", label=name)
-    axes.set_xlabel("minutes")
+    axes.set_xlabel("minutes of a core")
     axes.set_ylabel("KL divergence on held-out sequences")
     axes.grid(alpha=0.3)
     if curves:
