@@ -5,10 +5,12 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -542,13 +544,15 @@ def _print_rows(rows: list[tuple[str, str]]) -> None:
 
 def main() -> None:
     """Entry point: a user's mistake ends in one message and exit code 2, without a traceback."""
+    interrupts: list[int] = []
     try:
-        code = app(standalone_mode=False)
+        with _noting(interrupts):
+            code = app(standalone_mode=False)
     except UsageError as error:
         error.show()  # type: ignore[attr-defined]
         code = 2
     except Exception as error:
-        if isinstance(error, typer.Abort) or _interrupted(error):
+        if isinstance(error, typer.Abort) or interrupts:
             code = INTERRUPTED
         elif isinstance(error, VqllmError):
             err.print(f"vqllm: {error}", style="red", markup=False, highlight=False)
@@ -561,14 +565,24 @@ def main() -> None:
     raise SystemExit(code)
 
 
-def _interrupted(error: BaseException | None) -> bool:
-    """Whether `error` came up while a Ctrl-C was on its way out.
+@contextmanager
+def _noting(interrupts: list[int]) -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt as ever, and is added to the list.
 
-    A library's clean-up may fail on what the interrupt left half done, and its error then stands
-    in the place of the interrupt: accelerate's hooks did, once in 25 runs.
+    The exception alone does not tell: a library's clean-up may fail on what the interrupt left half
+    done (accelerate's hooks, once in 25 runs), and compiled code may make another error of it
+    (torch's tensor constructor a ValueError).
     """
-    while error is not None:
-        if isinstance(error, KeyboardInterrupt):
-            return True
-        error = error.__context__
-    return False
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # who started this takes Ctrl-C as they see fit
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -229,23 +229,29 @@ def test_mistakes_end_in_one_message_and_exit_code_2(
     assert "Traceback" not in printed
 
 
-@pytest.mark.parametrize("cleanup", [AttributeError("half done"), ModelError("half done"), None])
-def test_ctrl_c_that_a_cleanup_failed_on_is_ctrl_c(
-    cleanup: Exception | None,
+@pytest.mark.parametrize("error", [AttributeError("half done"), ModelError("half done"), None])
+def test_ctrl_c_that_became_another_error_is_ctrl_c(
+    error: Exception | None,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
         try:
-            raise KeyboardInterrupt
-        finally:
-            if cleanup:
-                raise cleanup
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            if error is None:
+                raise
+        assert error is not None
+        raise error
 
     monkeypatch.setattr(api, "generate", interrupted)
     monkeypatch.setattr(sys, "argv", ["vqllm", "generate", "folder", "--prompt", "text"])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert stopped.value.code == 130
     assert "the same command goes on" in capsys.readouterr().err
 
