@@ -349,11 +349,6 @@ def test_runs_with_and_without_tuning_keep_apart(
     api.quantize(source, output, recipe=first, **given)
 
 
-def test_a_comparison_does_not_tune(root, source, text) -> None:
-    with pytest.raises(RecipeError, match="without `tune`"):
-        api.compare(source, root / "compared", whole(), calibration=text, device="cpu")
-
-
 LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 

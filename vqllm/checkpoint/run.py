@@ -1,7 +1,7 @@
 """The output folder of a run: finished layers, what is to do, and how it becomes a checkpoint."""
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -95,14 +95,6 @@ class CheckpointRun(RunFolder):
             for layer in self._journal.finished
             for name, values in layer.linears.items()
         }
-
-    def keep(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors that are made once a run and read back when it goes on."""
-        kept = self.kept(name)
-        if kept is not None:
-            return kept
-        self.put(name, make())
-        return load_file(self._kept_path(name))
 
     def keep_packed(self, name: str, made: Packed) -> Kept:
         """Keep a quantized matrix for when the run goes on."""
