@@ -306,6 +306,7 @@ def _job(
     return Job(
         source=model.path,
         model=model.name,
+        origin=model.origin,
         recipe=recipe,
         output=Path(output),
         device=_device(device),

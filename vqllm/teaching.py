@@ -382,7 +382,7 @@ class _Tuning:
     def _write(self, student: Student) -> None:
         assert self._folder is not None
         changes = student.changes()
-        record = {"recipe": self._job.recipe.to_dict(), "teacher": self._job.teacher.name}
+        record = {"recipe": self._job.recipe.to_dict(), "teacher": self._job.teacher.origin}
         self._folder.write(changes.specs, changes.packed, changes.others, record)
 
 

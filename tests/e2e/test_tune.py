@@ -252,6 +252,19 @@ def test_a_checkpoint_that_names_no_teacher(root, source, rounded, text) -> None
     assert run(older, root / "given", text, teacher=source, recipe=recipe(steps=2), evaluate=False)
 
 
+def test_the_original_is_found_from_another_working_directory(
+    root, source, text, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(source.parent)
+    given = {"calibration": text, "evaluate": False, "device": "cpu"}
+    api.quantize(source.name, root / "by-name", recipe=QUANTIZE, **given)
+    monkeypatch.chdir(tmp_path)
+    few = recipe(steps=2)
+    run(root / "by-name", root / "from-elsewhere", text, recipe=few, evaluate=False)
+    extra = Checkpoint.open(root / "from-elsewhere").quantization.extra
+    assert extra["source"]["model"] == extra["tuning"][0]["teacher"] == str(source)
+
+
 def test_a_text_that_is_not_there_leaves_no_folder(root, rounded) -> None:
     with pytest.raises(CalibrationError, match="nowhere"):
         run(rounded, root / "wrong-5", root / "nowhere.txt")

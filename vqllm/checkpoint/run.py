@@ -63,8 +63,22 @@ class CheckpointRun(RunFolder):
         recipe: JSON,
         settings: JSON,
         trust_remote_code: bool = False,
+        *,
+        origin: str,
     ) -> None:
-        self._source, self._model = source, model
+        """Begin or go on.
+
+        Args:
+            source: the folder of the model.
+            model: what its user called it.
+            settings: what else could change the result: device, dtype.
+            origin: what the checkpoint says it was made from.
+
+        Raises:
+            CheckpointError: something else is in the folder; a difference to the earlier run is
+                shown.
+        """
+        self._source, self._origin = source, origin
         self._recipe, self._trust_remote_code = recipe, trust_remote_code
         if (output / WORK / ROUNDED).is_dir():
             raise CheckpointError(
@@ -247,7 +261,7 @@ class CheckpointRun(RunFolder):
             recipe=self._recipe,
             not_quantized=not_quantized,
             producer={"vqllm": vqllm.__version__},
-            source={"model": self._model},
+            source={"model": self._origin},
         )
         records = [*self.all_records(), *(result.record for result in outside)]
         lines = [json.dumps(record, sort_keys=True) + "\n" for record in records]
