@@ -29,7 +29,7 @@ from vqllm.pipeline import open_run
 from vqllm.processes import Processes
 from vqllm.progress import Progress
 from vqllm.quantization import Measure, Prepare, Windows
-from vqllm.recipe import TuningRecipe
+from vqllm.recipe import Stages, TuningRecipe
 from vqllm.report.pages import report_pages
 from vqllm.report.summary import Summary
 from vqllm.running import load_to_run
@@ -103,11 +103,7 @@ def run(
         if name != SELF:
             open_source(name)  # what cannot be read is found before a folder is begun
     processes = Processes.started(job.device)
-    if job.recipe.shard and processes.size == 1:
-        raise RecipeError(
-            f"{job.within}shard splits a model over several processes, and there is one: start "
-            "them with torchrun --nproc-per-node NUMBER -m vqllm tune, or leave the key out."
-        )
+    _check_shard(job.recipe, processes, job.within)
     if job.recipe.shard:
         # Weights come and go with every call: 335 MB of matrices of 8 MB, split over two processes,
         # left holes of 1.3 GB in two steps, and none with this.
@@ -119,6 +115,14 @@ def run(
             prepare(folder, job.recipe, lambda: _sequences_of(job))
         tuning = _Tuning(job, folder, processes, progress)
         return tuning.run(windows, evaluate, command, measure, keep)
+
+
+def _check_shard(recipe: Stages, processes: Processes, within: str) -> None:
+    if recipe.shard and processes.size == 1:
+        raise RecipeError(
+            f"{within}shard splits a model over several processes, and there is one: start them "
+            "with torchrun --nproc-per-node NUMBER -m vqllm tune, or leave the key out."
+        )
 
 
 def _open_run(job: TuningJob, processes: Processes) -> TunedRun:
@@ -151,6 +155,7 @@ def quantize_and_tune(
 
     Raises:
         CheckpointError: something else is in the folder, or a run of another recipe.
+        RecipeError: its stages are for several processes, and one quantizes.
     """
     seconds = {}
     if not _is_rounded(job):
@@ -182,11 +187,7 @@ def quantize_and_tune(
 
 
 def check_output(job: Job, teacher: ResolvedModel) -> None:
-    """Refuse a folder in which `quantize_and_tune` could not begin or go on.
-
-    Raises:
-        CheckpointError: something else is in the folder, or a run of another recipe.
-    """
+    """Refuse, with its errors, a job that `quantize_and_tune` could not begin or go on with."""
     rounding = _rounding(job)
     if _is_rounded(job):
         if is_unfinished(job.output):
@@ -214,7 +215,9 @@ def _tuning(job: Job, teacher: ResolvedModel) -> TuningJob:
 
 
 def _is_rounded(job: Job) -> bool:
-    """Whether that part is finished. CheckpointError as of `quantize_and_tune`."""
+    """Whether that part is finished. Errors as of `quantize_and_tune`."""
+    assert job.recipe.tune is not None, "there is a part that follows"
+    _check_shard(job.recipe.tune, Processes(), "tune.")
     check_free(job.output)
     rounding = _rounding(job)
     if is_unfinished(rounding.output) or not is_checkpoint(rounding.output):
@@ -224,7 +227,7 @@ def _is_rounded(job: Job) -> bool:
                 "command that began it, or choose another output folder."
             )
         return False
-    checkpoint = Checkpoint.open(rounding.output)
+    checkpoint = Checkpoint.open(rounding.output, verify=False)
     lines = differences(checkpoint.quantization.extra["recipe"], rounding.recipe.to_dict())
     if lines:
         raise CheckpointError(

@@ -429,9 +429,15 @@ def test_sharded_it_gives_the_same_weights(root, rounded, text) -> None:
     assert weights(root / "two-shard-True") == weights(root / "two-shard-False") != {}
 
 
-def test_one_process_has_nothing_to_share(root, rounded, text) -> None:
+def test_one_process_has_nothing_to_share(root, source, rounded, text) -> None:
     with pytest.raises(RecipeError, match="over several processes, and there is one"):
         run(rounded, root / "alone", text, recipe=recipe(shard=True))
+    alone = whole().model_copy(update={"tune": recipe(shard=True)})
+    given = {"recipe": alone, "calibration": text, "eval_text": text, "device": "cpu"}
+    for make in (api.quantize, api.compare):  # before anything is rounded
+        with pytest.raises(RecipeError, match=r"tune\.shard splits a model over several"):
+            make(source, root / "alone-2", **given)
+        assert not list((root / "alone-2").rglob("*.safetensors"))
     with pytest.raises(RecipeError, match="a live teacher would be whole in every process"):
         recipe("live", shard=True)
     with pytest.raises(RecipeError, match="weights that stay as they are, and codebooks move"):
