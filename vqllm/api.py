@@ -236,13 +236,7 @@ def compare(
     given = dict(locals())
 
     def build(origin: Origin, changed: tuple[str, ...]) -> Recipe:
-        built = _recipe(origin, None, None, calibration, seed, changed)
-        if built.tune is not None:
-            raise RecipeError(
-                f"{built.name}: a comparison is of recipes without `tune`. Leave it out (--set "
-                "tune=null), and tune the members that you like: vqllm tune."
-            )
-        return built
+        return _recipe(origin, None, None, calibration, seed, changed)
 
     members, repeated = expand(recipe, grid or {}, changes, build)
     resolved = models.resolve(model, trust_remote_code=trust_remote_code)
@@ -312,6 +306,7 @@ def _job(
     return Job(
         source=model.path,
         model=model.name,
+        origin=model.origin,
         recipe=recipe,
         output=Path(output),
         device=_device(device),

@@ -17,6 +17,8 @@ class Job:
     """an ordinary Hugging Face folder"""
     model: str
     """the model as its user named it"""
+    origin: str
+    """what the checkpoint says it was made from"""
     recipe: Recipe
     output: Path
     device: torch.device

@@ -33,6 +33,13 @@ class ResolvedModel:
     path: Path
     hub_id: str | None = None
 
+    @property
+    def origin(self) -> str:
+        """What finds it from any working directory: of what is local, the whole path."""
+        if self.hub_id is not None:
+            return self.name
+        return str(Path(self.name).expanduser().absolute())
+
 
 def resolve(model: str | Path, *, trust_remote_code: bool = False) -> ResolvedModel:
     """Find, fetch or convert a model.

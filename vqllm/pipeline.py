@@ -46,7 +46,13 @@ def open_run(job: Job) -> CheckpointRun:
     check_model(job.source, job.model, job.recipe, job.trust_remote_code)
     settings = {"device": job.device.type, "compute_dtype": str(job.compute_dtype or "auto")}
     return CheckpointRun(
-        job.output, job.source, job.model, job.recipe.to_dict(), settings, job.trust_remote_code
+        job.output,
+        job.source,
+        job.model,
+        job.recipe.to_dict(),
+        settings,
+        job.trust_remote_code,
+        origin=job.origin,
     )
 
 

@@ -9,14 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from vqllm import evaluation, memory
+from vqllm.checkpoint.folder import RunFolder
 from vqllm.checkpoint.inspect import bits_per_weight
 from vqllm.checkpoint.reader import Checkpoint
-from vqllm.checkpoint.run import CheckpointRun
 from vqllm.job import Job
 from vqllm.loading import load_config, load_tokenizer, max_length
-from vqllm.pipeline import Outcome, open_run
+from vqllm.pipeline import open_run, sequences_of
 from vqllm.pipeline import quantize as run_pipeline
 from vqllm.progress import Progress
+from vqllm.recipe import Recipe, TuningRecipe
 from vqllm.report.pages import report_pages
 from vqllm.report.summary import Summary
 from vqllm.running import load_to_run
@@ -31,8 +32,13 @@ class Windows:
     label: str
 
 
-Measure = Callable[[Job, Outcome], JSON]
-"""Measures a quantized model whose folder is all but closed; what `evaluation.compare` returns."""
+Measure = Callable[[Job, Tensor], JSON]
+"""Measures a quantized model whose folder is all but closed; is given the held-out calibration
+sequences, and returns what `evaluation.compare` does."""
+
+Make = Callable[[], dict[str, Tensor]]
+Prepare = Callable[[RunFolder, Recipe | TuningRecipe, Make], None]
+"""Is given a folder that was opened, the recipe, and what makes its calibration sequences."""
 
 
 def run(
@@ -42,7 +48,7 @@ def run(
     hub_id: str | None,
     command: str,
     progress: Progress,
-    prepare: Callable[[CheckpointRun], None] = lambda _: None,
+    prepare: Prepare = lambda *_: None,
     keep: Callable[[Summary], None] = lambda _: None,
 ) -> Summary:
     """Quantize, measure and write the pages, going on where an earlier run of the job stopped.
@@ -51,7 +57,7 @@ def run(
         measure: None leaves the result unmeasured.
         hub_id: the model's repository on the hub, where that is known.
         command: what the pages say the checkpoint was made with.
-        prepare: is given the opened folder before anything is computed.
+        prepare: is called before anything is computed.
         keep: is given the summary before the folder is closed; until it returns, the run is
             unfinished.
 
@@ -59,13 +65,13 @@ def run(
         VqllmError: a mistake that the message explains; finished layers are kept.
     """
     with open_run(job) as folder:
-        prepare(folder)
+        prepare(folder, job.recipe, lambda: sequences_of(job))
         outcome = run_pipeline(job, folder, progress)
         start = time.perf_counter()
         measured = None
         if measure is not None:
             progress.phase("evaluation against the original")
-            measured = measure(job, outcome)
+            measured = measure(job, outcome.held_out)
         seconds = {**outcome.seconds, "evaluation": time.perf_counter() - start}
         written = Checkpoint.open(job.output, verify=False)
         summary = Summary(
@@ -96,8 +102,8 @@ def measure_on(
         original_as: what to call in place of the original model, given that model.
     """
 
-    def measure(job: Job, outcome: Outcome) -> JSON:
-        chosen = windows or held_out(job, outcome)
+    def measure(job: Job, held_out_SL: Tensor) -> JSON:
+        chosen = windows or held_out(job.recipe, held_out_SL)
         original, _ = load_to_run(job.source, job.device, job.trust_remote_code)
         quantized, _ = load_to_run(job.output, job.device, job.trust_remote_code)
         baseline = original_as(original)
@@ -106,11 +112,10 @@ def measure_on(
     return measure
 
 
-def held_out(job: Job, outcome: Outcome) -> Windows:
+def held_out(recipe: Recipe | TuningRecipe, tokens_SL: Tensor) -> Windows:
     """The held-out calibration sequences of a run."""
-    tokens_SL = outcome.held_out
     num, length = tokens_SL.shape
-    source = "+".join(Path(name).name for name in job.recipe.calibration.source)
+    source = "+".join(Path(name).name for name in recipe.calibration.source)
     return Windows(tokens_SL, f"{num} held-out sequences of {length} tokens ({source})")
 
 

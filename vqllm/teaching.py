@@ -3,9 +3,10 @@
 import hashlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from vqllm import evaluation, memory, quantization
 from vqllm.calibration.stream import Layers, LayerStream
 from vqllm.calibration.tokens import SELF, calibration_sequences
+from vqllm.checkpoint import atomic
 from vqllm.checkpoint.inspect import bits_per_weight
 from vqllm.checkpoint.journal import ROUNDED, WORK, check_free, differences, is_unfinished
 from vqllm.checkpoint.reader import Checkpoint, is_checkpoint
@@ -23,10 +25,11 @@ from vqllm.errors import CheckpointError, ModelError, RecipeError
 from vqllm.job import Job
 from vqllm.loading import load_tokenizer, skeleton
 from vqllm.models import ResolvedModel
+from vqllm.pipeline import open_run
 from vqllm.processes import Processes
 from vqllm.progress import Progress
-from vqllm.quantization import Windows
-from vqllm.recipe import TuningRecipe
+from vqllm.quantization import Measure, Prepare, Windows
+from vqllm.recipe import Stages, TuningRecipe
 from vqllm.report.pages import report_pages
 from vqllm.report.summary import Summary
 from vqllm.running import load_to_run
@@ -69,7 +72,15 @@ def teacher_of(checkpoint: Checkpoint) -> str:
 
 
 def run(
-    job: TuningJob, windows: Windows | None, evaluate: bool, command: str, progress: Progress
+    job: TuningJob,
+    windows: Windows | None,
+    evaluate: bool,
+    command: str,
+    progress: Progress,
+    *,
+    measure: Callable[[Tensor], JSON] | None = None,
+    prepare: Prepare = lambda *_: None,
+    keep: Callable[[Summary], None] = lambda _: None,
 ) -> Summary | None:
     """Tune, measure and write the pages, going on where an earlier run of the job stopped.
 
@@ -77,6 +88,10 @@ def run(
         windows: what the result is measured on; None takes the held-out sequences.
         evaluate: False leaves it unmeasured.
         command: what the pages say the checkpoint was made with.
+        measure: measures the result in place of that; is given the held-out sequences.
+        prepare: is called by the first process before anything is computed.
+        keep: is given the summary before the folder is closed; until it returns, the run is
+            unfinished.
 
     Returns:
         None in all but the first of several processes that share the work.
@@ -88,29 +103,35 @@ def run(
         if name != SELF:
             open_source(name)  # what cannot be read is found before a folder is begun
     processes = Processes.started(job.device)
-    if job.recipe.shard and processes.size == 1:
-        raise RecipeError(
-            f"{job.within}shard splits a model over several processes, and there is one: start "
-            "them with torchrun --nproc-per-node NUMBER -m vqllm tune, or leave the key out."
-        )
+    _check_shard(job.recipe, processes, job.within)
     if job.recipe.shard:
         # Weights come and go with every call: 335 MB of matrices of 8 MB, split over two processes,
         # left holes of 1.3 GB in two steps, and none with this.
         memory.keep_large_blocks_apart()
     with ExitStack() as stack, _explained_memory(job):
-        settings = {
-            "teacher": job.teacher.name,
-            "device": job.device.type,
-            "processes": processes.size,
-        }
-
-        def open_folder() -> TunedRun:
-            run = TunedRun(job.output, job.checkpoint, _identity(job.recipe), settings)
-            return stack.enter_context(run)
-
         _check_fit(job)
-        folder = processes.on_first(open_folder)
-        return _Tuning(job, folder, processes, progress).run(windows, evaluate, command)
+        folder = processes.on_first(lambda: stack.enter_context(_open_run(job, processes)))
+        if folder is not None:
+            prepare(folder, job.recipe, lambda: _sequences_of(job))
+        tuning = _Tuning(job, folder, processes, progress)
+        return tuning.run(windows, evaluate, command, measure, keep)
+
+
+def _check_shard(recipe: Stages, processes: Processes, within: str) -> None:
+    if recipe.shard and processes.size == 1:
+        raise RecipeError(
+            f"{within}shard splits a model over several processes, and there is one: start them "
+            "with torchrun --nproc-per-node NUMBER -m vqllm tune, or leave the key out."
+        )
+
+
+def _open_run(job: TuningJob, processes: Processes) -> TunedRun:
+    settings = {
+        "teacher": job.teacher.name,
+        "device": job.device.type,
+        "processes": processes.size,
+    }
+    return TunedRun(job.output, job.checkpoint, _identity(job.recipe), settings)
 
 
 def quantize_and_tune(
@@ -120,37 +141,70 @@ def quantize_and_tune(
     evaluate: bool,
     command: str,
     progress: Progress,
+    *,
+    measure: Measure | None = None,
+    prepare: Prepare = lambda *_: None,
+    keep: Callable[[Summary], None] = lambda _: None,
 ) -> Summary:
     """Quantize into a folder inside the output folder, and tune the result into the output folder.
 
     Args:
         job: its recipe has `tune`.
         teacher: the model of the job.
+        measure, prepare, keep: as in `run`; `prepare` is called for both folders.
 
     Raises:
         CheckpointError: something else is in the folder, or a run of another recipe.
+        RecipeError: its stages are for several processes, and one quantizes.
     """
-    check_free(job.output)
-    recipe, rounded = job.recipe.rounding_only(), job.output / WORK / ROUNDED
-    if is_unfinished(rounded) or not is_checkpoint(rounded):
+    seconds = {}
+    if not _is_rounded(job):
+        seconds = quantization.run(
+            _rounding(job),
+            None,
+            hub_id=teacher.hub_id,
+            command=command,
+            progress=progress,
+            prepare=prepare,
+        ).seconds
+        del seconds["evaluation"]  # there was none
+
+    def with_rounding(summary: Summary) -> Summary:
+        return replace(summary, seconds={**seconds, **summary.seconds})
+
+    summary = run(
+        _tuning(job, teacher),
+        windows,
+        evaluate,
+        command,
+        progress,
+        measure=None if measure is None else partial(measure, job),
+        prepare=prepare,
+        keep=lambda summary: keep(with_rounding(summary)),
+    )
+    assert summary is not None, "one process quantizes"
+    return with_rounding(summary)
+
+
+def check_output(job: Job, teacher: ResolvedModel) -> None:
+    """Refuse, with its errors, a job that `quantize_and_tune` could not begin or go on with."""
+    rounding = _rounding(job)
+    if _is_rounded(job):
         if is_unfinished(job.output):
-            raise CheckpointError(
-                f"{job.output} holds an unfinished run of a recipe without `tune`. Repeat the "
-                "command that began it, or choose another output folder."
-            )
-        inner = replace(job, output=rounded, recipe=recipe)
-        quantization.run(inner, None, hub_id=teacher.hub_id, command=command, progress=progress)
-    checkpoint = Checkpoint.open(rounded)
-    lines = differences(checkpoint.quantization.extra["recipe"], recipe.to_dict())
-    if lines:
-        raise CheckpointError(
-            f"{job.output} holds an unfinished run that differs (there → here):\n"
-            + "\n".join(lines)
-            + "\nTo go on with it, repeat the command that began it. To start over, delete the "
-            "folder or choose another one."
-        )
-    tuning = TuningJob(
-        checkpoint=checkpoint,
+            _open_run(_tuning(job, teacher), Processes()).__exit__(None, None, None)
+    elif atomic.names_in(rounding.output):
+        open_run(rounding).__exit__(None, None, None)
+
+
+def _rounding(job: Job) -> Job:
+    """The part of a job that comes first."""
+    return replace(job, output=job.output / WORK / ROUNDED, recipe=job.recipe.rounding_only())
+
+
+def _tuning(job: Job, teacher: ResolvedModel) -> TuningJob:
+    """The part that follows, when the first one is finished."""
+    return TuningJob(
+        checkpoint=Checkpoint.open(_rounding(job).output),
         teacher=teacher,
         recipe=job.recipe.tuning_only(),
         output=job.output,
@@ -158,9 +212,31 @@ def quantize_and_tune(
         trust_remote_code=job.trust_remote_code,
         within="tune.",
     )
-    summary = run(tuning, windows, evaluate, command, progress)
-    assert summary is not None, "one process quantizes"
-    return summary
+
+
+def _is_rounded(job: Job) -> bool:
+    """Whether that part is finished. Errors as of `quantize_and_tune`."""
+    assert job.recipe.tune is not None, "there is a part that follows"
+    _check_shard(job.recipe.tune, Processes(), "tune.")
+    check_free(job.output)
+    rounding = _rounding(job)
+    if is_unfinished(rounding.output) or not is_checkpoint(rounding.output):
+        if is_unfinished(job.output):
+            raise CheckpointError(
+                f"{job.output} holds an unfinished run of a recipe without `tune`. Repeat the "
+                "command that began it, or choose another output folder."
+            )
+        return False
+    checkpoint = Checkpoint.open(rounding.output, verify=False)
+    lines = differences(checkpoint.quantization.extra["recipe"], rounding.recipe.to_dict())
+    if lines:
+        raise CheckpointError(
+            f"{job.output} holds an unfinished run that differs (there → here):\n"
+            + "\n".join(lines)
+            + "\nTo go on with it, repeat the command that began it. To start over, delete the "
+            "folder or choose another one."
+        )
+    return True
 
 
 class _Tuning:
@@ -172,7 +248,14 @@ class _Tuning:
         self._job, self._folder = job, folder
         self._processes, self._progress = processes, progress
 
-    def run(self, windows: Windows | None, evaluate: bool, command: str) -> Summary | None:
+    def run(
+        self,
+        windows: Windows | None,
+        evaluate: bool,
+        command: str,
+        measure: Callable[[Tensor], JSON] | None,
+        keep: Callable[[Summary], None],
+    ) -> Summary | None:
         job, start = self._job, time.perf_counter()
         self._phase("calibration text")
         # Before the models are loaded: a source that is the model itself is one more in memory.
@@ -187,7 +270,13 @@ class _Tuning:
             return None
         seconds = {"tuning": time.perf_counter() - start}
         measured = None
-        if evaluate:
+        if measure is not None:
+            del teacher  # a live one would be the original's second copy in memory
+            self._phase("evaluation against the original")
+            start = time.perf_counter()
+            measured = measure(sequences["held_out"])
+            seconds["evaluation"] = time.perf_counter() - start
+        elif evaluate:
             self._phase("evaluation against the original")
             start = time.perf_counter()
             if windows is not None and job.recipe.teacher == "cached":
@@ -196,10 +285,11 @@ class _Tuning:
                 digest = hashlib.sha256(windows.tokens_SL.numpy().tobytes()).hexdigest()
                 teacher = self._teacher(windows.tokens_SL, f"windows-{digest[:16]}")
             tuned, _ = self._load(job.output)
-            chosen = windows or _held_out(job, sequences["held_out"])
+            chosen = windows or quantization.held_out(job.recipe, sequences["held_out"])
             measured = evaluation.compare(tuned, teacher, chosen.tokens_SL, chosen.label).to_dict()
             seconds["evaluation"] = time.perf_counter() - start
         summary = _summary(job, command, seconds, measured, told)
+        keep(summary)
         records = list(Checkpoint.open(job.output, verify=False).records().values())
         self._folder.complete(report_pages(records, summary, job.recipe.to_yaml()))
         return summary
@@ -247,22 +337,7 @@ class _Tuning:
 
     def _sequences(self) -> dict[str, Tensor]:
         assert self._folder is not None
-        kept = self._folder.kept("sequences")
-        if kept is not None:
-            return kept
-        calibration = self._job.recipe.calibration
-        found = calibration_sequences(
-            self._job.teacher.path,
-            calibration.source,
-            calibration.num_sequences,
-            calibration.length,
-            self._job.recipe.seed,
-            self._job.device,
-            self._job.trust_remote_code,
-        )
-        tensors = {"calibration": found.calibration, "held_out": found.held_out}
-        self._folder.put("sequences", tensors)
-        return tensors
+        return self._folder.keep("sequences", lambda: _sequences_of(self._job))
 
     def _student(self, model: Any) -> Student:
         kinds = {kind for stage in self._job.recipe.stages for kind in stage.kinds}
@@ -310,8 +385,23 @@ class _Tuning:
     def _write(self, student: Student) -> None:
         assert self._folder is not None
         changes = student.changes()
-        record = {"recipe": self._job.recipe.to_dict(), "teacher": self._job.teacher.name}
+        record = {"recipe": self._job.recipe.to_dict(), "teacher": self._job.teacher.origin}
         self._folder.write(changes.specs, changes.packed, changes.others, record)
+
+
+def _sequences_of(job: TuningJob) -> dict[str, Tensor]:
+    """The token sequences of a run, int64 [S, L]: to tune on, and held out."""
+    calibration = job.recipe.calibration
+    found = calibration_sequences(
+        job.teacher.path,
+        calibration.source,
+        calibration.num_sequences,
+        calibration.length,
+        job.recipe.seed,
+        job.device,
+        job.trust_remote_code,
+    )
+    return {"calibration": found.calibration, "held_out": found.held_out}
 
 
 def _summary(
@@ -404,12 +494,6 @@ def check_teacher(
             f"the teacher does not fit: it has another vocabulary than {checkpoint.folder}. Pass "
             "the model that it was made from."
         )
-
-
-def _held_out(job: TuningJob, tokens_SL: Tensor) -> Windows:
-    num, length = tokens_SL.shape
-    source = "+".join(Path(name).name for name in job.recipe.calibration.source)
-    return Windows(tokens_SL, f"{num} held-out sequences of {length} tokens ({source})")
 
 
 class _explained_memory:

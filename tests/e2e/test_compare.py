@@ -12,9 +12,12 @@ from typer.testing import CliRunner
 import vqllm
 from tests.tiny import TEXT, save_tiny
 from vqllm import api, cli, quantization
+from vqllm import recipe as recipes
 from vqllm.checkpoint.run import CheckpointRun
+from vqllm.checkpoint.tuned import TunedRun
 from vqllm.comparison.result import ComparisonResult
 from vqllm.errors import CheckpointError, EvaluationError, ModelError, OutOfSpaceError
+from vqllm.recipe import Recipe
 
 RECIPES = ["rtn-4bit", "e8p-2bit"]
 SMALL = ("calibration.sequences=4", "calibration.length=32")
@@ -276,6 +279,135 @@ def test_without_checkpoints_reports_stay(
     monkeypatch.setattr(quantization, "run", lambda *_, **__: pytest.fail("a member was run"))
     compare(place, output)
     assert lasting(output) == lasting(whole)
+
+
+TUNED = "tune={calibration: {length: 32, sequences: 40}, stages: [{type: end_to_end, steps: 20}]}"
+
+
+def tuned(*changes: str) -> Recipe:
+    recipe = recipes.load("e8p-2bit", (*SMALL, TUNED, *changes))
+    return recipe.model_copy(update={"name": "tuned"})
+
+
+def compare_tuned(place: Path, output: Path, **changes: Any) -> ComparisonResult:
+    return compare(place, output, **{"recipe": [tuned()], "changes": (), **changes})
+
+
+@pytest.fixture(scope="module")
+def with_tuned(place: Path) -> Path:
+    """A comparison of a recipe with `tune` and the same without."""
+    output = place / "with-tuned"
+    plain = tuned("tune=null").model_copy(update={"name": "plain"})
+    assert not compare_tuned(place, output, recipe=[plain, tuned()]).failed
+    return output
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_a_tuned_member_is_what_quantize_makes(place: Path, with_tuned: Path) -> None:
+    given = options(place, changes=())
+    alone = api.quantize(place / "model", place / "tuned-alone", recipe=tuned(), **given)
+    rows = {
+        row["name"]: row for row in json.loads((with_tuned / "comparison.json").read_text())["rows"]
+    }
+    row = rows["tuned"]
+    assert row["evaluation"] == alone.evaluation
+    assert row["evaluation"]["kl"] < 0.95 * rows["plain"]["evaluation"]["kl"]
+    assert (row["bytes"], row["bits_per_weight"]) == (alone.bytes_after, alone.bits_per_weight)
+    assert row["bytes"] > rows["plain"]["bytes"]
+    assert folder_bytes(with_tuned / "tuned") == folder_bytes(place / "tuned-alone") != {}
+    assert not (with_tuned / "tuned" / ".vqllm").exists()
+    phases = ["calibration text", "quantization", "tuning", "evaluation"]
+    assert sorted(row["cost"]["seconds"]) == sorted(phases)
+    assert row["cost"]["whole"] is True
+
+
+def test_the_table_says_what_tuned_a_member(with_tuned: Path) -> None:
+    page = (with_tuned / "comparison.md").read_text()
+    assert "| [tuned + end_to_end](tuned/report.md) |" in page
+    assert "| [plain](plain/report.md) |" in page
+    assert "Tuning: end_to_end" in (with_tuned / "tuned" / "report.md").read_text()
+
+
+def test_text_to_tune_on_is_shared(place: Path, with_tuned: Path) -> None:
+    # Two recipes: one text to round on, and one to tune on.
+    assert len(list((with_tuned / ".vqllm").glob("sequences-*"))) == 2
+
+
+# The first 12 events are those of rounding; then come text, predictions, and 20 steps.
+@pytest.mark.parametrize("event", [8, 13, 33])
+def test_a_stopped_tuned_member_goes_on_to_the_same_result(
+    event: int, place: Path, with_tuned: Path, undrawn: None, tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        compare_tuned(place, tmp_path / "out", progress=KillAt(event))
+    found = compare_tuned(place, tmp_path / "out")
+    (row,) = found.rows
+    assert row["cost"]["whole"] is False
+    expected = next(row for row in lasting(with_tuned)["rows"] if row["name"] == "tuned")
+    for key in ("evaluation", "bytes", "bits_per_weight", "recipe"):
+        assert row[key] == expected[key]
+    assert folder_bytes(tmp_path / "out" / "tuned") == folder_bytes(with_tuned / "tuned") != {}
+
+
+def test_a_tuned_member_stopped_after_its_measurement_is_closed_and_not_measured_again(
+    place: Path, with_tuned: Path, undrawn: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TunedRun, "complete", killed)
+        with pytest.raises(Killed):
+            compare_tuned(place, tmp_path / "out")
+    kept = tmp_path / "out" / ".vqllm" / "results" / "tuned.json"
+    before = kept.read_bytes()
+    monkeypatch.setattr("vqllm.evaluation.compare", lambda *_: pytest.fail("measured again"))
+    (row,) = compare_tuned(place, tmp_path / "out").rows
+    assert kept.read_bytes() == before
+    assert row["name"] == "tuned"
+    assert folder_bytes(tmp_path / "out" / "tuned") == folder_bytes(with_tuned / "tuned") != {}
+
+
+def test_another_tuning_of_the_same_name_is_refused(
+    place: Path, with_tuned: Path, undrawn: None, tmp_path: Path
+) -> None:
+    other = tuned("tune.stages.0.steps=21")
+    with pytest.raises(CheckpointError, match=r"tune\.stages\.0\.steps: 20 → 21"):
+        compare_tuned(place, with_tuned, recipe=[other])
+    for event in (8, 33):  # in the rounding, in the tuning
+        output = tmp_path / str(event)
+        with pytest.raises(Killed):
+            compare_tuned(place, output, progress=KillAt(event))
+        # Found before the member before it is run.
+        with pytest.raises(CheckpointError, match=r"differs.*\n.*seed: 0 → 1"):
+            compare_tuned(place, output, recipe=["rtn-4bit", tuned("seed=1")])
+        assert not (output / "rtn-4bit").exists()
+        with pytest.raises(CheckpointError, match="unfinished run of a recipe with `tune`"):
+            compare_tuned(place, output, recipe=["rtn-4bit", tuned("tune=null")])
+    with pytest.raises(CheckpointError, match=r"differs.*\n.*stages\.0\.steps: 20 → 21"):
+        compare_tuned(place, output, recipe=["rtn-4bit", other])
+
+
+def test_nobody_is_measured_on_what_another_one_was_tuned_on(
+    place: Path, undrawn: None, tmp_path: Path
+) -> None:
+    held_out = {"eval_text": None, "eval_windows": None}
+    with pytest.raises(EvaluationError, match=r"calibrated or tuned on different sequences"):
+        compare_tuned(place, tmp_path / "out", **held_out)
+    same = tuned("tune.calibration.sequences=4")
+    (row,) = compare_tuned(place, tmp_path / "out", recipe=[same], **held_out).rows
+    assert "held-out sequences of 32 tokens (text.txt)" in row["evaluation"]["text"]
+
+
+def test_a_tuned_member_without_its_checkpoint(
+    place: Path, with_tuned: Path, undrawn: None, tmp_path: Path
+) -> None:
+    compare_tuned(place, tmp_path / "out", keep_checkpoints=False)
+    left = {path.name for path in (tmp_path / "out" / "tuned").iterdir()}
+    assert left == {"report.md", "report.jsonl", "proxy_loss.png"}
 
 
 def test_command(place: Path, whole: Path, tmp_path: Path) -> None:

@@ -252,6 +252,19 @@ def test_a_checkpoint_that_names_no_teacher(root, source, rounded, text) -> None
     assert run(older, root / "given", text, teacher=source, recipe=recipe(steps=2), evaluate=False)
 
 
+def test_the_original_is_found_from_another_working_directory(
+    root, source, text, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(source.parent)
+    given = {"calibration": text, "evaluate": False, "device": "cpu"}
+    api.quantize(source.name, root / "by-name", recipe=QUANTIZE, **given)
+    monkeypatch.chdir(tmp_path)
+    few = recipe(steps=2)
+    run(root / "by-name", root / "from-elsewhere", text, recipe=few, evaluate=False)
+    extra = Checkpoint.open(root / "from-elsewhere").quantization.extra
+    assert extra["source"]["model"] == extra["tuning"][0]["teacher"] == str(source)
+
+
 def test_a_text_that_is_not_there_leaves_no_folder(root, rounded) -> None:
     with pytest.raises(CalibrationError, match="nowhere"):
         run(rounded, root / "wrong-5", root / "nowhere.txt")
@@ -349,11 +362,6 @@ def test_runs_with_and_without_tuning_keep_apart(
     api.quantize(source, output, recipe=first, **given)
 
 
-def test_a_comparison_does_not_tune(root, source, text) -> None:
-    with pytest.raises(RecipeError, match="without `tune`"):
-        api.compare(source, root / "compared", whole(), calibration=text, device="cpu")
-
-
 LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
@@ -421,9 +429,15 @@ def test_sharded_it_gives_the_same_weights(root, rounded, text) -> None:
     assert weights(root / "two-shard-True") == weights(root / "two-shard-False") != {}
 
 
-def test_one_process_has_nothing_to_share(root, rounded, text) -> None:
+def test_one_process_has_nothing_to_share(root, source, rounded, text) -> None:
     with pytest.raises(RecipeError, match="over several processes, and there is one"):
         run(rounded, root / "alone", text, recipe=recipe(shard=True))
+    alone = whole().model_copy(update={"tune": recipe(shard=True)})
+    given = {"recipe": alone, "calibration": text, "eval_text": text, "device": "cpu"}
+    for make in (api.quantize, api.compare):  # before anything is rounded
+        with pytest.raises(RecipeError, match=r"tune\.shard splits a model over several"):
+            make(source, root / "alone-2", **given)
+        assert not list((root / "alone-2").rglob("*.safetensors"))
     with pytest.raises(RecipeError, match="a live teacher would be whole in every process"):
         recipe("live", shard=True)
     with pytest.raises(RecipeError, match="weights that stay as they are, and codebooks move"):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -59,6 +60,10 @@ def exchange(linear: VQLinear) -> None:
     linear.scale.data = twice(linear.scale)
 
 
+def moved_by_a_library(linear: VQLinear) -> None:
+    set_module_tensor_to_device(linear, "scale", "cpu", value=twice(linear.scale))
+
+
 CHANGES: dict[str, Callable[[VQLinear], object]] = {
     "in place": lambda m: m.scale.mul_(2),
     "in inference mode": in_inference_mode(lambda m: m.scale.mul_(2)),
@@ -79,6 +84,8 @@ CHANGES: dict[str, Callable[[VQLinear], object]] = {
     "deleted and set": lambda m: m._parameters.setdefault(
         "scale", parameter(m._parameters.pop("scale"))
     ),
+    "wrapped": lambda m: m.register_parameter("scale", nn.Parameter(m.scale, False).mul_(2)),
+    "moved by a library": moved_by_a_library,
     "fill": lambda m: m.fill({**m.packed, "scale": twice(m.scale)}),
     "tie": lambda m: m.tie(copy.deepcopy(m).fill({**m.packed, "scale": twice(m.scale)})),
 }
@@ -158,6 +165,53 @@ def test_data_changed_through_a_loaded_parameter_is_seen() -> None:
     model.o.scale.data.mul_(2)
     assert not torch.equal(model.o(x), before)
     check(model, x)
+
+
+@pytest.mark.parametrize("name", ["scale", "codes"])
+def test_a_parameter_of_a_loaded_parameter(name: str) -> None:
+    model, x = Attention(), inputs(2)
+    own(model)
+    model.o(x)
+    old, kept = getattr(model.o, name), model.o._dense
+    new = nn.Parameter(old, requires_grad=old.is_floating_point())
+    assert isinstance(new, nn.Parameter)
+    assert new.is_leaf
+    assert (new.requires_grad, old.requires_grad) == (old.is_floating_point(), False)
+    assert new.data_ptr() == old.data_ptr()
+    assert type(new)(old.clone(), requires_grad=False).clock is not old.clock
+    model.o(x)
+    assert model.o._dense is kept  # to make it changes nothing
+    with torch.no_grad():
+        new.zero_()
+    check(model, x)
+    assert model.o._dense is not kept
+
+
+def test_what_is_detached_from_a_loaded_parameter_is_no_parameter() -> None:
+    model = Attention()
+    own(model)
+    holder = nn.Module()
+    holder.seen = model.o.scale.detach()
+    assert not dict(holder.named_parameters())
+    assert type(model.o.scale + 0) is type(model.o.scale.data) is Tensor
+    again = pickle.loads(pickle.dumps(model.o.scale))
+    assert type(again) is nn.Parameter
+    assert torch.equal(again, model.o.scale)
+
+
+def test_modules_get_new_parameters_when_they_are_moved(model: Attention) -> None:
+    x = inputs(2)
+    wanted = model.o(x)
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model.to("cpu", torch.float32)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert torch.equal(model.o(x), wanted)
+    for change in CHANGES.values():
+        change(model.o)
+        assert not torch.equal(model.o(x), wanted)
+        wanted = model.o(x)
 
 
 def test_copies_go_their_own_ways(model: Attention) -> None:

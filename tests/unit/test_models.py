@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 from vqllm import cache, demo, gguf_model
 from vqllm.errors import ModelError, OutOfSpaceError
-from vqllm.models import check_folder, resolve
+from vqllm.models import ResolvedModel, check_folder, resolve
 
 ROPE_THETA = 50000.0
 USERS_CACHE = str(cache.cache_dir())
@@ -436,3 +436,14 @@ def test_the_demo_model(monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     reply = model.generate(**prompt, max_new_tokens=2, do_sample=False)
     assert tokenizer.decode(reply[0]) == "The capital of France is Paris."
+
+
+def test_where_a_model_is_from_any_working_directory(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ResolvedModel("models/x", tmp_path).origin == str(tmp_path / "models" / "x")
+    assert ResolvedModel("x.gguf", tmp_path / "cache").origin == str(tmp_path / "x.gguf")
+    assert ResolvedModel(str(tmp_path), tmp_path).origin == str(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ResolvedModel("~/x", tmp_path).origin == str(tmp_path / "x")
+    assert ResolvedModel("org/name", tmp_path, "org/name").origin == "org/name"
+    assert ResolvedModel("demo", tmp_path, "org/demo").origin == "demo"

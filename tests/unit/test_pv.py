@@ -1,5 +1,8 @@
 """Stages that move codes, on one matrix of logits whose codes of no loss are known."""
 
+import math
+from dataclasses import dataclass, field, replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,8 +11,11 @@ from tests.unit.test_end_to_end import Keeper
 from vqllm import rng
 from vqllm.codecs import CODECS
 from vqllm.coded import CodedWeights
+from vqllm.processes import Processes
 from vqllm.tiles import to_tiles
 from vqllm.tuning.base import ModelTask, ModelTuning
+from vqllm.tuning.codes import CodeDescent
+from vqllm.tuning.divergence import divergence
 from vqllm.tuning.end_to_end import EndToEnd
 from vqllm.tuning.pv import PV
 from vqllm.tuning.straight_through import StraightThrough
@@ -64,12 +70,20 @@ class Toy:
         )
         self.x = random(NUM_TOKENS, C) / 4
         self.scales = nn.Parameter(torch.zeros(R))
+        self.num_calls = 0
+        self.broken: set[int] = set()
+        """calls of the student with gradients that are NaN in those of the weights alone"""
 
     def teacher(self, tokens: Tensor) -> Tensor:
         return self.x[tokens] @ self.best.decoded().T
 
     def student(self, tokens: Tensor) -> Tensor:
         W_RC = self.coded.overheard(self.coded.decoded())
+        if torch.is_grad_enabled():
+            self.num_calls += 1
+            if self.num_calls in self.broken:
+                W_RC = W_RC.view_as(W_RC)
+                W_RC.register_hook(lambda gradient_RC: gradient_RC * math.nan)
         return self.x[tokens] @ W_RC.T * (1 + self.scales)
 
     def task(self, stage: ModelTuning, keeper: Keeper | None = None) -> ModelTask:
@@ -131,7 +145,60 @@ def test_it_beats_straight_through_and_scales_alone(name: str) -> None:
     assert ends["pv"] < min(ends["straight_through"], ends["end_to_end"])
 
 
-@pytest.mark.parametrize("stage", [PV, StraightThrough])
+STAGES = [PV, StraightThrough]
+
+
+def rounds_of_two(stage: type[CodeDescent]) -> CodeDescent:
+    return stage(steps=20, every=2, batch=12, rate=3e-3, train=("rows",))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gradient_of_the_weights_that_is_not_finite_goes_back(stage, caplog) -> None:
+    toy, own = Toy(codec_of("e8p")), rounds_of_two(stage)
+    toy.broken = {7, 20}  # one in the first half of a round, one in the second
+    told = own(toy.task(own))
+    assert told["faults"] == 2
+    assert told["history"][-1]["step"] == 20
+    assert "step 8: loss or gradient is not finite; back to step 6 with half the r" in caplog.text
+    assert toy.coded.decoded().isfinite().all()
+    assert last_kl(told) < told["history"][3]["held_out_kl"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_third_of_them_ends_it_at_the_best_state(stage) -> None:
+    toy, own = Toy(codec_of("e8p")), rounds_of_two(stage)
+    toy.broken = set(range(7, 100))
+    told = own(toy.task(own))
+    assert told["faults"] == 3
+    assert told["history"][-1]["step"] == 6
+    tokens = torch.arange(NUM_TOKENS).reshape(12, 8)
+    with torch.no_grad():
+        loss = divergence(toy.student(tokens), toy.teacher(tokens)) / tokens.numel()
+    assert float(loss) == pytest.approx(last_kl(told), rel=1e-5)
+    assert last_kl(told) < told["history"][0]["held_out_kl"]
+
+
+@dataclass(frozen=True)
+class AnotherBreaks(Processes):
+    """Another process adds a NaN to a gradient of the weights, the third time."""
+
+    shapes: list[torch.Size] = field(default_factory=list)
+
+    def sum(self, values: Tensor) -> Tensor:
+        if values.ndim < 3:  # a loss
+            return values
+        self.shapes.append(values.shape)
+        return values * math.nan if len(self.shapes) == 3 else values
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_all_processes_go_back_where_one_has_to(stage) -> None:
+    toy, own = Toy(codec_of("e8p")), rounds_of_two(stage)
+    told = own(replace(toy.task(own), processes=AnotherBreaks()))
+    assert (told["faults"], told["history"][-1]["step"]) == (1, 20)
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_rounds_longer_than_the_stage_are_refused(stage: type[ModelTuning]) -> None:
     assert stage.model_validate({"steps": 8, "every": 8})
     with pytest.raises(ValueError, match="every 8 with 4 steps never moves a code; allowed is 1"):

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -60,6 +60,14 @@ class RunFolder:
         except (SafetensorError, OSError) as error:
             self._warn(path, error)
             return None
+
+    def keep(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors that are made once a run and read back when it goes on."""
+        kept = self.kept(name)
+        if kept is not None:
+            return kept
+        self.put(name, make())
+        return load_file(self._kept_path(name))
 
     def put_told(self, name: str, told: JSON, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors, and JSON values with them."""

@@ -1,7 +1,7 @@
 """The output folder of a run: finished layers, what is to do, and how it becomes a checkpoint."""
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -63,8 +63,22 @@ class CheckpointRun(RunFolder):
         recipe: JSON,
         settings: JSON,
         trust_remote_code: bool = False,
+        *,
+        origin: str,
     ) -> None:
-        self._source, self._model = source, model
+        """Begin or go on.
+
+        Args:
+            source: the folder of the model.
+            model: what its user called it.
+            settings: what else could change the result: device, dtype.
+            origin: what the checkpoint says it was made from.
+
+        Raises:
+            CheckpointError: something else is in the folder; a difference to the earlier run is
+                shown.
+        """
+        self._source, self._origin = source, origin
         self._recipe, self._trust_remote_code = recipe, trust_remote_code
         if (output / WORK / ROUNDED).is_dir():
             raise CheckpointError(
@@ -95,14 +109,6 @@ class CheckpointRun(RunFolder):
             for layer in self._journal.finished
             for name, values in layer.linears.items()
         }
-
-    def keep(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors that are made once a run and read back when it goes on."""
-        kept = self.kept(name)
-        if kept is not None:
-            return kept
-        self.put(name, make())
-        return load_file(self._kept_path(name))
 
     def keep_packed(self, name: str, made: Packed) -> Kept:
         """Keep a quantized matrix for when the run goes on."""
@@ -255,7 +261,7 @@ class CheckpointRun(RunFolder):
             recipe=self._recipe,
             not_quantized=not_quantized,
             producer={"vqllm": vqllm.__version__},
-            source={"model": self._model},
+            source={"model": self._origin},
         )
         records = [*self.all_records(), *(result.record for result in outside)]
         lines = [json.dumps(record, sort_keys=True) + "\n" for record in records]

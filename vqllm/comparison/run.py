@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from vqllm import memory, quantization
+from vqllm import memory, quantization, teaching
 from vqllm.checkpoint import atomic
+from vqllm.checkpoint.folder import RunFolder
 from vqllm.checkpoint.format import RECORDS
 from vqllm.checkpoint.journal import differences, identity, is_unfinished
-from vqllm.checkpoint.run import CheckpointRun
 from vqllm.comparison.grid import settings_of
 from vqllm.comparison.original import Remembering
 from vqllm.comparison.result import ComparisonResult, result_of
@@ -22,10 +23,11 @@ from vqllm.comparison.store import Store
 from vqllm.errors import CheckpointError, EvaluationError, ModelError, OutOfSpaceError, VqllmError
 from vqllm.job import Job
 from vqllm.models import ResolvedModel
-from vqllm.pipeline import Outcome, open_run, sequences_of
+from vqllm.pipeline import open_run
 from vqllm.preflight import check_model
 from vqllm.progress import Progress
-from vqllm.quantization import Windows
+from vqllm.quantization import Make, Windows
+from vqllm.recipe import Recipe, TuningRecipe
 from vqllm.report.comparison import comparison_pages
 from vqllm.report.pages import PAGE, PLOT
 from vqllm.report.summary import Summary
@@ -93,33 +95,45 @@ def _run_member(plan: Plan, store: Store, name: str, job: Job, progress: Progres
     # A run that was stopped after its measurement only has its folder to close.
     earlier = store.result(name)
     own_peak = memory.restart_peak()
-    whole = True
+    whole = not atomic.names_in(job.output)
     measured = quantization.measure_on(
         plan.windows, lambda original: Remembering(original, store.original)
     )
 
-    def prepare(folder: CheckpointRun) -> None:
-        nonlocal whole
-        whole = folder.num_finished == 0
-        folder.keep("sequences", lambda: store.sequences(_text_of(job), lambda: sequences_of(job)))
+    def prepare(folder: RunFolder, recipe: Recipe | TuningRecipe, make: Make) -> None:
+        folder.keep("sequences", lambda: store.sequences(_text_of(recipe), make))
 
-    def measure(job: Job, outcome: Outcome) -> JSON:
-        return earlier["evaluation"] if earlier else measured(job, outcome)
+    def measure(job: Job, held_out_SL: Tensor) -> JSON:
+        return earlier["evaluation"] if earlier else measured(job, held_out_SL)
 
     def keep(summary: Summary) -> None:
         if not earlier:
             found = result_of(job.recipe.to_dict(), summary, whole=whole, own_peak=own_peak)
             store.keep_result(name, found)
 
-    summary = quantization.run(
-        job,
-        measure,
-        hub_id=plan.model.hub_id,
-        command=plan.commands[name],
-        progress=progress,
-        prepare=prepare,
-        keep=keep,
-    )
+    command = plan.commands[name]
+    if job.recipe.tune is None:
+        summary = quantization.run(
+            job,
+            measure,
+            hub_id=plan.model.hub_id,
+            command=command,
+            progress=progress,
+            prepare=prepare,
+            keep=keep,
+        )
+    else:
+        summary = teaching.quantize_and_tune(
+            job,
+            plan.model,
+            plan.windows,
+            True,
+            command,
+            progress,
+            measure=measure,
+            prepare=prepare,
+            keep=keep,
+        )
     assert summary.evaluation is not None
     logger.info(
         "%s: KL divergence %.4f, %.1f MB",
@@ -132,10 +146,13 @@ def _run_member(plan: Plan, store: Store, name: str, job: Job, progress: Progres
 def _check_members(plan: Plan) -> None:
     """Refuse what some member would fail on, before any of them is run."""
     jobs = list(plan.jobs.values())
-    if plan.windows is None and any(_text_of(job) != _text_of(jobs[0]) for job in jobs):
+    texts = [_text_of(job.recipe) for job in jobs]
+    texts += [_text_of(job.recipe.tuning_only()) for job in jobs if job.recipe.tune]
+    if plan.windows is None and any(text != texts[0] for text in texts):
         raise EvaluationError(
-            "the members are calibrated on different sequences, so what one of them holds out to "
-            "measure on is not what another one does: pass a text for all, --eval-text FILE."
+            "the members are calibrated or tuned on different sequences, so what one of them holds "
+            "out to measure on may be what another one has seen: pass a text for all, --eval-text "
+            "FILE."
         )
     refused: dict[str, list[str]] = {}
     for name, job in plan.jobs.items():
@@ -163,6 +180,8 @@ def _check_folders(plan: Plan, store: Store) -> None:
                     + "\n".join(lines)
                     + "\nGive the recipe another name, or choose another output folder."
                 )
+        elif job.recipe.tune is not None:
+            teaching.check_output(job, plan.model)
         elif atomic.names_in(job.output):
             open_run(job).__exit__(None, None, None)
 
@@ -171,7 +190,7 @@ def _identity(plan: Plan) -> JSON:
     """What must be the same for all members, whenever they are run."""
     job = next(iter(plan.jobs.values()))
     if plan.windows is None:
-        measured_on: JSON = {"held_out_of": _text_of(job)}
+        measured_on: JSON = {"held_out_of": _text_of(job.recipe)}
     else:
         tokens = plan.windows.tokens_SL.numpy().tobytes()
         measured_on = {
@@ -192,9 +211,9 @@ def _identity(plan: Plan) -> JSON:
     )
 
 
-def _text_of(job: Job) -> JSON:
-    """What the calibration sequences of a job depend on."""
-    values = job.recipe.to_dict()
+def _text_of(recipe: Recipe | TuningRecipe) -> JSON:
+    """What the sequences that a recipe calibrates or tunes on depend on."""
+    values = recipe.to_dict()
     return {key: values[key] for key in ("calibration", "seed")}
 
 

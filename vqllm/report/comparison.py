@@ -41,7 +41,7 @@ def comparison_pages(result: JSON, command: str) -> dict[str, bytes]:
 
 def comparison_rows(result: JSON) -> list[tuple[str, ...]]:
     """A line a member, best first among members of about equal size, and one for the original."""
-    rows = [_row(row) for row in result["rows"]]
+    rows = [(_name(row), *_figures(row)) for row in result["rows"]]
     if original := result["original"]:
         size, perplexity = f"{original['bytes'] / 1e6:.1f}", f"{original['perplexity']:.2f}"
         rows.append(("original", "", size, perplexity, "1.000", *[""] * 6))
@@ -59,19 +59,25 @@ def comparison_notes(result: JSON) -> list[str]:
     return notes + [f"{name} failed: {error}" for name, error in result["failed"].items()]
 
 
-def _row(row: JSON) -> tuple[str, ...]:
+def _name(row: JSON) -> str:
+    """A member's name and, where it was tuned, by what."""
+    stages = (row["recipe"].get("tune") or {}).get("stages", [])
+    return " + ".join([row["name"], *(stage["type"] for stage in stages)])
+
+
+def _figures(row: JSON) -> tuple[str, ...]:
     measured, cost, standing = row["evaluation"], row["cost"], row["standing"]
+    seconds = sum(cost["seconds"].get(phase, 0) for phase in ("quantization", "tuning"))
     front = [word for word in ("bits", "file") if standing[f"front_{word}"]]
     peak = cost["peak_memory_bytes"]
     return (
-        row["name"],
         " / ".join(f"{row['bits_per_weight'][label]:.2f}" for label in LABELS),
         f"{row['bytes'] / 1e6:.1f}",
         f"{measured['perplexity']:.2f}",
         f"{row['ratio']:.3f}",
         f"{measured['kl']:.4f}",
         f"{100 * measured['top1']:.1f} %",
-        ("" if cost["whole"] else "≥ ") + f"{cost['seconds']['quantization']:.0f}",
+        ("" if cost["whole"] else "≥ ") + f"{seconds:.0f}",
         "" if peak is None else f"{peak / 1e6:.0f} MB",
         f"{standing['rank']} of {standing['num_ranked']}",
         ", ".join(front),
@@ -83,9 +89,9 @@ def _repeated(result: JSON) -> list[tuple[str, str]]:
 
 
 def _page(result: JSON, command: str) -> str:
-    done = {row["name"] for row in result["rows"]}
+    pages = {_name(row): f"{row['name']}/{PAGE}" for row in result["rows"]}
     rows = [
-        (f"[{name}]({name}/{PAGE})" if name in done else name, *cells)
+        (f"[{name}]({pages[name]})" if name in pages else name, *cells)
         for name, *cells in comparison_rows(result)
     ]
     return "\n".join(

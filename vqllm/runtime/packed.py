@@ -184,6 +184,14 @@ class PackedModule(nn.Module):
         self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
         return self
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Ordinary tensors, which can be stored for who has only torch."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in () if keep_vars else self._packed_names:
+            destination[prefix + name] = destination[prefix + name].data
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_dense": None, "_decoded_from": None}
 
@@ -198,14 +206,14 @@ def own_tensors(modules: Iterable[Sequence[PackedModule]]) -> None:
         modules: with those of one sequence multiplied together. They get one clock, and no more
             than they, because autograd refuses tensors whose version has changed.
     """
-    made: dict[nn.Parameter, PackedParameter] = {}
+    made: dict[nn.Parameter, Any] = {}  # parameters to isinstance, not by their class
     for together in modules:
         clock = new_clock(together[0].device)
         for module in together:
             for name in module._packed_names:
                 old = getattr(module, name)
                 if old not in made:
-                    made[old] = PackedParameter(old.detach(), clock=clock)
+                    made[old] = PackedParameter(old.data, clock=clock)
                 module.register_parameter(name, made[old])
             module._parameters = Parameters(module._parameters, clock)
 

@@ -20,7 +20,7 @@ def new_clock(device: torch.device) -> Tensor:
         return torch.empty(0, device=device)
 
 
-class PackedParameter(nn.Parameter):
+class PackedParameter(torch.Tensor):
     """A parameter that has the version of `clock`, as others may.
 
     It grows with every change in place and, unlike that of torch's parameters, when the data is
@@ -29,9 +29,14 @@ class PackedParameter(nn.Parameter):
     were there before.
 
     Copies share a clock where the originals do. Unpickled it is an ordinary parameter.
+    `nn.Parameter(p)` is another one of the same memory and clock. torch makes it of `p.detach()`,
+    which must have this type and yet be no parameter: `_is_param` tells them apart, also for
+    `isinstance(p, nn.Parameter)`.
     """
 
     clock: Tensor
+    # As that of torch's own parameters: what is computed from one is an ordinary tensor.
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     def __init__(
         self, data: Tensor, requires_grad: bool = False, clock: Tensor | None = None
@@ -43,15 +48,22 @@ class PackedParameter(nn.Parameter):
     ) -> "PackedParameter":
         if clock is None:
             clock = new_clock(data.device)
-        parameter: Any = super().__new__(cls, clock, requires_grad=False)
+        parameter: Any = torch.Tensor._make_subclass(cls, clock)
         parameter.clock = clock
         parameter.data = data
+        parameter._is_param = True
         return parameter.requires_grad_(requires_grad)
+
+    def detach(self) -> "PackedParameter":
+        """The same memory with the same version."""
+        detached: Any = torch.Tensor._make_subclass(type(self), self.data)
+        detached.clock = self.clock
+        return detached
 
     @property
     def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The same memory with the same version; that of torch's parameters has its own."""
-        return self.detach()
+        return super().detach()
 
     @data.setter
     def data(self, value: Tensor) -> None:
@@ -68,9 +80,12 @@ class PackedParameter(nn.Parameter):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedParameter":
         if id(self) not in memo:
-            data, clock = self.detach().clone(), deepcopy(self.clock, memo)
+            data, clock = self.data.clone(), deepcopy(self.clock, memo)
             memo[id(self)] = type(self)(data, self.requires_grad, clock)
         return memo[id(self)]
+
+    def __reduce_ex__(self, proto: Any) -> Any:
+        return nn.Parameter(self.data, self.requires_grad).__reduce_ex__(proto)
 
 
 _DATA: Any = Tensor.data

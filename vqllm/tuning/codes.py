@@ -72,17 +72,27 @@ class CodeRun(Run):
     def _may_look(self) -> bool:
         return self._step % self._every == 0
 
-    def _after_step(self) -> None:
-        if self._step % self._every == 0:
-            self._move_codes()
+    def _after_step(self) -> bool:
+        if self._step % self._every:
+            return True
+        gradients = {
+            name: self._processes.sum(matrix.take_gradient()).flatten(0, 1)
+            for name, matrix in self._task.codes.items()
+        }
+        # Those of what is continuous can be finite where these are not: a scale's is a sum.
+        good = all(bool(gradient_NE.isfinite().all()) for gradient_NE in gradients.values())
+        if good:
+            self._move_codes(gradients)
+        return good
 
     @abstractmethod
-    def _move_codes(self) -> None:
-        """A step on the codes."""
+    def _move_codes(self, gradients: dict[str, Tensor]) -> None:
+        """A step on the codes.
 
-    def _gradient(self, matrix: CodedMatrix) -> Tensor:
-        """The sum of the gradients of a round, over all processes: [I·J, E]."""
-        return self._processes.sum(matrix.take_gradient()).flatten(0, 1)
+        Args:
+            gradients: of the tiles of each matrix, the sum over a round and all processes, float32
+                [I·J, E]; each may be taken out when it is no longer needed.
+        """
 
     def _copies(self) -> dict[str, Tensor]:
         codes = {

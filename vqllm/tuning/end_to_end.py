@@ -262,7 +262,7 @@ class Run:
         return max(1, LOGIT_BYTES // (4 * self._vocabulary * sequences_SL.shape[1]))
 
     def _advance(self) -> bool:
-        """One step; False if something was not finite, and nothing moved."""
+        """One step; False if something was not finite, and what moved must be taken back."""
         stage = self._stage
         done = min(1.0, self._progress() + 1 / stage.steps)
         rising = min(1.0, done / WARM_UP)
@@ -281,11 +281,11 @@ class Run:
         self._optimizer.step()
         self._step += 1
         self._losses.append(float(total))
-        self._after_step()
-        return True
+        return self._after_step()
 
-    def _after_step(self) -> None:
-        """What else moves."""
+    def _after_step(self) -> bool:
+        """Move what else moves; False as in `_advance`."""
+        return True
 
     def _gather(self, total: Tensor) -> bool:
         """Sum loss and gradients over the processes, in place; whether all of it is finite."""

@@ -99,8 +99,8 @@ class PVRun(CodeRun):
         self._share = stage.share
         self._rounds: list[JSON] = []
 
-    def _move_codes(self) -> None:
-        exchanges = [self._exchange(name) for name in self._task.codes]
+    def _move_codes(self, gradients: dict[str, Tensor]) -> None:
+        exchanges = [self._exchange(name, gradients.pop(name)) for name in self._task.codes]
         tokens_SL = self._task.sequences[self._batch()]
         with torch.no_grad():
             before = self._mean_loss(tokens_SL)
@@ -116,10 +116,9 @@ class PVRun(CodeRun):
         self._rounds.append({"step": self._step, "moved": moved, "kl": [before, after]})
 
     @torch.no_grad()
-    def _exchange(self, name: str) -> _Exchange:
+    def _exchange(self, name: str, gradient_NE: Tensor) -> _Exchange:
         """Move the real weights of a matrix; the codes that the farthest tiles would get."""
         matrix, real_NE = self._task.codes[name], self._real[name]
-        gradient_NE = self._gradient(matrix)
         X_NE = matrix.tiles().flatten(0, 1)
         length = self._pv.weight_rate * self._factor * _size(X_NE)
         real_NE -= length / _size(gradient_NE).clamp(min=1e-30) * gradient_NE

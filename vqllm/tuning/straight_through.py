@@ -46,10 +46,10 @@ class _StraightThroughRun(CodeRun):
         self._squares = {name: torch.zeros_like(X_NE) for name, X_NE in self._real.items()}
 
     @torch.no_grad()
-    def _move_codes(self) -> None:
+    def _move_codes(self, gradients: dict[str, Tensor]) -> None:
         self._moves += 1
         for name, matrix in self._task.codes.items():
-            gradient_NE = self._gradient(matrix)
+            gradient_NE = gradients.pop(name)
             X_NE, square_NE = self._real[name], self._squares[name]
             square_NE.lerp_(gradient_NE.square(), 1 - DECAY)
             mean_NE = (square_NE / (1 - DECAY**self._moves)).sqrt_().clamp_(min=1e-30)
