@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from vqllm_kernels import dispatch, formats
+from vqllm_kernels.choice import bucket
 from vqllm_kernels.formats import FormatSpec
+from vqllm_kernels.linear import LinearSpec
 
 
 def trellis(code: str, bits: float, state_bits: int) -> dict:
@@ -54,9 +56,18 @@ FORMATS: dict[str, dict] = {
     "lut 1x8, 16 bit": {"format": "lut-v1", "tile_rows": 1, "tile_cols": 8, "index_bits": 16},
     "lut 6x1, 12 bit": {"format": "lut-v1", "tile_rows": 6, "tile_cols": 1, "index_bits": 12},
 }
-SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]
-"""(rows, cols) of the linears of 7 to 70 billion parameter models."""
-DRY_SHAPES = [(48, 96)]
+Shape = tuple[tuple[int, ...], int]
+"""Rows of a linear, or of those of one input, which are multiplied together; and columns."""
+SHAPES: list[Shape] = [
+    ((4096,), 4096),
+    ((14336,), 4096),
+    ((4096,), 14336),
+    ((28672,), 8192),
+    ((4096, 1024, 1024), 4096),
+    ((14336, 14336), 4096),
+]
+"""Those of 7 to 70 billion parameter models; the last two are q, k, v and gate, up."""
+DRY_SHAPES: list[Shape] = [((48,), 96), ((48, 16, 16), 96)]
 BATCHES = [1, 4, 16, 64, 512]
 ROTATED_BYTES = 128 << 20
 """Packed weights in rotation; the second-level cache of an H100 holds 50 MB."""
@@ -93,7 +104,8 @@ def main() -> None:
     for name, shape, batch in itertools.product(arguments.formats, shapes, arguments.batches):
         spec = formats.from_dict(FORMATS[name])
         figures = measure(spec, shape, batch, device)
-        rows.append({**where, "format": name, "rows": shape[0], "cols": shape[1], **figures})
+        size = {"rows": "+".join(map(str, shape[0])), "cols": shape[1]}
+        rows.append({**where, "format": name, **size, **figures})
         print({key: rows[-1][key] for key in rows[-1] if key not in where}, flush=True)
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
@@ -104,33 +116,33 @@ def main() -> None:
             writer.writerows(rows)
 
 
-def measure(
-    spec: FormatSpec, shape: tuple[int, int], batch: int, device: torch.device
-) -> dict[str, object]:
+def measure(spec: FormatSpec, shape: Shape, batch: int, device: torch.device) -> dict[str, object]:
     """One row of the table."""
-    num_rows, num_cols = shape
+    every_rows, num_cols = shape
+    specs = [LinearSpec(rows=own, cols=num_cols, format=spec) for own in every_rows]
+    no_bias = [None] * len(specs)
     generator = torch.Generator(device).manual_seed(0)
-    tensors = random_tensors(spec, shape, generator)
-    packed_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    tensors = [random_tensors(spec, (own, num_cols), generator) for own in every_rows]
+    packed_bytes = sum(tensor.nbytes for own in tensors for tensor in own.values())
     copies = 2 if device.type == "cpu" else max(2, math.ceil(ROTATED_BYTES / packed_bytes))
-    packed = [{k: v.clone() for k, v in tensors.items()} for _ in range(copies)]
+    packed = [[{k: v.clone() for k, v in own.items()} for own in tensors] for _ in range(copies)]
     x_NC = torch.randn(batch, num_cols, generator=generator, device=device).to(DTYPE)
-    W_RC = dispatch.decode(tensors, spec, num_rows, num_cols)
-    check(x_NC, tensors, spec, W_RC)
-    dense = [W_RC.to(DTYPE).clone() for _ in range(2)]
+    check(x_NC, tensors, specs)
+    # What is replaced has the rows of all in one matrix.
+    parts = [
+        dispatch.decode(own, spec, one.rows, num_cols, DTYPE) for own, one in zip(tensors, specs)
+    ]
+    dense = [torch.cat(parts) for _ in range(2)]
     sources = [torch.empty(packed_bytes, dtype=torch.uint8, device=device) for _ in range(copies)]
     target = torch.empty_like(sources[0])
 
-    def by_decoding(i: int) -> Tensor:
-        W = dispatch.decode(packed[i], spec, num_rows, num_cols, DTYPE)
-        return torch.nn.functional.linear(x_NC, W)
+    def by_decoding(i: int) -> None:
+        for own, one in zip(packed[i], specs):
+            W = dispatch.decode(own, spec, one.rows, num_cols, DTYPE)
+            torch.nn.functional.linear(x_NC, W)
 
     contenders = [
-        Contender(
-            "kernel",
-            lambda i: dispatch.matmul(x_NC, packed[i], spec, num_rows, num_cols),
-            copies,
-        ),
+        Contender("kernel", lambda i: dispatch.linears(x_NC, packed[i], specs, no_bias), copies),
         Contender("dense", by_decoding, copies),
         Contender("matmul", lambda i: torch.nn.functional.linear(x_NC, dense[i]), len(dense)),
         Contender("copy", lambda i: target.copy_(sources[i]), copies),
@@ -143,7 +155,12 @@ def measure(
     median = {name: statistics.median(values) for name, values in times.items()}
     # A copy reads and writes; half of its time is for reading.
     median["copy"] /= 2
-    taken = [c.implementation for c in dispatch.choices() if c.call.operation == "matmul"]
+    taken = [
+        choice.implementation
+        for choice in dispatch.choices()
+        if (choice.call.operation, choice.call.spec) == ("matmul", spec)
+        and choice.call.batch == bucket(batch)
+    ]
     return {
         "batch": batch,
         "implementation": taken[-1],
@@ -154,19 +171,19 @@ def measure(
     }
 
 
-def check(x_NC: Tensor, tensors: dict[str, Tensor], spec: FormatSpec, W_RC: Tensor) -> None:
-    """Stop unless the result is as exact as torch's product with the reference's weights."""
-    num_rows, num_cols = W_RC.shape
-    reference_RC = spec.decode(tensors, num_rows, num_cols)
-    exact = x_NC.double() @ reference_RC.double().T
-    naive = torch.nn.functional.linear(x_NC, reference_RC.to(x_NC.dtype))
-    y_NR = dispatch.matmul(x_NC, tensors, spec, num_rows, num_cols)
-    error, allowed = ((y.double() - exact).norm() / exact.norm() for y in (y_NR, naive))
-    if not error <= 2 * allowed:
-        sys.exit(
-            f"{spec.to_dict()}, {num_rows} x {num_cols}, batch {len(x_NC)}: relative error "
-            f"{error:.2e}, torch's is {allowed:.2e}. Nothing is timed before this is right."
-        )
+def check(x_NC: Tensor, tensors: list[dict[str, Tensor]], specs: list[LinearSpec]) -> None:
+    """Stop unless the results are as exact as torch's products with the reference's weights."""
+    ys = dispatch.linears(x_NC, tensors, specs, [None] * len(specs))
+    for y_NR, own, spec in zip(ys, tensors, specs):
+        reference_RC = spec.format.decode(own, spec.rows, spec.cols)
+        exact = x_NC.double() @ reference_RC.double().T
+        naive = torch.nn.functional.linear(x_NC, reference_RC.to(x_NC.dtype))
+        error, allowed = ((y.double() - exact).norm() / exact.norm() for y in (y_NR, naive))
+        if not error <= 2 * allowed:
+            sys.exit(
+                f"{spec.to_dict()}, {spec.rows} x {spec.cols}, batch {len(x_NC)}: relative error "
+                f"{error:.2e}, torch's is {allowed:.2e}. Nothing is timed before this is right."
+            )
 
 
 def timer(contender: Contender, device: torch.device) -> Callable[[], float]:

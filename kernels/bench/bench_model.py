@@ -14,6 +14,7 @@ import gc
 import json
 import statistics
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from vqllm.runtime import VQLinear, describe
+from vqllm.runtime.replace import group_inputs
 from vqllm_kernels import formats
 from vqllm_kernels.linear import LinearSpec
 from vqllm_kernels.transforms import CodedScaleSpec, HadamardSpec, TransformSpec
@@ -53,6 +55,8 @@ FORMATS = {
     "trellis 4 bits": trellis("bytes4", 4, 12),
     "e8p 2 bits": {"format": "e8p-v1"},
 }
+INPUT_OF = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+"""Linears that have the input of another."""
 CONTEXT = 256
 """Tokens in the cache while decoding."""
 STEPS, ROUNDS = 32, 7
@@ -114,11 +118,16 @@ def quantized_like(dense: nn.Module, values: dict, block: int | None) -> nn.Modu
     packed = copy.deepcopy(dense, memo)
     for name, linear in hidden.items():
         dense.model.set_submodule(name, linear)
-        packed.model.set_submodule(name, packed_like(linear, values, block))
+        own = name.rpartition(".")[-1]
+        seed = zlib.crc32(INPUT_OF.get(own, own).encode())
+        packed.model.set_submodule(name, packed_like(linear, values, block, seed))
+    group_inputs(packed)
     return packed
 
 
-def packed_like(linear: nn.Linear, values: dict, block: int | None) -> VQLinear:
+def packed_like(linear: nn.Linear, values: dict, block: int | None, seed: int) -> VQLinear:
+    """Random codes; linears with equal seeds have equal signs, and so are taken for those of one
+    input."""
     rows, cols = linear.weight.shape
     device = linear.weight.device
     generator = torch.Generator(device).manual_seed(0)
@@ -135,6 +144,9 @@ def packed_like(linear: nn.Linear, values: dict, block: int | None) -> VQLinear:
         for name, layout in transform.layout().items():
             ones = torch.ones(layout.shape, device=device).to(layout.dtype)
             tensors[f"t{i}_{name}"] = ones
+        if (transform.kind, transform.side) == ("hadamard", "in"):
+            signs = torch.rand(cols, generator=torch.Generator().manual_seed(seed)) - 0.5
+            tensors[f"t{i}_signs"] = HadamardSpec.pack_signs(signs)["signs"].to(device)
     return VQLinear.from_tensors(spec, tensors, None, torch.bfloat16).to(device)
 
 

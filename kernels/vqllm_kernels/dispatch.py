@@ -1,7 +1,8 @@
 """The operations of a packed linear, as the run-time layer calls them.
 
     linear     y = x Wᵀ + bias: all transforms, the product and the bias, one operator
-    linears    the same for linears of one input, whose transforms of it are applied once
+    linears    the same for linears of one input, whose transforms of it are applied once, and
+               whose products are one where formats are equal and kernels run
     matmul     y = x Wᵀ in the transformed basis, W packed
     decode     W in the transformed basis
     transform  x' from x, or y from y' (a transform on one side of the product)
@@ -23,7 +24,7 @@ tensors are constants.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, cast
@@ -265,7 +266,8 @@ def _triton_matmul(
 ) -> Tensor:
     kernels = gpu.module(spec)
     assert kernels is not None
-    return kernels.matmul(x_NC, tensors, spec, rows, cols, x_NC.dtype)
+    [y_NR] = kernels.matmuls(x_NC, [tensors], spec, [rows], cols, x_NC.dtype)
+    return y_NR
 
 
 def _dense_matmul(
@@ -310,7 +312,8 @@ def _triton_transform(
 ) -> Tensor:
     kernels = gpu.module(spec)
     assert kernels is not None
-    return kernels.transform(v, spec, tensors, direction, scales)
+    [out] = kernels.transforms([v], [spec], [tensors], direction, [scales])
+    return out
 
 
 def _reference_transform(
@@ -365,9 +368,7 @@ def _decode_as(
 def _linear_op(
     x: Tensor, packed: list[Tensor], bias: Tensor | None, text: str, rows: int, cols: int
 ) -> Tensor:
-    loaded = _Loaded.of(text, rows, cols, packed)
-    x_NC = x.reshape(-1, cols)
-    y_NR = loaded.product(x_NC, loaded.operand(x_NC, loaded.wanted(x_NC)))
+    [y_NR] = _products(x.reshape(-1, cols), [_Loaded.of(text, rows, cols, packed)])
     if bias is not None:
         y_NR = y_NR + bias
     return y_NR.view(*x.shape[:-1], rows)
@@ -384,16 +385,8 @@ def _linears_op(
                 f"linears of one input with different transforms of it: {first.spec.inputs} and "
                 f"{other.spec.inputs}"
             )
-    x_NC = x.reshape(-1, cols)
-    operands: dict[Wanted | None, Operand] = {}
-    products = []
-    for loaded in every:
-        wanted = loaded.wanted(x_NC)
-        if wanted not in operands:
-            operands[wanted] = first.operand(x_NC, wanted)
-        y_NR = loaded.product(x_NC, operands[wanted])
-        products.append(y_NR.view(*x.shape[:-1], loaded.spec.rows))
-    return products
+    products = _products(x.reshape(-1, cols), every)
+    return [y_NR.view(*x.shape[:-1], own) for y_NR, own in zip(products, rows)]
 
 
 def _split(packed: list[Tensor], texts: list[str], rows: list[int], cols: int) -> list["_Loaded"]:
@@ -426,6 +419,11 @@ class _Loaded:
     def inputs(self) -> list[Staged]:
         return [s for s in self.staged if s[0].side == "in"]
 
+    @property
+    def outputs(self) -> list[Staged]:
+        """In the order in which they are applied to an output."""
+        return [s for s in reversed(self.staged) if s[0].side == "out"]
+
     def wanted(self, x_NC: Tensor) -> "Wanted | None":
         """What the kernel of the product takes in place of x, if it takes bytes, and the last of
         the transforms, with the scales before it, can write them; None for x itself."""
@@ -451,62 +449,115 @@ class _Loaded:
         """x in the basis of W, in bytes if they are wanted."""
         stages = self.inputs
         if wanted is None:
-            return _through(stages, x_NC, "input")
+            return _through([stages], [x_NC], "input")[0]
         hadamard, tensors = stages[-1]
         transform_kernels = gpu.module(hadamard)
         assert transform_kernels is not None
         first = len(stages) - 1
         while first > 0 and isinstance(stages[first - 1][0], ScaleSpec):
             first -= 1
-        x_NC = _through(stages[:first], x_NC, "input")
+        [x_NC] = _through([stages[:first]], [x_NC], "input")
         return transform_kernels.quantize(x_NC, hadamard, tensors, stages[first:-1], wanted)
 
-    def product(self, x_NC: Tensor, operand: "Operand") -> Tensor:
-        """y [N, rows], without bias, of an operand that was made of x."""
+    def product(self, x_NC: Tensor, run: Callable[..., Tensor]) -> Tensor:
+        """y [N, rows] of x in the basis of W, by an implementation that takes one linear."""
         spec = self.spec
-        run = _chosen_matmul(x_NC, spec.format).run
         # Look-ups decode nothing, and keep a copy of the codes that belongs to the whole.
         blocks = [(0, spec.rows)] if run is lookup.matmul else self.blocks
         parts = [
-            run(operand, spec.block(self.own, start, stop), spec.format, stop - start, spec.cols)
+            run(x_NC, spec.block(self.own, start, stop), spec.format, stop - start, spec.cols)
             for start, stop in blocks
         ]
-        y_NR = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        outer = [s for s in reversed(self.staged) if s[0].side == "out"]
-        return _through(outer, y_NR, "output")
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
-def _through(stages: list[Staged], v: Tensor, direction: str) -> Tensor:
-    """Transforms one after the other; scales that come right before a Hadamard transform of an
-    input, or right after that of an output, together with it."""
-    todo = list(stages)
+def _products(x_NC: Tensor, every: list[_Loaded]) -> list[Tensor]:
+    """y [N, rows] of each of several linears with equal transforms of the input, without bias.
+
+    Kernels take at once those whose formats are equal, and transform at once the outputs of those
+    whose transforms are of equal kinds and orders.
+    """
+    operands: dict[Wanted | None, Operand] = {}
+    ys: dict[int, Tensor] = {}
+    for alike in _alike([loaded.spec.format for loaded in every]):
+        same = [every[i] for i in alike]
+        wanted = same[0].wanted(x_NC)
+        if wanted not in operands:
+            operands[wanted] = same[0].operand(x_NC, wanted)
+        ys.update(zip(alike, _multiplied(x_NC, operands[wanted], same)))
+    for alike in _alike([[_kind(spec) for spec, _ in loaded.outputs] for loaded in every]):
+        stages = [every[i].outputs for i in alike]
+        ys.update(zip(alike, _through(stages, [ys[i] for i in alike], "output")))
+    return [ys[i] for i in range(len(every))]
+
+
+def _alike(keys: Sequence[object]) -> list[list[int]]:
+    """The places of equal keys, in the order of the first of each."""
+    first = [keys.index(key) for key in keys]
+    return [[i for i, other in enumerate(first) if other == at] for at in dict.fromkeys(first)]
+
+
+def _kind(spec: TransformSpec) -> tuple[str, int | None]:
+    """What is equal for transforms of several outputs in one launch."""
+    return spec.kind, spec.order if isinstance(spec, HadamardSpec) else None
+
+
+def _multiplied(x_NC: Tensor, operand: "Operand", same: list[_Loaded]) -> list[Tensor]:
+    """y [N, rows] of each of several linears of one format in the basis of W, of an operand that
+    was made of x. The kernels, which keep no decoded weights, take every size in one piece."""
+    spec = same[0].spec
+    chosen = _chosen_matmul(x_NC, spec.format)
+    if chosen is not _MATMULS["triton"]:
+        assert isinstance(operand, Tensor)
+        return [loaded.product(operand, chosen.run) for loaded in same]
+    kernels = gpu.module(spec.format)
+    assert kernels is not None
+    own, rows = [loaded.own for loaded in same], [loaded.spec.rows for loaded in same]
+    return kernels.matmuls(operand, own, spec.format, rows, spec.cols, x_NC.dtype)
+
+
+def _through(every: Sequence[list[Staged]], vs: list[Tensor], direction: str) -> list[Tensor]:
+    """Transforms of members one after the other, of equal kinds; scales that come right before a
+    Hadamard transform of an input, or right after that of an output, together with it."""
+    todo = [list(stage) for stage in zip(*every, strict=True)]
+
+    def leading_scales() -> list[list[Staged]]:
+        taken = []
+        while todo and isinstance(todo[0][0][0], ScaleSpec):
+            taken.append(todo.pop(0))
+        return taken
+
     while todo:
-        scales: list[Staged] = []
-        if direction == "input":
-            while todo and isinstance(todo[0][0], ScaleSpec):
-                scales.append(todo.pop(0))
-        if not todo or not isinstance(todo[0][0], HadamardSpec):
-            for spec, tensors in [*scales, *todo[:1]]:
-                run = spec.input if direction == "input" else spec.output
-                v = run(v, tensors)
+        scales = leading_scales() if direction == "input" else []
+        if not todo or not isinstance(todo[0][0][0], HadamardSpec):
+            for stage in [*scales, *todo[:1]]:
+                vs = [
+                    spec.input(v, own) if direction == "input" else spec.output(v, own)
+                    for v, (spec, own) in zip(vs, stage)
+                ]
             todo = todo[1:]
             continue
-        spec, tensors = todo.pop(0)
+        stage = todo.pop(0)
         if direction == "output":
-            while todo and isinstance(todo[0][0], ScaleSpec):
-                scales.append(todo.pop(0))
-        v = _transformed(v, spec, tensors, direction, scales)
-    return v
+            scales = leading_scales()
+        vs = _transformed(vs, stage, direction, [[s[m] for s in scales] for m in range(len(vs))])
+    return vs
 
 
 def _transformed(
-    v: Tensor,
-    spec: TransformSpec,
-    tensors: dict[str, Tensor],
-    direction: str,
-    scales: Sequence[Staged] = (),
-) -> Tensor:
-    return _chosen_transform(v, spec).run(v, spec, tensors, direction, scales)
+    vs: list[Tensor], stage: list[Staged], direction: str, scales: list[list[Staged]]
+) -> list[Tensor]:
+    """One Hadamard transform, and scales, of each member."""
+    chosen = [_chosen_transform(v, spec) for v, (spec, _) in zip(vs, stage)]
+    if any(one is not _TRANSFORMS["triton"] for one in chosen):
+        return [
+            one.run(v, spec, own, direction, of_member)
+            for one, v, (spec, own), of_member in zip(chosen, vs, stage, scales)
+        ]
+    kernels = gpu.module(stage[0][0])
+    assert kernels is not None
+    specs, tensors = zip(*stage)
+    return kernels.transforms(vs, specs, tensors, direction, scales)
 
 
 def _chosen_transform(v: Tensor, spec: TransformSpec) -> Implementation:
@@ -614,7 +665,7 @@ def _decode_rows_op(packed: list[Tensor], text: str, index: Tensor, cols: int) -
 
 def _transform_op(v: Tensor, packed: list[Tensor], text: str, size: int, direction: str) -> Tensor:
     spec = _transform(text, size)
-    return _transformed(v, spec, _named(spec, packed), direction)
+    return _chosen_transform(v, spec).run(v, spec, _named(spec, packed), direction)
 
 
 def _matmul_fake(x: Tensor, packed: list[Tensor], text: str, rows: int, cols: int) -> Tensor:

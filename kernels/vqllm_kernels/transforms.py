@@ -32,6 +32,11 @@ class HadamardSpec(TransformSpec):
         if self.block is not None and (self.block < 1 or self.size % self.block):
             raise ValueError(f"a block of {self.block} does not divide {self.size} features")
 
+    @property
+    def order(self) -> int:
+        """Features that are transformed together."""
+        return self.block or self.size
+
     def layout(self) -> dict[str, TensorLayout]:
         return {"signs": TensorLayout((packed_bytes(self.size, 1),), torch.uint8, "side")}
 
@@ -44,10 +49,10 @@ class HadamardSpec(TransformSpec):
         return 1 - 2 * unpack_bits(tensors["signs"], 1, self.size).to(dtype)
 
     def apply(self, v: Tensor, tensors: Tensors) -> Tensor:
-        return hadamard.transform(v * self._signs(tensors, v.dtype), self.block or self.size)
+        return hadamard.transform(v * self._signs(tensors, v.dtype), self.order)
 
     def apply_inverse(self, v: Tensor, tensors: Tensors) -> Tensor:
-        Qt_v = hadamard.transform(v, self.block or self.size, transpose=True)
+        Qt_v = hadamard.transform(v, self.order, transpose=True)
         return Qt_v * self._signs(tensors, v.dtype)
 
     # A is orthogonal, so A⁻ᵀ = A and Aᵀ = A⁻¹.

@@ -72,19 +72,24 @@ def compile_recorded(recorder: Recorder, sm: int) -> "triton.compiler.CompiledKe
     """Compile the recorded launch; pointers and integers divisible by 16 are known as such."""
     options = {k: recorder.args[k] for k in LAUNCH_OPTIONS if recorder.args.get(k) is not None}
     signature, constants, attributes = {}, {}, {}
+
+    def specialize(path: tuple[int, ...], value: object, is_constant: bool) -> object:
+        """The type of an argument, or of an entry of one that is a tuple."""
+        if isinstance(value, tuple):
+            return tuple(specialize((*path, j), v, is_constant) for j, v in enumerate(value))
+        if is_constant or (isinstance(value, int) and value == 1):
+            constants[path] = value
+            return "constexpr"
+        aligned = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        if isinstance(aligned, int) and aligned % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return TYPES[value.dtype]
+        return "fp32" if isinstance(value, float) else "i32"
+
     for i, param in enumerate(recorder.kernel.params):
         value = recorder.args[param.name]
-        if isinstance(value, torch.Tensor):
-            signature[param.name] = TYPES[value.dtype]
-            aligned = value.data_ptr() % 16 == 0
-        elif param.is_constexpr or value == 1:
-            signature[param.name], constants[param.name] = "constexpr", value
-            continue
-        else:
-            signature[param.name] = "fp32" if isinstance(value, float) else "i32"
-            aligned = isinstance(value, int) and value % 16 == 0
-        if aligned:
-            attributes[(i,)] = [["tt.divisibility", 16]]
+        signature[param.name] = specialize((i,), value, param.is_constexpr)
     source = ASTSource(recorder.kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
 
@@ -140,23 +145,23 @@ def packed(spec: formats.FormatSpec, rows: int, cols: int) -> dict[str, torch.Te
 
 
 def matmul_case(
-    module: ModuleType, values: dict, tokens: int, dtype: str, rows=4096, cols=4096
+    module: ModuleType, values: dict, tokens: int, dtype: str, rows=(4096,), cols=4096
 ) -> Case:
     """A matmul; the weights of a step are rows of the program times columns, over its lanes."""
     spec = formats.from_dict(values)
     x = torch.zeros(tokens, cols, dtype=DTYPES[dtype])
-    tensors = packed(spec, rows, cols)
+    tensors = [packed(spec, own, cols) for own in rows]
 
     def launch() -> None:
-        module.matmul(x, tensors, spec, rows, cols, x.dtype)
+        module.matmuls(x, tensors, spec, rows, cols, x.dtype)
 
     kernel = "matmul_kernel"
     if module is lut:
-        tile = lut.tiling(x, spec, rows)
+        tile = lut.tiling(x, spec, sum(rows))
     elif e8p.wanted(spec, x):
-        tile, kernel = e8p.bytes_tiling(tokens, rows, x.device), "bytes_matmul_kernel"
+        tile, kernel = e8p.bytes_tiling(tokens, sum(rows), x.device), "bytes_matmul_kernel"
     else:
-        tile = e8p.tiling(x, rows)
+        tile = e8p.tiling(x, sum(rows))
     groups = tile["ROW_GROUPS"] if "ROW_GROUPS" in tile else tile["TILE_GROUPS"]
     bits = {"e8p-v1": 16, "e81b-v1": 8}.get(spec.format_id) or values["index_bits"]
     codes_per_lane = 8 if bits not in (8, 12, 16) else (32 if bits == 12 else 128 // bits)
@@ -174,13 +179,15 @@ def decode_case(module: ModuleType, values: dict, dtype: str) -> Case:
     return launch, "decode_kernel", codes * spec.tile[0] * spec.tile[1]
 
 
-def hadamard_case(size: int, dtype: str, block: int | None = None) -> Case:
+def hadamard_case(size: int, dtype: str, block: int | None = None, members: int = 1) -> Case:
+    """The transform of an input, or those of several outputs."""
     spec = transforms.HadamardSpec(side="in", size=size, block=block)
-    x = torch.zeros(1, size, dtype=DTYPES[dtype])
-    signs = spec.pack_signs(torch.ones(size))
+    every = [torch.zeros(1, size, dtype=DTYPES[dtype]) for _ in range(members)]
+    signs = [spec.pack_signs(torch.ones(size)) for _ in range(members)]
+    direction = "input" if members == 1 else "output"
 
     def launch() -> None:
-        hadamard.transform(x, spec, signs, "input")
+        hadamard.transforms(every, [spec] * members, signs, direction, [()] * members)
 
     return launch, "dense_kernel" if block else "pass_kernel", 0
 
@@ -226,15 +233,15 @@ def trellis_values(code: str, rate: float, state_bits: int, tile_rows: int = 64)
 
 
 def trellis_case(
-    values: dict, tokens: int, dtype: str, rows: int = 4096, cols: int = 16384
+    values: dict, tokens: int, dtype: str, rows: tuple[int, ...] = (4096,), cols: int = 16384
 ) -> Case:
     """A step of a lane is a tile, or one part of its rows."""
     spec = formats.from_dict(values)
     x = torch.zeros(tokens, cols, dtype=DTYPES[dtype])
-    tensors = packed(spec, rows, cols)
+    tensors = [packed(spec, own, cols) for own in rows]
 
     def launch() -> None:
-        trellis.matmul(x, tensors, spec, rows, cols, x.dtype)
+        trellis.matmuls(x, tensors, spec, rows, cols, x.dtype)
 
     return launch, "matmul_kernel", 256 * min(32, values["tile_rows"]) // values["tile_rows"]
 
@@ -249,11 +256,13 @@ def trellis_decode_case(values: dict, dtype: str, rows: int = 4096, cols: int = 
     return launch, "decode_kernel", 256 * min(32, values["tile_rows"]) // values["tile_rows"]
 
 
+QKV = (4096, 1024, 1024)
 BYTES2, BYTES4 = trellis_values("bytes2", 2, 14), trellis_values("bytes4", 3, 12)
 CASES: dict[str, tuple[ModuleType, Case]] = {
     "bytes2, 2 bits": (trellis, trellis_case(BYTES2, 1, "bf16")),
     "bytes2, 1.75 bits": (trellis, trellis_case(trellis_values("bytes2", 1.75, 14), 1, "bf16")),
     "bytes2, 2 bits, 16 tokens": (trellis, trellis_case(BYTES2, 16, "bf16")),
+    "bytes2, 2 bits, q, k, v": (trellis, trellis_case(BYTES2, 1, "bf16", QKV)),
     "bytes2, 2 bits, fp32": (trellis, trellis_case(BYTES2, 1, "fp32")),
     "bytes2, 2 bits, 16 rows": (
         trellis,
@@ -269,23 +278,26 @@ CASES: dict[str, tuple[ModuleType, Case]] = {
     "bytes2 decode": (trellis, trellis_decode_case(BYTES2, "bf16")),
     "bytes4 decode": (trellis, trellis_decode_case(BYTES4, "bf16")),
     # Arguments of 1 are constants to the compiler.
-    "one tile, product": (trellis, trellis_case(BYTES2, 1, "fp16", 1, 1)),
-    "one tile, sum": (trellis, (trellis_case(BYTES2, 1, "fp16", 1, 1)[0], "finish_kernel", 0)),
+    "one tile, product": (trellis, trellis_case(BYTES2, 1, "fp16", (1,), 1)),
+    "one tile, sum": (trellis, (trellis_case(BYTES2, 1, "fp16", (1,), 1)[0], "finish_kernel", 0)),
     "one tile, decoded": (trellis, trellis_decode_case(BYTES2, "fp16", 1, 1)),
     "activations as bytes, bf16": (
         trellis,
         (trellis_case(BYTES2, 1, "bf16")[0], "quantize_kernel", 0),
     ),
-    "sum of the pieces, bf16": (trellis, (trellis_case(BYTES2, 1, "bf16")[0], "finish_kernel", 0)),
+    "sum of the pieces, bf16": (
+        trellis,
+        (trellis_case(BYTES2, 1, "bf16", QKV)[0], "finish_kernel", 0),
+    ),
     "3inst decode": (trellis, trellis_decode_case(trellis_values("3inst", 2, 16), "fp16")),
     "e8p fp16": (e8p, matmul_case(e8p, E8P, 1, "fp16")),
     "e8p bf16, 8 tokens": (e8p, matmul_case(e8p, E8P, 8, "bf16")),
-    "e8p bf16, 28672 rows": (e8p, matmul_case(e8p, E8P, 1, "bf16", rows=28672)),
+    "e8p bf16, gate, up": (e8p, matmul_case(e8p, E8P, 1, "bf16", rows=(14336, 14336))),
     "e8p bf16, 16 tokens": (e8p, matmul_case(e8p, E8P, 16, "bf16")),
-    "e8p fp16, 64 tokens": (e8p, matmul_case(e8p, E8P, 64, "fp16", rows=28672)),
+    "e8p fp16, 64 tokens": (e8p, matmul_case(e8p, E8P, 64, "fp16", rows=(28672,))),
     "e8p fp32": (e8p, matmul_case(e8p, E8P, 1, "fp32")),
     "e81b bf16": (e8p, matmul_case(e8p, E81B, 1, "bf16")),
-    "e81b bf16, 28672 rows": (e8p, matmul_case(e8p, E81B, 1, "bf16", rows=28672)),
+    "e81b bf16, 28672 rows": (e8p, matmul_case(e8p, E81B, 1, "bf16", rows=(28672,))),
     "e81b fp16, 16 tokens": (e8p, matmul_case(e8p, E81B, 16, "fp16")),
     "lut 1x8, 8 bit, fp16": (lut, matmul_case(lut, lut_values(1, 8, 8), 1, "fp16")),
     "lut 1x4, 8 bit, bf16": (lut, matmul_case(lut, lut_values(1, 4, 8), 1, "bf16")),
@@ -296,6 +308,7 @@ CASES: dict[str, tuple[ModuleType, Case]] = {
     "lut 1x8, 8 bit, decode": (lut, decode_case(lut, lut_values(1, 8, 8), "fp16")),
     "hadamard 4096, fp16": (hadamard, hadamard_case(4096, "fp16")),
     "hadamard 11008, bf16": (hadamard, hadamard_case(11008, "bf16")),
+    "hadamard 11008, bf16, gate, up": (hadamard, hadamard_case(11008, "bf16", members=2)),
     "hadamard 14336, fp32": (hadamard, hadamard_case(14336, "fp32")),
     "hadamard, blocks of 128, bf16": (hadamard, hadamard_case(4096, "bf16", 128)),
     "hadamard 4096 to bytes, bf16": (hadamard, quantize_case(4096, "bf16")),

@@ -16,7 +16,9 @@ def test_dry_run_measures_every_contender() -> None:
     command = [sys.executable, str(FOLDER / "bench_matmul.py"), "--dry-run"]
     command += ["--formats", *formats, "--batches", "1", "16"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert len(done.stdout.splitlines()) == 4
+    # Two formats, a linear and three of one input, two batches.
+    assert len(done.stdout.splitlines()) == 8
+    assert "'rows': '48+16+16'" in done.stdout
     assert "'implementation': 'reference'" in done.stdout
 
 

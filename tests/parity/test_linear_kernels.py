@@ -28,20 +28,21 @@ E8P = {"format": "e8p-v1"}
 ROWS, COLS = 72, 96
 
 
-def linear(values: dict, device: str, block: int | None = None):
+def linear(values: dict, device: str, block: int | None = None, rows: int = ROWS):
     """A spec with coded scales and Hadamard transforms, and its stored tensors."""
     transforms = [
         CodedScaleSpec(side="in", size=COLS, bits=2),
-        CodedScaleSpec(side="out", size=ROWS, bits=2),
+        CodedScaleSpec(side="out", size=rows, bits=2),
         HadamardSpec(side="in", size=COLS, block=block),
-        HadamardSpec(side="out", size=ROWS),
+        HadamardSpec(side="out", size=rows, block=block if rows != ROWS else None),
     ]
     spec = LinearSpec(
-        rows=ROWS, cols=COLS, format=formats.from_dict(values), transforms=tuple(transforms)
+        rows=rows, cols=COLS, format=formats.from_dict(values), transforms=tuple(transforms)
     )
-    tensors = random_tensors(spec.format, ROWS, COLS, device)
-    generator = torch.Generator().manual_seed(3)
+    tensors = random_tensors(spec.format, rows, COLS, device)
     for i, transform in enumerate(transforms):
+        # Equal on the input's side, whatever the rows are.
+        generator = torch.Generator().manual_seed(i)
         for name, layout in transform.layout().items():
             value = torch.rand(layout.shape, generator=generator) + 0.5
             if layout.dtype == torch.uint8:
@@ -95,20 +96,41 @@ def launched(device, monkeypatch) -> list[str]:
     return names
 
 
-def test_linears_of_one_input_share_what_is_done_to_it(launched, device):
-    (spec, first), (e8p, other) = linear(TRELLIS, device), linear(E8P, device)
-    second = {**first, "codes": first["codes"].flip(0)}
-    other |= {name: first[name] for name in other if name.startswith(("t0_", "t2_"))}
+TO_BYTES, PRODUCT, SUM = "quantized_pass_kernel", "matmul_kernel", "finish_kernel"
+GROUPS = {
+    "gate, up": ([(TRELLIS, ROWS)] * 2, [TO_BYTES, PRODUCT, SUM, "dense_kernel"]),
+    "q, k, v": (
+        [(TRELLIS, 160), (TRELLIS, 32), (TRELLIS, 32)],
+        [TO_BYTES, PRODUCT, SUM, "dense_kernel"],
+    ),
+    "q, k, v, of whose outputs one transform is of another order": (
+        [(TRELLIS, ROWS), (TRELLIS, 32), (TRELLIS, 32)],
+        [TO_BYTES, PRODUCT, SUM, "dense_kernel", "dense_kernel"],
+    ),
+    # Each format takes x in its own kind of columns.
+    "v in another format": (
+        [(TRELLIS, 32), (E8P, 32), (TRELLIS, 32)],
+        [TO_BYTES, PRODUCT, SUM, TO_BYTES, "bytes_matmul_kernel", "dense_kernel"],
+    ),
+}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_linears_of_one_input_go_together(group, launched, device, monkeypatch):
+    # As many pieces alone as together, so that the sums are rounded at the same places.
+    monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: 1000)
+    members, kernels = GROUPS[group]
+    specs, tensors = zip(*(linear(values, device, 32, rows) for values, rows in members))
     x = random_activations(3, COLS, torch.float16, device)
-    tensors, specs = [first, second, other], [spec, spec, e8p]
+    biases = [random_activations(1, spec.rows, torch.float16, device)[0] for spec in specs]
+    biases[1] = None
     with dispatch.force("triton"):
-        alone = [dispatch.linear(x, own, kind) for own, kind in zip(tensors, specs)]
+        alone = [dispatch.linear(x, *every) for every in zip(tensors, specs, biases)]
         launched.clear()
-        together = dispatch.linears(x, tensors, specs, [None] * 3)
+        together = dispatch.linears(x, tensors, specs, biases)
+    assert launched == kernels
     for y, y_alone in zip(together, alone, strict=True):
         assert torch.equal(y, y_alone)
-    # Each format takes x in its own kind of columns.
-    assert launched.count("quantized_pass_kernel") == 2
 
 
 def test_launches_of_a_linear(launched, device):
@@ -116,7 +138,7 @@ def test_launches_of_a_linear(launched, device):
     x = random_activations(1, COLS, torch.float16, device)
     with dispatch.force("triton"):
         dispatch.linear(x, tensors, spec)
-        taken = ["quantized_pass_kernel", "matmul_kernel", "finish_kernel", "dense_kernel"]
+        taken = [TO_BYTES, PRODUCT, SUM, "dense_kernel"]
         assert launched == taken
         launched.clear()
         dispatch.linear(x.float(), tensors, spec)
@@ -137,15 +159,15 @@ def test_equal_stages_share_their_activations(launched, device):
     x = random_activations(1, COLS, torch.float16, device)
     with dispatch.force("triton"):
         dispatch.linear(x, tensors, spec)
-        transform, stage = "quantized_pass_kernel", "bytes_matmul_kernel"
-        assert launched == [transform, stage, stage, "dense_kernel"]
+        stage = "bytes_matmul_kernel"
+        assert launched == [TO_BYTES, stage, stage, "dense_kernel"]
         launched.clear()
         own, _ = spec.split(tensors)
         dispatch.matmul(x, own, spec.format, ROWS, COLS)
     assert launched == ["quantize_kernel", stage, stage]
 
 
-def test_blocks_of_rows_share_their_activations(launched, device, monkeypatch):
+def test_a_large_matrix_is_one_launch(launched, device, monkeypatch):
     monkeypatch.setattr(linear_module, "BLOCK_WEIGHTS", 128 * 96)
     hadamard_spec = HadamardSpec(side="in", size=COLS)
     moved = PermutationSpec(side="in", size=COLS)
@@ -161,7 +183,8 @@ def test_blocks_of_rows_share_their_activations(launched, device, monkeypatch):
         exact, naive = (dispatch.linear(v, tensors, spec) for v in (x.double(), x))
     with dispatch.force("triton"):
         y = dispatch.linear(x, tensors, spec)
-    assert launched == ["quantized_pass_kernel", *["matmul_kernel", "finish_kernel"] * 2]
+    assert len(spec.row_blocks()) == 2
+    assert launched == [TO_BYTES, PRODUCT, SUM]
     assert_no_worse(y, naive, exact)
 
 

@@ -100,7 +100,7 @@ def test_sums_in_bytes_are_exact(values, device):
     x_NC = random_activations(3, 192, torch.float16, device)
     x_NC[1] += 8  # what is left when a large mean is taken away
     quantized = activations.quantized(x_NC, e8p.wanted(spec, x_NC))
-    y_NR = e8p.matmul(quantized, tensors, spec, 48, 192, torch.float32)
+    [y_NR] = e8p.matmuls(quantized, [tensors], spec, [48], 192, torch.float32)
     hi, lo = quantized.words.view(torch.int8).double().unbind(1)
     W_RC = spec.decode(tensors, 48, 192).double()
     exact = (256 * hi + lo) @ W_RC.T * quantized.step[:, :1]
@@ -145,6 +145,22 @@ def test_matmul_walks_over_long_rows(values, device):
 def test_matmul_with_small_and_large_tiles(values, multiprocessors, device, monkeypatch):
     monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: multiprocessors)
     check_matmul(formats.from_dict(values), (70, 64, 2), torch.float16, device)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_tokens"),
+    [("e8p", 2), ("e8p", 9), ("lut 1x8 8 bit", 2), ("lut 6x1 12 bit", 2), ("e8p + e81b", 2)],
+)
+def test_members_get_what_they_get_alone(name, num_tokens, device, monkeypatch):
+    monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: 1000)
+    spec, rows = formats.from_dict(FORMATS[name]), (19, 8, 33)
+    tensors = [random_tensors(spec, own, 64, device) for own in rows]
+    x_NC = random_activations(num_tokens, 64, torch.float16, device)
+    kernels = gpu.module(spec)
+    together = kernels.matmuls(x_NC, tensors, spec, rows, 64, torch.float32)
+    for y_NR, own, num_rows in zip(together, tensors, rows, strict=True):
+        [alone] = kernels.matmuls(x_NC, [own], spec, [num_rows], 64, torch.float32)
+        assert torch.equal(y_NR, alone)
 
 
 @pytest.mark.parametrize("values", [E8P, E81B], ids=str)

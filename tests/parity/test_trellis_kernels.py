@@ -92,9 +92,15 @@ def test_decode_equals_the_reference(spec, shape, out, device):
 
 
 @pytest.mark.parametrize("num_tokens", [*range(1, 18), 33, 64])
-@pytest.mark.parametrize("code", ["bytes2", "3inst"])
-def test_matmul_at_every_batch_size(code, num_tokens, device):
-    check_matmul(trellis(code, tile_rows=16), (24, 48, num_tokens), torch.float16, device)
+@pytest.mark.parametrize(("code", "rows"), [("bytes2", (24, 9)), ("3inst", (24,))])
+def test_matmul_at_every_batch_size(code, rows, num_tokens, device):
+    spec, cols = trellis(code, tile_rows=16), 48
+    tensors = [random_tensors(spec, own, cols, device) for own in rows]
+    x_NC = random_activations(num_tokens, cols, torch.float16, device)
+    ys = gpu.module(spec).matmuls(x_NC, tensors, spec, rows, cols, torch.float16)
+    for y_NR, own, num_rows in zip(ys, tensors, rows, strict=True):
+        W_RC = spec.decode(own, num_rows, cols)
+        assert_no_worse(y_NR, x_NC @ W_RC.half().T, x_NC.double() @ W_RC.double().T)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 3, 1000])
@@ -102,6 +108,20 @@ def test_matmul_at_every_batch_size(code, num_tokens, device):
 def test_matmul_in_one_and_in_many_pieces(code, multiprocessors, device, monkeypatch):
     monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: multiprocessors)
     check_matmul(trellis(code), (70, 500, 2), torch.float16, device)
+
+
+@pytest.mark.parametrize("code", ["bytes2", "bytes4", "hybrid", "3inst"])
+def test_members_get_what_they_get_alone(code, device, monkeypatch):
+    # Every piece is a step, alone as together; the second member has two programs.
+    monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: 1000)
+    spec, rows, cols = trellis(code, tile_rows=16), (37, 133, 1), 260
+    tensors = [random_tensors(spec, own, cols, device) for own in rows]
+    x_NC = random_activations(3, cols, torch.float16, device)
+    kernels = gpu.module(spec)
+    together = kernels.matmuls(x_NC, tensors, spec, rows, cols, torch.float32)
+    for y_NR, own, num_rows in zip(together, tensors, rows, strict=True):
+        [alone] = kernels.matmuls(x_NC, [own], spec, [num_rows], cols, torch.float32)
+        assert torch.equal(y_NR, alone)
 
 
 def test_sums_of_bytes_are_exact_integers(device):

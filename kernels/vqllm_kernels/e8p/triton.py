@@ -29,6 +29,7 @@ second, and 2-bit codes arrive at 12·10^12. What the look-ups cost, one for eig
 of 8 cache lines, is not in these figures.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from math import gcd
 
@@ -37,7 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vqllm_kernels import activations, fragments, gpu
+from vqllm_kernels import activations, fragments, gpu, members
 from vqllm_kernels.activations import Quantized, Wanted
 from vqllm_kernels.choice import Call
 from vqllm_kernels.e8p import reference
@@ -60,6 +61,8 @@ _lanes = fragments.lanes
 _pick = fragments.pick
 _dot = fragments.dot
 _bytes = tiles.bytes_of
+_choose = members.choose
+_locate = members.locate
 
 
 @triton.jit
@@ -141,13 +144,14 @@ def _constants(table_ptr):
 @triton.jit
 def matmul_kernel(
     x_ptr,  # [num_tokens, cols]
-    codes_ptr,  # [rows, row_words]: int32 words of 2 or 4 codes, or codes if not BY_WORD
+    codes_ptrs,  # [rows, row_words] of each member: int32 words of 2 or 4 codes, or codes if not
+    # BY_WORD
     table_ptr,  # int32 [259]
-    scale_ptr,  # float32 [1]
-    add_ptr,  # float32 [num_tokens, rows], or unused
-    y_ptr,  # [num_tokens, rows]
+    scale_ptrs,  # float32 [1] of each member
+    add_ptrs,  # float32 [num_tokens, rows] of each member, or unused
+    y_ptrs,  # [num_tokens, rows] of each member
     num_tokens,
-    rows,
+    every_rows,  # rows of each member
     col_units,
     word_units,
     IS_E8P: tl.constexpr,
@@ -170,8 +174,11 @@ def matmul_kernel(
     cols = col_units * COL_UNIT
     constants = _constants(table_ptr)
 
+    member, program, _ = _locate(tl.program_id(0), every_rows, 8 * ROW_GROUPS)
+    codes_ptr = _choose(member, codes_ptrs)
+    rows = _choose(member, every_rows)
     row, place = _lanes(ROW_GROUPS, WARPS)
-    row = tl.program_id(0) * (8 * ROW_GROUPS) + row
+    row = program * (8 * ROW_GROUPS) + row
     row_ptrs = codes_ptr + row.to(tl.int64) * row_words
     token, place_x = _lanes(TOKEN_GROUPS, WARPS)
     token = (tl.program_id(1) * (8 * TOKEN_GROUPS) + token)[:, None]
@@ -210,13 +217,14 @@ def matmul_kernel(
         if BY_WORD:
             words = ahead
 
-    y = tl.sum(acc, axis=0) * (tl.load(scale_ptr) * 0.25)
-    row = tl.program_id(0) * (8 * ROW_GROUPS) + tl.arange(0, 8 * ROW_GROUPS)[:, None]
+    y = tl.sum(acc, axis=0) * (tl.load(_choose(member, scale_ptrs)) * 0.25)
+    row = program * (8 * ROW_GROUPS) + tl.arange(0, 8 * ROW_GROUPS)[:, None]
     token = (tl.program_id(1) * (8 * TOKEN_GROUPS) + tl.arange(0, 8 * TOKEN_GROUPS))[None, :]
     offsets = token.to(tl.int64) * rows + row
     mask = (row < rows) & (token < num_tokens)
     if HAS_ADD:
-        y += tl.load(add_ptr + offsets, mask=mask, other=0.0)
+        y += tl.load(_choose(member, add_ptrs) + offsets, mask=mask, other=0.0)
+    y_ptr = _choose(member, y_ptrs)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -239,14 +247,14 @@ def _reversed_bytes(v):
 @triton.jit
 def bytes_matmul_kernel(
     x_ptr,  # int32 [num_tokens, 2, x_words] of 4 int8
-    codes_ptr,  # int32 [rows, row_words] of 2 or 4 codes
+    codes_ptrs,  # int32 [rows, row_words] of 2 or 4 codes, of each member
     table_ptr,  # int32 [259], the fields of coordinates 4 to 7 as signed numbers
-    scale_ptr,  # float32 [1]
+    scale_ptrs,  # float32 [1] of each member
     step_ptr,  # float32 [num_tokens, 2]
-    add_ptr,  # float32 [num_tokens, rows], or unused
-    y_ptr,  # [num_tokens, rows]
+    add_ptrs,  # float32 [num_tokens, rows] of each member, or unused
+    y_ptrs,  # [num_tokens, rows] of each member
     num_tokens,
-    rows,
+    every_rows,  # rows of each member
     word_units,
     IS_E8P: tl.constexpr,
     WORD_UNIT: tl.constexpr,
@@ -264,8 +272,11 @@ def bytes_matmul_kernel(
     x_words = row_words * (2 * PER_WORD)
     flip = tl.load(table_ptr + 258).to(tl.uint32, bitcast=True)
 
+    member, program, _ = _locate(tl.program_id(0), every_rows, 8 * ROW_GROUPS)
+    codes_ptr = _choose(member, codes_ptrs)
+    rows = _choose(member, every_rows)
     row, place = _lanes(ROW_GROUPS, WARPS)
-    row = tl.program_id(0) * (8 * ROW_GROUPS) + row
+    row = program * (8 * ROW_GROUPS) + row
     column, place_x = _lanes(COLUMN_GROUPS, WARPS)
     column = (tl.program_id(1) * COLUMNS + column)[:, None]
     k = place_x[:, None] * (8 * PER_WORD) + tl.arange(0, 4)[None, :]
@@ -304,15 +315,16 @@ def bytes_matmul_kernel(
     y = tl.sum(low, axis=0) + (tl.sum(high, axis=0) >> 4)
     hi, lo = tl.split(y.reshape(8 * ROW_GROUPS, COLUMNS // 2, 2))
     y = hi.to(tl.float32) * 256.0 + lo.to(tl.float32)
-    row = tl.program_id(0) * (8 * ROW_GROUPS) + tl.arange(0, 8 * ROW_GROUPS)[:, None]
+    row = program * (8 * ROW_GROUPS) + tl.arange(0, 8 * ROW_GROUPS)[:, None]
     token = (tl.program_id(1) * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2))[None, :]
     s = tl.load(step_ptr + token * 2, mask=token < num_tokens, other=0.0)
     offset = tl.load(step_ptr + token * 2 + 1, mask=token < num_tokens, other=0.0)
-    y = (y * s + offset) * (tl.load(scale_ptr) * 0.5)
+    y = (y * s + offset) * (tl.load(_choose(member, scale_ptrs)) * 0.5)
     offsets = token.to(tl.int64) * rows + row
     mask = (row < rows) & (token < num_tokens)
     if HAS_ADD:
-        y += tl.load(add_ptr + offsets, mask=mask, other=0.0)
+        y += tl.load(_choose(member, add_ptrs) + offsets, mask=mask, other=0.0)
+    y_ptr = _choose(member, y_ptrs)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -423,97 +435,106 @@ def bytes_tiling(num_tokens: int, rows: int, device: torch.device) -> dict[str, 
     return {"COLUMN_GROUPS": groups, "ROW_GROUPS": 2 if few or groups == 2 else 4, "WARPS": 8}
 
 
-def matmul(
+def matmuls(
     x_NC: Tensor | Quantized,
-    tensors: dict[str, Tensor],
+    tensors: Sequence[dict[str, Tensor]],
     spec: FormatSpec,
-    rows: int,
+    rows: Sequence[int],
     cols: int,
     dtype: torch.dtype,
-    add_NR: Tensor | None = None,
-) -> Tensor:
-    """x Wᵀ (+ add), `dtype` [N, rows], for up to 64 tokens.
+    adds: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """x Wᵀ (+ add), `dtype` [N, rows], of each of the members, for up to 64 tokens.
 
     Args:
         x_NC: float16, bfloat16 or float32 [N, cols], or what is `wanted`.
-        tensors: `codes` and `scale` as in `spec.layout(rows, cols)`.
-        add_NR: float32 [N, rows].
+        tensors: `codes` and `scale` of each member as in `spec.layout(rows, cols)`.
+        adds: float32 [N, rows] of each member.
     """
-    codes = tensors["codes"].contiguous()
+    every_codes = [own["codes"].contiguous() for own in tensors]
+    scales = tuple(own["scale"] for own in tensors)
     num_tokens = x_NC.num_tokens if isinstance(x_NC, Quantized) else len(x_NC)
-    y_NR = torch.empty(num_tokens, rows, dtype=dtype, device=codes.device)
-    if y_NR.numel() == 0:
-        return y_NR
+    device = every_codes[0].device
+    ys = [torch.empty(num_tokens, own, dtype=dtype, device=device) for own in rows]
+    if num_tokens * sum(rows) == 0:
+        return ys
     if isinstance(x_NC, Tensor) and (in_bytes := wanted(spec, x_NC)):
         x_NC = activations.quantized(x_NC, in_bytes)
-    if isinstance(x_NC, Quantized):
-        _bytes_matmul(x_NC, codes, tensors["scale"], isinstance(spec, E8PSpec), add_NR, y_NR)
-        return y_NR
-    x_NC = x_NC.contiguous()
     is_e8p = isinstance(spec, E8PSpec)
-    by_word = codes.shape[1] * codes.itemsize % 4 == 0 and codes.data_ptr() % 4 == 0
+    if isinstance(x_NC, Quantized):
+        _bytes_matmuls(x_NC, every_codes, scales, is_e8p, adds, ys)
+        return ys
+    x_NC = x_NC.contiguous()
+    row_bytes = every_codes[0].shape[1] * every_codes[0].itemsize
+    by_word = row_bytes % 4 == 0 and all(codes.data_ptr() % 4 == 0 for codes in every_codes)
     if by_word:
-        codes = codes.view(torch.int32)
-    word_unit, col_unit = gcd(codes.shape[1], fragments.WORD_UNIT), gcd(cols, fragments.COL_UNIT)
-    tile = tiling(x_NC, rows)
+        every_codes = [codes.view(torch.int32) for codes in every_codes]
+    row_words = every_codes[0].shape[1]
+    word_unit, col_unit = gcd(row_words, fragments.WORD_UNIT), gcd(cols, fragments.COL_UNIT)
+    tile = tiling(x_NC, sum(rows))
     grid = (
-        triton.cdiv(rows, 8 * tile["ROW_GROUPS"]),
+        sum(triton.cdiv(own, 8 * tile["ROW_GROUPS"]) for own in rows),
         triton.cdiv(len(x_NC), 8 * tile["TOKEN_GROUPS"]),
     )
     matmul_kernel[grid](
         x_NC,
-        codes,
+        tuple(every_codes),
         table(is_e8p, x_NC.device),
-        tensors["scale"],
-        x_NC if add_NR is None else add_NR,
-        y_NR,
+        scales,
+        (x_NC,) if adds is None else tuple(adds),
+        tuple(ys),
         len(x_NC),
-        rows,
+        tuple(rows),
         cols // col_unit,
-        codes.shape[1] // word_unit,
+        row_words // word_unit,
         IS_E8P=is_e8p,
         BY_WORD=by_word,
         WORD_UNIT=word_unit,
         COL_UNIT=col_unit,
-        HAS_ADD=add_NR is not None,
+        HAS_ADD=adds is not None,
         **tile,
-        K_WIDTH=fragments.k_width(joined=True, narrow=codes.itemsize == 1),
+        K_WIDTH=fragments.k_width(joined=True, narrow=every_codes[0].itemsize == 1),
         num_warps=tile["WARPS"],
         num_stages=1,
         maxnreg=fragments.max_registers(tile["TOKEN_GROUPS"]),
         enable_fp_fusion=True,
     )
-    return y_NR
+    return ys
 
 
-def _bytes_matmul(
-    x: Quantized, codes: Tensor, scale: Tensor, is_e8p: bool, add_NR: Tensor | None, y_NR: Tensor
+def _bytes_matmuls(
+    x: Quantized,
+    every_codes: Sequence[Tensor],
+    scales: tuple[Tensor, ...],
+    is_e8p: bool,
+    adds: Sequence[Tensor] | None,
+    ys: Sequence[Tensor],
 ) -> None:
-    """Writes x Wᵀ (+ add) to `y_NR`."""
-    num_tokens, rows = y_NR.shape
-    if codes.data_ptr() % 4:
-        codes = codes.clone()
-    words = codes.view(torch.int32)
-    word_unit = gcd(words.shape[1], fragments.WORD_UNIT)
-    tile = bytes_tiling(num_tokens, rows, codes.device)
+    """Writes x Wᵀ (+ add) of each member to its y."""
+    rows = tuple(y.shape[1] for y in ys)
+    every_codes = [codes.clone() if codes.data_ptr() % 4 else codes for codes in every_codes]
+    words = tuple(codes.view(torch.int32) for codes in every_codes)
+    row_words, device = words[0].shape[1], words[0].device
+    word_unit = gcd(row_words, fragments.WORD_UNIT)
+    tile = bytes_tiling(x.num_tokens, sum(rows), device)
     grid = (
-        triton.cdiv(rows, 8 * tile["ROW_GROUPS"]),
-        triton.cdiv(x.parts * num_tokens, 8 * tile["COLUMN_GROUPS"]),
+        sum(triton.cdiv(own, 8 * tile["ROW_GROUPS"]) for own in rows),
+        triton.cdiv(x.parts * x.num_tokens, 8 * tile["COLUMN_GROUPS"]),
     )
     bytes_matmul_kernel[grid](
         x.words,
         words,
-        bytes_table(is_e8p, codes.device),
-        scale,
+        bytes_table(is_e8p, device),
+        scales,
         x.step,
-        x.step if add_NR is None else add_NR,
-        y_NR,
-        num_tokens,
+        (x.step,) if adds is None else tuple(adds),
+        tuple(ys),
+        x.num_tokens,
         rows,
-        words.shape[1] // word_unit,
+        row_words // word_unit,
         IS_E8P=is_e8p,
         WORD_UNIT=word_unit,
-        HAS_ADD=add_NR is not None,
+        HAS_ADD=adds is not None,
         **tile,
         K_WIDTH=2 * fragments.k_width(joined=True, narrow=False),
         num_warps=tile["WARPS"],
@@ -531,7 +552,7 @@ def decode(
     dtype: torch.dtype,
     add_RC: Tensor | None = None,
 ) -> Tensor:
-    """W (+ add), `dtype` [rows, cols]; arguments as those of `matmul`."""
+    """W (+ add), `dtype` [rows, cols]; arguments as those of `matmuls`."""
     codes = tensors["codes"].contiguous()
     W_RC = torch.empty(rows, cols, dtype=dtype, device=codes.device)
     if W_RC.numel() == 0:

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vqllm_kernels import activations
+from vqllm_kernels import activations, members
 from vqllm_kernels.activations import Quantized, Wanted
 from vqllm_kernels.bitpack import unpack_bits
 from vqllm_kernels.choice import Call
@@ -49,6 +49,9 @@ MAX_QUANTIZED_LEFT = 128
 8192 features and 2 MFLOP, on an H100 half a microsecond of one multiprocessor, less than a launch.
 448 x 64 would be 10. With float32's three products it spills on sm_80."""
 
+
+_choose = members.choose
+_locate = members.locate
 
 _factors = WeakTensorKeyDictionary()
 """Stored signs -> (addresses and versions of what went in, factors)."""
@@ -86,12 +89,12 @@ def _product(a, b, IS_EXACT: tl.constexpr):
 
 @triton.jit
 def dense_kernel(
-    x_ptr,  # [num_blocks, order]
-    factor_ptr,  # float32 [blocks_per_row · order], one a feature
+    x_ptrs,  # [blocks, order] of each member
+    factor_ptrs,  # float32 [features] of each member
     matrix_ptr,  # [order, order], int8 or float32
-    y_ptr,  # [num_blocks, order]
-    num_blocks,
-    blocks_per_row,
+    y_ptrs,  # [blocks, order] of each member
+    every_blocks,  # blocks of each member
+    every_features,  # features of each member
     order,
     scale,
     FACTOR: tl.constexpr,  # "before" or "after"
@@ -100,7 +103,13 @@ def dense_kernel(
     BLOCKS: tl.constexpr,
     PAD: tl.constexpr,
 ):
-    block = (tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS))[:, None]
+    member, program, _ = _locate(tl.program_id(0), every_blocks, BLOCKS)
+    x_ptr = _choose(member, x_ptrs)
+    factor_ptr = _choose(member, factor_ptrs)
+    y_ptr = _choose(member, y_ptrs)
+    num_blocks = _choose(member, every_blocks)
+    blocks_per_row = _choose(member, every_features) // order
+    block = (program * BLOCKS + tl.arange(0, BLOCKS))[:, None]
     col = tl.arange(0, PAD)[None, :]
     row = tl.arange(0, PAD)[:, None]
     valid = (block < num_blocks) & (col < order)
@@ -175,13 +184,14 @@ def _times_block(
 
 @triton.jit
 def pass_kernel(
-    x_ptr,  # [num_blocks, m, post]
-    factor_ptr,  # float32, one a feature
+    x_ptrs,  # [blocks, m, post] of each member
+    factor_ptrs,  # float32 [features] of each member
     matrix_ptr,  # B [m, m], int8 or float32
-    y_ptr,  # [num_blocks, m, post]
+    y_ptrs,  # [blocks, m, post] of each member
+    every_blocks,  # blocks of each member
+    every_features,  # features of each member
     m,
     post,
-    num_features,
     scale,
     HAS_SYLVESTER: tl.constexpr,  # then post is its order and one tile of columns holds it
     FACTOR: tl.constexpr,  # "before", "after" or "none"
@@ -195,8 +205,11 @@ def pass_kernel(
     first_col = tl.program_id(2) * BLOCK_COLS
     col = (first_col + tl.arange(0, BLOCK_COLS))[None, :]
     num_cols = post - first_col
-    base = tl.program_id(0).to(tl.int64) * m * post
-    first_feature = (base % num_features).to(tl.int32) + first_col
+    member, block, _ = _locate(tl.program_id(0), every_blocks, 1)
+    x_ptr = _choose(member, x_ptrs)
+    factor_ptr = _choose(member, factor_ptrs)
+    base = block.to(tl.int64) * m * post
+    first_feature = (base % _choose(member, every_features)).to(tl.int32) + first_col
     acc = _times_block(
         x_ptr + base, factor_ptr, matrix_ptr, first_feature, i, col, m, post, num_cols,
         HAS_SYLVESTER, FACTOR, TRANSPOSE, IS_EXACT, BLOCK_SUM,
@@ -207,6 +220,7 @@ def pass_kernel(
     if FACTOR == "after":
         first = first_feature + i * post
         y = _times_factor(y, factor_ptr, first, i < m, num_cols)
+    y_ptr = _choose(member, y_ptrs)
     tl.store(y_ptr + base + offsets, y.to(y_ptr.dtype.element_ty), mask=valid)
 
 
@@ -333,29 +347,33 @@ def declines(call: Call) -> str | None:
     return None
 
 
-def transform(
-    v: Tensor,
-    spec: TransformSpec,
-    tensors: dict[str, Tensor],
+def transforms(
+    vs: Sequence[Tensor],
+    specs: Sequence[TransformSpec],
+    tensors: Sequence[dict[str, Tensor]],
     direction: str,
-    scales: Scales = (),
-) -> Tensor:
+    scales: Sequence[Scales],
+) -> list[Tensor]:
     """x' = Q (s d x) for "input", y = s d (Qᵀ y') for "output", along the last axis, in the dtype
-    of v; d is the product of the `scales`.
+    of v, of each of the members; d is the product of the `scales`.
 
     Args:
-        v: float16, bfloat16 or float32 [..., size].
-        tensors: `signs`, one bit a feature.
+        vs: float16, bfloat16 or float32 [..., size], of one dtype.
+        specs: Hadamard transforms of one order.
+        tensors: `signs` of each member, one bit a feature.
         scales: what is multiplied with x before, or with y after; their stored tensors beside them.
     """
-    assert isinstance(spec, HadamardSpec)
-    order = spec.block or spec.size
-    v = v.contiguous()
-    if v.numel() == 0:
-        return torch.empty_like(v)
+    vs = tuple(v.contiguous() for v in vs)
+    if sum(v.numel() for v in vs) == 0:
+        return [torch.empty_like(v) for v in vs]
+    every_factor, sizes = [], []
+    for spec, own, of_member in zip(specs, tensors, scales, strict=True):
+        assert isinstance(spec, HadamardSpec)
+        every_factor.append(factors(spec, own["signs"], of_member))
+        sizes.append(spec.size)
+    order = specs[0].order
     run = _dense if order <= MAX_DENSE else _by_passes
-    factor = factors(spec, tensors["signs"], scales)
-    return run(v, factor, spec.size, order, direction == "output")
+    return run(vs, tuple(every_factor), tuple(sizes), order, direction == "output")
 
 
 def quantizes(spec: HadamardSpec, dtype: torch.dtype) -> bool:
@@ -367,7 +385,7 @@ def quantizes(spec: HadamardSpec, dtype: torch.dtype) -> bool:
 def _one_block(spec: HadamardSpec) -> tuple[tuple[int, ...], int, int, bool] | None:
     """(sizes of the factors in B, how often B is repeated along the diagonal, columns of X, whether
     the columns are Sylvester's) of all features of a token as one X; None if X is too large."""
-    order = spec.block or spec.size
+    order = spec.order
     (sizes, post, has_sylvester), *others = passes(order)
     repeats = spec.size // order
     if others or repeats * math.prod(sizes) > MAX_QUANTIZED_LEFT:
@@ -438,39 +456,51 @@ def factors(spec: HadamardSpec, signs: Tensor, scales: Scales = ()) -> Tensor:
     return kept[1]
 
 
-def _dense(v: Tensor, factor: Tensor, size: int, order: int, transpose: bool) -> Tensor:
-    y = torch.empty_like(v)
-    num_blocks = v.numel() // order
-    Q, scale = _matrix(matrices.factors(order), v.device)
-    dense_kernel[(triton.cdiv(num_blocks, 16),)](
-        v,
-        factor,
+def _dense(
+    vs: tuple[Tensor, ...],
+    every_factor: tuple[Tensor, ...],
+    sizes: tuple[int, ...],
+    order: int,
+    transpose: bool,
+) -> list[Tensor]:
+    ys = tuple(torch.empty_like(v) for v in vs)
+    every_blocks = tuple(v.numel() // order for v in vs)
+    Q, scale = _matrix(matrices.factors(order), vs[0].device)
+    dense_kernel[(sum(triton.cdiv(num_blocks, 16) for num_blocks in every_blocks),)](
+        vs,
+        every_factor,
         Q,
-        y,
-        num_blocks,
-        size // order,
+        ys,
+        every_blocks,
+        sizes,
         order,
         scale,
         FACTOR="after" if transpose else "before",
         TRANSPOSE=transpose,
-        IS_EXACT=v.dtype == torch.float32,
+        IS_EXACT=vs[0].dtype == torch.float32,
         BLOCKS=16,
         PAD=max(16, triton.next_power_of_2(order)),
         num_warps=4,
         enable_fp_fusion=True,
     )
-    return y
+    return list(ys)
 
 
-def _by_passes(v: Tensor, factor: Tensor, size: int, order: int, transpose: bool) -> Tensor:
-    dtype, plan = v.dtype, passes(order)
+def _by_passes(
+    vs: tuple[Tensor, ...],
+    every_factor: tuple[Tensor, ...],
+    sizes: tuple[int, ...],
+    order: int,
+    transpose: bool,
+) -> list[Tensor]:
+    dtype, plan = vs[0].dtype, passes(order)
     # With three products for one, 64 rows or 4 warps spill on sm_90.
     block_sum, num_warps = (32, 8) if dtype == torch.float32 else (64, 4)
-    for index, (sizes, post, has_sylvester) in enumerate(plan):
+    for index, (left, post, has_sylvester) in enumerate(plan):
         is_last = index == len(plan) - 1
-        y = torch.empty_like(v, dtype=dtype if is_last else torch.float32)
-        m = math.prod(sizes)
-        B, scale = _matrix(sizes, v.device)
+        ys = tuple(torch.empty_like(v, dtype=dtype if is_last else torch.float32) for v in vs)
+        m = math.prod(left)
+        B, scale = _matrix(left, vs[0].device)
         comes = "none"
         if is_last and transpose:
             comes = "after"
@@ -478,16 +508,17 @@ def _by_passes(v: Tensor, factor: Tensor, size: int, order: int, transpose: bool
             comes = "before"
         block_rows = min(32, max(16, triton.next_power_of_2(m)))
         block_cols = min(MAX_SYLVESTER, max(16, triton.next_power_of_2(post)))
-        num_blocks = v.numel() // (m * post)
-        grid = (num_blocks, triton.cdiv(m, block_rows), triton.cdiv(post, block_cols))
+        every_blocks = tuple(v.numel() // (m * post) for v in vs)
+        grid = (sum(every_blocks), triton.cdiv(m, block_rows), triton.cdiv(post, block_cols))
         pass_kernel[grid](
-            v,
-            factor,
+            vs,
+            every_factor,
             B,
-            y,
+            ys,
+            every_blocks,
+            sizes,
             m,
             post,
-            size,
             scale / math.sqrt(post) if has_sylvester else scale,
             HAS_SYLVESTER=has_sylvester,
             FACTOR=comes,
@@ -499,5 +530,5 @@ def _by_passes(v: Tensor, factor: Tensor, size: int, order: int, transpose: bool
             num_warps=num_warps,
             enable_fp_fusion=True,
         )
-        v = y
-    return v
+        vs = ys
+    return list(vs)

@@ -19,6 +19,7 @@ weight for (1, 8) with float16 and 3.5 for (1, 4) with bfloat16, whose entries h
 1.8 for (8, 1) at 16 bits, 2.6 for (6, 1) at 12.
 """
 
+from collections.abc import Sequence
 from math import gcd
 
 import torch
@@ -218,24 +219,43 @@ def wanted(spec: FormatSpec, x_NC: Tensor) -> None:
     """The kernels take x as it is."""
 
 
-def matmul(
+def matmuls(
     x_NC: Tensor,
-    tensors: dict[str, Tensor],
+    tensors: Sequence[dict[str, Tensor]],
     spec: FormatSpec,
-    rows: int,
+    rows: Sequence[int],
     cols: int,
     dtype: torch.dtype,
-    add_NR: Tensor | None = None,
-) -> Tensor:
-    """x Wᵀ (+ add), `dtype` [N, rows], for up to 64 tokens.
+    adds: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """x Wᵀ (+ add), `dtype` [N, rows], of each of the members, for up to 64 tokens.
+
+    A launch for each: with codes and a table to choose, the compiler spills for (1, 8).
 
     Args:
         x_NC: float16, bfloat16 or float32 [N, cols].
-        tensors: `codes` and `codebook` as in `spec.layout(rows, cols)`.
-        add_NR: float32 [N, rows].
+        tensors: `codes` and `codebook` of each member as in `spec.layout(rows, cols)`.
+        adds: float32 [N, rows] of each member.
     """
     assert isinstance(spec, LutSpec)
-    x_NC, codes = x_NC.contiguous(), tensors["codes"].contiguous()
+    x_NC = x_NC.contiguous()
+    return [
+        _matmul(x_NC, own, spec, num_rows, cols, dtype, add_NR)
+        for own, num_rows, add_NR in zip(tensors, rows, adds or [None] * len(rows), strict=True)
+    ]
+
+
+def _matmul(
+    x_NC: Tensor,
+    tensors: dict[str, Tensor],
+    spec: LutSpec,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    add_NR: Tensor | None,
+) -> Tensor:
+    """x Wᵀ (+ add) of one member."""
+    codes = tensors["codes"].contiguous()
     y_NR = torch.empty(len(x_NC), rows, dtype=dtype, device=x_NC.device)
     if y_NR.numel() == 0:
         return y_NR
@@ -291,7 +311,7 @@ def decode(
     dtype: torch.dtype,
     add_RC: Tensor | None = None,
 ) -> Tensor:
-    """W (+ add), `dtype` [rows, cols]; arguments as those of `matmul`."""
+    """W (+ add), `dtype` [rows, cols]; arguments as those of `matmuls`."""
     assert isinstance(spec, LutSpec)
     codes = tensors["codes"].contiguous()
     W_RC = torch.empty(rows, cols, dtype=dtype, device=codes.device)

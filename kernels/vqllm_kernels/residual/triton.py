@@ -4,6 +4,7 @@ Each stage but the last writes float32, which the next one adds to its own sums 
 a sum of stages is rounded once, and costs one launch a stage and nothing else.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
 
@@ -44,26 +45,26 @@ def wanted(spec: FormatSpec, x_NC: Tensor) -> Wanted | None:
     return first if all(other == first for other in others) else None
 
 
-def matmul(
+def matmuls(
     x_NC: Tensor | Quantized,
-    tensors: dict[str, Tensor],
+    tensors: Sequence[dict[str, Tensor]],
     spec: FormatSpec,
-    rows: int,
+    rows: Sequence[int],
     cols: int,
     dtype: torch.dtype,
-    add_NR: Tensor | None = None,
-) -> Tensor:
-    """x Wᵀ (+ add), `dtype` [N, rows]; arguments as those of the stages."""
+    adds: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """x Wᵀ (+ add), `dtype` [N, rows], of each of the members; arguments as those of the stages."""
     assert isinstance(spec, ResidualSpec)
     last = len(spec.stages) - 1
     if isinstance(x_NC, Tensor) and len(x_NC) and (shared := wanted(spec, x_NC)):
         x_NC = activations.quantized(x_NC, shared)
     for i, stage in enumerate(spec.stages):
         out = dtype if i == last else torch.float32
-        own = stage_tensors(tensors, i)
-        add_NR = _kernels(stage).matmul(x_NC, own, stage, rows, cols, out, add_NR)
-    assert add_NR is not None
-    return add_NR
+        own = [stage_tensors(every, i) for every in tensors]
+        adds = _kernels(stage).matmuls(x_NC, own, stage, rows, cols, out, adds)
+    assert adds is not None
+    return list(adds)
 
 
 def decode(

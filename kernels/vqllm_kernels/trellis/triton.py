@@ -22,6 +22,7 @@ instructions a weight for bytes2 at 2 bits, 3.6 for bytes4 at 3 and 4 bits, 4.6 
 as many units: 14·10^12 weights a second on an H100, where 2-bit codes arrive at 12·10^12.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import cast
@@ -31,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vqllm_kernels import activations, fragments, gpu
+from vqllm_kernels import activations, fragments, gpu, members
 from vqllm_kernels.activations import Quantized
 from vqllm_kernels.choice import Call
 from vqllm_kernels.formats import FormatSpec
@@ -53,6 +54,9 @@ _pair_values = tiles.pair_values
 _bytes = tiles.bytes_of
 _stack = tiles.stack
 _columns = tiles.columns
+_choose = members.choose
+_locate = members.locate
+_total = members.total
 
 
 @triton.jit
@@ -72,13 +76,12 @@ def _word_before(part, tile_row, tile_col, tiles_c, NUM_WORDS: tl.constexpr, PAR
 @triton.jit
 def matmul_kernel(
     x_ptr,  # int32 [X_PARTS · num_tokens, x_words] of 4 int8, or DTYPE [num_tokens, cols]
-    codes_ptr,  # int32 [tiles_r, tiles_c, NUM_WORDS]
-    table_ptr,  # float16 [2^L, V], or unused
-    partial_ptr,  # float32 [splits, num_tokens, rows]
+    codes_ptrs,  # int32 [tiles_r, tiles_c, NUM_WORDS] of each member
+    table_ptrs,  # float16 [2^L, V] of each member, or unused
+    partial_ptr,  # float32 [splits, num_tokens, rows of all members]
     num_tokens,
-    rows,
+    every_rows,  # rows of each member
     cols,
-    tiles_r,
     tiles_c,
     split_steps,
     NUM_WORDS: tl.constexpr,
@@ -110,9 +113,13 @@ def matmul_kernel(
     TILE_BITS: tl.constexpr = NUM_WORDS * 32
     TILE_STEPS: tl.constexpr = 256 // V
 
+    member, program, rows_before = _locate(tl.program_id(0), every_rows, 8 * TILE_ROWS)
+    codes_ptr = _choose(member, codes_ptrs)
+    rows = _choose(member, every_rows)
+    tiles_r = tl.cdiv(rows, TILE_ROWS)
     lane = tl.arange(0, LANES)
     part = lane // (K_WARPS * 32)
-    tile_row = tl.program_id(0) * 8 + lane // 4 % 8
+    tile_row = program * 8 + lane // 4 % 8
     place = lane // 32 % K_WARPS * 4 + lane % 4
     lane_x = tl.arange(0, TOKEN_GROUPS * LANES)
     token = tl.program_id(2) * TOKENS + lane_x // LANES * 8 + lane_x // 4 % 8
@@ -120,6 +127,8 @@ def matmul_kernel(
 
     first = tl.program_id(1) * split_steps * (K_WARPS * 4)
     last = tl.minimum(first + split_steps * (K_WARPS * 4), tiles_c)
+    if MODE == "table":
+        table_ptr = _choose(member, table_ptrs)
     acc = ()
     for _ in tl.static_range(HALF):
         acc = acc + (tl.zeros((WARPS, 16, TOKENS), ACC),)
@@ -195,8 +204,9 @@ def matmul_kernel(
         acc = sums
 
     m = tl.arange(0, PARTS * 16)
-    row = (tl.program_id(0) * 8 + m % 8) * TILE_ROWS + m // 16 * PART_ROWS + m // 8 % 2 * HALF
+    row = (program * 8 + m % 8) * TILE_ROWS + m // 16 * PART_ROWS + m // 8 % 2 * HALF
     row = row[:, None]
+    all_rows = _total(every_rows)
     for i in tl.static_range(HALF):
         y = tl.sum(acc[i].reshape(PARTS, K_WARPS, 16, TOKENS), axis=1).reshape(PARTS * 16, TOKENS)
         if X_PARTS == 2:
@@ -209,19 +219,19 @@ def matmul_kernel(
             y = part0.to(tl.float32) * 256.0 + part1.to(tl.float32)
             y = (y * 256.0 + part2.to(tl.float32)) * 256.0 + part3.to(tl.float32)
         n = tl.program_id(2) * (TOKENS // X_PARTS) + tl.arange(0, TOKENS // X_PARTS)[None, :]
-        at = (tl.program_id(1).to(tl.int64) * num_tokens + n) * rows + row + i
+        at = (tl.program_id(1).to(tl.int64) * num_tokens + n) * all_rows + rows_before + row + i
         tl.store(partial_ptr + at, y, mask=(row + i < rows) & (n < num_tokens))
 
 
 @triton.jit
 def finish_kernel(
-    partial_ptr,  # float32 [splits, num_tokens, rows]
-    scale_ptr,  # float32 [1]
+    partial_ptr,  # float32 [splits, num_tokens, rows of all members]
+    scale_ptrs,  # float32 [1] of each member
     step_ptr,  # float32 [num_tokens, 2] of `activations`, or unused
-    add_ptr,  # float32 [num_tokens, rows], or unused
-    y_ptr,  # [num_tokens, rows]
+    add_ptrs,  # float32 [num_tokens, rows] of each member, or unused
+    y_ptrs,  # [num_tokens, rows] of each member
     num_tokens,
-    rows,
+    every_rows,  # rows of each member
     splits,
     factor,
     BYTES: tl.constexpr,
@@ -230,21 +240,27 @@ def finish_kernel(
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(1)
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    member, program, rows_before = _locate(tl.program_id(0), every_rows, BLOCK)
+    rows = _choose(member, every_rows)
+    all_rows = _total(every_rows)
+    row = program * BLOCK + tl.arange(0, BLOCK)
     mask = row < rows
     at = token.to(tl.int64) * rows + row
+    # of the piece: its rows are those of all members
+    at_piece = token.to(tl.int64) * all_rows + rows_before + row
     # All pieces at once, or 32: one after the other each waits for its load.
     y = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, splits, PIECES):
         # pieces: [PIECES, BLOCK]
         s = (start + tl.arange(0, PIECES))[:, None]
-        pieces = partial_ptr + s.to(tl.int64) * num_tokens * rows + at[None, :]
+        pieces = partial_ptr + s.to(tl.int64) * num_tokens * all_rows + at_piece[None, :]
         y += tl.sum(tl.load(pieces, mask=(s < splits) & mask[None, :], other=0.0), axis=0)
     if BYTES:
         y = y * tl.load(step_ptr + token * 2) + tl.load(step_ptr + token * 2 + 1)
-    y = y * (tl.load(scale_ptr) * factor)
+    y = y * (tl.load(_choose(member, scale_ptrs)) * factor)
     if HAS_ADD:
-        y += tl.load(add_ptr + at, mask=mask, other=0.0)
+        y += tl.load(_choose(member, add_ptrs) + at, mask=mask, other=0.0)
+    y_ptr = _choose(member, y_ptrs)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -417,30 +433,30 @@ def _wanted(spec: TrellisSpec, cols: int) -> activations.Wanted | None:
     )
 
 
-def matmul(
+def matmuls(
     x_NC: Tensor | Quantized,
-    tensors: dict[str, Tensor],
+    tensors: Sequence[dict[str, Tensor]],
     spec: FormatSpec,
-    rows: int,
+    rows: Sequence[int],
     cols: int,
     dtype: torch.dtype,
-    add_NR: Tensor | None = None,
-) -> Tensor:
-    """x Wᵀ (+ add), `dtype` [N, rows], for up to 64 tokens.
+    adds: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """x Wᵀ (+ add), `dtype` [N, rows], of each of the members, for up to 64 tokens.
 
     Args:
         x_NC: float16 or bfloat16 [N, cols], float32 too for sums of bytes, or what is `wanted`.
-        tensors: as in `spec.layout(rows, cols)`.
-        add_NR: float32 [N, rows].
+        tensors: of each member, as in `spec.layout(rows, cols)`.
+        adds: float32 [N, rows] of each member.
     """
     assert isinstance(spec, TrellisSpec)
     num_tokens = x_NC.num_tokens if isinstance(x_NC, Quantized) else len(x_NC)
-    device = tensors["codes"].device
-    y_NR = torch.empty(num_tokens, rows, dtype=dtype, device=device)
-    if y_NR.numel() == 0:
-        return y_NR
+    device = tensors[0]["codes"].device
+    ys = [torch.empty(num_tokens, own, dtype=dtype, device=device) for own in rows]
+    if num_tokens * sum(rows) == 0:
+        return ys
     mode = _mode(spec)
-    tiles_r, tiles_c = spec.grid(rows, cols)
+    tiles_c = spec.grid(1, cols)[1]
     factor, mean = 1.0, 0.0
     columns_of_token = 1
     in_bytes = _wanted(spec, cols)
@@ -455,7 +471,7 @@ def matmul(
         moments = _moments(spec.code, spec.state_bits)
         factor, mean = 1 / moments.deviations[0], moments.means[0]
     groups = token_groups(columns_of_token * num_tokens)
-    row_programs = triton.cdiv(tiles_r, 8)
+    row_programs = sum(triton.cdiv(own, 8 * spec.tile_rows) for own in rows)
     token_programs = triton.cdiv(num_tokens * columns_of_token, 8 * groups)
     step_tiles = WARPS // _parts(spec) * 4
     steps = triton.cdiv(tiles_c, step_tiles)
@@ -463,16 +479,15 @@ def matmul(
     split_steps = triton.cdiv(steps, splits(steps, row_programs * token_programs, device))
     split_steps = min(split_steps, most_steps)
     num_splits = triton.cdiv(steps, split_steps)
-    partial = torch.empty(num_splits, num_tokens, rows, dtype=torch.float32, device=device)
+    partial = torch.empty(num_splits, num_tokens, sum(rows), dtype=torch.float32, device=device)
     matmul_kernel[(row_programs, num_splits, token_programs)](
         values,
-        _words_of(tensors["codes"]),
-        _lookup(spec, tensors) if mode == "table" else values,
+        tuple(_words_of(own["codes"]) for own in tensors),
+        tuple(_lookup(spec, own) for own in tensors) if mode == "table" else (values,),
         partial,
         num_tokens,
-        rows,
+        tuple(rows),
         cols,
-        tiles_r,
         tiles_c,
         split_steps,
         **_constants(spec),
@@ -487,24 +502,24 @@ def matmul(
         enable_fp_fusion=True,
     )
     block = 128
-    finish_kernel[(triton.cdiv(rows, block), num_tokens)](
+    finish_kernel[(sum(triton.cdiv(own, block) for own in rows), num_tokens)](
         partial,
-        tensors["scale"],
+        tuple(own["scale"] for own in tensors),
         step,
-        partial if add_NR is None else add_NR,
-        y_NR,
+        (partial,) if adds is None else tuple(adds),
+        tuple(ys),
         num_tokens,
-        rows,
+        tuple(rows),
         num_splits,
         factor,
         BYTES=mode == "bytes",
-        HAS_ADD=add_NR is not None,
+        HAS_ADD=adds is not None,
         PIECES=min(32, triton.next_power_of_2(num_splits)),
         BLOCK=block,
         num_warps=4,
         enable_fp_fusion=True,
     )
-    return y_NR
+    return ys
 
 
 def decode(
@@ -515,7 +530,7 @@ def decode(
     dtype: torch.dtype,
     add_RC: Tensor | None = None,
 ) -> Tensor:
-    """W (+ add), `dtype` [rows, cols]; arguments as those of `matmul`."""
+    """W (+ add), `dtype` [rows, cols]; arguments as those of `matmuls`."""
     assert isinstance(spec, TrellisSpec)
     codes = _words_of(tensors["codes"])
     W_RC = torch.empty(rows, cols, dtype=dtype, device=codes.device)
