@@ -260,11 +260,13 @@ class _Tuning:
         self._phase("calibration text")
         # Before the models are loaded: a source that is the model itself is one more in memory.
         sequences = self._processes.told(self._sequences)
+        student = self._student(self._load(job.checkpoint.folder)[0])
         asked = [sequences["calibration"], sequences["held_out"]]
         if all(stage.by_layers for stage in job.recipe.stages):
             del asked[0]
         teacher = self._teacher(torch.cat(asked))
-        told = self._tune(teacher, sequences)
+        told = self._tune(student, teacher, sequences)
+        del student  # what was written is measured
         self._processes.leave()
         if self._folder is None:
             return None
@@ -318,10 +320,8 @@ class _Tuning:
         offload = self._job.output / WORK / f"offload-layers-{self._processes.rank}"
         return self._open_original(offload)
 
-    def _tune(self, teacher: Any, sequences: Mapping[str, Tensor]) -> list[JSON]:
+    def _tune(self, student: Student, teacher: Any, sequences: Mapping[str, Tensor]) -> list[JSON]:
         """Write the tuned checkpoint; what the stages say."""
-        model, _ = self._load(self._job.checkpoint.folder)
-        student = self._student(model)
         told = self._stages(student, teacher, sequences)
         self._phase("writing the tuned model")
         self._processes.on_first(lambda: self._write(student))
@@ -343,6 +343,13 @@ class _Tuning:
         kinds = {kind for stage in self._job.recipe.stages for kind in stage.kinds}
         shared_by = self._processes if self._job.recipe.shard else None
         student = Student(model, self._job.checkpoint, kinds, shared_by)
+        for stage in self._job.recipe.stages:
+            if not stage.kinds & student.parameters.keys():
+                raise ModelError(
+                    f"{stage.type}: nothing to tune: the model has none of "
+                    f"{', '.join(sorted(stage.kinds))}. Add kinds to `train` (codecs whose values "
+                    "are computed have no codebooks)."
+                )
         if student.not_stored and self._processes.is_first:
             logger.warning(
                 "%d tensors are not stored under the names that the model uses, and stay as they "

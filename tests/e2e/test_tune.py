@@ -218,6 +218,13 @@ def test_kinds_of_parameters(root, rounded, text, train) -> None:
     assert told.evaluation["kl"] == pytest.approx(best, rel=0.05)
 
 
+def test_what_a_codec_does_not_have_is_refused_before_the_original_runs(root, rounded, text):
+    output = root / "no-codebooks"
+    with pytest.raises(ModelError, match=r"end_to_end: nothing to tune: .* none of codebooks"):
+        run(rounded, output, text, recipe=recipe(train=["codebooks"]))
+    assert not list(output.rglob("teacher*"))
+
+
 def test_a_teacher_that_does_not_fit(root, rounded, text) -> None:
     other = save_tiny(root / "wide", "qwen2", intermediate_size=96)
     with pytest.raises(ModelError, match=r"the teacher does not fit: .* has \d+ x \d+ there"):
