@@ -190,6 +190,28 @@ def test_completion_leaves_the_checkpoint_only(begun: tuple[Path, list[FinishedL
         Journal(folder, IDENTITY)
 
 
+def test_killed_at_completion_a_run_is_finished(
+    begun: tuple[Path, list[FinishedLayer]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, layers = begun
+    journal = Journal(folder, IDENTITY)
+    (journal.staging / "states").mkdir()
+    (folder / "config.json").write_text('{"quantization_config": {}}')
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            journal.complete()
+    assert (folder / ".vqllm" / "states").is_dir()
+    with pytest.raises(CheckpointError, match="holds a finished checkpoint"):
+        Journal(folder, IDENTITY)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", *(layer.shard for layer in layers)}
+
+
 def test_unfinished_run_is_no_checkpoint(begun: tuple[Path, list[FinishedLayer]]) -> None:
     with pytest.raises(CheckpointError, match=r"unfinished run\. Repeat the command"):
         Checkpoint.open(begun[0])

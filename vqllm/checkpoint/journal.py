@@ -195,14 +195,11 @@ class Journal:
     def complete(self) -> None:
         """The checkpoint is whole: remove everything that only a running run needs.
 
-        The journal goes last, so that a process killed in here goes on to this point again.
+        The journal goes first: a run that is killed in here is finished, and what it left is
+        removed by who is told so.
         """
-        for path in self.staging.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name not in (JOURNAL, LOCK):
-                path.unlink()
         self._path.unlink()
+        atomic.sync_folder(self.staging)
         self.close()
         shutil.rmtree(self.staging, ignore_errors=True)
         atomic.sync_folder(self._folder)
@@ -256,6 +253,7 @@ def _check_empty(folder: Path) -> None:
     if not found:
         return
     if _is_finished(folder):
+        shutil.rmtree(folder / WORK, ignore_errors=True)
         raise CheckpointError(
             f"{folder} holds a finished checkpoint. Use it, or delete it or choose another output "
             "folder to make a new one."
