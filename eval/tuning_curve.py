@@ -115,11 +115,11 @@ def curve(name: str, arguments: argparse.Namespace) -> JSON:
     assert summary is not None, "one process tunes"
     evaluation = summary.evaluation
     assert evaluation is not None
-    keys = ("ratio", "kl", "top1")
+    keys = ("perplexity", "baseline_perplexity", "kl", "top1")
     return {
         "looks": looks.seen,
         "bits_per_weight": summary.bits_per_weight,
-        "measured": {key: evaluation[key] for key in keys if key in evaluation},
+        "measured": {key: evaluation[key] for key in keys},
     }
 
 
