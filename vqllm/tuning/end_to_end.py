@@ -137,6 +137,11 @@ class Run:
                 self._parameters[f"{kind}.{name}"] = parameter
                 rate = stage.rate_of(kind)
                 groups.append({"params": [parameter], "lr": rate, "full_rate": rate})
+        if not groups:
+            raise ModelError(
+                f"nothing to tune: the model has none of {', '.join(stage.train)}. Add kinds to "
+                "`train`."
+            )
         # beta2 of 0.95, as in PV-Tuning: a few hundred steps are too few for 0.999.
         self._optimizer = torch.optim.Adam(groups, betas=(self.MOMENTUM, 0.95))
         self._step = self._faults = self._vocabulary = 0
