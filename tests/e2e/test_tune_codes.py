@@ -28,7 +28,7 @@ STAGES = {
         "steps": 12,
         "every": 2,
         "rate": 0.01,
-        "weight_rate": 0.05,
+        "weight_rate": 0.3,
     },
 }
 
