@@ -3,7 +3,9 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from vqllm import memory
@@ -20,7 +22,7 @@ from vqllm.layer_training import LayerTrainer, Place, TrainedLayer, stored_spec,
 from vqllm.outside import Outside
 from vqllm.preflight import check_finite, check_model, chosen, shapes_of
 from vqllm.progress import Progress
-from vqllm.recipe import Recipe
+from vqllm.recipe import Recipe, TuningRecipe
 from vqllm.survey import nothing_to_quantize, why_not_quantized
 from vqllm.types import JSON
 
@@ -65,7 +67,10 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
     recipe, start = job.recipe, time.perf_counter()
     memory.keep_large_blocks_apart()
     progress.phase("calibration text")
-    sequences = run.keep("sequences", lambda: sequences_of(job))
+    sequences = run.keep(
+        "sequences",
+        lambda: sequences_of(job.source, recipe, job.device, job.trust_remote_code),
+    )
     calibrated = time.perf_counter()
     foresight = Foresight(job, run, sequences["calibration"], progress)
     stream = job.open_stream(run.scratch)
@@ -221,16 +226,18 @@ def _aims(recipe: Recipe) -> Model | None:
     return "original" if recipe.layer.aim == "original" else "quantized"
 
 
-def sequences_of(job: Job) -> dict[str, Tensor]:
-    """The token sequences of a run, int64 [S, L]: to calibrate on, and held out."""
-    calibration = job.recipe.calibration
+def sequences_of(
+    source: Path, recipe: Recipe | TuningRecipe, device: torch.device, trust_remote_code: bool
+) -> dict[str, Tensor]:
+    """The token sequences of a run, int64 [S, L]: to calibrate or tune on, and held out."""
+    calibration = recipe.calibration
     sequences = calibration_sequences(
-        job.source,
+        source,
         calibration.source,
         calibration.num_sequences,
         calibration.length,
-        job.recipe.seed,
-        job.device,
-        job.trust_remote_code,
+        recipe.seed,
+        device,
+        trust_remote_code,
     )
     return {"calibration": sequences.calibration, "held_out": sequences.held_out}

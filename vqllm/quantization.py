@@ -65,7 +65,11 @@ def run(
         VqllmError: a mistake that the message explains; finished layers are kept.
     """
     with open_run(job) as folder:
-        prepare(folder, job.recipe, lambda: sequences_of(job))
+        prepare(
+            folder,
+            job.recipe,
+            lambda: sequences_of(job.source, job.recipe, job.device, job.trust_remote_code),
+        )
         outcome = run_pipeline(job, folder, progress)
         start = time.perf_counter()
         measured = None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vqllm import evaluation, memory, quantization
 from vqllm.calibration.stream import Layers, LayerStream
-from vqllm.calibration.tokens import SELF, calibration_sequences
+from vqllm.calibration.tokens import SELF
 from vqllm.checkpoint import atomic
 from vqllm.checkpoint.inspect import bits_per_weight
 from vqllm.checkpoint.journal import ROUNDED, WORK, check_free, differences, is_unfinished
@@ -25,7 +25,7 @@ from vqllm.errors import CheckpointError, ModelError, RecipeError
 from vqllm.job import Job
 from vqllm.loading import load_tokenizer, skeleton
 from vqllm.models import ResolvedModel
-from vqllm.pipeline import open_run
+from vqllm.pipeline import open_run, sequences_of
 from vqllm.processes import Processes
 from vqllm.progress import Progress
 from vqllm.quantization import Measure, Prepare, Windows
@@ -272,29 +272,32 @@ class _Tuning:
             return None
         seconds = {"tuning": time.perf_counter() - start}
         measured = None
-        if measure is not None:
-            del teacher  # a live one would be the original's second copy in memory
+        if evaluate:
             self._phase("evaluation against the original")
             start = time.perf_counter()
-            measured = measure(sequences["held_out"])
-            seconds["evaluation"] = time.perf_counter() - start
-        elif evaluate:
-            self._phase("evaluation against the original")
-            start = time.perf_counter()
-            if windows is not None and job.recipe.teacher == "cached":
-                self._processes = Processes()  # the others are gone
-                # By their contents: a run that goes on may be measured on other windows.
-                digest = hashlib.sha256(windows.tokens_SL.numpy().tobytes()).hexdigest()
-                teacher = self._teacher(windows.tokens_SL, f"windows-{digest[:16]}")
-            tuned, _ = self._load(job.output)
-            chosen = windows or quantization.held_out(job.recipe, sequences["held_out"])
-            measured = evaluation.compare(tuned, teacher, chosen.tokens_SL, chosen.label).to_dict()
+            if measure is None:
+                measured = self._measured(teacher, windows, sequences["held_out"])
+            else:
+                del teacher  # a live one would be the original's second copy in memory
+                measured = measure(sequences["held_out"])
             seconds["evaluation"] = time.perf_counter() - start
         summary = _summary(job, command, seconds, measured, told)
         keep(summary)
         records = list(Checkpoint.open(job.output, verify=False).records().values())
         self._folder.complete(report_pages(records, summary, job.recipe.to_yaml()))
         return summary
+
+    def _measured(self, teacher: Any, windows: Windows | None, held_out_SL: Tensor) -> JSON:
+        """The written checkpoint against the original."""
+        job = self._job
+        if windows is not None and job.recipe.teacher == "cached":
+            self._processes = Processes()  # the others are gone
+            # By their contents: a run that goes on may be measured on other windows.
+            digest = hashlib.sha256(windows.tokens_SL.numpy().tobytes()).hexdigest()
+            teacher = self._teacher(windows.tokens_SL, f"windows-{digest[:16]}")
+        tuned, _ = self._load(job.output)
+        chosen = windows or quantization.held_out(job.recipe, held_out_SL)
+        return evaluation.compare(tuned, teacher, chosen.tokens_SL, chosen.label).to_dict()
 
     def _load(self, folder: Path) -> tuple[Any, Any]:
         """In bfloat16 everywhere: gradients of a mean over many positions underflow in float16."""
@@ -344,12 +347,7 @@ class _Tuning:
         shared_by = self._processes if self._job.recipe.shard else None
         student = Student(model, self._job.checkpoint, kinds, shared_by)
         for stage in self._job.recipe.stages:
-            if not stage.kinds & student.parameters.keys():
-                raise ModelError(
-                    f"{stage.type}: nothing to tune: the model has none of "
-                    f"{', '.join(sorted(stage.kinds))}. Add kinds to `train` (codecs whose values "
-                    "are computed have no codebooks)."
-                )
+            stage.check(student.parameters)
         if student.not_stored and self._processes.is_first:
             logger.warning(
                 "%d tensors are not stored under the names that the model uses, and stay as they "
@@ -397,18 +395,7 @@ class _Tuning:
 
 
 def _sequences_of(job: TuningJob) -> dict[str, Tensor]:
-    """The token sequences of a run, int64 [S, L]: to tune on, and held out."""
-    calibration = job.recipe.calibration
-    found = calibration_sequences(
-        job.teacher.path,
-        calibration.source,
-        calibration.num_sequences,
-        calibration.length,
-        job.recipe.seed,
-        job.device,
-        job.trust_remote_code,
-    )
-    return {"calibration": found.calibration, "held_out": found.held_out}
+    return sequences_of(job.teacher.path, job.recipe, job.device, job.trust_remote_code)
 
 
 def _summary(

@@ -253,7 +253,7 @@ def _check_empty(folder: Path) -> None:
     if not found:
         return
     if _is_finished(folder):
-        shutil.rmtree(folder / WORK, ignore_errors=True)
+        shutil.rmtree(folder / WORK, ignore_errors=True)  # of a run killed in `complete`
         raise CheckpointError(
             f"{folder} holds a finished checkpoint. Use it, or delete it or choose another output "
             "folder to make a new one."

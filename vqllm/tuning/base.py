@@ -9,11 +9,15 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from vqllm.errors import ModelError
 from vqllm.processes import Processes
 from vqllm.registry import Registry
 from vqllm.types import JSON, Part, Tuning
 
 TUNINGS: Registry[Tuning] = Registry("tuning")
+
+CODES = "codes"
+"""Among the kinds of what moves: it has no parameters."""
 
 
 class Keeper(Protocol):
@@ -117,6 +121,22 @@ class ModelTuning(Part, ABC):
     @abstractmethod
     def kinds(self) -> frozenset[str]:
         """The kinds of parameters that it moves."""
+
+    def check(self, parameters: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
+        """Refuse a model of which there is nothing to move.
+
+        Args:
+            parameters: by kind and name, as in `ModelTask`.
+
+        Raises:
+            ModelError: it has no parameters of any of the kinds.
+        """
+        if not self.kinds & parameters.keys():
+            raise ModelError(
+                f"{self.type}: nothing to tune: the model has none of "
+                f"{', '.join(sorted(self.kinds - {CODES}))}. Add kinds to `train` (codecs whose "
+                "values are computed have no codebooks)."
+            )
 
     @property
     def recomputes(self) -> bool:

@@ -9,11 +9,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from vqllm.errors import ModelError
-from vqllm.tuning.base import CodedMatrix, ModelTask
+from vqllm.tuning.base import CODES, CodedMatrix, ModelTask
 from vqllm.tuning.end_to_end import Descent, Kind, Run
 from vqllm.types import JSON
-
-CODES = "codes"
 
 
 class CodeDescent(Descent):

@@ -129,6 +129,7 @@ class Run:
     MOMENTUM = 0.9
 
     def __init__(self, stage: Descent, task: ModelTask) -> None:
+        stage.check(task.parameters)
         self._stage, self._task, self._processes = stage, task, task.processes
         self._parameters: dict[str, nn.Parameter] = {}
         groups = []
@@ -137,11 +138,6 @@ class Run:
                 self._parameters[f"{kind}.{name}"] = parameter
                 rate = stage.rate_of(kind)
                 groups.append({"params": [parameter], "lr": rate, "full_rate": rate})
-        if not groups:
-            raise ModelError(
-                f"nothing to tune: the model has none of {', '.join(stage.train)}. Add kinds to "
-                "`train`."
-            )
         # beta2 of 0.95, as in PV-Tuning: a few hundred steps are too few for 0.999.
         self._optimizer = torch.optim.Adam(groups, betas=(self.MOMENTUM, 0.95))
         self._step = self._faults = self._vocabulary = 0
