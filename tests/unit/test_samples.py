@@ -45,6 +45,17 @@ def test_the_batch_size_changes_nothing(arch: str) -> None:
     assert not torch.equal(generate_samples(model, tokenizer, 5, 140, seed=2), expected)
 
 
+def test_held_out_sequences_are_no_others() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    sampled = {tuple(row) for row in generate_samples(model, tokenizer, 40, 12, seed=1).tolist()}
+    held_out = [
+        generate_samples(model, tokenizer, num, 12, seed=1, num_held_out=4)[num:] for num in (1, 40)
+    ]
+    assert held_out[0].shape == (4, 12)
+    assert torch.equal(*held_out)
+    assert not sampled & {tuple(row) for row in held_out[0].tolist()}
+
+
 def test_the_global_generator_is_left_alone() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     torch.manual_seed(3)

@@ -30,6 +30,14 @@ def line_numbers(tokens_L: torch.Tensor) -> list[int]:
     return [int(part[:6]) for part in parts if part[:6].isdigit() and len(part) > 6]
 
 
+def calibration(source: Any, num: int, length: int, seed: int = 0) -> torch.Tensor:
+    return load_tokens(source, TOKENIZER, num, length, seed).calibration
+
+
+def held_out(source: Any, num: int, length: int, seed: int = 0) -> torch.Tensor:
+    return load_tokens(source, TOKENIZER, 1, length, seed, num_held_out=num).held_out
+
+
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     file = tmp_path / "text.txt"
@@ -38,56 +46,110 @@ def text(tmp_path: Path) -> Path:
 
 
 def test_sequences_are_whole_disjoint_and_spread(text: Path) -> None:
-    tokens = load_tokens(text, TOKENIZER, 10, 100, seed=0)
+    tokens = calibration(text, 10, 100)
     assert tokens.shape == (10, 100)
     assert tokens.dtype == torch.int64
     lines = [line_numbers(row) for row in tokens]
     for i, row in enumerate(lines):
         assert row == list(range(row[0], row[0] + len(row)))
-        assert 300 * i - 1 <= row[0]  # in the i-th tenth of the text
-        assert row[-1] <= 300 * (i + 1)
+        assert 225 * i - 1 <= row[0]  # in the i-th tenth of what is not held out
+        assert row[-1] <= 225 * (i + 1)
 
 
 def test_the_seed_decides(text: Path) -> None:
-    first = load_tokens(text, TOKENIZER, 10, 100, seed=0)
-    assert torch.equal(load_tokens(text, TOKENIZER, 10, 100, seed=0), first)
-    assert not torch.equal(load_tokens(text, TOKENIZER, 10, 100, seed=1), first)
+    for of in (calibration, held_out):
+        first = of(text, 10, 100)
+        assert torch.equal(of(text, 10, 100), first)
+        assert not torch.equal(of(text, 10, 100, seed=1), first)
+
+
+@pytest.mark.parametrize("num_lines", [60, 700, 30_000])
+@pytest.mark.parametrize("kind", ["whole", "far apart", "stream"])
+def test_no_run_calibrates_on_what_another_holds_out(
+    tmp_path: Path, kind: str, num_lines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines held out by runs of several lengths, numbers and seeds, and those calibrated on."""
+    file = tmp_path / "text.txt"
+    file.write_text(numbered(num_lines), encoding="utf-8")
+    if kind == "far apart":
+        if num_lines < 30_000:
+            pytest.skip("only texts of several blocks are read in parts")
+        monkeypatch.setattr(sources, "WHOLE_BYTES", 1000)
+        monkeypatch.setattr(sources, "BYTES_PER_TOKEN", 8)
+        monkeypatch.setattr(texts, "BLOCK_BYTES", 512)
+    if kind == "stream":
+        monkeypatch.setattr(texts.PlainText, "num_bytes", None)
+    calibrated: set[int] = set()
+    measured: set[int] = set()
+    for num, length in ((2, 60), (4, 50), (8, 32), (1, 200)):
+        for seed in range(3):
+            found = load_tokens(file, TOKENIZER, num, length, seed, num_held_out=2)
+            assert len(found.calibration) == num
+            assert 1 <= len(found.held_out) <= 2
+            calibrated |= {line for row in found.calibration for line in line_numbers(row)}
+            measured |= {line for row in found.held_out for line in line_numbers(row)}
+    assert len(calibrated) > 10 < len(measured)
+    assert not calibrated & measured
+
+
+def test_a_sixteenth_of_a_long_text_is_held_out(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(numbered(40_000), encoding="utf-8")  # three blocks
+    asked = load_tokens(file, TOKENIZER, 1, 200, 0, num_held_out=10**5)
+    num = len(TOKENIZER(numbered(40_000)).input_ids)
+    blocks = file.stat().st_size // sources.BLOCK_BYTES
+    share = blocks * sources.HELD_OUT_BYTES / file.stat().st_size
+    assert asked.held_out.numel() == pytest.approx(share * num, rel=0.03)
+    lines = [line_numbers(row)[0] for row in asked.held_out]
+    assert lines == sorted(lines)
+    per_block = 40_000 * sources.BLOCK_BYTES / file.stat().st_size
+    assert {int(line / per_block) for line in lines} == set(range(blocks))
 
 
 def test_text_that_just_suffices_is_used_up(tmp_path: Path) -> None:
     file = tmp_path / "short.txt"
     file.write_text(numbered(40), encoding="utf-8")
-    all_tokens = TOKENIZER(numbered(40)).input_ids
+    kept = numbered(40).encode()[: -(len(numbered(40).encode()) // 4)].decode(errors="ignore")
+    all_tokens = TOKENIZER(kept).input_ids
     length = len(all_tokens) // 4
-    tokens = load_tokens(file, TOKENIZER, 4, length, seed=0)
+    tokens = calibration(file, 4, length)
     assert tokens.flatten().tolist() == all_tokens[: 4 * length]
     with pytest.raises(CalibrationError) as caught:
-        load_tokens(file, TOKENIZER, 4, length + 1, seed=0)
+        calibration(file, 4, length + 1)
     message = str(caught.value)
-    assert f"{len(all_tokens)} tokens" in message
+    assert f"{len(all_tokens)} tokens (beside" in message
     assert f"needed are {4 * (length + 1)}" in message
     assert "calibration.length" in message
+    with pytest.raises(CalibrationError, match="less than one sequence of 300"):
+        load_tokens(file, TOKENIZER, 1, 300, seed=0, num_held_out=1)
 
 
 def test_sources_share_equally(text: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("x y z " * 900, encoding="utf-8")
-    tokens = load_tokens([text, other], TOKENIZER, 7, 50, seed=0)
+    tokens = calibration([text, other], 7, 50)
     decoded = [TOKENIZER.decode(row) for row in tokens]
     assert ["line" in row for row in decoded] == [True] * 4 + [False] * 3
-    assert len(load_tokens([text, other], TOKENIZER, 1, 50, seed=0)) == 1
+    assert len(calibration([text, other], 1, 50)) == 1
+    both = load_tokens([text, other], TOKENIZER, 1, 50, seed=0, num_held_out=5).held_out
+    assert ["line" in TOKENIZER.decode(row) for row in both] == [True] * 3 + [False] * 2
 
 
 def test_bos_starts_every_sequence_where_the_tokenizer_adds_it(text: Path) -> None:
-    plain = load_tokens(text, TOKENIZER, 4, 49, seed=0)
-    tokens = load_tokens(text, tiny_tokenizer(add_bos=True), 4, 50, seed=0)
-    assert (tokens[:, 0] == 0).all()
-    assert torch.equal(tokens[:, 1:], plain)
+    plain = load_tokens(text, TOKENIZER, 4, 49, seed=0, num_held_out=2)
+    found = load_tokens(text, tiny_tokenizer(add_bos=True), 4, 50, seed=0, num_held_out=2)
+    for tokens, rest in zip(
+        (found.calibration, found.held_out), (plain.calibration, plain.held_out)
+    ):
+        assert (tokens[:, 0] == 0).all()
+        assert torch.equal(tokens[:, 1:], rest)
 
 
 def test_a_large_file_is_read_only_where_needed(
-    text: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(numbered(30_000), encoding="utf-8")
     monkeypatch.setattr(sources, "WHOLE_BYTES", 1000)
     monkeypatch.setattr(sources, "BYTES_PER_TOKEN", 8)
     monkeypatch.setattr(sources, "PIECE_CHARACTERS", 100)
@@ -100,11 +162,14 @@ def test_a_large_file_is_read_only_where_needed(
         return TOKENIZER(piece, **options)
 
     counting.bos_token_id = None  # type: ignore[attr-defined]
-    tokens = load_tokens(text, counting, 10, 100, seed=0)
+    tokens = load_tokens(text, counting, 10, 100, seed=0).calibration
     assert tokenized < 0.2 * text.stat().st_size
+    blocks = text.stat().st_size // sources.BLOCK_BYTES
+    part = 3000 * blocks * sources.BLOCK_BYTES / text.stat().st_size
+    held_out = 30_000 * sources.HELD_OUT_BYTES / text.stat().st_size
     for i, row in enumerate(line_numbers(row) for row in tokens):
         assert row == list(range(row[0], row[0] + len(row)))
-        assert 300 * i - 1 <= row[0] < 300 * (i + 1)
+        assert part * i - held_out - 1 <= row[0] < part * (i + 1)
 
 
 def write_jsonl(file: Path, rows: list[Any]) -> Path:
@@ -181,18 +246,18 @@ def test_a_data_set_is_read_until_there_is_enough(monkeypatch: pytest.MonkeyPatc
         return rows()
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    tokens = load_tokens("org/name:en:validation", TOKENIZER, 4, 50, seed=0)
+    tokens = calibration("org/name:en:validation", 4, 50)
     assert tokens.shape == (4, 50)
     assert asked == [(("org/name", "en"), "validation")]
-    assert read < 5000
-    load_tokens("org/name", TOKENIZER, 4, 50, seed=0)
+    assert read < 12_000  # one block
+    calibration("org/name", 4, 50)
     assert asked[1] == (("org/name", None), "train")
 
 
 def test_sources_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(source: str | Path, match: str) -> None:
         with pytest.raises(CalibrationError, match=match):
-            load_tokens(source, TOKENIZER, 1, 5, seed=0)
+            calibration(source, 1, 5)
 
     refused(tmp_path / "none.txt", "no file or folder")
     refused("none.jsonl", "no file or folder")

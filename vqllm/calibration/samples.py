@@ -39,6 +39,7 @@ def generate_samples(
     sequence_length: int,
     seed: int,
     *,
+    num_held_out: int = 0,
     batch_size: int = BATCH_SIZE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
@@ -51,20 +52,27 @@ def generate_samples(
     Args:
         model: an ordinary transformers model, in evaluation mode. On a CPU pass it in bfloat16:
             float16 is 10 times as slow there without AMX.
+        num_held_out: as many more sequences, of other random numbers: whatever the length and the
+            number of sequences, no call without them gives any of these.
         batch_size: sequences sampled at once; their key-value caches must fit in memory.
         progress: called with the tokens that are done and the tokens in all.
 
     Returns:
-        int64 [num_sequences, sequence_length], on the CPU.
+        int64 [num_sequences + num_held_out, sequence_length], on the CPU.
 
     Raises:
         NumericalError: logits that are not finite.
     """
-    U_SL = torch.rand(
-        num_sequences,
-        sequence_length,
-        generator=rng.generator(seed, "calibration", "samples"),
-        dtype=torch.float64,
+    U_SL = torch.cat(
+        [
+            torch.rand(
+                num,
+                sequence_length,
+                generator=rng.generator(seed, "calibration", purpose),
+                dtype=torch.float64,
+            )
+            for num, purpose in ((num_sequences, "samples"), (num_held_out, "held-out samples"))
+        ]
     )
     restart = _Restart(model, tokenizer)
     total = U_SL.numel()
@@ -79,7 +87,7 @@ def generate_samples(
             )
             per_sequence = 4 * sequence_length * model.config.get_text_config().vocab_size
             batch_size = min(batch_size, max(1, LOGITS_BYTES // per_sequence))
-        for begin in range(0, num_sequences, batch_size):
+        for begin in range(0, len(U_SL), batch_size):
             U_BL = U_SL[begin : begin + batch_size]
 
             def report(step: int, before: int = begin * sequence_length, batch: int = len(U_BL)):

@@ -1,6 +1,17 @@
-"""Token sequences out of text sources, spread evenly over each."""
+"""Token sequences out of text sources, spread evenly over each.
 
-from collections.abc import Iterator, Sequence
+Where in a text the held-out sequences come from does not depend on their length, their number or
+the seed: of every `BLOCK_BYTES` of text the last `HELD_OUT_BYTES`, of a shorter text its last
+quarter at most. So what one run holds out no other run calibrates on, and a model can be tuned
+and measured on other sequences than it was rounded with.
+
+    |---------- calibration ----------|held out|---------- calibration ----------|held out|--- …
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +23,31 @@ from vqllm.calibration.vocabulary import leading_token
 from vqllm.errors import CalibrationError
 from vqllm.texts import TextSource, open_source
 
+BLOCK_BYTES = 1 << 18
+HELD_OUT_BYTES = 1 << 14
+"""About 4,000 tokens: a megabyte of text gives 16 sequences of 1,024 tokens, and loses a sixteenth
+of itself."""
 # Up to here a source is tokenized whole: 6 s of one core (0.77 s per MB). Beyond, only what the
 # sequences need is read.
 WHOLE_BYTES = 8 << 20
 # Text that yields a token with much to spare: WikiText takes 4.3 bytes a token with SmolLM2's
 # tokenizer, whose longest token, a run of spaces or signs, is 81.
 BYTES_PER_TOKEN = 64
-# Of a data set that can only be read from its start, this many times the needed text is read.
+# Room that a sequence gets before the end of its part of a block where only it is read.
+ROOM_PER_TOKEN = 8
+# Of a data set that can only be read from its start, this many times the needed text is read, and
+# at least one sequence to hold out.
 STREAM_FACTOR = 4
 PIECE_CHARACTERS = 1 << 14
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """int64 [S, L] to calibrate on, and as long ones of the same sources, from other places, to
+    measure on."""
+
+    calibration: Tensor
+    held_out: Tensor
 
 
 def load_tokens(
@@ -29,7 +56,8 @@ def load_tokens(
     num_sequences: int,
     sequence_length: int,
     seed: int,
-) -> Tensor:
+    num_held_out: int = 0,
+) -> Sequences:
     """Cut sequences out of text.
 
     Every source gives an equal share of the sequences (the first ones one more where the number
@@ -41,9 +69,10 @@ def load_tokens(
     Args:
         sources: what `vqllm.texts.open_source` takes, one or several.
         seed: decides where in its part of the text each sequence starts.
+        num_held_out: sequences to hold out; fewer where a source has no more of them, but one.
 
     Returns:
-        int64 [num_sequences, sequence_length], source by source, in the order of the text.
+        sequences of `sequence_length`, source by source, in the order of the text.
 
     Raises:
         CalibrationError: a source that cannot be read, or with too little text.
@@ -51,76 +80,158 @@ def load_tokens(
     names = [sources] if isinstance(sources, str | Path) else list(sources)
     first = leading_token(tokenizer)
     length = sequence_length - (first is not None)
-    parts = []
+    kept, held_out = [], []
     for index, name in enumerate(names):
-        share = num_sequences // len(names) + (index < num_sequences % len(names))
-        generator = rng.generator(seed, f"{index} {name}", "windows")
-        places_S = torch.rand(share, generator=generator, dtype=torch.float64)
-        if share:
-            parts.append(_cut(open_source(name), tokenizer, length, places_S))
-    tokens_SL = torch.cat(parts)
+        places = []
+        for total, purpose in ((num_sequences, "windows"), (num_held_out, "held out")):
+            share = total // len(names) + (index < total % len(names))
+            generator = rng.generator(seed, f"{index} {name}", purpose)
+            places.append(torch.rand(share, generator=generator, dtype=torch.float64))
+        if any(len(places_S) for places_S in places):
+            found = _cut(open_source(name), tokenizer, length, *places)
+            kept.append(found.calibration)
+            held_out.append(found.held_out)
+    return Sequences(_with_first(kept, first), _with_first(held_out, first))
+
+
+def _with_first(parts: Sequence[Tensor], first: int | None) -> Tensor:
+    tokens_SL = torch.cat(list(parts))
     if first is None:
         return tokens_SL
     return torch.cat([torch.full((len(tokens_SL), 1), first), tokens_SL], dim=1)
 
 
-def _cut(source: TextSource, tokenizer: Any, length: int, places_S: Tensor) -> Tensor:
-    """int64 [S, length] from one source; place u in [0, 1) is where in its part a sequence is."""
-    needed = len(places_S) * length
-    limit = None
+def _cut(
+    source: TextSource, tokenizer: Any, length: int, places_S: Tensor, held_out_S: Tensor
+) -> Sequences:
+    """Sequences of one source; place u in [0, 1) is where in its part a sequence is."""
+    num, num_held_out = len(places_S), len(held_out_S)
+    needed = (num + num_held_out) * length
+    enough = None
     if source.num_bytes is None:
-        limit = STREAM_FACTOR * needed
+        enough = (STREAM_FACTOR * num * length, min(1, num_held_out) * length)
     elif source.num_bytes > max(WHOLE_BYTES, BYTES_PER_TOKEN * needed):
-        return _cut_far_apart(source, tokenizer, length, places_S)
-    tokens_T = _tokens(source, source.pieces(), tokenizer, limit)
-    if len(tokens_T) < needed:
-        raise _too_little(source, len(tokens_T), len(places_S), length)
-    part = len(tokens_T) // len(places_S)
-    starts = [
-        i * part + int(place * (part - length + 1)) for i, place in enumerate(places_S.tolist())
-    ]
-    return torch.stack([tokens_T[start : start + length] for start in starts])
+        return _cut_far_apart(source, tokenizer, length, places_S, held_out_S)
+    calibration_T, held_out_T = _tokens(source.pieces(), tokenizer, enough)
+    if len(calibration_T) < num * length:
+        raise _too_little(source, len(calibration_T), len(held_out_T), num, length)
+    available = min(num_held_out, len(held_out_T) // length)
+    if num_held_out and not available:
+        raise CalibrationError(
+            f"{source.name} has too little text: a part of it is held out to measure on, here "
+            f"{len(held_out_T)} tokens, which is less than one sequence of {length}. Add text, or "
+            "lower calibration.length."
+        )
+    return Sequences(
+        _spread(calibration_T, length, places_S),
+        _spread(held_out_T, length, held_out_S[:available]),
+    )
 
 
-def _cut_far_apart(source: TextSource, tokenizer: Any, length: int, places_S: Tensor) -> Tensor:
-    """The same where the parts are so long that only the sequences themselves are read."""
-    sequences = []
+def _spread(tokens_T: Tensor, length: int, places_S: Tensor) -> Tensor:
+    """int64 [S, length]: one sequence out of each of S equal parts."""
+    sequences = torch.empty(len(places_S), length, dtype=torch.long)
     for i, place in enumerate(places_S.tolist()):
-        # The first half of each part: what follows is long enough, and of this part.
-        start = (i + place / 2) / len(places_S)
-        tokens_T = _tokens(source, source.pieces(start), tokenizer, length)
-        if len(tokens_T) < length:
-            raise _too_little(source, len(tokens_T), 1, length)
-        sequences.append(tokens_T[:length])
-    return torch.stack(sequences)
+        part = len(tokens_T) // len(places_S)
+        start = i * part + int(place * (part - length + 1))
+        sequences[i] = tokens_T[start : start + length]
+    return sequences
 
 
-def _tokens(source: TextSource, pieces: Iterator[str], tokenizer: Any, limit: int | None) -> Tensor:
-    """The tokens of the text, int64 [T]: all of them, or a few more than `limit`."""
+def _cut_far_apart(
+    source: TextSource, tokenizer: Any, length: int, places_S: Tensor, held_out_S: Tensor
+) -> Sequences:
+    """The same where the parts are so long that only the sequences themselves are read."""
+    num_bytes = source.num_bytes or 0
+    front = BLOCK_BYTES - HELD_OUT_BYTES
+    room = ROOM_PER_TOKEN * length
+    parts = []
+    for places, first_byte, size in ((places_S, 0, front), (held_out_S, front, HELD_OUT_BYTES)):
+        sequences = torch.empty(len(places), length, dtype=torch.long)
+        for i, place in enumerate(places.tolist()):
+            # The first half of each part: what follows is long enough, and of this part.
+            blocks = (i + place / 2) / len(places) * (num_bytes // BLOCK_BYTES)
+            within = min(int(blocks % 1 * size), max(0, size - room))
+            start = int(blocks) * BLOCK_BYTES + first_byte + within
+            tokens = _first_tokens(source.pieces(start / num_bytes), tokenizer, length)
+            if len(tokens) < length:
+                raise _too_little(source, len(tokens), 0, 1, length)
+            sequences[i] = torch.tensor(tokens[:length])
+        parts.append(sequences)
+    return Sequences(*parts)
+
+
+def _first_tokens(pieces: Iterator[str], tokenizer: Any, num: int) -> list[int]:
+    """At least the first `num` tokens of a text that has so many."""
     found: list[int] = []
-    for piece in _joined(pieces):
-        found += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
-        if limit is not None and len(found) >= limit:
+    for _, text in _joined((False, piece) for piece in pieces):
+        found += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        if len(found) >= num:
             break
-    return torch.tensor(found, dtype=torch.long)
+    return found
 
 
-def _joined(pieces: Iterator[str]) -> Iterator[str]:
-    """Short pieces joined to at least `PIECE_CHARACTERS`, so that few are tokenized apart."""
-    waiting: list[str] = []
-    size = 0
+def _tokens(
+    pieces: Iterator[str], tokenizer: Any, enough: tuple[int, int] | None
+) -> tuple[Tensor, Tensor]:
+    """The tokens of a text, int64 [T] each: those to calibrate on and those held out; all of them,
+    or a few more than `enough` of both."""
+    found: tuple[list[int], list[int]] = ([], [])
+    for is_held_out, text in _joined(_marked(pieces)):
+        found[is_held_out].extend(
+            tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        )
+        if enough and all(len(tokens) >= num for tokens, num in zip(found, enough)):
+            break
+    calibration, held_out = (torch.tensor(tokens, dtype=torch.long) for tokens in found)
+    return calibration, held_out
+
+
+def _marked(pieces: Iterator[str]) -> Iterator[tuple[bool, str]]:
+    """A text cut where held-out parts begin and end, and whether each piece is of one."""
+    first, size = [], 0
     for piece in pieces:
-        waiting.append(piece)
-        size += len(piece)
-        if size >= PIECE_CHARACTERS:
-            yield "".join(waiting)
-            waiting, size = [], 0
-    if waiting:
-        yield "".join(waiting)
+        first.append(piece)
+        size += len(piece.encode())
+        if size >= BLOCK_BYTES:
+            break
+    is_short = size < BLOCK_BYTES
+    end = size if is_short else BLOCK_BYTES
+    front = size - min(HELD_OUT_BYTES, size // 4) if is_short else BLOCK_BYTES - HELD_OUT_BYTES
+    at = 0
+    for piece in chain(first, pieces):
+        rest = piece.encode()
+        while rest:
+            is_held_out = at >= front
+            num = (end if is_held_out else front) - at
+            # A character on an edge is left out.
+            yield is_held_out, rest[:num].decode(errors="ignore")
+            at = (at + len(rest[:num])) % end
+            rest = rest[num:]
 
 
-def _too_little(source: TextSource, found: int, num: int, length: int) -> CalibrationError:
+def _joined(pieces: Iterable[tuple[bool, str]]) -> Iterator[tuple[bool, str]]:
+    """Short pieces of one mark joined to at least `PIECE_CHARACTERS`, so that few are tokenized
+    apart."""
+    for mark, same in groupby(pieces, key=itemgetter(0)):
+        waiting: list[str] = []
+        size = 0
+        for _, piece in same:
+            waiting.append(piece)
+            size += len(piece)
+            if size >= PIECE_CHARACTERS:
+                yield mark, "".join(waiting)
+                waiting, size = [], 0
+        if waiting:
+            yield mark, "".join(waiting)
+
+
+def _too_little(
+    source: TextSource, found: int, held_out: int, num: int, length: int
+) -> CalibrationError:
+    beside = f" (beside {held_out} that are held out to measure on)" if held_out else ""
     return CalibrationError(
-        f"{source.name} has too little text: {found} tokens, needed are {num * length} ({num} "
-        f"sequences of {length}). Add text, or lower calibration.sequences or calibration.length."
+        f"{source.name} has too little text: {found} tokens{beside}, needed are {num * length} "
+        f"({num} sequences of {length}). Add text, or lower calibration.sequences or "
+        "calibration.length."
     )

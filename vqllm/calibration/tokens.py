@@ -1,15 +1,13 @@
 """The token sequences of a run: those that Hessians are measured on, and a few held out."""
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vqllm.calibration.samples import generate_samples
-from vqllm.calibration.sources import load_tokens
+from vqllm.calibration.sources import Sequences, load_tokens
 from vqllm.errors import CalibrationError
 from vqllm.loading import load_config, load_model, load_tokenizer, max_length, runs_beyond
 
@@ -23,15 +21,6 @@ CACHE_BYTES = 2 << 30
 model. Large batches pay: 32, 64 and 128 sequences gave 273, 366 and 427 tokens per CPU second."""
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """int64 [S, L] to calibrate on, and as long ones of the same sources to evaluate on: 16, or
-    more where they are short."""
-
-    calibration: Tensor
-    held_out: Tensor
-
-
 def calibration_sequences(
     folder: Path,
     source: tuple[str, ...],
@@ -41,30 +30,42 @@ def calibration_sequences(
     device: torch.device,
     trust_remote_code: bool,
 ) -> Sequences:
-    """Read or generate the sequences; `self` and files share the number equally when mixed."""
+    """Read or generate the sequences; `self` and files share the number equally when mixed.
+
+    16 sequences are held out, or more where they are short; fewer of texts that have no more.
+    """
     check_length(load_config(folder, trust_remote_code=trust_remote_code), length)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     num_held_out = max(MIN_HELD_OUT, min(HELD_OUT_TOKENS // length, num_sequences // 4))
-    wanted = num_sequences + num_held_out
     files = tuple(name for name in source if name != SELF)
-    num_own = wanted if not files else (wanted * source.count(SELF)) // len(source)
+    num_own, num_own_held_out = (
+        num if not files else (num * source.count(SELF)) // len(source)
+        for num in (num_sequences, num_held_out)
+    )
     parts = []
     if files:
-        parts.append(load_tokens(files, tokenizer, wanted - num_own, length, seed))
-    if num_own:
+        num_read, num_held_out = num_sequences - num_own, num_held_out - num_own_held_out
+        parts.append(load_tokens(files, tokenizer, num_read, length, seed, num_held_out))
+    if num_own + num_own_held_out:
         dtype = torch.bfloat16 if device.type == "cpu" else "auto"
         model = load_model(
             folder, trust_remote_code=trust_remote_code, dtype=dtype, device_map=str(device)
         )
-        batch_size = min(num_own, _sequences_in_cache(model.config.get_text_config(), length))
-        parts.append(
-            generate_samples(model, tokenizer, num_own, length, seed, batch_size=batch_size)
+        most = _sequences_in_cache(model.config.get_text_config(), length)
+        tokens_SL = generate_samples(
+            model,
+            tokenizer,
+            num_own,
+            length,
+            seed,
+            num_held_out=num_own_held_out,
+            batch_size=min(num_own + num_own_held_out, most),
         )
-    tokens = torch.cat(parts)
-    held_out = torch.linspace(0, wanted - 1, num_held_out).round().long()
-    kept = torch.ones(wanted, dtype=torch.bool)
-    kept[held_out] = False
-    return Sequences(tokens[kept], tokens[held_out])
+        parts.append(Sequences(tokens_SL[:num_own], tokens_SL[num_own:]))
+    return Sequences(
+        torch.cat([part.calibration for part in parts]),
+        torch.cat([part.held_out for part in parts]),
+    )
 
 
 def check_length(config: Any, length: int) -> None:
