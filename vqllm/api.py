@@ -56,7 +56,9 @@ def quantize(
         output: the folder to write; an unfinished run of the same command goes on.
         recipe: a shipped recipe's name, a YAML file or a Recipe; with `bits` instead, the best
             recipe for that number of bits (2 when neither is given).
-        preset: with `bits`: "fast", "balanced" (the default) or "best", by the time of a run.
+        preset: with `bits`: "fast", "balanced" (the default) or "best", by the time of a run, or
+            "tuned": the best quality, for which the whole model has to fit in memory with its
+            gradients.
         calibration: sources in place of the recipe's: "self", files, folders, datasets ids.
         seed: in place of the recipe's.
         changes: `dotted.key=value` changes of the recipe.

@@ -85,7 +85,7 @@ def quantize(
         float | None, typer.Option(help="1.5, 2, 2.5, 3, 3.5 or 4: the best recipe for it")
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="with --bits: fast, balanced (default) or best")
+        str | None, typer.Option(help="with --bits: fast, balanced (default), best or tuned")
     ] = None,
     calibration: Calibration = None,
     seed: Seed = None,

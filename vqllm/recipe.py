@@ -557,10 +557,11 @@ def _read(
     return values
 
 
-PRESETS = ("fast", "balanced", "best")
-"""Along the axis of time: trellises of 2^8, 2^12 and 2^16 states. The first has one rate and LDLQ,
-the others spread bits by what errors do and round two-sided, for which a pass with gradients comes
-first."""
+PRESETS = ("fast", "balanced", "best", "tuned")
+"""The first has one rate and LDLQ; the others spread bits by what errors do and round two-sided,
+for which a pass with gradients comes first. `best` has trellises of 2^16 states in place of 2^12 or
+2^14; `tuned` trains layers while they are rounded, and in the end scales on the predictions of the
+whole model."""
 BITS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 """Numbers of bits that have a recipe of each preset."""
 
@@ -575,7 +576,12 @@ def best(bits: float, preset: str = "balanced") -> str:
         )
     if preset not in PRESETS:
         raise RecipeError(unknown("preset", preset, list(PRESETS)))
-    form = {"fast": "trellis-{}bit-fast", "balanced": "spread-{}bit", "best": "spread-{}bit-best"}
+    form = {
+        "fast": "trellis-{}bit-fast",
+        "balanced": "spread-{}bit",
+        "best": "spread-{}bit-best",
+        "tuned": "tuned-{}bit",
+    }
     return form[preset].format(f"{bits:g}")
 
 

@@ -26,21 +26,23 @@ def test_shipped_recipe_loads_and_survives_yaml(name: str, tmp_path: Path) -> No
 
 def test_best_recipes_are_shipped() -> None:
     for bits in (1.5, 2, 2.5, 3, 3.5, 4):
-        names = [recipes.best(bits, preset) for preset in ("fast", "balanced", "best")]
+        names = [recipes.best(bits, preset) for preset in recipes.PRESETS]
         found = [recipes.load(name) for name in names]
         assert recipes.best(bits) == names[1]
-        assert [recipe.codec.bits(256, 256).codes for recipe in found] == [bits * 256 * 256] * 3
+        assert [recipe.codec.bits(256, 256).codes for recipe in found] == [bits * 256 * 256] * 4
         states = [recipe.to_dict()["codec"]["state_bits"] for recipe in found]
-        assert states == [12, 12, 16]
-        assert [needs_gradients(recipe) for recipe in found] == [False, True, True]
+        assert states == [12, 12, 16, 12]
+        assert [needs_gradients(recipe) for recipe in found] == [False, True, True, True]
         assert found[0].allocation is None
+        assert [recipe.tune is not None for recipe in found] == [False, False, False, True]
+        assert [recipe.layer is not None for recipe in found] == [False, False, False, True]
         for spread in found[1:]:
             assert spread.allocation is not None
             assert spread.allocation.bits == bits
             assert min(map(code_bits, spread.codecs)) < bits < max(map(code_bits, spread.codecs))
     with pytest.raises(RecipeError, match=r"--bits 7: there is a best recipe for 1\.5, 2, 2\.5, 3"):
         recipes.best(7)
-    with pytest.raises(RecipeError, match=r"unknown preset 'quick'.* Known: fast, balanced, best"):
+    with pytest.raises(RecipeError, match=r"preset 'quick'.* Known: fast, balanced, best, tuned"):
         recipes.best(2, "quick")
 
 
