@@ -68,6 +68,30 @@ def finished(root: Path, rounded: Path, text: Path):
     return run(rounded, root / "finished", text)
 
 
+def test_the_preset_trains_layers_and_then_scales(root: Path, source: Path, text: Path) -> None:
+    small = ("calibration.sequences=16", "calibration.length=32")
+    summary = api.quantize(
+        source,
+        root / "preset",
+        bits=3,
+        preset="tuned",
+        calibration=text,
+        changes=(
+            *small,
+            *(f"tune.{change}" for change in small),
+            "layer.steps=4",
+            "tune.stages.0.steps=4",
+        ),
+        device="cpu",
+    )
+    (told,) = summary.tuning
+    assert [look["step"] for look in told["history"]] == [0, 1, 2, 3, 4]
+    records = map(json.loads, (root / "preset" / "report.jsonl").read_text().splitlines())
+    trained = [record["training"]["best_step"] for record in records if "training" in record]
+    assert len(trained) == 14
+    assert max(trained) > 0
+
+
 def test_it_predicts_more_like_the_original(finished, source, rounded, text) -> None:
     (told,) = finished.tuning
     before, after = told["history"][0]["held_out_kl"], finished.evaluation["kl"]
