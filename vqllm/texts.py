@@ -2,8 +2,8 @@
 
 A source is read as pieces that joined together are its text. A plain file's pieces are cut after
 line ends; the documents of a structured file, and the files of a folder, have a blank line between
-them, as papers join the rows of WikiText. `pieces(start)` begins near the fraction `start` of the
-source without reading what is before it, so a few sequences spread over 50 GB cost a few reads.
+them, as papers join the rows of WikiText. `placed(start)` begins with the document at the byte
+`start` without reading what is before it, so a few sequences spread over 50 GB cost a few reads.
 """
 
 import codecs
@@ -32,11 +32,20 @@ class TextSource(ABC):
     @property
     @abstractmethod
     def num_bytes(self) -> int | None:
-        """Bytes of text, about; None where only reading tells, and `start` must then be 0."""
+        """Bytes of the source, about those of its text; None where only reading tells, and `start`
+        must then be 0."""
 
     @abstractmethod
-    def pieces(self, start: float = 0.0) -> Iterator[str]:
-        """The text from the fraction `start` (0 ≤ start < 1) on, to be joined without anything."""
+    def placed(self, start: int = 0) -> Iterator[tuple[int, str]]:
+        """The text from the document at the byte `start` < `num_bytes` of the source on, a plain
+        text from that byte itself; to be joined without anything.
+
+        Each piece has the byte of the source at which it begins, whatever `start` is.
+        """
+
+    def pieces(self) -> Iterator[str]:
+        """All of the text, to be joined without anything."""
+        return (text for _, text in self.placed())
 
 
 def open_source(source: str | Path) -> TextSource:
@@ -114,15 +123,13 @@ class PlainText(_File):
 
     name: str
 
-    def pieces(self, start: float = 0.0) -> Iterator[str]:
+    def placed(self, start: int = 0) -> Iterator[tuple[int, str]]:
         decoder = codecs.getincrementaldecoder("utf-8")("strict")
         with _reading(self.path), self.path.open("rb") as file:
-            if start:
-                file.seek(int(start * self.num_bytes))
-                file.readline(BLOCK_BYTES)  # the rest of a line, or what a line may reasonably be
-                while (byte := file.peek(1)[:1]) and 0x80 <= byte[0] < 0xC0:
-                    file.read(1)  # inside a character
-            rest = ""
+            file.seek(start)
+            while start and (byte := file.peek(1)[:1]) and 0x80 <= byte[0] < 0xC0:
+                file.read(1)  # inside a character
+            place, rest = file.tell(), ""
             while True:
                 block = file.read(BLOCK_BYTES)
                 try:
@@ -139,10 +146,11 @@ class PlainText(_File):
                 if not block:
                     break
                 cut = rest.rfind("\n") + 1 or len(rest)
-                yield rest[:cut]
+                yield place, rest[:cut]
+                place += len(rest[:cut].encode())
                 rest = rest[cut:]
         if rest:
-            yield rest
+            yield place, rest
 
 
 @dataclass(frozen=True)
@@ -152,15 +160,15 @@ class JsonLines(_File):
     name: str
     column: str
 
-    def pieces(self, start: float = 0.0) -> Iterator[str]:
+    def placed(self, start: int = 0) -> Iterator[tuple[int, str]]:
         with _reading(self.path), self.path.open("rb") as file:
-            if start:
-                file.seek(int(start * self.num_bytes))
-                file.readline()
+            file.seek(_begin_of_line(file, start))
             yield from _with_blank_lines(self._documents(file))
 
-    def _documents(self, file: BinaryIO) -> Iterator[str]:
+    def _documents(self, file: BinaryIO) -> Iterator[tuple[int, str]]:
+        place = file.tell()
         while line := file.readline():
+            begin, place = place, place + len(line)
             if not line.strip():
                 continue
             try:
@@ -170,7 +178,20 @@ class JsonLines(_File):
                     f"{self.path} holds a line that is not JSON, ending at byte {file.tell()}: "
                     f"{error}."
                 ) from error
-            yield text_of(row, self.column, self.name)
+            yield begin, text_of(row, self.column, self.name)
+
+
+def _begin_of_line(file: BinaryIO, place: int) -> int:
+    """Where the line begins that the byte `place` is in."""
+    end = place
+    while end:
+        begin = max(0, end - BLOCK_BYTES)
+        file.seek(begin)
+        found = file.read(end - begin).rfind(b"\n")
+        if found >= 0:
+            return begin + found + 1
+        end = begin
+    return 0
 
 
 @dataclass(frozen=True)
@@ -185,15 +206,20 @@ class Parquet(_File):
         metadata = self._open().metadata
         return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
 
-    def pieces(self, start: float = 0.0) -> Iterator[str]:
+    def placed(self, start: int = 0) -> Iterator[tuple[int, str]]:
         import pyarrow
 
         file = self._open()
         if self.column not in file.schema_arrow.names:
             raise CalibrationError(no_column(self.name, self.column, file.schema_arrow.names))
-        skip = int(start * file.metadata.num_rows)
+        # Rows stand at equal distances: how many bytes each has, the file does not say.
+        num_rows, num_bytes = file.metadata.num_rows, self.num_bytes
+        first = start * num_rows // max(1, num_bytes)
         with _reading(self.path, pyarrow.ArrowException):
-            yield from _with_blank_lines(self._documents(file, skip))
+            yield from _with_blank_lines(
+                (row * num_bytes // num_rows, text)
+                for row, text in enumerate(self._documents(file, first), first)
+            )
 
     def _documents(self, file: Any, skip: int) -> Iterator[str]:
         for group in range(file.metadata.num_row_groups):
@@ -230,16 +256,16 @@ class Folder(TextSource):
     def _sizes(self) -> list[int]:
         return [file.num_bytes or 0 for file in self.files]
 
-    def pieces(self, start: float = 0.0) -> Iterator[str]:
-        sizes = self._sizes()
-        skip = int(start * sum(sizes))
-        separator = ""
-        for file, size in zip(self.files, sizes):
-            if skip < size:
-                yield separator
-                yield from file.pieces(skip / size)
+    def placed(self, start: int = 0) -> Iterator[tuple[int, str]]:
+        separator, begin = "", 0
+        for file, size in zip(self.files, self._sizes()):
+            if start < begin + size:
+                if separator:
+                    yield begin - len(separator), separator
+                for place, text in file.placed(max(0, start - begin)):
+                    yield begin + place, text
                 separator = BETWEEN_DOCUMENTS
-            skip = max(0, skip - size)
+            begin += size
 
 
 @dataclass(frozen=True)
@@ -253,12 +279,12 @@ class HubDataset(TextSource):
     def num_bytes(self) -> None:
         return None
 
-    def pieces(self, start: float = 0.0) -> Iterator[str]:
+    def placed(self, start: int = 0) -> Iterator[tuple[int, str]]:
         if start:
             raise ValueError("a streamed data set is read from its beginning")
         yield from _with_blank_lines(self._documents())
 
-    def _documents(self) -> Iterator[str]:
+    def _documents(self) -> Iterator[tuple[int, str]]:
         import datasets
         from datasets import config as settings
 
@@ -268,8 +294,11 @@ class HubDataset(TextSource):
             rows = datasets.load_dataset(
                 identifier, configuration or None, split=split or "train", streaming=streaming
             )
+            place = 0
             for row in rows:
-                yield text_of(row, self.column, self.name)
+                text = text_of(row, self.column, self.name)
+                yield place, text
+                place += len(text.encode())
         except (OSError, ValueError, RuntimeError) as error:
             raise CalibrationError(
                 f"there is no file or folder {identifier!r}, and as a data set of the hub it "
@@ -297,10 +326,10 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _with_blank_lines(documents: Iterator[str]) -> Iterator[str]:
+def _with_blank_lines(documents: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
     separator = ""
-    for document in documents:
-        yield separator + document
+    for place, document in documents:
+        yield place - len(separator), separator + document
         separator = BETWEEN_DOCUMENTS
 
 

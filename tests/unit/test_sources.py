@@ -92,6 +92,58 @@ def test_no_run_calibrates_on_what_another_holds_out(
     assert not calibrated & measured
 
 
+@pytest.mark.parametrize(
+    "kind", ["a.txt", "line.txt", "a.jsonl", "long.jsonl", "parquet", "folder"]
+)
+def test_nor_does_one_that_reads_in_parts(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs that read a large source whole, or in parts only; documents and lines longer than a
+    block, and sequences longer than what a block holds out."""
+    block, held_out, num_lines = 1 << 12, 1 << 9, 4000
+    for module, name, value in (
+        (sources, "BLOCK_BYTES", block),
+        (sources, "HELD_OUT_BYTES", held_out),
+        (sources, "FRONT_BYTES", block - held_out),
+        (sources, "WHOLE_BYTES", 1000),
+        (sources, "PIECE_CHARACTERS", 200),
+        (texts, "BLOCK_BYTES", 256),
+    ):
+        monkeypatch.setattr(module, name, value)
+    lines = [f"line {i:06d} é" + " " * (kind == "line.txt") for i in range(num_lines)]
+    file = tmp_path / kind
+    if kind.endswith("txt"):
+        file.write_text(("" if kind == "line.txt" else "\n").join(lines), encoding="utf-8")
+    elif kind == "folder":
+        file.mkdir()
+        for i in range(0, num_lines, 700):
+            (file / f"{i:04}.txt").write_text("\n".join(lines[i : i + 700]), encoding="utf-8")
+    else:
+        size = 500 if kind == "long.jsonl" else 5
+        documents = ["\n".join(lines[i : i + size]) for i in range(0, num_lines, size)]
+        if kind == "parquet":
+            file = write_parquet(tmp_path / "a.parquet", documents)
+        else:
+            write_jsonl(file, [{"other": "x" * 9, "text": text} for text in documents])
+    calibrated: set[int] = set()
+    measured: set[int] = set()
+    for bytes_per_token in (8, 10**9):
+        monkeypatch.setattr(sources, "BYTES_PER_TOKEN", bytes_per_token)
+        for num, length in ((2, 60), (6, 32), (1, 500)):
+            for seed in range(3):
+                found = load_tokens(file, TOKENIZER, num, length, seed, num_held_out=2)
+                for sequences, seen in (
+                    (found.calibration, calibrated),
+                    (found.held_out, measured),
+                ):
+                    rows = [{*line_numbers(row)} for row in sequences]
+                    assert len(rows) == len({min(row) for row in rows})  # no sequence twice
+                    assert len(sequences) == 2 or sequences is found.calibration
+                    seen.update(*rows)
+    assert len(calibrated) > 100 < len(measured)
+    assert not calibrated & measured
+
+
 def test_a_sixteenth_of_a_long_text_is_held_out(tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text(numbered(40_000), encoding="utf-8")  # three blocks
@@ -192,27 +244,59 @@ def test_documents_are_joined_by_a_blank_line(tmp_path: Path) -> None:
     assert "".join(open_source(f"{parquet}#other").pieces()).startswith("one é\n\n")
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.txt"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.txt", "folder"])
 def test_reading_can_begin_anywhere(tmp_path: Path, name: str) -> None:
-    documents = [f"document {i}" for i in range(200)]
+    """With the document at a byte; every piece has its own place wherever reading begins."""
+    documents = [f"document {i} é" for i in range(200)]
     if name == "a.txt":
         (tmp_path / name).write_text("\n\n".join(documents) + "\n\n")
     elif name == "a.jsonl":
-        write_jsonl(tmp_path / name, [{"text": d} for d in documents])
+        write_jsonl(tmp_path / name, [{"id": 7, "text": d} for d in documents])
+    elif name == "folder":
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "a.jsonl", [{"text": d} for d in documents[:60]])
+        write_parquet(tmp_path / name / "b.parquet", documents[60:])
     else:
         write_parquet(tmp_path / name, documents)
-    for start in (0.0, 0.003, 0.25, 0.5, 0.996):
-        found = "".join(open_source(tmp_path / name).pieces(start)).split("\n")
-        found = [document for document in found if document]
+    source = open_source(tmp_path / name)
+    num_bytes = source.num_bytes or 0
+    # By their ends: the first one has no blank line before it.
+    places = {place + len(text.encode()): text.strip() for place, text in source.placed()}
+    assert sorted(places) == list(places)
+    for start in (0, 1, 9, num_bytes // 4, num_bytes // 2, num_bytes - 40, num_bytes - 1):
+        read = list(source.placed(start))
+        found = [text for text in "".join(text for _, text in read).split("\n") if text]
+        if name == "a.txt":
+            assert read[0][0] == start or start == num_bytes - 1
+            whole = "".join(source.pieces()).encode()
+            assert "".join(text for _, text in read).encode() == whole[start:]
+            continue
         assert found == documents[len(documents) - len(found) :]
-        assert abs(len(documents) * (1 - start) - len(found)) < 6
+        assert read[0][0] <= start
+        assert {place + len(t.encode()): t.strip() for place, t in read}.items() <= places.items()
+        if name == "a.jsonl":  # not a document too early
+            assert (tmp_path / name).read_bytes()[read[0][0] : start].count(b"\n") == 0
 
 
 def test_beginning_inside_a_character_skips_it(tmp_path: Path) -> None:
     file = tmp_path / "wide.txt"
     file.write_text("é" * 1000, encoding="utf-8")
-    texts_read = {"".join(open_source(file).pieces(n / 2000)) for n in range(1, 1999, 37)}
-    assert all(set(read) <= {"é"} for read in texts_read)
+    for start in range(1, 1999, 37):
+        ((place, text),) = open_source(file).placed(start)
+        assert place == start + start % 2
+        assert text == "é" * (1000 - place // 2)
+
+
+def test_a_line_of_any_length_is_found_from_its_middle(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(texts, "BLOCK_BYTES", 8)
+    rows = [{"text": "x" * num} for num in (3, 500, 0, 40)]
+    source = open_source(write_jsonl(tmp_path / "a.jsonl", rows))
+    begins = [0]
+    for row in rows[:-1]:
+        begins.append(begins[-1] + len(json.dumps(row)) + 1)
+    for start in range(source.num_bytes or 0):
+        wanted = max(begin for begin in begins if begin <= start)
+        assert next(source.placed(start))[0] == wanted
 
 
 def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
@@ -227,7 +311,7 @@ def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
     source = open_source(folder)
     assert "".join(source.pieces()) == "first\n\nsecond\n\nthird"
     assert source.num_bytes == sum(f.stat().st_size for f in folder.rglob("*.[tjm]*[tld]")) - 5
-    assert "".join(source.pieces(0.9)) == ""  # inside the last line of the last file
+    assert "".join(text for _, text in source.placed(source.num_bytes - 1)) == "d"
 
 
 def test_a_data_set_is_read_until_there_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,10 @@ quarter at most. So what one run holds out no other run calibrates on, and a mod
 and measured on other sequences than it was rounded with.
 
     |---------- calibration ----------|held out|---------- calibration ----------|held out|--- …
+
+Of a source that a run may read in parts, of more than `WHOLE_BYTES`, it is the bytes of the source
+that count (`TextSource.placed`): they are the same wherever reading begins. A sequence goes on in
+the next part of its kind where its own one ends.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +31,7 @@ BLOCK_BYTES = 1 << 18
 HELD_OUT_BYTES = 1 << 14
 """About 4,000 tokens: a megabyte of text gives 16 sequences of 1,024 tokens, and loses a sixteenth
 of itself."""
+FRONT_BYTES = BLOCK_BYTES - HELD_OUT_BYTES
 # Up to here a source is tokenized whole: 6 s of one core (0.77 s per MB). Beyond, only what the
 # sequences need is read.
 WHOLE_BYTES = 8 << 20
@@ -106,13 +111,14 @@ def _cut(
 ) -> Sequences:
     """Sequences of one source; place u in [0, 1) is where in its part a sequence is."""
     num, num_held_out = len(places_S), len(held_out_S)
-    needed = (num + num_held_out) * length
+    # In a source of this length each sequence has room, one held out in its share of the text.
+    needed = max(num, num_held_out * BLOCK_BYTES // HELD_OUT_BYTES) * length
     enough = None
     if source.num_bytes is None:
         enough = (STREAM_FACTOR * num * length, min(1, num_held_out) * length)
     elif source.num_bytes > max(WHOLE_BYTES, BYTES_PER_TOKEN * needed):
         return _cut_far_apart(source, tokenizer, length, places_S, held_out_S)
-    calibration_T, held_out_T = _tokens(source.pieces(), tokenizer, enough)
+    calibration_T, held_out_T = _tokens(source, tokenizer, enough)
     if len(calibration_T) < num * length:
         raise _too_little(source, len(calibration_T), len(held_out_T), num, length)
     available = min(num_held_out, len(held_out_T) // length)
@@ -142,18 +148,18 @@ def _cut_far_apart(
     source: TextSource, tokenizer: Any, length: int, places_S: Tensor, held_out_S: Tensor
 ) -> Sequences:
     """The same where the parts are so long that only the sequences themselves are read."""
-    num_bytes = source.num_bytes or 0
-    front = BLOCK_BYTES - HELD_OUT_BYTES
-    room = ROOM_PER_TOKEN * length
+    num_blocks = (source.num_bytes or 0) // BLOCK_BYTES
     parts = []
-    for places, first_byte, size in ((places_S, 0, front), (held_out_S, front, HELD_OUT_BYTES)):
+    for is_held_out, places in ((False, places_S), (True, held_out_S)):
+        first, size = (FRONT_BYTES, HELD_OUT_BYTES) if is_held_out else (0, FRONT_BYTES)
+        size = max(0, size - ROOM_PER_TOKEN * length)
         sequences = torch.empty(len(places), length, dtype=torch.long)
         for i, place in enumerate(places.tolist()):
             # The first half of each part: what follows is long enough, and of this part.
-            blocks = (i + place / 2) / len(places) * (num_bytes // BLOCK_BYTES)
-            within = min(int(blocks % 1 * size), max(0, size - room))
-            start = int(blocks) * BLOCK_BYTES + first_byte + within
-            tokens = _first_tokens(source.pieces(start / num_bytes), tokenizer, length)
+            blocks = (i + place / 2) / len(places) * num_blocks
+            start = int(blocks) * BLOCK_BYTES + first + int(blocks % 1 * size)
+            own = (piece for piece in _marked(source, start) if piece[0] == is_held_out)
+            tokens = _first_tokens(own, tokenizer, length)
             if len(tokens) < length:
                 raise _too_little(source, len(tokens), 0, 1, length)
             sequences[i] = torch.tensor(tokens[:length])
@@ -161,10 +167,10 @@ def _cut_far_apart(
     return Sequences(*parts)
 
 
-def _first_tokens(pieces: Iterator[str], tokenizer: Any, num: int) -> list[int]:
+def _first_tokens(pieces: Iterator[tuple[bool, str]], tokenizer: Any, num: int) -> list[int]:
     """At least the first `num` tokens of a text that has so many."""
     found: list[int] = []
-    for _, text in _joined((False, piece) for piece in pieces):
+    for _, text in _joined(pieces):
         found += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         if len(found) >= num:
             break
@@ -172,12 +178,12 @@ def _first_tokens(pieces: Iterator[str], tokenizer: Any, num: int) -> list[int]:
 
 
 def _tokens(
-    pieces: Iterator[str], tokenizer: Any, enough: tuple[int, int] | None
+    source: TextSource, tokenizer: Any, enough: tuple[int, int] | None
 ) -> tuple[Tensor, Tensor]:
     """The tokens of a text, int64 [T] each: those to calibrate on and those held out; all of them,
     or a few more than `enough` of both."""
     found: tuple[list[int], list[int]] = ([], [])
-    for is_held_out, text in _joined(_marked(pieces)):
+    for is_held_out, text in _joined(_marked(source)):
         found[is_held_out].extend(
             tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         )
@@ -187,26 +193,46 @@ def _tokens(
     return calibration, held_out
 
 
-def _marked(pieces: Iterator[str]) -> Iterator[tuple[bool, str]]:
-    """A text cut where held-out parts begin and end, and whether each piece is of one."""
+def _marked(source: TextSource, start: int = 0) -> Iterator[tuple[bool, str]]:
+    """The text from a place on, cut where held-out parts begin and end, and whether each piece is
+    of one. Only of sources of more than `WHOLE_BYTES` has it a `start`."""
+    if source.num_bytes is not None and source.num_bytes > WHOLE_BYTES:
+        return _divided(source.placed(start), start, FRONT_BYTES, BLOCK_BYTES)
+    pieces = source.pieces()
     first, size = [], 0
     for piece in pieces:
         first.append(piece)
         size += len(piece.encode())
         if size >= BLOCK_BYTES:
             break
-    is_short = size < BLOCK_BYTES
-    end = size if is_short else BLOCK_BYTES
-    front = size - min(HELD_OUT_BYTES, size // 4) if is_short else BLOCK_BYTES - HELD_OUT_BYTES
-    at = 0
-    for piece in chain(first, pieces):
-        rest = piece.encode()
+    front, end = FRONT_BYTES, BLOCK_BYTES
+    if size < BLOCK_BYTES:
+        front, end = size - min(HELD_OUT_BYTES, size // 4), size
+    return _divided(_counted(chain(first, pieces)), 0, front, end)
+
+
+def _counted(pieces: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Pieces with the byte of the text at which each begins."""
+    place = 0
+    for piece in pieces:
+        yield place, piece
+        place += len(piece.encode())
+
+
+def _divided(
+    placed: Iterable[tuple[int, str]], start: int, front: int, end: int
+) -> Iterator[tuple[bool, str]]:
+    """A text from the place `start` on, of every `end` bytes of which those from `front` on are
+    held out."""
+    for place, piece in placed:
+        at = max(place, start)
+        rest = piece.encode()[at - place :]
         while rest:
-            is_held_out = at >= front
-            num = (end if is_held_out else front) - at
+            is_held_out = at % end >= front
+            num = (end if is_held_out else front) - at % end
             # A character on an edge is left out.
             yield is_held_out, rest[:num].decode(errors="ignore")
-            at = (at + len(rest[:num])) % end
+            at += num
             rest = rest[num:]
 
 
