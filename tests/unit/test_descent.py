@@ -77,6 +77,26 @@ def test_a_loss_that_is_not_finite_goes_back_with_half_the_rates(caplog) -> None
     assert "after step 24; back to step 20 with half the rates" in caplog.text
 
 
+def test_each_fault_halves_the_steps() -> None:
+    moved = []
+    for broken in (set(), {1}, {1, 2}):
+        parabola = Parabola(broken)
+        parabola.run(steps=1, rate=1.0)
+        moved.append(parabola.point.detach().abs())  # of Adam's first step, its length
+    torch.testing.assert_close(moved[1], moved[0] / 2)
+    torch.testing.assert_close(moved[2], moved[0] / 4)
+    assert bool((moved[0] > 0).all())
+
+
+def test_after_a_fault_the_moments_begin_anew() -> None:
+    before, after = Parabola(), Parabola(broken={2})
+    before.run(steps=1, rate=0.2 * 500)  # one step of 0.1, as the first of two at rate 0.2
+    after.run(steps=2, rate=0.2)
+    # The first step of Adam is as long as its rate, whatever the gradient; here half of 0.0002.
+    length = (after.point - before.point).detach().abs()
+    torch.testing.assert_close(length, torch.full((2,), 1e-4), rtol=5e-3, atol=0)
+
+
 def test_the_third_fault_ends_it_at_the_best_state(caplog) -> None:
     parabola = Parabola(broken=set(range(45, 1000)))
     told = parabola.run()
@@ -97,6 +117,16 @@ def test_a_look_that_is_not_finite_counts_as_a_fault() -> None:
     told = parabola.run()
     assert told["faults"] == 1
     assert told["after"] < 1e-3
+
+
+def test_looks_before_a_fault_are_forgotten() -> None:
+    """Three that found nothing better before it, and three after it, from the best state on."""
+    parabola = Parabola(broken={25})
+    with torch.no_grad():
+        parabola.point.copy_(GOAL)
+    told = parabola.run(rate=0.5)
+    assert (told["best_step"], told["faults"]) == (0, 1)
+    assert (parabola.num_looks, parabola.num_calls) == (1 + 2 + 3, 25 + 30)
 
 
 def test_what_is_never_finite_is_an_error() -> None:

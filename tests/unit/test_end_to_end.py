@@ -127,6 +127,36 @@ def test_the_best_state_is_the_one_that_stays() -> None:
     assert told["best_step"] == best["step"]
 
 
+def test_the_best_state_may_be_one_on_the_way() -> None:
+    """Held-out sequences have another optimum than training, which passes it."""
+    toy = Toy()
+    near, far = toy.wanted, 3 * toy.wanted
+    toy.teacher = lambda tokens: toy.table[tokens] * (near if len(tokens) == 6 else far)
+    told = stage(batch=4)(task(toy))
+    kl = {look["step"]: look["held_out_kl"] for look in told["history"]}
+    assert kl[told["best_step"]] == min(kl.values()) < 0.6 * kl[0] < kl[0] < kl[300]
+    tokens = task(toy).held_out
+    loss = divergence(toy.student(tokens), toy.teacher(tokens)) / tokens.numel()
+    assert float(loss.detach()) == pytest.approx(min(kl.values()), rel=1e-5)
+
+
+def test_a_last_look_that_is_not_finite_goes_back_and_on() -> None:
+    toy = Toy()
+    student, looks = toy.student, []
+
+    def sometimes(tokens: Tensor) -> Tensor:
+        y = student(tokens)
+        if not torch.is_grad_enabled():
+            looks.append(toy.num_calls)
+            y = y * math.nan if len(looks) == 11 else y
+        return y
+
+    toy.student = sometimes
+    told = stage()(task(toy))
+    assert looks[9:] == [270, 300, 330]
+    assert (told["faults"], told["history"][-1]["step"]) == (1, 300)
+
+
 def test_a_loss_that_is_not_finite_goes_back_with_half_the_rates(caplog) -> None:
     toy = Toy()
     toy.broken = {50, 120}
@@ -135,6 +165,18 @@ def test_a_loss_that_is_not_finite_goes_back_with_half_the_rates(caplog) -> None
     assert told["history"][-1]["step"] == 300
     assert torch.allclose(toy.scales, toy.wanted, atol=0.05)
     assert "back to step 30 with half the rates" in caplog.text
+
+
+def test_each_fault_halves_the_steps() -> None:
+    moved = []
+    for broken in (set(), {1}, {1, 2}):
+        toy = Toy()
+        toy.broken = broken
+        stage(steps=1, rate=1.0)(task(toy))
+        moved.append((toy.scales.detach() - 1).abs())  # of Adam's first step, its length
+    torch.testing.assert_close(moved[1], moved[0] / 2, rtol=1e-3, atol=0)
+    torch.testing.assert_close(moved[2], moved[0] / 4, rtol=1e-3, atol=0)
+    assert bool((moved[0] > 0).all())
 
 
 def test_the_third_fault_ends_it_at_the_best_state() -> None:

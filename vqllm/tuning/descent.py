@@ -98,6 +98,7 @@ class _Descent:
                     good = math.isfinite(found)
             if not good:
                 self._go_back(best)
+                num_worse = 0
             elif found < least:
                 best, least, num_worse = self._copies(), found, 0
                 self._best_step = self._step

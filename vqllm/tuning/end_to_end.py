@@ -147,26 +147,29 @@ class Run:
         self._best: dict[str, Tensor] = {}
         self._losses: list[float] = []
         self._start = time.monotonic()
-        self._good: tuple[JSON, dict[str, Tensor]] | None = None
 
     def run(self) -> JSON:
         if kept := self._task.keeper.last():
             self._load(*kept)
             self._say("tuning goes on at step %d of %d", self._step, self._stage.steps)
-        while not self._is_over():
-            if self._may_look() and self._tenth() > self._looked and not self._was_looked_at():
+        while not (self._is_over() and self._was_looked_at()):
+            if self._is_due():
                 self._look()
-            if not self._advance():
+            elif not self._advance():
                 self._go_back()
             self._task.share(self._progress())
-        if not self._was_looked_at():
-            self._look()
         self._restore(self._best)
         return self._told()
 
     def _told(self) -> JSON:
         best = min(self._history, key=lambda look: look["held_out_kl"])
         return {"history": self._history, "best_step": best["step"], "faults": self._faults}
+
+    def _is_due(self) -> bool:
+        """Whether it is time for a look."""
+        if self._was_looked_at():
+            return False
+        return self._is_over() or (self._may_look() and self._tenth() > self._looked)
 
     def _may_look(self) -> bool:
         """Whether the state is one that a run can go on from."""
@@ -217,8 +220,7 @@ class Run:
             "" if recent is None else f", {recent:.4f} on the last batches",
         )
         self._losses = []
-        self._good = self._state()
-        self._task.keeper.keep(*self._good)
+        self._task.keeper.keep(*self._state())
 
     def _mean_loss(self, sequences_SL: Tensor) -> float:
         total = torch.zeros((), device=self._task.device)
@@ -316,7 +318,8 @@ class Run:
         return torch.stack(rows)
 
     def _go_back(self) -> None:
-        if self._good is None:
+        kept = self._task.keeper.last()
+        if kept is None:
             raise ModelError(
                 "the quantized model's predictions are not finite before the first step: the "
                 "checkpoint is damaged, or its dtype is too narrow for this model."
@@ -325,12 +328,12 @@ class Run:
         self._say(
             "step %d: loss or gradient is not finite; back to step %d with half the rates%s",
             self._step,
-            self._good[0]["step"],
+            kept[0]["step"],
             ", and stopped there" if faults >= MAX_FAULTS else "",
             level=logging.WARNING,
         )
         before = self._elapsed()
-        self._load(*self._good)
+        self._load(*kept)
         self._faults, self._factor = faults, factor
         self._before, self._start = before, time.monotonic()
 
@@ -374,7 +377,6 @@ class Run:
                 parameter = self._parameters[name]
                 device = torch.device("cpu") if key == "step" else parameter.device
                 self._optimizer.state[parameter][key] = value.to(device, copy=True)
-        self._good = told, dict(tensors)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
