@@ -137,8 +137,9 @@ class PVRun(CodeRun):
         return _Exchange(matrix, where_K[order_K], new_KM[order_K], old_KM[order_K])
 
     def _told(self) -> JSON:
-        kept = sum(told["moved"] for told in self._rounds)
-        return {**super()._told(), "rounds": self._rounds, "codes_moved": kept}
+        told = super()._told()
+        kept = [own["moved"] for own in self._rounds if own["step"] <= told["best_step"]]
+        return {**told, "rounds": self._rounds, "codes_moved": sum(kept)}
 
     def _state(self) -> tuple[JSON, dict[str, Tensor]]:
         told, tensors = super()._state()
