@@ -261,10 +261,11 @@ class _Tuning:
         # Before the models are loaded: a source that is the model itself is one more in memory.
         sequences = self._processes.told(self._sequences)
         student = self._student(self._load(job.checkpoint.folder)[0])
-        asked = [sequences["calibration"], sequences["held_out"]]
-        if all(stage.by_layers for stage in job.recipe.stages):
-            del asked[0]
-        teacher = self._teacher(torch.cat(asked))
+        follows = not all(stage.by_layers for stage in job.recipe.stages)
+        asked = [sequences["calibration"]] if follows else []
+        teacher = None
+        if follows or (evaluate and measure is None and windows is None):
+            teacher = self._teacher(torch.cat([*asked, sequences["held_out"]]))
         told = self._tune(student, teacher, sequences)
         del student  # what was written is measured
         self._processes.leave()
@@ -290,7 +291,7 @@ class _Tuning:
     def _measured(self, teacher: Any, windows: Windows | None, held_out_SL: Tensor) -> JSON:
         """The written checkpoint against the original."""
         job = self._job
-        if windows is not None and job.recipe.teacher == "cached":
+        if windows is not None and (job.recipe.teacher == "cached" or teacher is None):
             self._processes = Processes()  # the others are gone
             # By their contents: a run that goes on may be measured on other windows.
             digest = hashlib.sha256(windows.tokens_SL.numpy().tobytes()).hexdigest()
@@ -494,7 +495,7 @@ class _explained_memory:
     """Turns running out of memory into a message that says what to lower."""
 
     def __init__(self, job: TuningJob) -> None:
-        self._keys = job.within
+        self._keys, self._stages = job.within, job.recipe.stages
         live = job.recipe.teacher == "live"
         self._cached = f", or with --set {job.within}teacher=cached" if live else ""
 
@@ -504,13 +505,19 @@ class _explained_memory:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         out = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if out or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+            ways = f"fewer sequences at a time, {self._set('together', 1)}"
+            if again := self._set("checkpointing", "true"):
+                ways += f", or with activations computed again, {again}"
             raise ModelError(
-                "out of memory. What was tuned is kept: repeat the command with fewer sequences at "
-                f"a time, --set {self._keys}stages.0.together=1, or with activations computed "
-                f"again, --set {self._keys}stages.0.checkpointing=true{self._cached}. If that is "
-                f"not enough, lower {self._keys}calibration.length (which begins the tuning again, "
-                "in another folder), or take another --device."
+                f"out of memory. What was tuned is kept: repeat the command with {ways}"
+                f"{self._cached}. If that is not enough, lower {self._keys}calibration.length "
+                "(which begins the tuning again, in another folder), or take another --device."
             ) from error
+
+    def _set(self, key: str, value: object) -> str:
+        """The options that set a key in all stages that have it."""
+        numbers = [i for i, stage in enumerate(self._stages) if key in type(stage).model_fields]
+        return " ".join(f"--set {self._keys}stages.{i}.{key}={value}" for i in numbers)
 
 
 def _recipe_name(extra: JSON) -> str:

@@ -312,6 +312,14 @@ def test_out_of_memory_says_what_to_lower(root, source, rounded, text, monkeypat
     with pytest.raises(ModelError, match=r"--set tune\.stages\.0\.together=1"):
         api.quantize(source, root / "full-2", recipe=whole(), calibration=text, device="cpu")
     monkeypatch.undo()
+    values = recipe().to_dict()
+    values["stages"].insert(0, {"type": "layer"})
+    monkeypatch.setattr("vqllm.tuning.layer.output_error", full)
+    with pytest.raises(ModelError) as caught:
+        run(rounded, root / "full-3", text, recipe=tuning_from_dict(values, "two"))
+    monkeypatch.undo()
+    assert "--set stages.0.together=1 --set stages.1.together=1, or" in str(caught.value)
+    assert "again, --set stages.1.checkpointing=true. If" in str(caught.value)
     # What it says works, in the same folder.
     run(rounded, root / "full", text, recipe=recipe(steps=2, together=1), evaluate=False)
     assert Checkpoint.open(root / "full").quantization.extra["tuning"]

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.e2e.test_tune import QUANTIZE, files, launch
-from vqllm import api, metrics
+from vqllm import api, metrics, teaching
 from vqllm.checkpoint import tuned
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.errors import RecipeError
@@ -140,6 +140,25 @@ def test_options_lower_the_error(root, rounded, text, stage) -> None:
     told = run(rounded, root / "-".join(map(str, stage.items())), text, recipe=recipe(**stage))
     for own in told.tuning[0]["layers"]:
         assert own["after"] < 0.99 * own["before"]
+
+
+@pytest.mark.parametrize("options", [{}, {"evaluate": True, "eval_windows": 1}])
+def test_no_predictions_are_made_that_nothing_asks_for(
+    root, rounded, text, options, monkeypatch
+) -> None:
+    asked = []
+    teacher = teaching.CachedTeacher
+
+    def counted(open_stream, tokens, *rest):
+        asked.append(len(tokens))
+        return teacher(open_stream, tokens, *rest)
+
+    monkeypatch.setattr(teaching, "CachedTeacher", counted)
+    given = {**options, "eval_text": text} if options else {}
+    output = root / f"nothing-asked-{len(options)}"
+    told = run(rounded, output, text, recipe=recipe(steps=2), **given)
+    assert asked == ([1] if options else [])
+    assert (told.evaluation is not None) == bool(options)
 
 
 def test_it_goes_before_the_end_to_end_stage(root, rounded, text) -> None:
