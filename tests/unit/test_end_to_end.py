@@ -1,6 +1,7 @@
 """The end-to-end stage on a model small enough to see what it does: one matrix of logits."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -138,6 +139,18 @@ def test_the_best_state_may_be_one_on_the_way() -> None:
     tokens = task(toy).held_out
     loss = divergence(toy.student(tokens), toy.teacher(tokens)) / tokens.numel()
     assert float(loss.detach()) == pytest.approx(min(kl.values()), rel=1e-5)
+
+
+def test_looks_are_spread_over_all_held_out_sequences() -> None:
+    """Which follow each other by their source."""
+    toy = Toy()
+    looked: list[list[int]] = []
+    toy.student = lambda tokens: looked.append(tokens[:, 0].tolist()) or toy.table[tokens]
+    held_out = torch.arange(40)[:, None].expand(40, 512) % VOCABULARY
+    changed = replace(task(toy), held_out=held_out)
+    with pytest.raises(RuntimeError, match="does not require grad"):  # after the first look
+        stage(together=9)(changed)
+    assert looked[0] == [row % VOCABULARY for row in (0, 10, 20, 30)]
 
 
 def test_a_last_look_that_is_not_finite_goes_back_and_on() -> None:

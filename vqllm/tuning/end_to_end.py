@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vqllm import rng
 from vqllm.errors import ModelError
-from vqllm.tuning.base import MODEL_TUNINGS, ModelTask, ModelTuning
+from vqllm.tuning.base import MODEL_TUNINGS, ModelTask, ModelTuning, looked_at
 from vqllm.tuning.divergence import divergence
 from vqllm.types import JSON
 
@@ -32,8 +32,6 @@ logger = logging.getLogger(__name__)
 Kind = Literal["rows", "columns", "vectors", "head", "codebooks"]
 
 LOOKS = 10
-LOOK_TOKENS = 2048
-"""Held-out tokens of a look: 4 % of the time of 240 steps of 512 tokens each."""
 WARM_UP = 0.05
 """Share of the way on which the rates rise from 0."""
 MAX_FAULTS = 3
@@ -201,9 +199,7 @@ class Run:
     def _look(self) -> None:
         """Measure on held-out sequences, remember the best state, and keep all of it."""
         with torch.no_grad():
-            held_out = self._task.held_out
-            num = max(1, LOOK_TOKENS // held_out.shape[1])
-            loss = self._mean_loss(held_out[:num])
+            loss = self._mean_loss(looked_at(self._task.held_out))
         recent = sum(self._losses) / len(self._losses) if self._losses else None
         if not math.isfinite(loss):
             self._go_back()

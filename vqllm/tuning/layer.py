@@ -20,14 +20,18 @@ from torch import Tensor, nn
 
 from vqllm.errors import ModelError
 from vqllm.metrics import output_error
-from vqllm.tuning.base import MODEL_TUNINGS, DecoderLayers, ModelTask, ModelTuning
+from vqllm.tuning.base import (
+    MODEL_TUNINGS,
+    DecoderLayers,
+    ModelTask,
+    ModelTuning,
+    looked_at,
+)
 from vqllm.tuning.descent import batch, descend
 from vqllm.types import JSON
 
 logger = logging.getLogger(__name__)
 
-LOOK_TOKENS = 2048
-"""Held-out tokens of a look."""
 CPU_TOKENS, TOKENS = 1024, 8192
 """Tokens that run together, on a CPU and elsewhere."""
 
@@ -81,8 +85,7 @@ class _Run:
         length = task.sequences.shape[1]
         most = CPU_TOKENS if task.device.type == "cpu" else TOKENS
         self._together = stage.together or max(1, most // length)
-        held_out = task.held_out[: max(1, LOOK_TOKENS // task.held_out.shape[1])]
-        self._parts = task.sequences, held_out
+        self._parts = task.sequences, looked_at(task.held_out)
         self._states: list[Tensor | None] = [None, None]
         """inputs of the quantized layer, for training and held-out sequences"""
         self._wanted: list[Tensor] = []
