@@ -205,7 +205,8 @@ def test_the_third_of_them_ends_it_at_the_best_state(stage) -> None:
 
 
 def looks_every_two_rounds(stage: type[CodeDescent]) -> CodeDescent:
-    return stage(steps=40, every=2, batch=4, rate=3e-3, train=("rows", "codebooks"))
+    train = ("rows", "codebooks")
+    return stage(steps=40, every=2, batch=4, rate=3e-3, weight_rate=0.2, train=train)
 
 
 def ended(stage: CodeDescent, keeper: Keeper | None = None, broken: set[int] | None = None):
