@@ -162,6 +162,24 @@ def test_every_kind_of_run_lowers_the_error_and_goes_on(
     assert same_files(root / name, root / f"{name}-stopped")
 
 
+@pytest.mark.parametrize("kind", ["weights", "rows", "vectors"])
+def test_each_kind_alone_moves_and_is_what_the_layer_runs_with(
+    root, source, text, kind, monkeypatch
+) -> None:
+    train, seen = layer_training.LayerTrainer.train, []
+
+    def looking(self, names, rounded) -> None:
+        train(self, names, rounded)
+        seen.extend(torch.equal(at.parameter, value) for at, value in self._values().items())
+
+    monkeypatch.setattr(layer_training.LayerTrainer, "train", looking)
+    run(source, root / f"only-{kind}", text, recipe=recipe({**LAYER, "train": [kind]}))
+    assert seen
+    assert all(seen)  # also while the Hessian of the next group is measured
+    told = [own["training"] for own in records(root / f"only-{kind}") if "training" in own]
+    assert sum(own["after"] for own in told) < 0.99 * sum(own["before"] for own in told)
+
+
 def test_a_training_that_is_not_finite_is_said_in_the_report(
     root, source, text, monkeypatch
 ) -> None:
