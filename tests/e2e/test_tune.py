@@ -402,13 +402,16 @@ def test_runs_with_and_without_tuning_keep_apart(
 
 
 LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes")
 
 
-def launch(num: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+def launch(
+    num: int, *arguments: object, launcher: tuple[str, ...] = LAUNCHER
+) -> subprocess.CompletedProcess[str]:
     root = Path(cli.__file__).parents[1]
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [*LAUNCHER, str(num), *map(str, arguments)],
+        [*launcher, str(num), *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
@@ -445,12 +448,13 @@ def test_two_processes_tune_as_one_does(finished, source, root, rounded, text) -
 
 
 def test_two_processes_follow_either_teacher_alike(root, rounded, text) -> None:
-    for teacher in ("cached", "live"):
+    """However they were started."""
+    for teacher, launcher in (("cached", LAUNCHER), ("live", ACCELERATE)):
         file = root / f"{teacher}.yaml"
         file.write_text(recipe(teacher, steps=4).to_yaml())
         options = ("--recipe", file, "--calibration", text, "--device", "cpu", "--no-eval")
-        output = root / f"two-{teacher}"
-        result = launch(2, "-m", "vqllm", "tune", rounded, "--output", output, *options)
+        command = ("-m", "vqllm", "tune", rounded, "--output", root / f"two-{teacher}")
+        result = launch(2, *command, *options, launcher=launcher)
         assert result.returncode == 0, result.stderr
     assert weights(root / "two-cached") == weights(root / "two-live") != {}
 
