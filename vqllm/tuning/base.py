@@ -31,7 +31,7 @@ class Keeper(Protocol):
         ...
 
     def keep(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:
-        """Keep this in place of what was kept before."""
+        """Keep this in place of what was kept before. The tensors may change afterwards."""
         ...
 
 

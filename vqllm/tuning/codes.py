@@ -94,7 +94,7 @@ class CodeRun(Run):
 
     def _copies(self) -> dict[str, Tensor]:
         codes = {
-            f"{CODES}.{name}": matrix.codes_at(everywhere(matrix)).clone()
+            f"{CODES}.{name}": matrix.codes_at(everywhere(matrix))
             for name, matrix in self._task.codes.items()
         }
         return super()._copies() | codes
@@ -107,20 +107,20 @@ class CodeRun(Run):
 
     def _state(self) -> tuple[JSON, dict[str, Tensor]]:
         told, tensors = super()._state()
-        return told, tensors | copies("real", self._real)
+        return told, tensors | named("real", self._real)
 
     def _load(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:
         super()._load(told, tensors)
         restore("real", self._real, tensors)
 
 
-def copies(prefix: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def named(prefix: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of each matrix as a state has them."""
-    return {f"{prefix}.{name}": X_NE.clone() for name, X_NE in own.items()}
+    return {f"{prefix}.{name}": X_NE for name, X_NE in own.items()}
 
 
 def restore(prefix: str, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Take what `copies` put into a state."""
+    """Take what `named` put into a state."""
     for name, X_NE in own.items():
         X_NE.copy_(tensors[f"{prefix}.{name}"])
 

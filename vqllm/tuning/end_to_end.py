@@ -342,6 +342,7 @@ class Run:
                 parameter.copy_(tensors[name])
 
     def _state(self) -> tuple[JSON, dict[str, Tensor]]:
+        """What a run goes on from. Its tensors are those at work, not copies of them all."""
         told = {
             "step": self._step,
             "faults": self._faults,
@@ -354,7 +355,7 @@ class Run:
         tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()}
         for name, parameter in self._parameters.items():
             for key, value in self._optimizer.state.get(parameter, {}).items():
-                tensors[f"adam.{key}.{name}"] = value.detach().clone()
+                tensors[f"adam.{key}.{name}"] = value.detach()
         return told, tensors
 
     def _load(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vqllm.tuning.base import MODEL_TUNINGS, ModelTask
-from vqllm.tuning.codes import CodeDescent, CodeRun, copies, everywhere, restore
+from vqllm.tuning.codes import CodeDescent, CodeRun, everywhere, named, restore
 from vqllm.types import JSON
 
 DECAY = 0.95
@@ -60,7 +60,7 @@ class _StraightThroughRun(CodeRun):
 
     def _state(self) -> tuple[JSON, dict[str, Tensor]]:
         told, tensors = super()._state()
-        return {**told, "moves": self._moves}, tensors | copies("squares", self._squares)
+        return {**told, "moves": self._moves}, tensors | named("squares", self._squares)
 
     def _load(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:
         super()._load(told, tensors)
