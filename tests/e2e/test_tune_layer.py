@@ -142,6 +142,17 @@ def test_options_lower_the_error(root, rounded, text, stage) -> None:
         assert own["after"] < 0.99 * own["before"]
 
 
+def test_time_ends_it_between_two_layers(finished, root, rounded, text, monkeypatch) -> None:
+    clock = iter(range(10**6))
+    monkeypatch.setattr(layer_stage.time, "monotonic", lambda: 100.0 * next(clock))
+    told = run(rounded, root / "timed", text, recipe=recipe(time="90s")).tuning[0]
+    assert told["layers"] == finished.tuning[0]["layers"][:1]
+    one, other, before = map(Checkpoint.open, (finished.output, root / "timed", rounded))
+    name = "model.layers.{}.input_layernorm.weight"
+    assert torch.equal(other.read(name.format(0)), one.read(name.format(0)))
+    assert torch.equal(other.read(name.format(1)), before.read(name.format(1)))
+
+
 @pytest.mark.parametrize("options", [{}, {"evaluate": True, "eval_windows": 1}])
 def test_no_predictions_are_made_that_nothing_asks_for(
     root, rounded, text, options, monkeypatch
@@ -191,6 +202,7 @@ def test_a_loss_that_is_not_finite_is_said_in_the_report(root, rounded, text, mo
         ({"train": ["head"]}, "train.0"),
         ({"train": []}, "train"),
         ({"steps": 0}, "steps"),
+        ({"time": "soon"}, "'soon' is no duration; write 90s, 20m or 1h30m"),
         ({"aim": "logits"}, "aim"),
         ({"head_rate": 0.1}, "head_rate: unknown key"),
     ],

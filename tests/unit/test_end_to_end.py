@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from vqllm.errors import ModelError, RecipeError
 from vqllm.recipe import available_tuning, load_tuning, tuning_from_dict
-from vqllm.tuning.base import ModelTask
+from vqllm.tuning.base import ModelTask, seconds_of
 from vqllm.tuning.divergence import divergence
-from vqllm.tuning.end_to_end import EndToEnd, seconds_of
+from vqllm.tuning.end_to_end import EndToEnd
 
 VOCABULARY = 11
 

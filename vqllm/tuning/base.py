@@ -1,12 +1,14 @@
 """The registries of tuning steps, and what a step on a whole model is given."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from vqllm.errors import ModelError
@@ -33,6 +35,25 @@ class Keeper(Protocol):
     def keep(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:
         """Keep this in place of what was kept before. The tensors may change afterwards."""
         ...
+
+
+def seconds_of(text: str) -> int | None:
+    """Seconds of a duration such as 1h30m; None for anything else."""
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if found is None or not any(found.groups()):
+        return None
+    hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return 3600 * hours + 60 * minutes + seconds or None
+
+
+def _checked_duration(text: str) -> str:
+    if seconds_of(text) is None:
+        raise ValueError(f"{text!r} is no duration; write 90s, 20m or 1h30m")
+    return text
+
+
+Duration = Annotated[str, AfterValidator(_checked_duration)]
+"""What `seconds_of` reads."""
 
 
 def looked_at(held_out_SL: Tensor) -> Tensor:

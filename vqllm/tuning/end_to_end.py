@@ -12,18 +12,24 @@ original as the objective).
 
 import logging
 import math
-import re
 import time
 from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from vqllm import rng
 from vqllm.errors import ModelError
-from vqllm.tuning.base import MODEL_TUNINGS, ModelTask, ModelTuning, looked_at
+from vqllm.tuning.base import (
+    MODEL_TUNINGS,
+    Duration,
+    ModelTask,
+    ModelTuning,
+    looked_at,
+    seconds_of,
+)
 from vqllm.tuning.divergence import divergence
 from vqllm.types import JSON
 
@@ -37,7 +43,6 @@ WARM_UP = 0.05
 MAX_FAULTS = 3
 LOGIT_BYTES = 1 << 28
 """Of the logits of sequences that run together, counted in float32."""
-DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 
 class Descent(ModelTuning):
@@ -51,7 +56,7 @@ class Descent(ModelTuning):
         "not quantized; codebooks: codebooks, tables and scales of groups, as the codec has them",
     )
     steps: int = Field(240, ge=1, description="steps of the optimizer")
-    time: str | None = Field(
+    time: Duration | None = Field(
         None, description="stop after so long (90s, 20m, 1h30m) at the best state so far"
     )
     batch: int = Field(
@@ -81,13 +86,6 @@ class Descent(ModelTuning):
         "less memory, more time",
     )
 
-    @field_validator("time")
-    @classmethod
-    def _is_a_duration(cls, text: str | None) -> str | None:
-        if text is not None and seconds_of(text) is None:
-            raise ValueError(f"{text!r} is no duration; write 90s, 20m or 1h30m")
-        return text
-
     @property
     def kinds(self) -> frozenset[str]:
         return frozenset(self.train)
@@ -110,15 +108,6 @@ class EndToEnd(Descent):
     predictions."""
 
     type: Literal["end_to_end"] = "end_to_end"
-
-
-def seconds_of(text: str) -> int | None:
-    """Seconds of a duration such as 1h30m; None for anything else."""
-    found = DURATION.fullmatch(text)
-    if found is None or not any(found.groups()):
-        return None
-    hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return 3600 * hours + 60 * minutes + seconds or None
 
 
 class Run:

@@ -11,6 +11,7 @@ the original block's output).
 """
 
 import logging
+import time
 from collections.abc import Iterator
 from typing import Literal
 
@@ -23,9 +24,11 @@ from vqllm.metrics import output_error
 from vqllm.tuning.base import (
     MODEL_TUNINGS,
     DecoderLayers,
+    Duration,
     ModelTask,
     ModelTuning,
     looked_at,
+    seconds_of,
 )
 from vqllm.tuning.descent import batch, descend
 from vqllm.types import JSON
@@ -53,6 +56,9 @@ class Layer(ModelTuning):
         "(original), or for the input that it has in the quantized one (own)",
     )
     steps: int = Field(48, ge=1, description="steps of Adam for each layer")
+    time: Duration | None = Field(
+        None, description="train no further layer after so long (90s, 20m, 1h30m)"
+    )
     batch: int = Field(4, ge=1, description="sequences a step")
     rate: float = Field(
         3e-3, gt=0, le=1, description="step size of Adam, relative to what is trained"
@@ -90,6 +96,7 @@ class _Run:
         """inputs of the quantized layer, for training and held-out sequences"""
         self._wanted: list[Tensor] = []
         self._layers: list[JSON] = []
+        self._before, self._start = 0.0, time.monotonic()
 
     def run(self) -> JSON:
         names = self._student.names
@@ -103,6 +110,8 @@ class _Run:
             num_done = self._load(*kept)
         theirs: list[Tensor | None] = [None, None]
         for index, name in enumerate(names):
+            if index >= num_done and self._is_over():
+                break
             inputs = theirs if self._stage.aim == "original" else self._states
             with self._teacher.ready(index):
                 self._wanted = self._outputs(self._teacher, index, inputs)
@@ -114,6 +123,17 @@ class _Run:
             self._states = list(self._outputs(self._student, index, self._states))
             self._task.share((index + 1) / len(names))
         return {"layers": self._layers, "faults": sum(told["faults"] for told in self._layers)}
+
+    def _elapsed(self) -> float:
+        return self._before + time.monotonic() - self._start
+
+    def _is_over(self) -> bool:
+        """Whether time is up, as the first process has it, and at least one layer is trained."""
+        if self._stage.time is None or not self._layers:
+            return False
+        is_over = self._elapsed() >= (seconds_of(self._stage.time) or 1)
+        own = torch.tensor(float(is_over and self._task.processes.is_first))
+        return bool(self._task.processes.sum(own.to(self._task.device)))
 
     def _parameters(self, layer: str) -> dict[str, nn.Parameter]:
         return {
@@ -192,10 +212,11 @@ class _Run:
             for layer in self._student.names[:num_done]
             for name, parameter in self._parameters(layer).items()
         }
-        self._task.keeper.keep({"num_done": num_done, "layers": self._layers}, tensors)
+        told = {"num_done": num_done, "layers": self._layers, "elapsed": self._elapsed()}
+        self._task.keeper.keep(told, tensors)
 
     def _load(self, told: JSON, tensors: dict[str, Tensor]) -> int:
-        self._layers = list(told["layers"])
+        self._layers, self._before = list(told["layers"]), told["elapsed"]
         with torch.no_grad():
             for layer in self._student.names:
                 for name, parameter in self._parameters(layer).items():
