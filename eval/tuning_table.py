@@ -112,9 +112,9 @@ def once(folder: Path, run: Callable[[], Summary | None]) -> JSON:
 
 
 def table(results: JSON) -> str:
-    """Markdown with two lines for each row."""
+    """Markdown with two lines for each row; minutes are those of a clock."""
     lines = [
-        "| | bits of linears | file | ratio | KL | top-1 | minutes of one core |",
+        "| | bits of linears | file | ratio | KL | top-1 | minutes |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in sorted(results.items()):
