@@ -78,7 +78,26 @@ class CodedWeights(nn.Module):
         return W_RC
 
     def _decoded(self) -> Tensor:
-        return self._own_basis(self._matrix(self.tiles())).to(self._dtype)
+        return self.weights_of(self.state()).to(self._dtype)
+
+    def weights_of(self, state: State) -> Tensor:
+        """Ŵ [R, C] in the model's own basis with this state of the codec, float32."""
+        X_IJE = self.codec.decode(self.get_buffer("codes"), state)
+        return self._own_basis(self._matrix(X_IJE))
+
+    @property
+    def codes_IJM(self) -> Tensor:
+        """The codes, as the codec has them."""
+        return self.get_buffer("codes")
+
+    def take(self, state: State) -> None:
+        """Let what is learned be as in this state."""
+        with torch.no_grad():
+            for name, own in self.learned.items():
+                own.delta.copy_(
+                    (state[name].float() - own.get_buffer("old")) / own.get_buffer("unit")
+                )
+        self.version += 1
 
     def tiles(self) -> Tensor:
         """The decoded tiles [I, J, E] in the codec's basis, float32."""

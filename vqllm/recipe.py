@@ -315,6 +315,9 @@ class Stages(Settings):
             raise ValueError(
                 f"shard: splits weights that stay as they are, and {', '.join(sorted(moving))} move"
             )
+        readers = [stage.type for stage in self.stages if stage.reads_weights]
+        if self.shard and readers:
+            raise ValueError(f"shard: splits weights, which {', '.join(readers)} reads whole")
         return self
 
 

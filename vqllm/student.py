@@ -9,7 +9,7 @@ move, Ŵ is decoded once and for all.
 What is trained is always δ, which starts at 0, so that one step size means the same everywhere.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from vqllm.calibration.stream import layer_names
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.coded import CodedWeights, codecs_of
 from vqllm.errors import NumericalError
+from vqllm.fitting import fit
 from vqllm.moved import Moved
 from vqllm.processes import Processes
 from vqllm.runtime import PackedModule, VQLinear
@@ -70,6 +71,18 @@ class ScaledLinear(nn.Module):
             y = torch.addcmul(y, y, self.rows.to(y.dtype))
         return y if self.bias is None else y + self.bias.value().to(y.dtype)
 
+    def decoded(self) -> Tensor:
+        """Ŵ, float32 [R, C]."""
+        return (
+            self.weight.float() if self.coded is None else self.coded.weights_of(self.coded.state())
+        )
+
+    def fit(
+        self, W_RC: Tensor, H_CC: Tensor, kinds: Collection[str], steps: int
+    ) -> tuple[float, float]:
+        """Codebooks and scales of these kinds by least squares: `vqllm.fitting.fit`."""
+        return fit(self, W_RC, H_CC, kinds, steps)
+
     def _weight(self) -> Tensor:
         W_RC, coded = self.weight, self.coded
         if coded is None:
@@ -99,6 +112,7 @@ class Student:
     Attributes:
         model: gives logits; nothing in it needs a gradient but what was asked for.
         parameters: float32, by kind ("rows", "columns", "vectors", "head", "codebooks") and name.
+        linears: the quantized linears of the layers by name.
         codes: of the quantized linears of the layers by name, if codes or codebooks move.
         not_stored: names of parameters that the checkpoint does not have, which are left alone.
     """
@@ -137,7 +151,7 @@ class Student:
             model.set_submodule(name, linears[name])
             if shared_by is not None:
                 linears[name].split(shared_by)
-        self._linears = linears
+        self.linears = linears
         self.codes = {n: linear.coded for n, linear in linears.items() if linear.coded is not None}
         self._moved = {
             "vectors": {f"{n}.bias": lin.bias for n, lin in linears.items() if lin.bias is not None}
@@ -164,7 +178,7 @@ class Student:
     def _move(self, kinds: set[str]) -> None:
         """Let vectors, and the matrices of head and embedding, move."""
         ends = {self.model.get_input_embeddings(), self.model.get_output_embeddings()}
-        ours = {module for linear in self._linears.values() for module in linear.modules()}
+        ours = {module for linear in self.linears.values() for module in linear.modules()}
         tied: dict[int, Moved] = {}
         for prefix, module in list(self.model.named_modules()):
             if module in ours or isinstance(module, PackedModule):
@@ -211,7 +225,7 @@ class Student:
             NumericalError: a value is beyond what its stored dtype holds.
         """
         changes = Changes()
-        for name, linear in self._linears.items():
+        for name, linear in self.linears.items():
             spec, tensors = self._checkpoint.linears[name], self._checkpoint.packed(name)
             if linear.coded is not None:
                 tensors |= linear.coded.packed()

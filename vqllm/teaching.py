@@ -374,6 +374,7 @@ class _Tuning:
                 teacher=lambda tokens: teacher(input_ids=tokens, use_cache=False).logits,
                 parameters=student.parameters,
                 codes=student.codes,
+                linears=student.linears,
                 sequences=sequences["calibration"],
                 held_out=sequences["held_out"],
                 seed=self._job.recipe.seed,

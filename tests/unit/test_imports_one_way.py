@@ -23,6 +23,7 @@ LEVELS: list[set[str]] = [
     },
     {"gguf_model", "integrations", "moved", "progress_bar", "recipe"},
     {"codec_bench", "coded", "demo", "job", "rows", "speed", "survey", "target", "teacher"},
+    {"fitting"},
     {"student"},
     {"group"},
     {"expected_loss", "layer_training", "outside"},

@@ -130,6 +130,14 @@ def _tuned(stages: Sequence[JSON]) -> list[str]:
     """The course of every stage of a tuning."""
     lines = []
     for told in stages:
+        if "linears" in told:
+            rows = [
+                (own["name"], f"{own['before']:.4g}", f"{own['after']:.4g}")
+                for own in told["linears"]
+            ]
+            title = f"Tuning: {told['stage']}, proxy loss"
+            lines += _section(title, ("linear", "before", "after"), rows)
+            continue
         if "layers" in told:
             rows = [(str(own["layer"]), *_training_cells(own)) for own in told["layers"]]
             title = f"Tuning: {told['stage']}, held-out error of each layer's output"

@@ -58,6 +58,10 @@ class Summary:
             for label, value in self.bits_per_weight.items()
         ]
         for told in self.tuning:
+            if "linears" in told:
+                before, after = (_mean(told["linears"], key) for key in ("before", "after"))
+                rows.append((f"{told['stage']}, mean proxy loss", f"{before:.4g} → {after:.4g}"))
+                continue
             if "layers" in told:
                 before, after = (_mean(told["layers"], key) for key in ("before", "after"))
                 shown = f"mean error of a layer's output {before:.4g} → {after:.4g}"
@@ -109,8 +113,8 @@ def worst(records: Sequence[JSON], num: int = NUM_WORST) -> list[JSON]:
     return sorted(records, key=lambda record: -record["proxy_loss"])[:num]
 
 
-def _mean(layers: Sequence[JSON], key: str) -> float:
-    return sum(told[key] for told in layers) / len(layers)
+def _mean(records: Sequence[JSON], key: str) -> float:
+    return sum(told[key] for told in records) / len(records)
 
 
 def _mb(num_bytes: int) -> str:

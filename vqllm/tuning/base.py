@@ -2,10 +2,10 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from pydantic import AfterValidator
@@ -116,6 +116,23 @@ class CodedMatrix(Protocol):
         ...
 
 
+class FittedLinear(Protocol):
+    """A quantized linear whose codebooks and scales a stage may fit to given weights."""
+
+    in_features: int
+
+    def fit(
+        self, W_RC: Tensor, H_CC: Tensor, kinds: Collection[str], steps: int
+    ) -> tuple[float, float]:
+        """Move parameters of these kinds to where tr((W − Ŵ) H (W − Ŵ)ᵀ) is least; that loss before
+        and after, relative to tr(W H Wᵀ)."""
+        ...
+
+    def register_forward_pre_hook(self, hook: Callable[..., Any]) -> Any:
+        """As of a module."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelTask:
     """A quantized model, the original, and the text on which the one is made to follow the other.
@@ -136,6 +153,8 @@ class ModelTask:
     share: Callable[[float], None]
     """is told how much of the stage is done, from 0 to 1"""
     codes: Mapping[str, CodedMatrix] = field(default_factory=dict)
+    linears: Mapping[str, FittedLinear] = field(default_factory=dict)
+    """the quantized linears of the layers by name"""
     processes: Processes = field(default_factory=Processes)
     """which share the work; each has the whole of everything above"""
     in_step: bool = False
@@ -178,6 +197,11 @@ class ModelTuning(Part, ABC):
     @property
     def by_layers(self) -> bool:
         """Whether it compares the outputs of layers and asks for no predictions."""
+        return False
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether it reads the decoded weights themselves, of which no process may hold a part."""
         return False
 
     @abstractmethod

@@ -1,0 +1,133 @@
+"""Codes fixed, codebooks and scales of every linear by least squares, layer by layer.
+
+    quantized   states ─► layer, H = E[x xᵀ] of every linear ─► fit to the original's weights
+                       ─► layer ─► states ─► next layer
+
+H is measured on what reaches a linear in the quantized model, whose layers before it are fitted
+already. What the step for one linear is: `vqllm.fitting`.
+"""
+
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from vqllm.tuning.base import MODEL_TUNINGS, Duration, FittedLinear, ModelTask, ModelTuning
+from vqllm.tuning.by_layers import LayerRun
+from vqllm.types import JSON
+
+logger = logging.getLogger(__name__)
+
+
+@MODEL_TUNINGS.register("codebook")
+class Refit(ModelTuning):
+    """Codebooks and scales of least tr((W − Ŵ) H (W − Ŵ)ᵀ) for the codes."""
+
+    type: Literal["codebook"] = "codebook"
+    train: tuple[Literal["codebooks", "columns", "rows"], ...] = Field(
+        ("codebooks", "rows"),
+        min_length=1,
+        description="codebooks: codebooks, tables and scales of groups, as the codec has them; "
+        "columns: a scale for every input of every quantized linear; rows: one for every output",
+    )
+    steps: int = Field(20, ge=1, description="conjugate-gradient steps on codebooks")
+    damping: float = Field(
+        0.01, gt=0, le=10, description="added to the diagonal of H, relative to its mean"
+    )
+    time: Duration | None = Field(
+        None, description="fit no further layer after so long (90s, 20m, 1h30m)"
+    )
+    together: int | None = Field(
+        None,
+        ge=1,
+        description="sequences that run at a time; by default 1024 tokens, 8192 on a GPU",
+    )
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        return frozenset(self.train)
+
+    @property
+    def by_layers(self) -> bool:
+        return True
+
+    @property
+    def reads_weights(self) -> bool:
+        return True
+
+    def __call__(self, task: ModelTask) -> JSON:
+        with _still(task.parameters.get("codebooks", {}).values()):
+            told = _Run(self, task).run()
+        linears = [own for layer in told["layers"] for own in layer["linears"]]
+        return {"linears": linears}
+
+
+@contextmanager
+def _still(parameters: Collection[nn.Parameter]) -> Iterator[None]:
+    """Within, these do not ask for gradients, so that weights are decoded once after each change
+    and not in every call."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+class _Run(LayerRun):
+    def _look(self, index: int, theirs: object) -> None:
+        assert isinstance(theirs, nn.Module)
+        prefix = f"{self._student.names[index]}."
+        self._weights = {
+            name: theirs.get_parameter(f"{name.removeprefix(prefix)}.weight").detach().float()
+            for name in self._linears(index)
+        }
+
+    def _linears(self, index: int) -> Mapping[str, FittedLinear]:
+        prefix = f"{self._student.names[index]}."
+        return {n: own for n, own in self._task.linears.items() if n.startswith(prefix)}
+
+    def _train(self, index: int, parameters: dict[str, nn.Parameter]) -> None:
+        stage, told = self._stage, []
+        for name, H_CC in self._hessians(index).items():
+            H_CC.diagonal().add_(stage.damping * H_CC.diagonal().mean())
+            linear = self._task.linears[name]
+            before, after = linear.fit(self._weights[name], H_CC, stage.train, stage.steps)
+            told.append({"name": name, "before": before, "after": after})
+        self._layers.append({"layer": index, "faults": 0, "linears": told})
+        if told and self._task.processes.is_first:
+            before, after = (sum(t[key] for t in told) / len(told) for key in ("before", "after"))
+            line = "%s: mean proxy loss %.4g, fitted %.4g"
+            logger.info(line, self._student.names[index], before, after)
+
+    def _hessians(self, index: int) -> dict[str, Tensor]:
+        """The sum of x xᵀ of every linear that tokens reach, float32 [C, C], over all processes."""
+        linears = self._linears(index)
+        sums = {
+            name: torch.zeros(own.in_features, own.in_features, device=self._task.device)
+            for name, own in linears.items()
+        }
+
+        def add(name: str, x: Tensor) -> None:
+            x_NC = x.reshape(-1, x.shape[-1]).float()
+            sums[name].addmm_(x_NC.T, x_NC)
+
+        with ExitStack() as stack:
+            for name, linear in linears.items():
+
+                def hook(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                    add(name, args[0])
+
+                stack.callback(linear.register_forward_pre_hook(hook).remove)
+            mine = self._task.processes.own(torch.arange(len(self._parts[0])))
+            states = self._states[0]
+            for rows in mine.split(self._together):
+                given = None if states is None else states[rows].to(self._task.device)
+                self._run(self._student, index, self._parts[0][rows], given, grad=False)
+        summed = {name: self._task.processes.sum(H_CC) for name, H_CC in sums.items()}
+        return {name: H_CC for name, H_CC in summed.items() if bool(H_CC.any())}
