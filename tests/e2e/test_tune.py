@@ -249,12 +249,32 @@ def test_what_a_codec_does_not_have_is_refused_before_the_original_runs(root, ro
     assert not list(output.rglob("teacher*"))
 
 
-def test_a_teacher_that_does_not_fit(root, rounded, text) -> None:
-    other = save_tiny(root / "wide", "qwen2", intermediate_size=96)
-    with pytest.raises(ModelError, match=r"the teacher does not fit: .* has \d+ x \d+ there"):
-        run(rounded, root / "wrong-1", text, teacher=other)
-    with pytest.raises(ModelError, match="the teacher has no such module"):
-        run(rounded, root / "wrong-2", text, teacher=save_tiny(root / "opt", "opt"))
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ({"arch": "opt"}, "the teacher has no such tensor"),
+        ({"intermediate_size": 96}, r"of \S+mlp\.gate_proj\.weight .* the teacher has 96 x 64"),
+        ({"num_hidden_layers": 3}, r"of \S+layers\.2\.\S+ .* has no such tensor, and .* has 64"),
+        ({"vocab_size": 400}, r"of \S+embed_tokens\.weight .* has 384 x 64, .* has 400 x 64"),
+    ],
+)
+def test_a_teacher_that_does_not_fit(root, rounded, text, tmp_path, config, what) -> None:
+    other = save_tiny(tmp_path / "other", **{"arch": "qwen2", **config})
+    with pytest.raises(ModelError, match=f"the teacher does not fit: .*{what}"):
+        run(rounded, tmp_path / "out", text, teacher=other)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantized_teacher_is_refused(rounded, text, tmp_path) -> None:
+    with pytest.raises(ModelError, match="is a quantized checkpoint itself"):
+        run(rounded, tmp_path / "out", text, teacher=rounded)
+
+
+def test_the_checkpoint_itself_is_no_output(rounded, text) -> None:
+    before = files(rounded)
+    with pytest.raises(CheckpointError, match="is the checkpoint that is to be tuned"):
+        run(rounded, rounded.parent / ".." / rounded.parent.name / rounded.name, text)
+    assert files(rounded) == before
 
 
 def test_a_teacher_with_another_vocabulary(root, source, rounded, text) -> None:
