@@ -15,7 +15,13 @@ from tests.tiny import TEXT, save_tiny
 from vqllm import api, cli
 from vqllm.checkpoint import tuned
 from vqllm.checkpoint.reader import Checkpoint
-from vqllm.errors import CalibrationError, CheckpointError, ModelError, RecipeError
+from vqllm.errors import (
+    CalibrationError,
+    CheckpointError,
+    EvaluationError,
+    ModelError,
+    RecipeError,
+)
 from vqllm.recipe import Recipe, TuningRecipe, from_dict, tuning_from_dict
 
 QUANTIZE = from_dict(
@@ -320,6 +326,13 @@ def test_a_text_that_is_not_there_leaves_no_folder(root, rounded) -> None:
     with pytest.raises(CalibrationError, match="nowhere"):
         run(rounded, root / "wrong-5", root / "nowhere.txt")
     assert not (root / "wrong-5").exists()
+
+
+def test_a_number_of_windows_needs_a_text(source, rounded, text, tmp_path) -> None:
+    with pytest.raises(EvaluationError, match=r"pass --eval-text FILE as well"):
+        run(rounded, tmp_path / "out", text, eval_windows=3)
+    with pytest.raises(EvaluationError, match=r"pass --eval-text FILE as well"):
+        api.quantize(source, tmp_path / "out", recipe=QUANTIZE, calibration=text, eval_windows=3)
 
 
 def test_out_of_memory_says_what_to_lower(root, source, rounded, text, monkeypatch) -> None:
