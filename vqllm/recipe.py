@@ -660,8 +660,14 @@ def _explain(error: ValidationError) -> str:
 def _lines(error: ValidationError) -> list[str]:
     """For each mistake its place, what is allowed there, and what came."""
     lines = []
+    places = [item["loc"] for item in error.errors()]
     for item in error.errors():
-        place = ".".join(map(str, item["loc"]))
+        own = item["loc"]
+        if item["type"] == "too_short" and any(
+            place[: len(own)] == own and place != own for place in places
+        ):
+            continue  # items that are wrong are not counted, and have lines of their own
+        place = ".".join(map(str, own))
         place += ": " if place else ""
         if item["type"] == "extra_forbidden":
             lines.append(f"{place}unknown key")
