@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vqllm import evaluation, memory, quantization
 from vqllm.calibration.stream import Layers, LayerStream
-from vqllm.calibration.tokens import SELF
+from vqllm.calibration.tokens import SELF, check_length
 from vqllm.checkpoint import atomic
 from vqllm.checkpoint.inspect import bits_per_weight
 from vqllm.checkpoint.journal import ROUNDED, WORK, check_free, differences, is_unfinished
@@ -23,7 +23,7 @@ from vqllm.checkpoint.reader import Checkpoint, is_checkpoint
 from vqllm.checkpoint.tuned import TunedRun
 from vqllm.errors import CheckpointError, ModelError, RecipeError
 from vqllm.job import Job
-from vqllm.loading import load_tokenizer, skeleton
+from vqllm.loading import load_config, load_tokenizer, runs_beyond, skeleton
 from vqllm.models import ResolvedModel
 from vqllm.pipeline import open_run, sequences_of
 from vqllm.processes import Processes
@@ -223,6 +223,7 @@ def _is_rounded(job: Job) -> bool:
     """Whether that part is finished. Errors as of `quantize_and_tune`."""
     assert job.recipe.tune is not None, "there is a part that follows"
     _check_shard(job.recipe.tune, Processes(), "tune.")
+    _check_length(job)
     check_free(job.output)
     rounding = _rounding(job)
     if is_unfinished(rounding.output) or not is_checkpoint(rounding.output):
@@ -242,6 +243,14 @@ def _is_rounded(job: Job) -> bool:
             "folder or choose another one."
         )
     return True
+
+
+def _check_length(job: Job) -> None:
+    """Refuse, before the linears are rounded, sequences that the model cannot be tuned on."""
+    assert job.recipe.tune is not None, "there is a part that follows"
+    config = load_config(job.source, trust_remote_code=job.trust_remote_code)
+    if not runs_beyond(config):  # otherwise there is a warning when they are read
+        check_length(config, job.recipe.tune.calibration.length, "tune.calibration.length")
 
 
 class _Tuning:

@@ -411,6 +411,40 @@ def test_such_a_recipe_goes_on_where_it_was(root, source, text, monkeypatch) -> 
         api.quantize(source, root / "halfway", recipe=whole(steps=3), **given)
 
 
+def test_a_mistake_in_what_follows_leaves_what_is_rounded(root, source, text, monkeypatch) -> None:
+    given = {"calibration": text, "device": "cpu", "evaluate": False}
+    output, short = root / "too-many", whole(steps=3)
+    calibration = short.tune.calibration.model_copy(update={"sequences": 10**5})
+    many = short.model_copy(
+        update={"tune": short.tune.model_copy(update={"calibration": calibration})}
+    )
+    with pytest.raises(CalibrationError, match="too little text"):
+        api.quantize(source, output, recipe=many, **given)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vqllm.quantization.run_pipeline", killed)  # it is not quantized again
+    monkeypatch.setattr(tuned.TunedRun, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        api.quantize(source, output, recipe=short, **given)
+    with pytest.raises(CheckpointError, match=r"vqllm tune \S+rounded --output OTHER tunes them"):
+        api.quantize(source, output, recipe=whole(steps=4), **given)
+    monkeypatch.undo()
+    run(output / ".vqllm" / "rounded", root / "otherwise", text, recipe=recipe(steps=4))
+
+
+def test_sequences_that_are_too_long_are_refused_before_rounding(root, text, tmp_path) -> None:
+    model = save_tiny(tmp_path / "model", "opt", max_position_embeddings=40)
+    changed = whole().to_dict()
+    changed["tune"]["calibration"]["length"] = 64
+    given = {"calibration": text, "eval_text": text, "device": "cpu"}
+    for make in (api.quantize, api.compare):
+        with pytest.raises(CalibrationError, match=r"choose a smaller tune\.calibration\.length"):
+            make(model, tmp_path / "out", recipe=from_dict(changed, "whole"), **given)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize("tunes_first", [True, False])
 def test_runs_with_and_without_tuning_keep_apart(
     root, source, text, tunes_first, monkeypatch
