@@ -428,6 +428,18 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _one_source(self) -> "Recipe":
+        if self.tune is None:
+            return self
+        own, source = self.tune.calibration.source, self.calibration.source
+        if own not in (source, Calibration().source):
+            raise ValueError(
+                f"tune.calibration.source: {', '.join(own)} is another text than that of "
+                "calibration.source, which the stages take: leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _training_fits(self) -> "Recipe":
         if self.layer is None:
             return self
