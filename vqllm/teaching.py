@@ -18,7 +18,14 @@ from vqllm.calibration.stream import Layers, LayerStream
 from vqllm.calibration.tokens import SELF, check_length
 from vqllm.checkpoint import atomic
 from vqllm.checkpoint.inspect import bits_per_weight
-from vqllm.checkpoint.journal import ROUNDED, WORK, check_free, differences, is_unfinished
+from vqllm.checkpoint.journal import (
+    ROUNDED,
+    WORK,
+    check_free,
+    differences,
+    fingerprint,
+    is_unfinished,
+)
 from vqllm.checkpoint.reader import Checkpoint, is_checkpoint
 from vqllm.checkpoint.tuned import TunedRun
 from vqllm.errors import CheckpointError, ModelError, RecipeError
@@ -133,6 +140,7 @@ def _open_run(job: TuningJob, processes: Processes) -> TunedRun:
         )
     settings = {
         "teacher": job.teacher.name,
+        "teacher_files": fingerprint(job.teacher.path),
         "device": job.device.type,
         "processes": processes.size,
     }

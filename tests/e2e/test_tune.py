@@ -230,6 +230,21 @@ def test_a_run_with_other_settings_is_refused(root, rounded, text, monkeypatch) 
         run(rounded, output, text, recipe=recipe(steps=3))
 
 
+def test_a_run_does_not_go_on_with_another_teacher(root, source, rounded, text, monkeypatch):
+    teacher, output = shutil.copytree(source, root / "changing"), root / "of-another"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuned.TunedRun, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(rounded, output, text, recipe=recipe(steps=2), teacher=teacher)
+    monkeypatch.undo()
+    save_tiny(teacher, "qwen2", seed=1)
+    with pytest.raises(CheckpointError, match=r"settings\.teacher_files\.model\.safetensors"):
+        run(rounded, output, text, recipe=recipe(steps=2), teacher=teacher)
+
+
 def test_a_tuned_checkpoint_is_tuned_again(finished, root, text) -> None:
     again = run(finished.output, root / "twice", text, recipe=recipe(steps=4), evaluate=False)
     extra = Checkpoint.open(again.output).quantization.extra
