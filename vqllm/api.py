@@ -77,6 +77,7 @@ def quantize(
     """
     calibration = _names(calibration)
     command = command or _call(quantize, locals())
+    _check_windows(eval_text, eval_windows)
     chosen = _recipe(recipe, bits, preset, calibration, seed, changes)
     resolved = models.resolve(model, trust_remote_code=trust_remote_code)
     job = _job(resolved, chosen, output, device, compute_dtype, trust_remote_code)
@@ -135,6 +136,7 @@ def tune(
     """
     calibration = _names(calibration)
     command = command or _call(tune, locals())
+    _check_windows(eval_text, eval_windows)
     opened = Checkpoint.open(checkpoint)
     chosen = _tuning_recipe(recipe, calibration, seed, time, changes)
     job = teaching.TuningJob(
@@ -240,6 +242,7 @@ def compare(
     def build(origin: Origin, changed: tuple[str, ...]) -> Recipe:
         return _recipe(origin, None, None, calibration, seed, changed)
 
+    _check_windows(eval_text, eval_windows)
     members, repeated = expand(recipe, grid or {}, changes, build)
     resolved = models.resolve(model, trust_remote_code=trust_remote_code)
     jobs, commands = {}, {}
@@ -252,8 +255,6 @@ def compare(
     windows = None
     if eval_text is not None:
         windows = windows_of(resolved.path, eval_text, eval_windows, trust_remote_code)
-    elif eval_windows is not None:
-        raise EvaluationError("a number of windows is of a text: pass --eval-text FILE as well.")
     plan = Plan(
         model=resolved,
         output=Path(output),
@@ -265,6 +266,11 @@ def compare(
         keep_checkpoints=keep_checkpoints,
     )
     return run_comparison(plan, progress or LogProgress())
+
+
+def _check_windows(text: str | Path | None, number: int | None) -> None:
+    if text is None and number is not None:
+        raise EvaluationError("a number of windows is of a text: pass --eval-text FILE as well.")
 
 
 def _call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:

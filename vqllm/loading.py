@@ -64,11 +64,17 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
-def skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model that `folder` configures, on the meta device; its weights are not looked at."""
+def skeleton(folder: Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+    """The model that `folder` configures, on the meta device; its weights are not looked at.
+
+    Args:
+        options: more arguments for `AutoModelForCausalLM.from_config`.
+    """
     config = load_config(folder, trust_remote_code=trust_remote_code)
     with explained(folder), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code, **options
+        )
 
 
 def check_tensors(

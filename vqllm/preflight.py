@@ -39,8 +39,8 @@ def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool
 
     Raises:
         ModelError: it is quantized already, a file is damaged, tensors are missing, the tokenizer
-            cannot be loaded, there is nothing to quantize, or the embedding or head cannot be
-            stored as the recipe wants.
+            cannot be loaded, there is nothing to quantize, linears are stored under other names, or
+            the embedding or head cannot be stored as the recipe wants.
         RecipeError: the codes of no codec fit its budget of bits.
     """
     read_dense_config(source)
@@ -59,9 +59,24 @@ def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool
             f"{name} has nothing to quantize: {kinds}. Quantized are the torch.nn.Linear "
             "modules of the decoder layers that no `skip` pattern of the recipe leaves out."
         )
+    _check_names(source, model, shapes)
     _check_budget(name, shapes, recipe)
     check_states(model, names)
     _check_outside(source, model, recipe)
+
+
+def _check_names(source: Path, model: PreTrainedModel, shapes: Mapping[str, Shape]) -> None:
+    """Refuse linears that are stored under other names, which transformers renames when it loads:
+    what is written has the names of the files."""
+    tensors = SourceTensors(source, model)
+    renamed = [name for name in shapes if f"{name}.weight" not in tensors]
+    if renamed:
+        raise ModelError(
+            f"{source} stores no tensor {renamed[0]}.weight, and so with {len(renamed)} of "
+            f"{len(shapes)} linears: its names differ from the model's. Leave them as they are by "
+            "patterns for their names, --set skip=[PATTERN], or write the model with the names "
+            "that it has in memory."
+        )
 
 
 def _check_budget(model: str, shapes: Mapping[str, Shape], recipe: Recipe) -> None:

@@ -431,6 +431,18 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _one_source(self) -> "Recipe":
+        if self.tune is None:
+            return self
+        own, source = self.tune.calibration.source, self.calibration.source
+        if own not in (source, Calibration().source):
+            raise ValueError(
+                f"tune.calibration.source: {', '.join(own)} is another text than that of "
+                "calibration.source, which the stages take: leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _training_fits(self) -> "Recipe":
         if self.layer is None:
             return self
@@ -663,8 +675,14 @@ def _explain(error: ValidationError) -> str:
 def _lines(error: ValidationError) -> list[str]:
     """For each mistake its place, what is allowed there, and what came."""
     lines = []
+    places = [item["loc"] for item in error.errors()]
     for item in error.errors():
-        place = ".".join(map(str, item["loc"]))
+        own = item["loc"]
+        if item["type"] == "too_short" and any(
+            place[: len(own)] == own and place != own for place in places
+        ):
+            continue  # items that are wrong are not counted, and have lines of their own
+        place = ".".join(map(str, own))
         place += ": " if place else ""
         if item["type"] == "extra_forbidden":
             lines.append(f"{place}unknown key")

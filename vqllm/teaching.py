@@ -15,15 +15,22 @@ from torch import Tensor, nn
 
 from vqllm import evaluation, memory, quantization
 from vqllm.calibration.stream import Layers, LayerStream
-from vqllm.calibration.tokens import SELF
+from vqllm.calibration.tokens import SELF, check_length
 from vqllm.checkpoint import atomic
 from vqllm.checkpoint.inspect import bits_per_weight
-from vqllm.checkpoint.journal import ROUNDED, WORK, check_free, differences, is_unfinished
+from vqllm.checkpoint.journal import (
+    ROUNDED,
+    WORK,
+    check_free,
+    differences,
+    fingerprint,
+    is_unfinished,
+)
 from vqllm.checkpoint.reader import Checkpoint, is_checkpoint
 from vqllm.checkpoint.tuned import TunedRun
 from vqllm.errors import CheckpointError, ModelError, RecipeError
 from vqllm.job import Job
-from vqllm.loading import load_tokenizer, skeleton
+from vqllm.loading import load_config, load_tokenizer, runs_beyond, skeleton
 from vqllm.models import ResolvedModel
 from vqllm.pipeline import open_run, sequences_of
 from vqllm.processes import Processes
@@ -126,8 +133,14 @@ def _check_shard(recipe: Stages, processes: Processes, within: str) -> None:
 
 
 def _open_run(job: TuningJob, processes: Processes) -> TunedRun:
+    if job.output.resolve() == job.checkpoint.folder.resolve():
+        raise CheckpointError(
+            f"{job.output} is the checkpoint that is to be tuned, which is not changed: choose "
+            "another output folder."
+        )
     settings = {
         "teacher": job.teacher.name,
+        "teacher_files": fingerprint(job.teacher.path),
         "device": job.device.type,
         "processes": processes.size,
     }
@@ -218,6 +231,7 @@ def _is_rounded(job: Job) -> bool:
     """Whether that part is finished. Errors as of `quantize_and_tune`."""
     assert job.recipe.tune is not None, "there is a part that follows"
     _check_shard(job.recipe.tune, Processes(), "tune.")
+    _check_length(job)
     check_free(job.output)
     rounding = _rounding(job)
     if is_unfinished(rounding.output) or not is_checkpoint(rounding.output):
@@ -237,6 +251,14 @@ def _is_rounded(job: Job) -> bool:
             "folder or choose another one."
         )
     return True
+
+
+def _check_length(job: Job) -> None:
+    """Refuse, before the linears are rounded, sequences that the model cannot be tuned on."""
+    assert job.recipe.tune is not None, "there is a part that follows"
+    config = load_config(job.source, trust_remote_code=job.trust_remote_code)
+    if not runs_beyond(config):  # otherwise there is a warning when they are read
+        check_length(config, job.recipe.tune.calibration.length, "tune.calibration.length")
 
 
 class _Tuning:
@@ -440,12 +462,18 @@ def _identity(recipe: TuningRecipe) -> JSON:
 
 def _check_fit(job: TuningJob) -> None:
     """Look at the sizes and vocabularies of both models before anything is computed."""
-    folder, trust = job.teacher.path, job.trust_remote_code
+    own, teacher, trust = job.checkpoint.folder, job.teacher.path, job.trust_remote_code
+    if is_checkpoint(teacher):
+        raise ModelError(
+            f"the teacher {teacher} is a quantized checkpoint itself. Pass the original model that "
+            f"{own} was made from."
+        )
     check_teacher(
-        job.checkpoint,
-        skeleton(folder, trust_remote_code=trust),
-        load_tokenizer(folder, trust_remote_code=trust),
-        load_tokenizer(job.checkpoint.folder, trust_remote_code=trust),
+        own,
+        skeleton(own, trust_remote_code=trust),
+        skeleton(teacher, trust_remote_code=trust),
+        load_tokenizer(own, trust_remote_code=trust),
+        load_tokenizer(teacher, trust_remote_code=trust),
     )
 
 
@@ -468,28 +496,36 @@ class _Keeper:
 
 
 def check_teacher(
-    checkpoint: Checkpoint, teacher: nn.Module, tokenizer: Any, own_tokenizer: Any
+    folder: Path, own: nn.Module, teacher: nn.Module, own_tokenizer: Any, tokenizer: Any
 ) -> None:
     """Refuse a teacher that the checkpoint cannot have been made from.
 
+    Args:
+        folder: of the checkpoint.
+        own: the model that it configures, as `skeleton` gives it.
+
     Raises:
-        ModelError: a quantized linear has another size there or is missing, or tokens differ.
+        ModelError: a tensor has another size there or is missing in one of them, or tokens differ.
     """
-    modules = dict(teacher.named_modules())
-    for name, spec in checkpoint.linears.items():
-        weight = getattr(modules.get(name), "weight", None)
-        found = None if weight is None else tuple(weight.shape)
-        if found != (spec.rows, spec.cols):
-            there = "has no such module" if found is None else f"has {found[0]} x {found[1]} there"
+    ours, theirs = _shapes(own), _shapes(teacher)
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            here, there = (shapes.get(name, "no such tensor") for shapes in (ours, theirs))
             raise ModelError(
-                f"the teacher does not fit: {checkpoint.folder} has {name} of {spec.rows} x "
-                f"{spec.cols}, and the teacher {there}. Pass the model that it was made from."
+                f"the teacher does not fit: of {name} {folder} has {here}, and the teacher has "
+                f"{there}. Pass the model that it was made from."
             )
     if tokenizer.get_vocab() != own_tokenizer.get_vocab():
         raise ModelError(
-            f"the teacher does not fit: it has another vocabulary than {checkpoint.folder}. Pass "
-            "the model that it was made from."
+            f"the teacher does not fit: it has another vocabulary than {folder}. Pass the model "
+            "that it was made from."
         )
+
+
+def _shapes(model: nn.Module) -> dict[str, str]:
+    """Of the parameters by name, tied ones too: "64 x 172"."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {name: " x ".join(map(str, tensor.shape)) for name, tensor in parameters}
 
 
 class _explained_memory:

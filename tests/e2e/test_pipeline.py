@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import vqllm
 from tests.tiny import ARCHITECTURES, TEXT, save_tiny
@@ -510,6 +510,17 @@ def test_nothing_to_quantize_says_so(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source")
     with pytest.raises(ModelError, match=r"has nothing to quantize"):
         run(source, tmp_path / "out", recipe=recipe(skip=["."]))
+
+
+@pytest.mark.skipif("laguna" not in CONFIG_MAPPING, reason="this transformers does not have it")
+def test_linears_that_are_stored_under_other_names_are_named_at_once(tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    model, output = save_tiny(tmp_path / "model", "laguna", **experts), tmp_path / "out"
+    with pytest.raises(ModelError, match=r"mlp\.shared_experts\.\S+, and so with 3 of 16 linears"):
+        run(model, output)
+    assert not output.exists()
+    run(model, output, recipe=recipe(skip=["shared_expert"]))
+    assert len(Checkpoint.open(output).linears) == 13
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:

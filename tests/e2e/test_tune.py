@@ -15,7 +15,13 @@ from tests.tiny import TEXT, save_tiny
 from vqllm import api, cli
 from vqllm.checkpoint import tuned
 from vqllm.checkpoint.reader import Checkpoint
-from vqllm.errors import CalibrationError, CheckpointError, ModelError, RecipeError
+from vqllm.errors import (
+    CalibrationError,
+    CheckpointError,
+    EvaluationError,
+    ModelError,
+    RecipeError,
+)
 from vqllm.recipe import Recipe, TuningRecipe, from_dict, tuning_from_dict
 
 QUANTIZE = from_dict(
@@ -224,6 +230,21 @@ def test_a_run_with_other_settings_is_refused(root, rounded, text, monkeypatch) 
         run(rounded, output, text, recipe=recipe(steps=3))
 
 
+def test_a_run_does_not_go_on_with_another_teacher(root, source, rounded, text, monkeypatch):
+    teacher, output = shutil.copytree(source, root / "changing"), root / "of-another"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuned.TunedRun, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(rounded, output, text, recipe=recipe(steps=2), teacher=teacher)
+    monkeypatch.undo()
+    save_tiny(teacher, "qwen2", seed=1)
+    with pytest.raises(CheckpointError, match=r"settings\.teacher_files\.model\.safetensors"):
+        run(rounded, output, text, recipe=recipe(steps=2), teacher=teacher)
+
+
 def test_a_tuned_checkpoint_is_tuned_again(finished, root, text) -> None:
     again = run(finished.output, root / "twice", text, recipe=recipe(steps=4), evaluate=False)
     extra = Checkpoint.open(again.output).quantization.extra
@@ -249,12 +270,32 @@ def test_what_a_codec_does_not_have_is_refused_before_the_original_runs(root, ro
     assert not list(output.rglob("teacher*"))
 
 
-def test_a_teacher_that_does_not_fit(root, rounded, text) -> None:
-    other = save_tiny(root / "wide", "qwen2", intermediate_size=96)
-    with pytest.raises(ModelError, match=r"the teacher does not fit: .* has \d+ x \d+ there"):
-        run(rounded, root / "wrong-1", text, teacher=other)
-    with pytest.raises(ModelError, match="the teacher has no such module"):
-        run(rounded, root / "wrong-2", text, teacher=save_tiny(root / "opt", "opt"))
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ({"arch": "opt"}, "the teacher has no such tensor"),
+        ({"intermediate_size": 96}, r"of \S+mlp\.gate_proj\.weight .* the teacher has 96 x 64"),
+        ({"num_hidden_layers": 3}, r"of \S+layers\.2\.\S+ .* has no such tensor, and .* has 64"),
+        ({"vocab_size": 400}, r"of \S+embed_tokens\.weight .* has 384 x 64, .* has 400 x 64"),
+    ],
+)
+def test_a_teacher_that_does_not_fit(root, rounded, text, tmp_path, config, what) -> None:
+    other = save_tiny(tmp_path / "other", **{"arch": "qwen2", **config})
+    with pytest.raises(ModelError, match=f"the teacher does not fit: .*{what}"):
+        run(rounded, tmp_path / "out", text, teacher=other)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantized_teacher_is_refused(rounded, text, tmp_path) -> None:
+    with pytest.raises(ModelError, match="is a quantized checkpoint itself"):
+        run(rounded, tmp_path / "out", text, teacher=rounded)
+
+
+def test_the_checkpoint_itself_is_no_output(rounded, text) -> None:
+    before = files(rounded)
+    with pytest.raises(CheckpointError, match="is the checkpoint that is to be tuned"):
+        run(rounded, rounded.parent / ".." / rounded.parent.name / rounded.name, text)
+    assert files(rounded) == before
 
 
 def test_a_teacher_with_another_vocabulary(root, source, rounded, text) -> None:
@@ -300,6 +341,13 @@ def test_a_text_that_is_not_there_leaves_no_folder(root, rounded) -> None:
     with pytest.raises(CalibrationError, match="nowhere"):
         run(rounded, root / "wrong-5", root / "nowhere.txt")
     assert not (root / "wrong-5").exists()
+
+
+def test_a_number_of_windows_needs_a_text(source, rounded, text, tmp_path) -> None:
+    with pytest.raises(EvaluationError, match=r"pass --eval-text FILE as well"):
+        run(rounded, tmp_path / "out", text, eval_windows=3)
+    with pytest.raises(EvaluationError, match=r"pass --eval-text FILE as well"):
+        api.quantize(source, tmp_path / "out", recipe=QUANTIZE, calibration=text, eval_windows=3)
 
 
 def test_out_of_memory_says_what_to_lower(root, source, rounded, text, monkeypatch) -> None:
@@ -376,6 +424,40 @@ def test_such_a_recipe_goes_on_where_it_was(root, source, text, monkeypatch) -> 
     assert Checkpoint.open(root / "halfway").quantization.extra["tuning"]
     with pytest.raises(CheckpointError, match="holds a finished checkpoint"):
         api.quantize(source, root / "halfway", recipe=whole(steps=3), **given)
+
+
+def test_a_mistake_in_what_follows_leaves_what_is_rounded(root, source, text, monkeypatch) -> None:
+    given = {"calibration": text, "device": "cpu", "evaluate": False}
+    output, short = root / "too-many", whole(steps=3)
+    calibration = short.tune.calibration.model_copy(update={"sequences": 10**5})
+    many = short.model_copy(
+        update={"tune": short.tune.model_copy(update={"calibration": calibration})}
+    )
+    with pytest.raises(CalibrationError, match="too little text"):
+        api.quantize(source, output, recipe=many, **given)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vqllm.quantization.run_pipeline", killed)  # it is not quantized again
+    monkeypatch.setattr(tuned.TunedRun, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        api.quantize(source, output, recipe=short, **given)
+    with pytest.raises(CheckpointError, match=r"vqllm tune \S+rounded --output OTHER tunes them"):
+        api.quantize(source, output, recipe=whole(steps=4), **given)
+    monkeypatch.undo()
+    run(output / ".vqllm" / "rounded", root / "otherwise", text, recipe=recipe(steps=4))
+
+
+def test_sequences_that_are_too_long_are_refused_before_rounding(root, text, tmp_path) -> None:
+    model = save_tiny(tmp_path / "model", "opt", max_position_embeddings=40)
+    changed = whole().to_dict()
+    changed["tune"]["calibration"]["length"] = 64
+    given = {"calibration": text, "eval_text": text, "device": "cpu"}
+    for make in (api.quantize, api.compare):
+        with pytest.raises(CalibrationError, match=r"choose a smaller tune\.calibration\.length"):
+            make(model, tmp_path / "out", recipe=from_dict(changed, "whole"), **given)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("tunes_first", [True, False])

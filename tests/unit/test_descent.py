@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vqllm.errors import NumericalError
+from vqllm.errors import ModelError, NumericalError
 from vqllm.tuning.descent import batch, descend
 
 GOAL = torch.tensor([0.3, -0.2])
@@ -144,3 +144,9 @@ def test_batches_take_all_in_rounds_of_their_own_order() -> None:
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(12))
     assert first.tolist() != second.tolist()
     assert batch(5, 9, 4, 0, "m").sort().values.tolist() == [0, 1, 2, 3]
+
+
+def test_a_loss_without_gradients_is_an_error() -> None:
+    parabola = Parabola()
+    with pytest.raises(ModelError, match=r"parabola cannot be trained: .* without gradients"):
+        descend([(parabola.point, 0.1)], 4, lambda _: [torch.ones(())], parabola.look, "parabola")

@@ -242,6 +242,7 @@ def test_durations(text: str, seconds: int | None) -> None:
     ("change", "message"),
     [
         ({"time": "soon"}, "'soon' is no duration; write 90s, 20m or 1h30m"),
+        ({"time": 90}, "stages.0: time: 90 is no duration; write 90s, 20m or 1h30m"),
         ({"train": ["codes"]}, "train.0"),
         ({"train": []}, "train"),
         ({"steps": 0}, "steps"),
@@ -254,6 +255,21 @@ def test_stages_that_are_wrong(change, message: str) -> None:
     values = {"name": "x", "stages": [{"type": "end_to_end", **change}]}
     with pytest.raises(RecipeError, match=message):
         tuning_from_dict(values, "x.yaml")
+
+
+def test_a_list_whose_items_are_wrong_is_not_called_empty() -> None:
+    values = {"name": "x", "stages": [{"type": "end_to_end", "train": ["rowz"]}]}
+    with pytest.raises(RecipeError) as error:
+        tuning_from_dict(values, "x")
+    assert "Input should be 'rows'" in str(error.value)
+    assert "at least 1 item" not in str(error.value)
+
+
+def test_a_kind_that_is_named_twice_moves_once() -> None:
+    one, twice = Toy(), Toy()
+    told = stage(steps=20)(task(one))
+    assert stage(steps=20, train=("rows", "rows", "vectors"))(task(twice)) == told
+    assert torch.equal(one.scales, twice.scales)
 
 
 def test_recipes_of_tuning_that_are_wrong() -> None:

@@ -269,3 +269,33 @@ def test_fingerprint_ignores_what_is_not_copied(source: Path) -> None:
         (source / name).touch()
     assert fingerprint(source) == before
     assert set(fingerprint(source, trust_remote_code=True)) == {*before, "modeling.py"}
+
+
+def test_a_run_that_kept_nothing_gives_way_to_another(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    Journal(folder, IDENTITY).close()
+    other = {**IDENTITY, "recipe": {"seed": 1}}
+    journal = Journal(folder, other)
+    write_layer(journal, folder, 0)
+    journal.close()
+    assert len(Journal(folder, other).finished) == 1
+    with pytest.raises(CheckpointError, match=r"recipe\.seed: 1 → 0"):
+        Journal(folder, IDENTITY)
+
+
+@pytest.mark.parametrize("name", ["shard.safetensors", ".vqllm/sequences.safetensors"])
+def test_a_run_that_kept_something_does_not(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    Journal(folder, IDENTITY).close()
+    (folder / name).write_text("kept")
+    with pytest.raises(CheckpointError, match="unfinished run that differs"):
+        Journal(folder, {**IDENTITY, "recipe": {"seed": 1}})
+
+
+def test_what_is_rounded_is_not_taken_by_a_run_of_another_model(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    Journal(folder, IDENTITY).close()
+    (folder / ".vqllm" / "rounded").mkdir()
+    Journal(folder, {**IDENTITY, "recipe": {"seed": 1}}).close()
+    with pytest.raises(CheckpointError, match='model: "m" → "n"'):
+        Journal(folder, {**IDENTITY, "model": "n"})

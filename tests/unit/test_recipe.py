@@ -82,6 +82,10 @@ def test_best_recipes_are_shipped() -> None:
         ({"hessian": {"damping": True}}, "hessian.damping: true is neither a number"),
         ({"calibration": {"sequences": True}}, "calibration.sequences: true is neither a number"),
         ({"calibration": {"source": []}}, "calibration.source: .*at least 1 item"),
+        (
+            {"tune": {"stages": [{"type": "layer"}], "calibration": {"source": "b.txt"}}},
+            r"tune\.calibration\.source: b\.txt is another text than that of calibration\.source",
+        ),
         ({"calibration": {"sequences": 10**12}}, "are 128000000000000 tokens; at most"),
         ({"calibration": {"sequences": 64, "length": 10**9}}, "are 64000000000 tokens; at most"),
     ],

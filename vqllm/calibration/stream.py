@@ -204,6 +204,10 @@ class LayerStream(Layers):
         self.source_dtype: torch.dtype = self.model.dtype
         self.compute_dtype = compute_dtype or _compute_dtype(self.source_dtype, device)
         self._cast_outside_layers()
+        if self.compute_dtype != self.source_dtype:
+            self._cast_buffers(
+                skeleton(folder, trust_remote_code=trust_remote_code, dtype=self.compute_dtype)
+            )
 
     @contextlib.contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -238,6 +242,17 @@ class LayerStream(Layers):
                         if value not in cast:
                             cast[value] = _frozen(value.to(self.compute_dtype))
                         setattr(module, name, cast[value])
+
+    def _cast_buffers(self, like: nn.Module) -> None:
+        """Give buffers outside the layers the dtypes that they have in a model made in the compute
+        dtype: tables of positions are in it (XGLM's), inverse frequencies stay float32."""
+        inside = {id(module) for layer in self.layers for module in layer.modules()}
+        for prefix, module in self.model.named_modules():
+            if id(module) not in inside:
+                made = dict(like.get_submodule(prefix).named_buffers(recurse=False))
+                for name, value in module.named_buffers(recurse=False):
+                    if value.is_floating_point():
+                        module._buffers[name] = value.to(made[name].dtype)
 
 
 @dataclass(frozen=True)

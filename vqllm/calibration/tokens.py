@@ -68,7 +68,7 @@ def calibration_sequences(
     )
 
 
-def check_length(config: Any, length: int) -> None:
+def check_length(config: Any, length: int, key: str = "calibration.length") -> None:
     """CalibrationError for sequences that the model cannot run on; a warning for longer ones than
     it was trained on."""
     longest = max_length(config)
@@ -76,7 +76,7 @@ def check_length(config: Any, length: int) -> None:
         return
     message = f"sequences of {length} tokens are longer than the {longest} that this model takes"
     if not runs_beyond(config):
-        raise CalibrationError(f"{message}; choose a smaller calibration.length")
+        raise CalibrationError(f"{message}; choose a smaller {key}")
     logger.warning("%s: it was not trained on such positions", message)
 
 

@@ -145,6 +145,8 @@ class Journal:
             atomic.write_bytes(self._path, _line(identity), self.staging)
             return
         lines = _whole_lines(self._path)
+        if lines and self._kept_nothing(lines[0], identity):
+            lines = [json.loads(_line(identity))]
         if lines:
             _check_identity(lines[0], identity, self._folder)
         elif found := [name for name in atomic.names_in(self._folder) if name != WORK]:
@@ -165,6 +167,16 @@ class Journal:
         # Without the torn line of a killed process, and without layers that cannot be trusted.
         kept = [_line(identity), *(_line(asdict(layer)) for layer in self.finished)]
         atomic.write_bytes(self._path, b"".join(kept), self.staging)
+
+    def _kept_nothing(self, old: JSON, new: JSON) -> bool:
+        """Whether the run that stands here has computed nothing, so that another may take its
+        place: a mistake that is found at once (a text that is too short) leaves such a folder.
+
+        What is rounded belongs to another run, and stays with those that tune it.
+        """
+        found = {*atomic.names_in(self._folder), *atomic.names_in(self.staging)}
+        found -= {WORK, JOURNAL, LOCK}
+        return not found or (found == {ROUNDED} and old.get("model") == new.get("model"))
 
     def _problem(self, number: int, layer: FinishedLayer) -> str | None:
         path = self._folder / layer.shard
@@ -273,11 +285,18 @@ def _is_finished(folder: Path) -> bool:
 def _check_identity(old: JSON, new: JSON, folder: Path) -> None:
     lines = differences(old, new)
     if lines:
+        rounded = folder / WORK / ROUNDED
+        kept = ""
+        if _is_finished(rounded) and not is_unfinished(rounded):
+            kept = (
+                f" Its linears are all rounded: vqllm tune {rounded} --output OTHER tunes them in "
+                "another way."
+            )
         raise CheckpointError(
             f"{folder} holds an unfinished run that differs (there → here):\n"
             + "\n".join(lines)
             + "\nTo go on with it, repeat the command that began it. To start over, delete the "
-            "folder or choose another one."
+            f"folder or choose another one.{kept}"
         )
 
 

@@ -25,7 +25,7 @@ from vqllm.checkpoint.format import (
 )
 from vqllm.checkpoint.journal import ROUNDED, WORK, FinishedLayer, identity
 from vqllm.checkpoint.source import SourceTensors
-from vqllm.errors import CheckpointError, ModelError, NumericalError
+from vqllm.errors import CheckpointError, NumericalError
 from vqllm_kernels.linear import LinearSpec
 
 
@@ -142,7 +142,6 @@ class CheckpointRun(RunFolder):
             tied: modules that will use the tensors of another one.
 
         Raises:
-            ModelError: the source has no tensors under the names that the model uses.
             OutOfSpaceError: the checkpoint would not fit.
         """
         self._tensors = SourceTensors(self._source, model)
@@ -169,13 +168,7 @@ class CheckpointRun(RunFolder):
         tensors: dict[str, Tensor] = {}
         replaced = set()
         for result in results:
-            source_name = f"{result.name}.weight"
-            if source_name not in self._tensors:
-                raise ModelError(
-                    f"{self._source} stores no tensor {source_name}: its names differ from the "
-                    "model's. Load it with transformers and save_pretrained it once."
-                )
-            replaced.add(source_name)
+            replaced.add(f"{result.name}.weight")
             tensors |= {f"{result.name}.{key}": t.cpu() for key, t in result.tensors.items()}
         prefix = f"{self._layer_names[index]}."
         for name in self._tensors:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
 import torch
-from pydantic import AfterValidator
+from pydantic import BeforeValidator
 from torch import Tensor, nn
 
 from vqllm.errors import ModelError
@@ -46,13 +46,13 @@ def seconds_of(text: str) -> int | None:
     return 3600 * hours + 60 * minutes + seconds or None
 
 
-def _checked_duration(text: str) -> str:
-    if seconds_of(text) is None:
+def _checked_duration(text: object) -> object:
+    if not isinstance(text, str) or seconds_of(text) is None:
         raise ValueError(f"{text!r} is no duration; write 90s, 20m or 1h30m")
     return text
 
 
-Duration = Annotated[str, AfterValidator(_checked_duration)]
+Duration = Annotated[str, BeforeValidator(_checked_duration)]
 """What `seconds_of` reads."""
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vqllm import rng
-from vqllm.errors import NumericalError
+from vqllm.errors import ModelError, NumericalError
 from vqllm.processes import Processes
 from vqllm.types import JSON
 
@@ -50,6 +50,7 @@ def descend(
 
     Raises:
         NumericalError: the held-out loss is not finite before the first step.
+        ModelError: the loss does not depend on what is trained, or is computed without gradients.
     """
     return _Descent(parameters, steps, name, processes or Processes()).run(loss, look)
 
@@ -122,6 +123,11 @@ class _Descent:
         with torch.enable_grad():
             for part in loss(self._step):
                 total += part.detach()
+                if not part.requires_grad:
+                    raise ModelError(
+                        f"{self._name} cannot be trained: the model computes it without gradients. "
+                        "Leave out `layer`, or the stage of that type."
+                    )
                 # Not backward(): that would leave gradients in whatever else asks for them.
                 grads = torch.autograd.grad(part, self._parameters, allow_unused=True)
                 for own, grad in zip(sums, grads):

@@ -120,7 +120,7 @@ class Run:
         self._stage, self._task, self._processes = stage, task, task.processes
         self._parameters: dict[str, nn.Parameter] = {}
         groups = []
-        for kind in stage.train:
+        for kind in dict.fromkeys(stage.train):  # one that is named twice moves once
             for name, parameter in task.parameters.get(kind, {}).items():
                 self._parameters[f"{kind}.{name}"] = parameter
                 rate = stage.rate_of(kind)
