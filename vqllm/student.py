@@ -83,6 +83,10 @@ class ScaledLinear(nn.Module):
         """Codebooks and scales of these kinds by least squares: `vqllm.fitting.fit`."""
         return fit(self, W_RC, H_CC, kinds, steps)
 
+    def renew(self) -> None:
+        """Decode weights that are kept anew at the next call: codebooks moved by other means."""
+        self._version = -1
+
     def _weight(self) -> Tensor:
         W_RC, coded = self.weight, self.coded
         if coded is None:

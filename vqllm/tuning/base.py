@@ -128,6 +128,10 @@ class FittedLinear(Protocol):
         and after, relative to tr(W H Wᵀ)."""
         ...
 
+    def renew(self) -> None:
+        """Compute with weights that are decoded anew, after codebooks moved by other means."""
+        ...
+
     def register_forward_pre_hook(self, hook: Callable[..., Any]) -> Any:
         """As of a module."""
         ...

@@ -61,6 +61,8 @@ class Refit(ModelTuning):
 
     def __call__(self, task: ModelTask) -> JSON:
         with _still(task.parameters.get("codebooks", {}).values()):
+            for linear in task.linears.values():
+                linear.renew()
             told = _Run(self, task).run()
         linears = [own for layer in told["layers"] for own in layer["linears"]]
         return {"linears": linears}
@@ -104,6 +106,12 @@ class _Run(LayerRun):
             before, after = (sum(t[key] for t in told) / len(told) for key in ("before", "after"))
             line = "%s: mean proxy loss %.4g, fitted %.4g"
             logger.info(line, self._student.names[index], before, after)
+
+    def _load(self, told: JSON, tensors: dict[str, Tensor]) -> int:
+        num_done = super()._load(told, tensors)
+        for linear in self._task.linears.values():
+            linear.renew()
+        return num_done
 
     def _hessians(self, index: int) -> dict[str, Tensor]:
         """The sum of x xᵀ of every linear that tokens reach, float32 [C, C], over all processes."""
