@@ -35,16 +35,6 @@ WINDOWS = 24
 ROWS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "tuned-2bit": ("tuned-2bit", ()),
     "tuned-2bit at 2.09 bits": ("tuned-2bit", ("allocation.bits=2.09",)),
-    "tuned-2bit at 2.09 bits, twice the text": (
-        "tuned-2bit",
-        (
-            "allocation.bits=2.09",
-            "calibration.sequences=512",
-            "calibration.length=256",
-            "layer.steps=64",
-            "tune.stages.0.steps=480",
-        ),
-    ),
     "tuned-3bit": ("tuned-3bit", ()),
 }
 """A recipe and what is changed in it, by the name of the row."""

@@ -117,7 +117,7 @@ class Student:
         model: gives logits; nothing in it needs a gradient but what was asked for.
         parameters: float32, by kind ("rows", "columns", "vectors", "head", "codebooks") and name.
         linears: the quantized linears of the layers by name.
-        codes: of the quantized linears of the layers by name, if codes or codebooks move.
+        codes: of the quantized linears of the layers by name, where codes or codebooks move.
         not_stored: names of parameters that the checkpoint does not have, which are left alone.
     """
 
@@ -151,6 +151,8 @@ class Student:
             coded = None
             if codec := codecs.get(name):
                 coded = CodedWeights(module.spec, codec, module.packed, module.weight.dtype)
+                if "codes" not in kinds and not coded.learned:
+                    coded = None  # values that are computed: nothing of it moves
             linears[name] = ScaledLinear(module, bias, coded).to(module.device)
             model.set_submodule(name, linears[name])
             if shared_by is not None:
