@@ -71,6 +71,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.data is None:
         parser.error("--data or VQLLM_DATA must name the folder of the texts")
+    for name in arguments.recipes:
+        if all(stage.by_layers for stage in recipes.load_tuning(name).stages):
+            parser.error(f"{name} does not look at predictions on the way; name other --recipes")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     curves = {name: curve(name, arguments) for name in arguments.recipes}
     begin = max((told["looks"][0] for told in curves.values()), key=lambda look: look["kl"])

@@ -72,10 +72,13 @@ def measure(model: str, name: str, recipe: Recipe, arguments: argparse.Namespace
     }
     return {
         "rounded": once(
-            folder, lambda: api.quantize(model, folder, recipe=recipe.rounding_only(), **common)
+            folder,
+            recipe,
+            lambda: api.quantize(model, folder, recipe=recipe.rounding_only(), **common),
         ),
         "tuned": once(
             tuned,
+            recipe,
             lambda: api.tune(folder, tuned, recipe=recipe.tuning_only(), teacher=model, **common),
         ),
         "recipe": recipe.to_dict(),
@@ -83,10 +86,11 @@ def measure(model: str, name: str, recipe: Recipe, arguments: argparse.Namespace
     }
 
 
-def once(folder: Path, run: Callable[[], Summary | None]) -> JSON:
-    """What is told of a run, kept beside its folder."""
+def once(folder: Path, recipe: Recipe, run: Callable[[], Summary | None]) -> JSON:
+    """What is told of a run, kept beside its folder together with the recipe."""
     file = folder.with_name(f"{folder.name}.json")
-    if not file.is_file():
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    if kept.get("recipe") != recipe.to_dict():
         summary = run()
         assert summary is not None
         assert summary.evaluation is not None
@@ -97,8 +101,9 @@ def once(folder: Path, run: Callable[[], Summary | None]) -> JSON:
             "stages": summary.tuning,
             "seconds": {k: round(v) for k, v in summary.seconds.items()},
         }
-        file.write_text(json.dumps(told, sort_keys=True))
-    return json.loads(file.read_text())
+        kept = {"recipe": recipe.to_dict(), "told": json.loads(json.dumps(told))}
+        file.write_text(json.dumps(kept, sort_keys=True))
+    return kept["told"]
 
 
 def table(results: JSON) -> str:

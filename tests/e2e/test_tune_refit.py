@@ -11,7 +11,7 @@ from tests.e2e.test_tune import files, launch
 from vqllm import api
 from vqllm.checkpoint import tuned
 from vqllm.checkpoint.reader import Checkpoint
-from vqllm.errors import RecipeError
+from vqllm.errors import NumericalError, RecipeError
 from vqllm.recipe import Recipe, TuningRecipe, from_dict, tuning_from_dict
 from vqllm.tuning import refit
 
@@ -199,6 +199,17 @@ def test_it_goes_before_the_end_to_end_stage(root, rounded, text) -> None:
     assert first["stage"] == "codebook"
     looks = [look["held_out_kl"] for look in second["history"]]
     assert min(looks) < looks[0]
+
+
+def test_inputs_that_are_not_finite_are_refused(root, rounded, text, monkeypatch) -> None:
+    hessians = refit._Run._hessians
+
+    def broken(self, index):
+        return {name: H_CC / 0 for name, H_CC in hessians(self, index).items()}
+
+    monkeypatch.setattr(refit._Run, "_hessians", broken)
+    with pytest.raises(NumericalError, match=r"layers\.0\..*: its inputs .* are not finite"):
+        run(rounded, root / "broken", text)
 
 
 def test_sharded_weights_cannot_be_read_whole() -> None:

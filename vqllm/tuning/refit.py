@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from vqllm.errors import NumericalError
 from vqllm.tuning.base import MODEL_TUNINGS, Duration, FittedLinear, ModelTask, ModelTuning
 from vqllm.tuning.by_layers import LayerRun
 from vqllm.types import JSON
@@ -97,6 +98,11 @@ class _Run(LayerRun):
     def _train(self, index: int, parameters: dict[str, nn.Parameter]) -> None:
         stage, told = self._stage, []
         for name, H_CC in self._hessians(index).items():
+            if not bool(H_CC.isfinite().all()):
+                raise NumericalError(
+                    f"{name}: its inputs in the quantized model are not finite: the checkpoint is "
+                    "damaged, or tuned too far. Measure it with vqllm eval before you tune it."
+                )
             H_CC.diagonal().add_(stage.damping * H_CC.diagonal().mean())
             linear = self._task.linears[name]
             before, after = linear.fit(self._weights[name], H_CC, stage.train, stage.steps)
