@@ -14,6 +14,7 @@ from vqllm.checkpoint import tuned
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.errors import RecipeError
 from vqllm.recipe import TuningRecipe, tuning_from_dict
+from vqllm.tuning import by_layers
 from vqllm.tuning import layer as layer_stage
 
 
@@ -144,7 +145,7 @@ def test_options_lower_the_error(root, rounded, text, stage) -> None:
 
 def test_time_ends_it_between_two_layers(finished, root, rounded, text, monkeypatch) -> None:
     clock = iter(range(10**6))
-    monkeypatch.setattr(layer_stage.time, "monotonic", lambda: 100.0 * next(clock))
+    monkeypatch.setattr(by_layers.time, "monotonic", lambda: 100.0 * next(clock))
     told = run(rounded, root / "timed", text, recipe=recipe(time="90s")).tuning[0]
     assert told["layers"] == finished.tuning[0]["layers"][:1]
     one, other, before = map(Checkpoint.open, (finished.output, root / "timed", rounded))

@@ -7,26 +7,51 @@ quantized   states ─► layer i, tuned ─► states ─► layer i + 1
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from vqllm.errors import ModelError
-from vqllm.tuning.base import DecoderLayers, ModelTask, looked_at, seconds_of
+from vqllm.tuning.base import (
+    DecoderLayers,
+    Duration,
+    ModelTask,
+    ModelTuning,
+    looked_at,
+    seconds_of,
+)
 from vqllm.types import JSON
 
 CPU_TOKENS, TOKENS = 1024, 8192
 """Tokens that run together, on a CPU and elsewhere."""
 
 
-class LayerRun(ABC):
-    """One run of such a stage.
+class LayerTuning(ModelTuning):
+    """Such a stage."""
 
-    The stage has `train` (the kinds of parameters that move), `time` and `together`.
-    """
+    time: Duration | None = Field(
+        None, description="tune no further layer after so long (90s, 20m, 1h30m)"
+    )
+    together: int | None = Field(
+        None,
+        ge=1,
+        description="sequences that run at a time; by default 1024 tokens, 8192 on a GPU",
+    )
 
-    def __init__(self, stage: Any, task: ModelTask) -> None:
+    @property
+    def by_layers(self) -> bool:
+        return True
+
+
+S = TypeVar("S", bound=LayerTuning)
+
+
+class LayerRun(ABC, Generic[S]):
+    """One run of such a stage."""
+
+    def __init__(self, stage: S, task: ModelTask) -> None:
         self._stage, self._task = stage, task
         assert task.teacher_layers is not None, "a model has layers"
         assert task.student_layers is not None, "a model has layers"
@@ -45,9 +70,9 @@ class LayerRun(ABC):
         """Tune layer after layer; what the report says of them."""
         names = self._student.names
         if not any(self._parameters(name) for name in names):
+            wanted = ", ".join(sorted(self._stage.kinds))
             raise ModelError(
-                f"nothing to tune: the layers have none of {', '.join(self._stage.train)}. Add "
-                "kinds to `train`."
+                f"nothing to tune: the layers have none of {wanted}. Add kinds to `train`."
             )
         num_done = 0
         if kept := self._task.keeper.last():
@@ -87,7 +112,7 @@ class LayerRun(ABC):
     def _parameters(self, layer: str) -> dict[str, nn.Parameter]:
         return {
             f"{kind}.{name}": parameter
-            for kind in self._stage.train
+            for kind in sorted(self._stage.kinds)
             for name, parameter in self._task.parameters.get(kind, {}).items()
             if name.startswith(f"{layer}.")
         }

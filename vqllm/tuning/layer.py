@@ -19,8 +19,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vqllm.metrics import output_error
-from vqllm.tuning.base import MODEL_TUNINGS, Duration, ModelTask, ModelTuning
-from vqllm.tuning.by_layers import LayerRun
+from vqllm.tuning.base import MODEL_TUNINGS, ModelTask
+from vqllm.tuning.by_layers import LayerRun, LayerTuning
 from vqllm.tuning.descent import batch, descend
 from vqllm.types import JSON
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 @MODEL_TUNINGS.register("layer")
-class Layer(ModelTuning):
+class Layer(LayerTuning):
     """Scales, norms and biases of each layer, trained against the original layer's output."""
 
     type: Literal["layer"] = "layer"
@@ -44,32 +44,20 @@ class Layer(ModelTuning):
         "(original), or for the input that it has in the quantized one (own)",
     )
     steps: int = Field(48, ge=1, description="steps of Adam for each layer")
-    time: Duration | None = Field(
-        None, description="train no further layer after so long (90s, 20m, 1h30m)"
-    )
     batch: int = Field(4, ge=1, description="sequences a step")
     rate: float = Field(
         3e-3, gt=0, le=1, description="step size of Adam, relative to what is trained"
-    )
-    together: int | None = Field(
-        None,
-        ge=1,
-        description="sequences that run at a time; by default 1024 tokens, 8192 on a GPU",
     )
 
     @property
     def kinds(self) -> frozenset[str]:
         return frozenset(self.train)
 
-    @property
-    def by_layers(self) -> bool:
-        return True
-
     def __call__(self, task: ModelTask) -> JSON:
         return _Run(self, task).run()
 
 
-class _Run(LayerRun):
+class _Run(LayerRun[Layer]):
     def __init__(self, stage: Layer, task: ModelTask) -> None:
         super().__init__(stage, task)
         self._wanted: list[Tensor] = []

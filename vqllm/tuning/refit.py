@@ -17,15 +17,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vqllm.errors import NumericalError
-from vqllm.tuning.base import MODEL_TUNINGS, Duration, FittedLinear, ModelTask, ModelTuning
-from vqllm.tuning.by_layers import LayerRun
+from vqllm.tuning.base import MODEL_TUNINGS, FittedLinear, ModelTask
+from vqllm.tuning.by_layers import LayerRun, LayerTuning
 from vqllm.types import JSON
 
 logger = logging.getLogger(__name__)
 
 
 @MODEL_TUNINGS.register("codebook")
-class Refit(ModelTuning):
+class Refit(LayerTuning):
     """Codebooks and scales of least tr((W − Ŵ) H (W − Ŵ)ᵀ) for the codes."""
 
     type: Literal["codebook"] = "codebook"
@@ -39,22 +39,10 @@ class Refit(ModelTuning):
     damping: float = Field(
         0.01, gt=0, le=10, description="added to the diagonal of H, relative to its mean"
     )
-    time: Duration | None = Field(
-        None, description="fit no further layer after so long (90s, 20m, 1h30m)"
-    )
-    together: int | None = Field(
-        None,
-        ge=1,
-        description="sequences that run at a time; by default 1024 tokens, 8192 on a GPU",
-    )
 
     @property
     def kinds(self) -> frozenset[str]:
         return frozenset(self.train)
-
-    @property
-    def by_layers(self) -> bool:
-        return True
 
     @property
     def reads_weights(self) -> bool:
@@ -82,7 +70,7 @@ def _still(parameters: Collection[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-class _Run(LayerRun):
+class _Run(LayerRun[Refit]):
     def _look(self, index: int, theirs: object) -> None:
         assert isinstance(theirs, nn.Module)
         prefix = f"{self._student.names[index]}."
