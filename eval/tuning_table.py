@@ -101,7 +101,7 @@ def once(folder: Path, recipe: Recipe, run: Callable[[], Summary | None]) -> JSO
             "stages": summary.tuning,
             "seconds": {k: round(v) for k, v in summary.seconds.items()},
         }
-        kept = {"recipe": recipe.to_dict(), "told": json.loads(json.dumps(told))}
+        kept = {"recipe": recipe.to_dict(), "told": told}
         file.write_text(json.dumps(kept, sort_keys=True))
     return kept["told"]
 

@@ -1,11 +1,12 @@
 """Which modules of a model are linears or embeddings that can be replaced by a quantized one."""
 
+import contextlib
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -155,3 +156,18 @@ def shared_modules(model: nn.Module, layers: Collection[str]) -> set[nn.Module]:
         if own:
             homes.setdefault(module, set()).add(home)
     return {module for module, places in homes.items() if len(places) > 1}
+
+
+def capture_inputs(
+    linears: Mapping[str, Any], visit: Callable[[str, Tensor], None]
+) -> contextlib.ExitStack:
+    """Call `visit(name, x)` with the input of each of these modules whenever it runs, until
+    closed."""
+    stack = contextlib.ExitStack()
+    for name, linear in linears.items():
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+            visit(name, args[0])
+
+        stack.callback(linear.register_forward_pre_hook(hook).remove)
+    return stack

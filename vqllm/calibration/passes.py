@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from vqllm.calibration.replay import Replay
 from vqllm.calibration.store import ActivationStore
-from vqllm.calibration.stream import LayerStream, capture_inputs
+from vqllm.calibration.stream import LayerStream
 from vqllm.errors import NumericalError
+from vqllm.linears import capture_inputs
 
 BATCH_TOKENS = 8192
 """Tokens that run through a layer at once on an accelerator: enough for full matrix units."""

@@ -312,20 +312,6 @@ def linears_of(
     }
 
 
-def capture_inputs(
-    linears: dict[str, nn.Linear], visit: Callable[[str, Tensor], None]
-) -> contextlib.ExitStack:
-    """Call `visit(name, x)` with the input of each linear whenever it runs, until closed."""
-    stack = contextlib.ExitStack()
-    for name, linear in linears.items():
-
-        def hook(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-            visit(name, args[0])
-
-        stack.callback(linear.register_forward_pre_hook(hook).remove)
-    return stack
-
-
 def layer_names(model: nn.Module) -> list[str]:
     """Full names of the decoder layers: of the list of modules with most parameters."""
     best, best_size = "", 0

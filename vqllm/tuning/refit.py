@@ -9,7 +9,7 @@ already. What the step for one linear is: `vqllm.fitting`.
 
 import logging
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vqllm.errors import NumericalError
+from vqllm.linears import capture_inputs
 from vqllm.tuning.base import MODEL_TUNINGS, FittedLinear, ModelTask
 from vqllm.tuning.by_layers import LayerRun, LayerTuning
 from vqllm.types import JSON
@@ -119,13 +120,7 @@ class _Run(LayerRun[Refit]):
             x_NC = x.reshape(-1, x.shape[-1]).float()
             sums[name].addmm_(x_NC.T, x_NC)
 
-        with ExitStack() as stack:
-            for name, linear in linears.items():
-
-                def hook(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-                    add(name, args[0])
-
-                stack.callback(linear.register_forward_pre_hook(hook).remove)
+        with capture_inputs(linears, add):
             mine = self._task.processes.own(torch.arange(len(self._parts[0])))
             states = self._states[0]
             for rows in mine.split(self._together):
