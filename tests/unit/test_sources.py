@@ -1,6 +1,8 @@
 """Token sequences out of files, folders and data sets."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,19 @@ WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 def numbered(num_lines: int) -> str:
     """Lines that each say their number, so that a place in the text can be read off."""
-    return "".join(f"line {i:06d} {WORDS[i % 10]} é\n" for i in range(num_lines))
+    return "".join(f"{line(i)}\n" for i in range(num_lines))
+
+
+def line(number: int) -> str:
+    """A line with its number at both ends."""
+    return f"line {number:06d} {WORDS[number % 10]} é {number:06d}"
 
 
 def line_numbers(tokens_L: torch.Tensor) -> list[int]:
-    parts = TOKENIZER.decode(tokens_L).split("line ")[1:]
-    return [int(part[:6]) for part in parts if part[:6].isdigit() and len(part) > 6]
+    """Of the lines that are whole: where a sequence goes on in another part of the text, the end of
+    one line meets the begin of another, and the numbers differ."""
+    found = re.findall(r"line (\d{6}) \w+ é (\d{6})", TOKENIZER.decode(tokens_L))
+    return [int(first) for first, last in found if first == last]
 
 
 def calibration(source: Any, num: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -49,11 +58,11 @@ def test_sequences_are_whole_disjoint_and_spread(text: Path) -> None:
     tokens = calibration(text, 10, 100)
     assert tokens.shape == (10, 100)
     assert tokens.dtype == torch.int64
-    lines = [line_numbers(row) for row in tokens]
-    for i, row in enumerate(lines):
+    tenth = 300 * (1 - sources.HELD_OUT_BYTES / text.stat().st_size)  # of what is not held out
+    for i, row in enumerate(map(line_numbers, tokens)):
         assert row == list(range(row[0], row[0] + len(row)))
-        assert 225 * i - 1 <= row[0]  # in the i-th tenth of what is not held out
-        assert row[-1] <= 225 * (i + 1)
+        assert tenth * i - 1 <= row[0]
+        assert row[-1] <= tenth * (i + 1) + 1
 
 
 def test_the_seed_decides(text: Path) -> None:
@@ -63,8 +72,14 @@ def test_the_seed_decides(text: Path) -> None:
         assert not torch.equal(of(text, 10, 100, seed=1), first)
 
 
-@pytest.mark.parametrize("num_lines", [60, 700, 30_000])
-@pytest.mark.parametrize("kind", ["whole", "far apart", "stream"])
+@pytest.mark.parametrize(
+    ("kind", "num_lines"),
+    [
+        *(("whole", num) for num in (80, 700, 30_000)),
+        ("far apart", 30_000),  # only texts of several blocks are read in parts
+        *(("stream", num) for num in (80, 700, 30_000)),
+    ],
+)
 def test_no_run_calibrates_on_what_another_holds_out(
     tmp_path: Path, kind: str, num_lines: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,8 +87,6 @@ def test_no_run_calibrates_on_what_another_holds_out(
     file = tmp_path / "text.txt"
     file.write_text(numbered(num_lines), encoding="utf-8")
     if kind == "far apart":
-        if num_lines < 30_000:
-            pytest.skip("only texts of several blocks are read in parts")
         monkeypatch.setattr(sources, "WHOLE_BYTES", 1000)
         monkeypatch.setattr(sources, "BYTES_PER_TOKEN", 8)
         monkeypatch.setattr(texts, "BLOCK_BYTES", 512)
@@ -110,7 +123,7 @@ def test_nor_does_one_that_reads_in_parts(
         (texts, "BLOCK_BYTES", 256),
     ):
         monkeypatch.setattr(module, name, value)
-    lines = [f"line {i:06d} é" + " " * (kind == "line.txt") for i in range(num_lines)]
+    lines = [line(i) + " " * (kind == "line.txt") for i in range(num_lines)]
     file = tmp_path / kind
     if kind.endswith("txt"):
         file.write_text(("" if kind == "line.txt" else "\n").join(lines), encoding="utf-8")
@@ -127,21 +140,35 @@ def test_nor_does_one_that_reads_in_parts(
             write_jsonl(file, [{"other": "x" * 9, "text": text} for text in documents])
     calibrated: set[int] = set()
     measured: set[int] = set()
-    for bytes_per_token in (8, 10**9):
+    shapes = ((2, 90), (6, 50), (1, 700))
+    # In parts every draw is another place. Whole, the same text is divided every time.
+    draws = [(10**9, seed, shape) for seed in range(3) for shape in shapes]
+    draws += [(8, seed, shapes[seed % 3]) for seed in range(300)]
+    for bytes_per_token, seed, (num, length) in draws:
         monkeypatch.setattr(sources, "BYTES_PER_TOKEN", bytes_per_token)
-        for num, length in ((2, 60), (6, 32), (1, 500)):
-            for seed in range(3):
-                found = load_tokens(file, TOKENIZER, num, length, seed, num_held_out=2)
-                for sequences, seen in (
-                    (found.calibration, calibrated),
-                    (found.held_out, measured),
-                ):
-                    rows = [{*line_numbers(row)} for row in sequences]
-                    assert len(rows) == len({min(row) for row in rows})  # no sequence twice
-                    assert len(sequences) == 2 or sequences is found.calibration
-                    seen.update(*rows)
+        found = load_tokens(file, TOKENIZER, num, length, seed, num_held_out=2)
+        for sequences, seen in ((found.calibration, calibrated), (found.held_out, measured)):
+            assert len(sequences.unique(dim=0)) == len(sequences)  # no sequence twice
+            assert len(sequences) == 2 or sequences is found.calibration
+            seen.update(*map(line_numbers, sequences))
     assert len(calibrated) > 100 < len(measured)
     assert not calibrated & measured
+
+
+def test_the_same_text_elsewhere_has_the_same_sequences(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "elsewhere" / "copy.txt"
+    other.parent.mkdir()
+    shutil.copy(text, other)
+    monkeypatch.chdir(tmp_path)
+    first = load_tokens(text, TOKENIZER, 5, 100, seed=3, num_held_out=2)
+    for spelling in ("text.txt", "./text.txt", "elsewhere/../text.txt", other, other.parent):
+        found = load_tokens(spelling, TOKENIZER, 5, 100, seed=3, num_held_out=2)
+        assert torch.equal(found.calibration, first.calibration)
+        assert torch.equal(found.held_out, first.held_out)
+    twice = load_tokens([text, other], TOKENIZER, 10, 100, seed=3).calibration
+    assert not torch.equal(twice[:5], twice[5:])  # their places in the list differ
 
 
 def test_a_sixteenth_of_a_long_text_is_held_out(tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ def load_tokens(
 
     Args:
         sources: what `vqllm.texts.open_source` takes, one or several.
-        seed: decides where in its part of the text each sequence starts.
+        seed: decides, with the place of a source among the `sources`, where in its part of the
+            text each sequence starts. The name of a file and its folder have no say.
         num_held_out: sequences to hold out; fewer where a source has no more of them, but one.
 
     Returns:
@@ -90,7 +91,8 @@ def load_tokens(
         places = []
         for total, purpose in ((num_sequences, "windows"), (num_held_out, "held out")):
             share = total // len(names) + (index < total % len(names))
-            generator = rng.generator(seed, f"{index} {name}", purpose)
+            # By its place in the list: the same text has the same sequences wherever it lies.
+            generator = rng.generator(seed, f"source {index}", purpose)
             places.append(torch.rand(share, generator=generator, dtype=torch.float64))
         if any(len(places_S) for places_S in places):
             found = _cut(open_source(name), tokenizer, length, *places)
