@@ -18,10 +18,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from markers import rewrite
 
-from vqllm.codec_bench import bench
 from vqllm.codecs import CODECS
+from vqllm.core.protocols import JSON
+from vqllm.evaluation.codec_bench import bench
 from vqllm.report.plot import plot_codecs
-from vqllm.types import JSON
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results" / "codecs.json"

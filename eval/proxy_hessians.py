@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vqllm import models
-from vqllm.cache import build_once, cache_dir
-from vqllm.calibration.layer import LayerCalibrator
-from vqllm.calibration.stream import LayerStream, linears_of
-from vqllm.calibration.tokens import calibration_sequences
+from vqllm.calibration.data.calibration_set import calibration_sequences
+from vqllm.calibration.layer_calibrator import LayerCalibrator
+from vqllm.calibration.layer_stream import LayerStream, linears_of
+from vqllm.models import resolve as models
+from vqllm.models.cache import build_once, cache_dir
 
 FILE = "problems.safetensors"
 HALVES = ("fit", "check")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from markers import rewrite
 
-from vqllm.types import JSON
+from vqllm.core.protocols import JSON
 
 IMPROVES: dict[str, tuple[str, ...]] = {
     "coordinate": ("nearest",),

@@ -27,10 +27,11 @@ import torch
 from proxy_hessians import Problem, problems
 from proxy_report import write_tables
 
-from vqllm import group, metrics
-from vqllm import recipe as recipes
+from vqllm import recipes
+from vqllm.core import metrics
+from vqllm.core.protocols import JSON
 from vqllm.errors import RecipeError
-from vqllm.types import JSON
+from vqllm.quantization import linear as group
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results" / "proxy.json"

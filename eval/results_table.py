@@ -19,9 +19,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from markers import rewrite
 
-from vqllm import api
-from vqllm import recipe as recipes
-from vqllm.types import JSON
+from vqllm import api, recipes
+from vqllm.core.protocols import JSON
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ("c4.txt", "wiki.txt")

@@ -19,11 +19,10 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from vqllm import api
-from vqllm import recipe as recipes
-from vqllm.progress import LogProgress
+from vqllm import api, recipes
+from vqllm.core.progress import LogProgress
+from vqllm.core.protocols import JSON
 from vqllm.report.plot import plot_tuning
-from vqllm.types import JSON
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ["end-to-end", "layer-end-to-end", "pv", "straight-through"]

@@ -22,11 +22,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from markers import rewrite
 
-from vqllm import api
-from vqllm import recipe as recipes
-from vqllm.recipe import Recipe
+from vqllm import api, recipes
+from vqllm.core.protocols import JSON
+from vqllm.recipes import Recipe
 from vqllm.report.summary import LINEARS, Summary
-from vqllm.types import JSON
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results" / "tuning.json"

@@ -18,7 +18,7 @@ from tests.tiny import save_tiny
 from vqllm.checkpoint import atomic, writer
 from vqllm.checkpoint.format import QuantizationConfig, shard_name
 from vqllm.codecs.entries import distinct
-from vqllm.linears import is_linear
+from vqllm.hf.linears import is_linear
 from vqllm_kernels.e8p.spec import E8PSpec, E81BSpec
 from vqllm_kernels.formats import FormatSpec
 from vqllm_kernels.linear import LinearSpec

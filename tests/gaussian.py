@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqllm import tiles
-from vqllm.types import State
+from vqllm.core import tiles
+from vqllm.core.protocols import State
 
 
 def generator(seed: int = 0) -> torch.Generator:

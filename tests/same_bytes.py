@@ -8,12 +8,25 @@ A change that is to leave checkpoints as they are leaves these digests as they a
 Bytes follow from the order in which a processor adds. The instruction sets that torch, MKL, oneDNN
 and numba use are therefore fixed before they load, to those that every x86-64 processor has, and
 so is the number of threads. `machine` is a digest of sums, products and factorizations alone:
-where it differs from the recorded one, the libraries compute in another way here, and the digests of
-the checkpoints say nothing.
+where it differs from the recorded one, the libraries compute in another way here, and the digests
+of the checkpoints say nothing.
 """
 
+import argparse
+import hashlib
+import json
 import os
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+import vqllm
+from tests.tiny import TEXT, save_tiny
+from vqllm import recipes
 
 FIXED = {
     "ATEN_CPU_CAPABILITY": "default",
@@ -25,22 +38,6 @@ FIXED = {
     "OMP_WAIT_POLICY": "passive",
     "HF_HUB_OFFLINE": "1",
 }
-if __name__ == "__main__":
-    os.environ.update(FIXED)
-
-import argparse
-import hashlib
-import json
-import tempfile
-from collections.abc import Iterable
-from pathlib import Path
-
-import torch
-
-import vqllm
-from tests.tiny import TEXT, save_tiny
-from vqllm import recipe as recipes
-
 SMALL = ("calibration.sequences=4", "calibration.length=32")
 FEW_STEPS = {
     "end_to_end": ("steps=4",),
@@ -142,6 +139,10 @@ def _quantize(name: str, output: Path) -> None:
 
 
 def main() -> None:
+    if any(os.environ.get(key) != value for key, value in FIXED.items()):
+        # Too late for this process, which has loaded the libraries.
+        again = [sys.executable, "-m", "tests.same_bytes", *sys.argv[1:]]
+        sys.exit(subprocess.run(again, env={**os.environ, **FIXED}).returncode)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--against", type=Path, help="digests to compare with")

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from vqllm.types import Codec, State
+from vqllm.core.protocols import Codec, State
 from vqllm_kernels.formats import FormatSpec
 
 

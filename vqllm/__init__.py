@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vqllm.checkpoint.inspect import inspect_checkpoint as inspect
     from vqllm.checkpoint.reader import Checkpoint
     from vqllm.errors import CheckpointError, ModelError, RecipeError, VqllmError
-    from vqllm.recipe import Recipe
+    from vqllm.recipes import Recipe
     from vqllm.runtime import describe, set_weight_cache
 
 __version__ = "0.1.0"
@@ -27,7 +27,7 @@ _HOMES = {
     "Checkpoint": "vqllm.checkpoint.reader:Checkpoint",
     "CheckpointError": "vqllm.errors:CheckpointError",
     "ModelError": "vqllm.errors:ModelError",
-    "Recipe": "vqllm.recipe:Recipe",
+    "Recipe": "vqllm.recipes:Recipe",
     "RecipeError": "vqllm.errors:RecipeError",
     "VqllmError": "vqllm.errors:VqllmError",
     "compare": "vqllm.api:compare",

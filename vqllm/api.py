@@ -8,24 +8,28 @@ from typing import Any
 
 import torch
 
-from vqllm import evaluation, models, quantization, speed, teaching
-from vqllm import recipe as recipes
+from vqllm import recipes
+from vqllm.calibration.data.text_sources import is_unicode
 from vqllm.checkpoint.reader import Checkpoint
-from vqllm.comparison.grid import Origin, expand
-from vqllm.comparison.result import ComparisonResult
-from vqllm.comparison.run import Plan
-from vqllm.comparison.run import run as run_comparison
+from vqllm.core.progress import LogProgress, Progress
+from vqllm.core.protocols import JSON
 from vqllm.errors import EvaluationError, ModelError, RecipeError
-from vqllm.job import Job
-from vqllm.models import ResolvedModel
-from vqllm.progress import LogProgress, Progress
-from vqllm.quantization import measure_on, text_label, windows_of
-from vqllm.recipe import Recipe, TuningRecipe
+from vqllm.evaluation import perplexity as evaluation
+from vqllm.evaluation import speed
+from vqllm.models import resolve as models
+from vqllm.models.load import load as load
+from vqllm.models.load import load_to_run
+from vqllm.models.resolve import ResolvedModel
+from vqllm.plan.job import Job
+from vqllm.recipes import Recipe, TuningRecipe
 from vqllm.report.summary import Summary
-from vqllm.running import load as load
-from vqllm.running import load_to_run
-from vqllm.texts import is_unicode
-from vqllm.types import JSON
+from vqllm.runs import quantize as quantization
+from vqllm.runs import tune as teaching
+from vqllm.runs.compare.grid import Origin, expand
+from vqllm.runs.compare.result import ComparisonResult
+from vqllm.runs.compare.run import Plan
+from vqllm.runs.compare.run import run as run_comparison
+from vqllm.runs.quantize import measure_on, text_label, windows_of
 
 DEFAULT_BITS = 2
 
@@ -409,7 +413,7 @@ def bench(
         rounds: measured rounds, after one that is not.
 
     Returns:
-        what `vqllm.speed.bench` says.
+        what `vqllm.evaluation.speed.bench` says.
 
     Raises:
         EvaluationError: numbers below 1, or more tokens than the model takes.

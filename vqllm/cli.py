@@ -101,7 +101,7 @@ def quantize(
 ) -> None:
     """Quantize a model into a folder that transformers loads."""
     from vqllm import api
-    from vqllm.progress_bar import progress_for
+    from vqllm.core.progress_bar import progress_for
 
     with progress_for(err) as progress:
         summary = api.quantize(
@@ -153,7 +153,7 @@ def tune(
 ) -> None:
     """Train what codes leave free, against the original's predictions."""
     from vqllm import api
-    from vqllm.progress_bar import progress_for
+    from vqllm.core.progress_bar import progress_for
 
     with progress_for(err) as progress:
         summary = api.tune(
@@ -212,9 +212,9 @@ def compare(
 ) -> None:
     """Quantize a model with several recipes, measure all of them, and rank them."""
     from vqllm import api
-    from vqllm.comparison.grid import parse_grid
-    from vqllm.progress_bar import progress_for
+    from vqllm.core.progress_bar import progress_for
     from vqllm.report import comparison as report
+    from vqllm.runs.compare.grid import parse_grid
 
     for file in (json_file, plot):
         if file:
@@ -412,19 +412,19 @@ def recipes(
     name: Annotated[str | None, typer.Argument(help="print this recipe")] = None,
 ) -> None:
     """List the shipped recipes, or print one."""
-    from vqllm import recipe as recipes_
+    from vqllm.recipes import available, available_tuning, load, load_tuning
 
     if name:
-        load = recipes_.load_tuning if name in recipes_.available_tuning() else recipes_.load
-        out.print(load(name).to_yaml(), markup=False, highlight=False)
+        found = load_tuning(name) if name in available_tuning() else load(name)
+        out.print(found.to_yaml(), markup=False, highlight=False)
         return
     table = Table("recipe", "description")
-    for shipped in recipes_.available():
-        table.add_row(shipped, recipes_.load(shipped).description)
+    for shipped in available():
+        table.add_row(shipped, load(shipped).description)
     out.print(table)
     table = Table("recipe of vqllm tune", "description")
-    for shipped in recipes_.available_tuning():
-        table.add_row(shipped, recipes_.load_tuning(shipped).description)
+    for shipped in available_tuning():
+        table.add_row(shipped, load_tuning(shipped).description)
     out.print(table)
 
 
@@ -448,7 +448,7 @@ def codecs(
         if value:
             raise typer.BadParameter(f"{option} is about measurements: add --bench")
     from vqllm.codecs import CODECS
-    from vqllm.recipe import fields_of
+    from vqllm.recipes import fields_of
     from vqllm.rounding import ROUNDINGS
     from vqllm.transforms import TRANSFORMS
     from vqllm.tuning import MODEL_TUNINGS, TUNINGS
@@ -464,7 +464,7 @@ def codecs(
 
 
 def _bench_codecs(only: list[str], json_file: Path | None, plot: Path | None, device: str) -> None:
-    from vqllm.codec_bench import bench as measured
+    from vqllm.evaluation.codec_bench import bench as measured
     from vqllm.report.plot import plot_codecs
 
     for file in (json_file, plot):

@@ -5,7 +5,7 @@ import torch
 
 from tests.tiny import save_tiny
 from vqllm import api
-from vqllm.recipe import from_dict
+from vqllm.recipes import from_dict
 from vqllm.runtime import describe, set_weight_cache
 
 pytestmark = pytest.mark.filterwarnings("ignore")

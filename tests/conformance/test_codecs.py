@@ -9,8 +9,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from vqllm import tiles
 from vqllm.codecs import CODECS, SearchableCodec
+from vqllm.core import tiles
 from vqllm.errors import NumericalError, RecipeError
 from vqllm_kernels import formats, layout
 

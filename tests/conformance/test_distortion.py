@@ -9,8 +9,9 @@ import math
 import pytest
 import torch
 
-from vqllm import codec_bench, tiles
 from vqllm.codecs import CODECS
+from vqllm.core import tiles
+from vqllm.evaluation import codec_bench
 
 POINTS = {
     f"{name}: {p.label}, {p.mse}": (name, p) for name in CODECS for p in CODECS.get(name).points

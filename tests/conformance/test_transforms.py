@@ -7,10 +7,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from vqllm import metrics, rng
-from vqllm.bits import count
+from vqllm.core import metrics, rng
+from vqllm.core.bits import count
+from vqllm.core.protocols import Transform
 from vqllm.transforms import TRANSFORMS
-from vqllm.types import Transform
 from vqllm_kernels import transforms as specs
 from vqllm_kernels.layout import check
 from vqllm_kernels.transforms import HadamardSpec

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from vqllm import cli, codec_bench
+from vqllm import cli
 from vqllm.errors import EvaluationError, RecipeError
+from vqllm.evaluation import codec_bench
 
 
 def bench(*arguments: object) -> str:

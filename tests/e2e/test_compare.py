@@ -11,16 +11,18 @@ from typer.testing import CliRunner
 
 import vqllm
 from tests.tiny import TEXT, save_tiny
-from vqllm import api, cli, quantization
-from vqllm import recipe as recipes
-from vqllm.checkpoint.run import CheckpointRun
-from vqllm.checkpoint.tuned import TunedRun
-from vqllm.comparison.result import ComparisonResult
+from vqllm import api, cli, recipes
+from vqllm.checkpoint.resume.layer_writer import CheckpointRun
+from vqllm.checkpoint.resume.tuned_writer import TunedRun
 from vqllm.errors import CheckpointError, EvaluationError, ModelError, OutOfSpaceError
-from vqllm.recipe import Recipe
+from vqllm.recipes import Recipe
+from vqllm.runs import quantize as quantization
+from vqllm.runs.compare.result import ComparisonResult
 
 RECIPES = ["rtn-4bit", "e8p-2bit"]
 SMALL = ("calibration.sequences=4", "calibration.length=32")
+
+MEASURED = "vqllm.evaluation.perplexity.compare"
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +183,7 @@ def test_a_member_stopped_after_its_measurement_is_closed_and_not_measured_again
     kept = tmp_path / "out" / ".vqllm" / "results" / "e8p-2bit.json"
     before = kept.read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr("vqllm.evaluation.compare", lambda *_: pytest.fail("measured again"))
+        patched.setattr(MEASURED, lambda *_: pytest.fail("measured again"))
         found = compare(place, tmp_path / "out", recipe="e8p-2bit")
     assert kept.read_bytes() == before
     assert [row["name"] for row in found.rows] == ["e8p-2bit"]
@@ -364,7 +366,7 @@ def test_a_tuned_member_stopped_after_its_measurement_is_closed_and_not_measured
             compare_tuned(place, tmp_path / "out")
     kept = tmp_path / "out" / ".vqllm" / "results" / "tuned.json"
     before = kept.read_bytes()
-    monkeypatch.setattr("vqllm.evaluation.compare", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(MEASURED, lambda *_: pytest.fail("measured again"))
     (row,) = compare_tuned(place, tmp_path / "out").rows
     assert kept.read_bytes() == before
     assert row["name"] == "tuned"
@@ -437,7 +439,7 @@ def test_command(place: Path, whole: Path, tmp_path: Path) -> None:
 def test_a_second_run_has_a_bar_of_its_own() -> None:
     from rich.progress import Progress
 
-    from vqllm.progress_bar import BarProgress
+    from vqllm.core.progress_bar import BarProgress
 
     with Progress(disable=True) as bar:
         progress = BarProgress(bar)

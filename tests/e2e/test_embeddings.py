@@ -17,7 +17,7 @@ from vqllm.checkpoint.dequantize import dequantize_checkpoint
 from vqllm.checkpoint.inspect import inspect_checkpoint
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.errors import CheckpointError, ModelError
-from vqllm.recipe import Recipe
+from vqllm.recipes import Recipe
 from vqllm.runtime import VQEmbedding, VQLinear
 
 MODELS = {

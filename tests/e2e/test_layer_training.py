@@ -9,12 +9,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.e2e.test_pipeline import KillAt, Killed, same_files
-from vqllm import api, layer_training, metrics
-from vqllm.calibration.tokens import calibration_sequences
+from vqllm import api
+from vqllm.calibration.data.calibration_set import calibration_sequences
 from vqllm.checkpoint.reader import Checkpoint
+from vqllm.core import metrics
+from vqllm.core.protocols import JSON
 from vqllm.errors import RecipeError
-from vqllm.recipe import Recipe, from_dict
-from vqllm.types import JSON
+from vqllm.quantization import layer_training
+from vqllm.recipes import Recipe, from_dict
 
 NUM, LENGTH = 30, 32
 LAYER: JSON = {"steps": 24, "batch": 4}
@@ -123,7 +125,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(trained, root, source, text, ev
 def test_states_in_mapped_files_give_the_same_bytes(
     trained, root, source, text, monkeypatch
 ) -> None:
-    from vqllm import pipeline
+    from vqllm.quantization import loop as pipeline
 
     monkeypatch.setitem(pipeline.Job.__init__.__kwdefaults__, "activation_budget", 1)
     run(source, root / "mapped", text)

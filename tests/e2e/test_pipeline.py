@@ -11,10 +11,13 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import vqllm
 from tests.tiny import ARCHITECTURES, TEXT, save_tiny
-from vqllm import api, foresight, metrics
+from vqllm import api
+from vqllm.allocation import run as foresight
 from vqllm.calibration.saliency import TokenWeights
 from vqllm.checkpoint import atomic
 from vqllm.checkpoint.reader import Checkpoint
+from vqllm.core import metrics
+from vqllm.core.protocols import JSON
 from vqllm.errors import (
     CheckpointError,
     EvaluationError,
@@ -23,8 +26,7 @@ from vqllm.errors import (
     OutOfSpaceError,
     RecipeError,
 )
-from vqllm.recipe import Recipe, from_dict
-from vqllm.types import JSON
+from vqllm.recipes import Recipe, from_dict
 
 SMALL = {"source": ["self"], "sequences": 6, "length": 32}
 SPREAD: JSON = {
@@ -187,7 +189,7 @@ def test_a_full_disk_at_the_last_page_keeps_the_run(
 def test_hidden_states_in_a_mapped_file_give_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vqllm import pipeline
+    from vqllm.quantization import loop as pipeline
 
     source = save_tiny(tmp_path / "source")
     run(source, tmp_path / "memory")

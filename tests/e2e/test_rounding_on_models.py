@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.tiny import save_tiny
-from vqllm.calibration.layer import LayerCalibrator
-from vqllm.calibration.stream import LayerStream, linears_of
-from vqllm.group import Statistics, quantize_group
-from vqllm.recipe import from_dict
+from vqllm.calibration.layer_calibrator import LayerCalibrator
+from vqllm.calibration.layer_stream import LayerStream, linears_of
+from vqllm.quantization.linear import Statistics, quantize_group
+from vqllm.recipes import from_dict
 
 CODECS: dict[str, dict[str, Any]] = {
     "uniform": {"type": "uniform", "bits": 3, "group": None},

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from tests.tiny import TEXT, save_tiny
 from vqllm import api, cli
-from vqllm.checkpoint import tuned
 from vqllm.checkpoint.reader import Checkpoint
+from vqllm.checkpoint.resume import tuned_writer as tuned
 from vqllm.errors import (
     CalibrationError,
     CheckpointError,
@@ -22,7 +22,7 @@ from vqllm.errors import (
     ModelError,
     RecipeError,
 )
-from vqllm.recipe import Recipe, TuningRecipe, from_dict, tuning_from_dict
+from vqllm.recipes import Recipe, TuningRecipe, from_dict, tuning_from_dict
 
 QUANTIZE = from_dict(
     {
@@ -168,7 +168,7 @@ def test_a_run_that_goes_on_is_measured_on_its_own_windows(root, rounded, text, 
     def stopping(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vqllm.evaluation.compare", stopping)
+    monkeypatch.setattr("vqllm.evaluation.perplexity.compare", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(rounded, root / "own", text, recipe=few, eval_text=text, eval_windows=1)
     monkeypatch.undo()
@@ -419,7 +419,7 @@ def test_such_a_recipe_goes_on_where_it_was(root, source, text, monkeypatch) -> 
     other = whole(steps=3).model_copy(update={"seed": 5})
     with pytest.raises(CheckpointError, match="unfinished run that differs"):
         api.quantize(source, root / "halfway", recipe=other, **given)
-    monkeypatch.setattr("vqllm.quantization.run_pipeline", killed)  # it is not quantized again
+    monkeypatch.setattr("vqllm.runs.quantize.run_pipeline", killed)  # it is not quantized again
     api.quantize(source, root / "halfway", recipe=whole(steps=3), **given)
     assert Checkpoint.open(root / "halfway").quantization.extra["tuning"]
     with pytest.raises(CheckpointError, match="holds a finished checkpoint"):
@@ -439,7 +439,7 @@ def test_a_mistake_in_what_follows_leaves_what_is_rounded(root, source, text, mo
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vqllm.quantization.run_pipeline", killed)  # it is not quantized again
+    monkeypatch.setattr("vqllm.runs.quantize.run_pipeline", killed)  # it is not quantized again
     monkeypatch.setattr(tuned.TunedRun, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         api.quantize(source, output, recipe=short, **given)
@@ -471,7 +471,7 @@ def test_runs_with_and_without_tuning_keep_apart(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vqllm.checkpoint.run.CheckpointRun.finish", killed)
+    monkeypatch.setattr("vqllm.checkpoint.resume.layer_writer.CheckpointRun.finish", killed)
     with pytest.raises(KeyboardInterrupt):
         api.quantize(source, output, recipe=first, **given)
     monkeypatch.undo()

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from vqllm import api
-from vqllm.checkpoint import tuned
 from vqllm.checkpoint.reader import Checkpoint
+from vqllm.checkpoint.resume import tuned_writer as tuned
 from vqllm.errors import CheckpointError
-from vqllm.recipe import from_dict, tuning_from_dict
+from vqllm.recipes import from_dict, tuning_from_dict
 
 CODECS = {
     "kmeans": {"type": "kmeans", "index_bits": 6, "tile_cols": 4},

@@ -9,11 +9,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.e2e.test_tune import QUANTIZE, files, launch
-from vqllm import api, metrics, teaching
-from vqllm.checkpoint import tuned
+from vqllm import api
 from vqllm.checkpoint.reader import Checkpoint
+from vqllm.checkpoint.resume import tuned_writer as tuned
+from vqllm.core import metrics
 from vqllm.errors import RecipeError
-from vqllm.recipe import TuningRecipe, tuning_from_dict
+from vqllm.recipes import TuningRecipe, tuning_from_dict
+from vqllm.runs import tune as teaching
 from vqllm.tuning import by_layers
 from vqllm.tuning import layer as layer_stage
 

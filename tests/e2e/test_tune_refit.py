@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from tests.e2e.test_tune import files, launch
 from vqllm import api
-from vqllm.checkpoint import tuned
 from vqllm.checkpoint.reader import Checkpoint
+from vqllm.checkpoint.resume import tuned_writer as tuned
 from vqllm.errors import NumericalError, RecipeError
-from vqllm.recipe import Recipe, TuningRecipe, from_dict, tuning_from_dict
+from vqllm.recipes import Recipe, TuningRecipe, from_dict, tuning_from_dict
 from vqllm.tuning import refit
 
 KMEANS = {"type": "kmeans", "tile_rows": 1, "tile_cols": 2, "index_bits": 4}

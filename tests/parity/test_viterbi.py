@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vqllm.codecs import viterbi
+from vqllm.codecs.search import viterbi
 
 STEPS = {
     "1 bit": ([1] * 10, 1),

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from tests.gaussian import gaussian, generator
-from vqllm import tiles
 from vqllm.codecs import CODECS
 from vqllm.codecs.additive import Additive, _least, _least_squares, _search
+from vqllm.core import tiles
+from vqllm.core.protocols import State
 from vqllm.errors import NumericalError, RecipeError
-from vqllm.types import State
 
 
 def build(**options: Any) -> Additive:

@@ -9,14 +9,14 @@ import torch
 
 from tests.gaussian import gaussian
 from tests.tiny import save_tiny
-from vqllm import recipe
+from vqllm import recipes
 from vqllm.allocation import Item, allocate, gaussian_mse
-from vqllm.calibration import sensitivity as sensitivity_module
-from vqllm.calibration.sensitivity import Sensitivity
+from vqllm.allocation import sensitivity as sensitivity_module
+from vqllm.allocation.expected_loss import expected_losses
+from vqllm.allocation.sensitivity import Sensitivity
 from vqllm.errors import NumericalError, RecipeError
-from vqllm.expected_loss import expected_losses
-from vqllm.group import Statistics, quantize_group
-from vqllm.preflight import check_model
+from vqllm.quantization.checks import check_model
+from vqllm.quantization.linear import Statistics, quantize_group
 
 RATES = (1, 1.5, 2, 3, 4)
 
@@ -101,11 +101,11 @@ def budget_of(bits: float, *codecs: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_codecs_without_a_type_change_that_of_the_recipe() -> None:
-    changed = recipe.from_dict(values(**budget_of(2, {"bits": 1}, {"type": "e8p"})), "test")
+    changed = recipes.from_dict(values(**budget_of(2, {"bits": 1}, {"type": "e8p"})), "test")
     first, second = changed.codecs
     assert first.model_dump() == {**changed.codec.model_dump(), "bits": 1}
     assert second.type == "e8p"
-    again = recipe.from_dict(changed.to_dict(), "again")
+    again = recipes.from_dict(changed.to_dict(), "again")
     assert again == changed
     alike = changed.with_codec(first)
     assert alike.codec == first
@@ -128,12 +128,12 @@ def test_codecs_without_a_type_change_that_of_the_recipe() -> None:
 )
 def test_what_cannot_be_allocated_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        recipe.from_dict(values(**changes), "test")
+        recipes.from_dict(values(**changes), "test")
 
 
 def test_too_small_a_budget_is_refused_before_the_run(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source")
-    small = recipe.from_dict(values(**budget_of(1.4, {"bits": 1.5}, {"bits": 3})), "test")
+    small = recipes.from_dict(values(**budget_of(1.4, {"bits": 1.5}, {"bits": 3})), "test")
     with pytest.raises(RecipeError, match=r"is 1\.4, but the cheapest .* takes 1\.5 bits a weight"):
         check_model(source, "tiny", small)
 
@@ -143,7 +143,7 @@ def test_too_small_a_budget_is_refused_before_the_run(tmp_path: Path) -> None:
     [({"type": "e8p"}, 0.0925), ({"type": "trellis", "bits": 3, "state_bits": 8}, 0.0237)],
 )
 def test_gaussian_mse_is_that_of_the_tables(options: dict[str, Any], mse: float) -> None:
-    codec = recipe.from_dict(values(codec=options), "test").codec
+    codec = recipes.from_dict(values(codec=options), "test").codec
     assert gaussian_mse(codec) == pytest.approx(mse, rel=0.02)
     assert gaussian_mse(codec) == gaussian_mse(codec)
 
@@ -162,7 +162,7 @@ def test_expected_losses_are_what_rounding_leaves(
     rounding: str, bits: int, off: float, other: bool, cols: int
 ) -> None:
     codec = {"type": "trellis", "bits": bits, "state_bits": 8}
-    chosen = recipe.from_dict(values(rounding={"type": rounding}, codec=codec), "test")
+    chosen = recipes.from_dict(values(rounding={"type": rounding}, codec=codec), "test")
     W = 0.3 * gaussian(192, cols)
     H = hessian(cols, 1)
     H_F = hessian(cols, 7) if other else H
@@ -174,7 +174,7 @@ def test_expected_losses_are_what_rounding_leaves(
 
 
 def test_expected_losses_of_an_input_that_is_zero_or_not_finite() -> None:
-    chosen = recipe.from_dict(values(), "test")
+    chosen = recipes.from_dict(values(), "test")
     W, zero, bad = gaussian(32, 32), torch.zeros(32, 32), torch.full((32, 32), torch.nan)
     assert expected_losses("a", W, (zero, zero), chosen, [0.1, 0.2]) == [0, 0]
     for hessians in ((bad, torch.eye(32)), (torch.eye(32), bad)):

@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqllm import linalg, metrics, recipe
+from vqllm import recipes
 from vqllm.codecs import CODECS
+from vqllm.core import linalg, metrics
+from vqllm.core.protocols import Codec, Rounding, State
+from vqllm.core.tiles import from_tiles, to_tiles
 from vqllm.errors import RecipeError
 from vqllm.rounding import ROUNDINGS, coordinate
 from vqllm.rounding.beam import descend, feedback
 from vqllm.rounding.columns import TileColumns
-from vqllm.tiles import from_tiles, to_tiles
-from vqllm.types import Codec, Rounding, State
 
 KMEANS = {"type": "kmeans", "index_bits": 4, "iterations": 4}
 CODECS_WITH_LISTS: dict[str, dict[str, Any]] = {
@@ -200,7 +201,7 @@ def test_candidates_of_a_list_count_once() -> None:
 def test_codecs_with_one_code_a_tile_are_refused(codec: dict[str, Any]) -> None:
     values = {"name": "x", "codec": codec, "rounding": {"type": "beam"}}
     with pytest.raises(RecipeError, match=f"rounding beam: codec {codec['type']} finds one code"):
-        recipe.from_dict(values, "test")
+        recipes.from_dict(values, "test")
 
 
 @pytest.mark.parametrize(

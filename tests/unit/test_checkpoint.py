@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.fake_checkpoint import FORMATS, RECIPE, FakeCheckpoint, fake_checkpoint, linear_spec
-from vqllm.bits import count
 from vqllm.checkpoint import atomic, writer
 from vqllm.checkpoint import dequantize as dequantize_module
 from vqllm.checkpoint.dequantize import dequantize_checkpoint
@@ -22,6 +21,7 @@ from vqllm.checkpoint.format import QuantizationConfig
 from vqllm.checkpoint.inspect import inspect_checkpoint
 from vqllm.checkpoint.reader import Checkpoint, is_checkpoint
 from vqllm.checkpoint.shards import natural_order, read_header
+from vqllm.core.bits import count
 from vqllm.errors import CheckpointError, ModelError, OutOfSpaceError
 from vqllm.report import pages
 

@@ -12,19 +12,20 @@ import pytest
 import torch
 
 from tests.tiny import tiny_model
-from vqllm import evaluation, memory
-from vqllm import recipe as recipes
-from vqllm.comparison.grid import expand, parse_grid
-from vqllm.comparison.original import Remembering
-from vqllm.comparison.ranking import EQUAL_BITS, EQUAL_BYTES, RULE, size_classes, standings
-from vqllm.comparison.result import ComparisonResult
-from vqllm.comparison.store import Store
+from vqllm import recipes
+from vqllm.core import memory
+from vqllm.core.pareto import pareto_front
 from vqllm.errors import CheckpointError, RecipeError
-from vqllm.pareto import pareto_front
-from vqllm.recipe import Recipe
+from vqllm.evaluation import perplexity as evaluation
+from vqllm.recipes import Recipe
 from vqllm.report.comparison import comparison_notes, comparison_pages, comparison_rows
 from vqllm.report.labels import overlap, place_labels
 from vqllm.report.summary import LABELS
+from vqllm.runs.compare.grid import expand, parse_grid
+from vqllm.runs.compare.original import Remembering
+from vqllm.runs.compare.ranking import EQUAL_BITS, EQUAL_BYTES, RULE, size_classes, standings
+from vqllm.runs.compare.result import ComparisonResult
+from vqllm.runs.compare.store import Store
 
 
 def build(origin: Any, changes: tuple[str, ...]) -> Recipe:

@@ -11,8 +11,8 @@ from tests.gaussian import gaussian
 from vqllm.codecs import CODECS, base, convolutional
 from vqllm.codecs.base import nearest_entry
 from vqllm.codecs.convolutional_maps import KNOWN, Constants
+from vqllm.core.tiles import to_tiles
 from vqllm.errors import RecipeError
-from vqllm.tiles import to_tiles
 from vqllm_kernels import formats, layout
 from vqllm_kernels.convolutional import reference
 
@@ -109,7 +109,7 @@ def test_every_map_of_the_list_is_good(constants):
 )
 def test_search_in_a_table_equals_brute_force(num, entries, elements, num_threads):
     pytest.importorskip("numba")
-    from vqllm.codecs import nearest_numba
+    from vqllm.codecs.search import codebook_numba as nearest_numba
 
     x_NE, table_KE = gaussian(num, elements), gaussian(entries, elements, seed=1)
     index_N = nearest_numba.nearest(x_NE.numpy(), table_KE.numpy(), num_threads)
@@ -120,7 +120,7 @@ def test_search_in_a_table_equals_brute_force(num, entries, elements, num_thread
 
 def test_the_first_of_equal_entries_is_found():
     pytest.importorskip("numba")
-    from vqllm.codecs import nearest_numba
+    from vqllm.codecs.search import codebook_numba as nearest_numba
 
     table_KE = gaussian(20, 4).repeat(3, 1)
     index_N = nearest_numba.nearest(table_KE.numpy(), table_KE.numpy(), 1)

@@ -19,9 +19,9 @@ from tests.unit.test_rounding import (
     weights,
 )
 from vqllm.codecs import CODECS
+from vqllm.core.protocols import Codec, State
+from vqllm.core.tiles import from_tiles, grid, to_tiles
 from vqllm.errors import RecipeError
-from vqllm.tiles import from_tiles, grid, to_tiles
-from vqllm.types import Codec, State
 
 KINDS = ["mixed", "smooth", "spiked", "thin"]
 STARTS = ["nearest", "weights", "ldlq"]

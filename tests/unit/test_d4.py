@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vqllm.codecs import CODECS
-from vqllm.tiles import to_tiles
+from vqllm.core.tiles import to_tiles
 from vqllm_kernels import formats, layout
 from vqllm_kernels.d4 import reference
 

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import ARCHITECTURES, save_tiny
-from vqllm import group, recipe
+from vqllm import recipes
 from vqllm.calibration import passes as passes_module
 from vqllm.calibration.drift import Drift, silenced
 from vqllm.calibration.hessian import Hessian
-from vqllm.calibration.layer import LayerCalibrator
-from vqllm.calibration.stream import LayerStream, linears_of
-from vqllm.target import corrected
+from vqllm.calibration.layer_calibrator import LayerCalibrator
+from vqllm.calibration.layer_stream import LayerStream, linears_of
+from vqllm.quantization import linear as group
+from vqllm.quantization.target import corrected
 
 TOKENS = torch.randint(3, 384, (5, 24), generator=torch.Generator().manual_seed(0))
 ADDING = {
@@ -141,7 +142,7 @@ def test_experts_have_no_drift(tmp_path: Path) -> None:
     hessian = Hessian.empty(4, torch.device("cpu"))
     assert hessian.drift is None
     W = {"expert": torch.randn(6, 4, generator=torch.Generator().manual_seed(0))}
-    wanted = recipe.from_dict(
+    wanted = recipes.from_dict(
         {"name": "x", "codec": {"type": "uniform", "bits": 3}, "rounding": {"type": "nearest"}}
         | {"target": {"of": "outputs"}},
         "x",

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from vqllm.codecs import CODECS, e8p_nearest
+from vqllm.codecs import CODECS
+from vqllm.codecs.search import e8p as e8p_nearest
 from vqllm_kernels.e8p import reference
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqllm.errors import ModelError, RecipeError
-from vqllm.recipe import available_tuning, load_tuning, tuning_from_dict
+from vqllm.recipes import available_tuning, load_tuning, tuning_from_dict
 from vqllm.tuning.base import ModelTask, seconds_of
 from vqllm.tuning.divergence import divergence
 from vqllm.tuning.end_to_end import EndToEnd

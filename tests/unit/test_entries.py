@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tests.gaussian import fitted, gaussian
-from vqllm import recipe
+from vqllm import recipes
 from vqllm.codecs import CODECS
 from vqllm.codecs.entries import apart, distinct
-from vqllm.types import JSON
+from vqllm.core.protocols import JSON
 from vqllm_kernels.tables import FINITE, equal_entries, repeated
 
 TABLES: list[JSON] = [
@@ -95,7 +95,7 @@ def test_more_scalars_than_there_are_numbers_cannot_differ() -> None:
 @pytest.mark.parametrize("weights", ["zero", "few values", "few rows", "tuned"])
 def test_what_codecs_store_can_be_read(options: JSON, weights: str) -> None:
     values = {"name": "x", "codec": options, "rounding": {"type": "nearest"}}
-    codec = recipe.from_dict(values, "x").codec
+    codec = recipes.from_dict(values, "x").codec
     W = {
         "zero": torch.zeros(16, 64),
         "few values": gaussian(16, 64).round(),
@@ -111,7 +111,7 @@ def test_what_codecs_store_can_be_read(options: JSON, weights: str) -> None:
 @pytest.mark.parametrize("options", TABLES, ids=lambda options: options["type"])
 def test_readers_refuse_equal_entries(options: JSON) -> None:
     values = {"name": "x", "codec": options, "rounding": {"type": "nearest"}}
-    codec = recipe.from_dict(values, "x").codec
+    codec = recipes.from_dict(values, "x").codec
     W = gaussian(16, 64)
     _, state, codes = fitted(codec, W)
     tensors = codec.pack(codes, state)

@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from tests.tiny import tiny_model, tiny_tokenizer
-from vqllm import evaluation
 from vqllm.errors import EvaluationError, NumericalError
-from vqllm.evaluation import (
+from vqllm.evaluation import perplexity as evaluation
+from vqllm.evaluation.perplexity import (
     check_same_tokens,
     compare,
     longest_input,
@@ -96,7 +96,7 @@ def test_few_windows_are_the_first_of_all(
 ) -> None:
     """A prefix of the text is tokenized, cut at a line end, where a token may span the cut."""
     expected = text_windows(text, TOKENIZER, window_length=64)[:num_windows]
-    monkeypatch.setattr("vqllm.texts.BLOCK_BYTES", 50)
+    monkeypatch.setattr("vqllm.calibration.data.text_sources.BLOCK_BYTES", 50)
     read = []
     monkeypatch.setattr(
         evaluation, "_encode", lambda t, s: read.append(len(s)) or TOKENIZER(s).input_ids

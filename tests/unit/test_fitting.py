@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.unit.test_pv import CODEC_OPTIONS, Toy, codec_of
-from vqllm.coded import CodedWeights
-from vqllm.fitting import fit
+from vqllm.distillation.coded_weights import CodedWeights
+from vqllm.distillation.fit_scales import fit
 
 R, C = 24, 16
 

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import ARCHITECTURES, save_tiny
-from vqllm import rng
 from vqllm.calibration import passes as passes_module
 from vqllm.calibration import saliency as saliency_module
 from vqllm.calibration.gradients import Choice, Findings, GradientPass, Visitor, draw
-from vqllm.calibration.layer import LayerCalibrator
+from vqllm.calibration.layer_calibrator import LayerCalibrator
+from vqllm.calibration.layer_stream import LayerStream, linears_of
 from vqllm.calibration.saliency import OutputHessians, TokenWeights, unpack
-from vqllm.calibration.stream import LayerStream, linears_of
+from vqllm.core import rng
 from vqllm.errors import ModelError, NumericalError
 
 TOKENS = torch.randint(3, 384, (5, 24), generator=torch.Generator().manual_seed(0))

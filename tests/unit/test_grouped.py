@@ -9,11 +9,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from tests.gaussian import generator
-from vqllm import metrics, tiles
 from vqllm.codecs import CODECS
 from vqllm.codecs.grouped import Grouped
+from vqllm.core import metrics, tiles
+from vqllm.core.protocols import State
 from vqllm.errors import NumericalError
-from vqllm.types import State
 from vqllm_kernels.grouped import reference
 from vqllm_kernels.grouped.spec import GroupedSpec
 

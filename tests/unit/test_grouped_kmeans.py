@@ -5,10 +5,10 @@ import torch
 from pydantic import ValidationError
 
 from tests.gaussian import fitted, gaussian, generator
-from vqllm import linalg, metrics, tiles
 from vqllm.codecs import CODECS, lloyd
+from vqllm.core import linalg, metrics, tiles
 from vqllm.errors import NumericalError, RecipeError
-from vqllm.recipe import from_dict
+from vqllm.recipes import from_dict
 from vqllm.rounding import ROUNDINGS
 from vqllm_kernels import formats
 from vqllm_kernels.bitpack import unpack_bits

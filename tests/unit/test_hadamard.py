@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from vqllm.hadamard import MIN_BLOCK, block_for
+from vqllm.core.hadamard import MIN_BLOCK, block_for
 from vqllm_kernels.hadamard import matrices, reference
 from vqllm_kernels.hadamard.galois import prime_power, quadratic_character
 from vqllm_kernels.hadamard.matrices import factor, factors, is_hadamard, matrix, signs

@@ -11,8 +11,14 @@ import torch
 
 from tests.tiny import save_tiny
 from vqllm.checkpoint import atomic
-from vqllm.checkpoint.journal import FinishedLayer, Journal, fingerprint, identity, is_unfinished
 from vqllm.checkpoint.reader import Checkpoint
+from vqllm.checkpoint.resume.journal import (
+    FinishedLayer,
+    Journal,
+    fingerprint,
+    identity,
+    is_unfinished,
+)
 from vqllm.errors import CheckpointError
 
 IDENTITY = {"recipe": {"seed": 0, "parts": [{"type": "a"}, {"type": "b"}]}, "model": "m"}

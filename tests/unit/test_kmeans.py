@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.gaussian import gaussian, generator
-from vqllm import tiles
 from vqllm.codecs import CODECS
 from vqllm.codecs.base import nearest_entry
+from vqllm.core import tiles
 from vqllm.errors import NumericalError
 
 

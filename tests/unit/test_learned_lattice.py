@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.gaussian import gaussian, generator
-from vqllm import tiles
 from vqllm.codecs import CODECS
-from vqllm.codecs.learned_lattice_nearest import Lattice
+from vqllm.codecs.search.learned_lattice import Lattice
+from vqllm.core import tiles
 from vqllm.errors import RecipeError
 from vqllm_kernels.learned_lattice import reference
 from vqllm_kernels.learned_lattice.spec import LearnedLatticeSpec

@@ -9,9 +9,9 @@ from torch import Tensor
 from tests.unit.test_rounding import hessian, rule, weights
 from tests.unstored import Unstored
 from vqllm.codecs import CODECS
-from vqllm.least_squares import StateProblem
-from vqllm.tiles import to_tiles
-from vqllm.types import Codec, State
+from vqllm.core.least_squares import StateProblem
+from vqllm.core.protocols import Codec, State
+from vqllm.core.tiles import to_tiles
 
 
 class Scaled(Unstored):

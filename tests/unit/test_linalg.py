@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vqllm import linalg, metrics
+from vqllm.core import linalg, metrics
 from vqllm.errors import NumericalError
 
 

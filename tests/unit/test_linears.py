@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqllm.linears import (
+from vqllm.hf.linears import (
     after_lookup,
     before_lookup,
     is_linear,

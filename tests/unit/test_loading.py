@@ -12,11 +12,12 @@ from torch import Tensor
 
 import vqllm
 from tests.tiny import save_tiny, tiny_config
-from vqllm import loading, pipeline
-from vqllm.calibration import tokens
-from vqllm.calibration.tokens import check_length
+from vqllm.calibration.data import calibration_set as tokens
+from vqllm.calibration.data.calibration_set import check_length
 from vqllm.checkpoint.source import stored_tensors
 from vqllm.errors import CalibrationError, ModelError
+from vqllm.hf import loading
+from vqllm.quantization import loop as pipeline
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 UP = "model.layers.1.mlp.up_proj.weight"

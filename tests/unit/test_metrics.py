@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from vqllm import metrics
 from vqllm.codecs import CODECS
+from vqllm.core import metrics
 
 
 def symbols(probabilities, num, values=None):

@@ -15,9 +15,10 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
-from vqllm import cache, demo, gguf_model
 from vqllm.errors import ModelError, OutOfSpaceError
-from vqllm.models import ResolvedModel, check_folder, resolve
+from vqllm.models import cache, demo
+from vqllm.models import gguf as gguf_model
+from vqllm.models.resolve import ResolvedModel, check_folder, resolve
 
 ROPE_THETA = 50000.0
 USERS_CACHE = str(cache.cache_dir())

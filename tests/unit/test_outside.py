@@ -7,11 +7,13 @@ import torch
 from torch import nn
 
 from tests.tiny import save_tiny, tiny_config, tiny_model
-from vqllm import outside, preflight, rows
 from vqllm.codecs import CODECS
 from vqllm.errors import ModelError, NumericalError
-from vqllm.recipe import Recipe, from_dict
-from vqllm.rows import Matrix, quantize_rows
+from vqllm.quantization import checks as preflight
+from vqllm.quantization import embeddings as outside
+from vqllm.quantization import row_blocks as rows
+from vqllm.quantization.row_blocks import Matrix, quantize_rows
+from vqllm.recipes import Recipe, from_dict
 from vqllm_kernels import linear
 
 UNIFORM = {"type": "uniform", "bits": 4, "group": 16}

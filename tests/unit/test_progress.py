@@ -5,9 +5,9 @@ import logging
 import pytest
 from rich.progress import Progress
 
-from vqllm import progress as progress_module
-from vqllm.progress import LogProgress
-from vqllm.progress_bar import BarProgress
+from vqllm.core import progress as progress_module
+from vqllm.core.progress import LogProgress
+from vqllm.core.progress_bar import BarProgress
 
 
 def test_a_long_phase_has_a_line_from_time_to_time(

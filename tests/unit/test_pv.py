@@ -8,18 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from tests.unit.test_end_to_end import Keeper
-from vqllm import rng
 from vqllm.codecs import CODECS
-from vqllm.coded import CodedWeights
-from vqllm.processes import Processes
-from vqllm.tiles import to_tiles
+from vqllm.core import rng
+from vqllm.core.distributed import Processes
+from vqllm.core.protocols import Codec
+from vqllm.core.tiles import to_tiles
+from vqllm.distillation.coded_weights import CodedWeights
 from vqllm.tuning.base import ModelTask, ModelTuning
 from vqllm.tuning.codes import CodeDescent
 from vqllm.tuning.divergence import divergence
 from vqllm.tuning.end_to_end import EndToEnd
 from vqllm.tuning.pv import PV, PVRun
 from vqllm.tuning.straight_through import StraightThrough
-from vqllm.types import Codec
 from vqllm_kernels.linear import LinearSpec
 from vqllm_kernels.transforms import HadamardSpec
 

@@ -8,7 +8,9 @@ import torch
 from pydantic import ValidationError
 
 from tests.gaussian import gaussian, generator
-from vqllm.codecs import CODECS, pyramid_design, pyramid_nearest, pyramid_weighted
+from vqllm.codecs import CODECS, pyramid_design
+from vqllm.codecs.search import pyramid as pyramid_nearest
+from vqllm.codecs.search import pyramid_weighted
 from vqllm.errors import RecipeError
 from vqllm_kernels.pyramid import reference
 from vqllm_kernels.pyramid.spec import PyramidSpec

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from vqllm import api
-from vqllm import recipe as recipes
+from vqllm import api, recipes
+from vqllm.allocation.run import needs_gradients
 from vqllm.errors import RecipeError
-from vqllm.foresight import needs_gradients
-from vqllm.preflight import code_bits
-from vqllm.recipe import from_dict
+from vqllm.quantization.checks import code_bits
+from vqllm.recipes import from_dict
 
 MINIMAL = {"name": "x", "codec": {"type": "e8p"}, "rounding": {"type": "nearest"}}
 

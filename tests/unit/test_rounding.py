@@ -9,15 +9,15 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from tests.unstored import Unstored
-from vqllm import linalg, metrics
 from vqllm.codecs import CODECS
+from vqllm.core import linalg, metrics
+from vqllm.core.protocols import Codec, Rounding, State
+from vqllm.core.tiles import from_tiles, to_tiles
 from vqllm.errors import NumericalError, RecipeError
 from vqllm.rounding import ROUNDINGS
 from vqllm.rounding.columns import PADDING, TileColumns
 from vqllm.rounding.coordinate import descend
 from vqllm.rounding.ldlq import feedback
-from vqllm.tiles import from_tiles, to_tiles
-from vqllm.types import Codec, Rounding, State
 
 TILES = [(1, 1), (1, 2), (1, 4), (1, 8), (4, 1), (2, 4), (3, 8)]
 

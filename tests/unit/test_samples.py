@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tests.tiny import tiny_model, tiny_tokenizer
-from vqllm import rng
-from vqllm.calibration import samples
+from vqllm.calibration.data import self_samples as samples
+from vqllm.calibration.data.self_samples import generate_samples
+from vqllm.calibration.data.vocabulary import leading_token, ordinary_tokens
 from vqllm.calibration.decode_attention import NAME, fast_decoding
-from vqllm.calibration.samples import generate_samples
-from vqllm.calibration.vocabulary import leading_token, ordinary_tokens
+from vqllm.core import rng
 from vqllm.errors import NumericalError
 
 BOS, EOS, PAD = 0, 1, 2

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from tests.tiny import tiny_tokenizer
-from vqllm import texts
-from vqllm.calibration import sources
-from vqllm.calibration.sources import load_tokens
+from vqllm.calibration.data import cut_sequences as sources
+from vqllm.calibration.data import text_sources as texts
+from vqllm.calibration.data.cut_sequences import load_tokens
+from vqllm.calibration.data.text_sources import open_source
 from vqllm.errors import CalibrationError
-from vqllm.texts import open_source
 
 TOKENIZER = tiny_tokenizer()
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

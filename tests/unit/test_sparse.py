@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.gaussian import fitted, gaussian
-from vqllm import tiles
 from vqllm.codecs import CODECS
+from vqllm.core import tiles
 from vqllm.errors import NumericalError, RecipeError
 from vqllm_kernels import formats
 from vqllm_kernels.sparse import reference

@@ -6,9 +6,10 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.tiny import save_tiny
-from vqllm import api, cli, speed
+from vqllm import api, cli
 from vqllm.errors import EvaluationError
-from vqllm.recipe import from_dict
+from vqllm.evaluation import speed
+from vqllm.recipes import from_dict
 from vqllm.runtime import set_weight_cache
 from vqllm_kernels import dispatch
 

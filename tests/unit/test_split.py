@@ -7,8 +7,8 @@ import torch
 from pydantic import ValidationError
 
 from tests.gaussian import fitted, gaussian, generator
-from vqllm import linalg, metrics, rng, tiles
 from vqllm.codecs import CODECS
+from vqllm.core import linalg, metrics, rng, tiles
 from vqllm.errors import RecipeError
 from vqllm.rounding import ROUNDINGS
 from vqllm.transforms import TRANSFORMS

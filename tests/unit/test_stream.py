@@ -17,11 +17,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tests.tiny import ARCHITECTURES, save_tiny
 from vqllm.calibration import passes as passes_module
-from vqllm.calibration.layer import LayerCalibrator
+from vqllm.calibration.layer_calibrator import LayerCalibrator
+from vqllm.calibration.layer_stream import LayerStream, check_states, layer_names, linears_of
 from vqllm.calibration.passes import Model
-from vqllm.calibration.stream import LayerStream, check_states, layer_names, linears_of
 from vqllm.errors import ModelError, NumericalError
-from vqllm.loading import skeleton
+from vqllm.hf.loading import skeleton
 
 TOKENS = torch.randint(3, 384, (5, 24), generator=torch.Generator().manual_seed(0))
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from tests.tiny import ARCHITECTURES, save_tiny
-from vqllm.calibration.stream import LayerStream
-from vqllm.checkpoint.folder import RunFolder
+from vqllm.calibration.layer_stream import LayerStream
+from vqllm.checkpoint.resume.run_folder import RunFolder
+from vqllm.core.distributed import Processes
+from vqllm.distillation.cached_teacher import CachedTeacher
 from vqllm.errors import ModelError, NumericalError, OutOfSpaceError
-from vqllm.loading import load_model
-from vqllm.processes import Processes
-from vqllm.teacher import CachedTeacher
+from vqllm.hf.loading import load_model
 
 TOKENS = torch.randint(3, 384, (7, 24), generator=torch.Generator().manual_seed(0))
 OTHERS = {"cohere": {"logit_scale": 0.3}, "granite": {"logits_scaling": 3.0}, "xglm": {}}

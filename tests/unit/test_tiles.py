@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vqllm import tiles
+from vqllm.core import tiles
 
 TILES = [(1, 1), (1, 8), (4, 1), (2, 3), (16, 16)]
 SHAPES = [(5, 37), (16, 24), (1, 8), (37, 43), (33, 1)]

@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from vqllm.codecs import CODECS, compiled, viterbi
+from vqllm.codecs import CODECS
+from vqllm.codecs.search import compiled, viterbi
 from vqllm.errors import RecipeError
 from vqllm_kernels import formats
 from vqllm_kernels.trellis import reference

@@ -10,15 +10,17 @@ from torch import Tensor
 from tests.unit import test_rounding
 from tests.unit.test_beam import hessian, loss, reproduced, rule, weights
 from tests.unstored import Unstored
-from vqllm import group, metrics, recipe
+from vqllm import recipes
 from vqllm.codecs import CODECS
+from vqllm.core import metrics
+from vqllm.core.least_squares import StateProblem
+from vqllm.core.protocols import Codec, State
+from vqllm.core.tiles import to_tiles
 from vqllm.errors import RecipeError
-from vqllm.least_squares import StateProblem
+from vqllm.quantization import linear as group
 from vqllm.rounding.nearest import Nearest
-from vqllm.tiles import to_tiles
 from vqllm.tuning import TUNINGS
 from vqllm.tuning.codebook import Codebook
-from vqllm.types import Codec, State
 
 KMEANS = {"type": "kmeans", "tile_cols": 4, "index_bits": 4, "iterations": 4}
 ADDITIVE = {"type": "additive", "tile_cols": 4, "index_bits": 4, "iterations": 4, "rounds": 2}
@@ -246,15 +248,15 @@ class TestRecipe:
     }
 
     def test_default_is_none(self) -> None:
-        assert recipe.from_dict(self.VALUES, "test").tuning == ()
-        assert recipe.from_dict(self.VALUES, "test").to_dict()["tuning"] == []
+        assert recipes.from_dict(self.VALUES, "test").tuning == ()
+        assert recipes.from_dict(self.VALUES, "test").to_dict()["tuning"] == []
 
     def test_steps_follow_the_rounding(self) -> None:
         W, H = weights(32, 64), hessian(64)
         losses = []
         for steps in ([], [{"type": "codebook"}], [{"type": "codebook", "rounds": 2}]):
-            tuned = recipe.from_dict({**self.VALUES, "tuning": steps}, "test")
-            assert recipe.from_dict(tuned.to_dict(), "test") == tuned
+            tuned = recipes.from_dict({**self.VALUES, "tuning": steps}, "test")
+            assert recipes.from_dict(tuned.to_dict(), "test") == tuned
             (linear,) = group.quantize_group({"a": W}, group.Statistics(H, 1000), tuned)
             losses.append(linear.record["proxy_loss"])
             assert metrics.proxy_loss(W, linear.W_hat_RC, H) == losses[-1]
@@ -272,7 +274,7 @@ class TestRecipe:
     )
     def test_mistakes_are_refused(self, steps: list[dict[str, Any]], message: str) -> None:
         with pytest.raises(RecipeError, match=message):
-            recipe.from_dict({**self.VALUES, "tuning": steps}, "test")
+            recipes.from_dict({**self.VALUES, "tuning": steps}, "test")
 
     def test_the_registry_lists_it(self) -> None:
         assert "codebook" in TUNINGS

@@ -20,10 +20,11 @@ from typer.testing import CliRunner
 import vqllm
 from tests.conformance import test_codecs as battery
 from tests.tiny import save_tiny
-from vqllm import cli, codec_bench, resources
+from vqllm import cli, recipes
 from vqllm import codecs as codecs_package
-from vqllm import recipe as recipes
 from vqllm.codecs import CODECS
+from vqllm.core import resources
+from vqllm.evaluation import codec_bench
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "tutorial_codec.md").read_text(encoding="utf-8")

@@ -4,17 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqllm import linalg, recipe
+from vqllm import recipes
+from vqllm.core import linalg
+from vqllm.core.protocols import Codec
+from vqllm.core.tiles import from_tiles, to_tiles
 from vqllm.errors import NumericalError, RecipeError
 from vqllm.rounding.ldlq import LDLQ
 from vqllm.rounding.two_sided import TwoSided
-from vqllm.tiles import from_tiles, to_tiles
-from vqllm.types import Codec
 
 
 def codec_of(options: dict[str, object]) -> Codec:
     values = {"name": "x", "codec": options, "rounding": {"type": "two_sided"}}
-    return recipe.from_dict(values, "x").codec
+    return recipes.from_dict(values, "x").codec
 
 
 def correlated(size: int, seed: int, rank: int = 8) -> Tensor:
@@ -96,14 +97,14 @@ def test_the_loss_is_what_the_factors_leave() -> None:
 def test_codecs_with_something_for_every_row_are_refused(options: dict[str, object]) -> None:
     values = {"name": "x", "codec": options, "rounding": {"type": "two_sided"}}
     with pytest.raises(RecipeError, match=r"two_sided: codec \w+ .* every row"):
-        recipe.from_dict(values, "x")
+        recipes.from_dict(values, "x")
 
 
 def test_a_head_has_no_gradients() -> None:
     head = {"codec": {"type": "e8p"}, "rounding": {"type": "two_sided"}}
     values = {"name": "x", "codec": {"type": "e8p"}, "rounding": {"type": "ldlq"}, "head": head}
     with pytest.raises(RecipeError, match="needs gradients in the outputs"):
-        recipe.from_dict(values, "x")
+        recipes.from_dict(values, "x")
 
 
 def test_an_indefinite_hessian_of_outputs_is_damped_more(caplog: pytest.LogCaptureFixture) -> None:

@@ -8,10 +8,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from vqllm import linalg, metrics, rng
-from vqllm.group import Statistics, quantize_group
-from vqllm.hadamard import matrix
-from vqllm.recipe import from_dict
+from vqllm.core import linalg, metrics, rng
+from vqllm.core.hadamard import matrix
+from vqllm.quantization.linear import Statistics, quantize_group
+from vqllm.recipes import from_dict
 from vqllm.runtime import VQLinear, set_weight_cache
 from vqllm.transforms.wush import DAMPING, LARGEST_GAIN, Wush
 from vqllm_kernels.transforms import BlockDiagonalSpec

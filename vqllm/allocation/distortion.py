@@ -2,8 +2,8 @@
 
 import torch
 
-from vqllm.tiles import to_tiles
-from vqllm.types import Codec
+from vqllm.core.protocols import Codec
+from vqllm.core.tiles import to_tiles
 
 ROWS, COLS = 512, 256
 """Of the weights that are measured on: 2^17, whose own mean square is off by 0.4 %. A codec with a

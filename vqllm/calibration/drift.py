@@ -5,7 +5,8 @@ The two models run side by side. At a linear that reads x⁰ there and x here,
     D = E[(x⁰ − x) xᵀ]      its input has drifted
     S = E[(r⁰ − r) xᵀ]      the residual stream that it adds its output to has
 
-are all that the best weights for the drifted model depend on beside H = E[x xᵀ] (`vqllm.target`).
+are all that the best weights for the drifted model depend on beside H = E[x xᵀ]
+(`vqllm.quantization.target`).
 The second is known for a linear whose output is added to the stream as it is, or times a number:
 whether it is shows when the linear is silenced. The stream before it, r, is what the layer returns
 when it and all linears after it give zeros.

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqllm import rng
+from vqllm.calibration.activation_store import ActivationStore
+from vqllm.calibration.layer_stream import LayerStream, linears_of
 from vqllm.calibration.passes import batches
-from vqllm.calibration.store import ActivationStore
-from vqllm.calibration.stream import LayerStream, linears_of
+from vqllm.core import rng
 from vqllm.errors import ModelError, NumericalError
 
 WITHOUT = (

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vqllm import linalg
 from vqllm.calibration.drift import Drift
+from vqllm.core import linalg
 from vqllm.errors import NumericalError
 
 

@@ -13,11 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from vqllm.calibration.activation_store import ActivationStore
+from vqllm.calibration.layer_stream import LayerStream
 from vqllm.calibration.replay import Replay
-from vqllm.calibration.store import ActivationStore
-from vqllm.calibration.stream import LayerStream
 from vqllm.errors import NumericalError
-from vqllm.linears import capture_inputs
+from vqllm.hf.linears import capture_inputs
 
 BATCH_TOKENS = 8192
 """Tokens that run through a layer at once on an accelerator: enough for full matrix units."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqllm.linears import is_linear
+from vqllm.hf.linears import is_linear
 
 
 class Replay:

@@ -21,8 +21,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vqllm import linalg
 from vqllm.calibration.gradients import WITHOUT, Findings, Visitor
+from vqllm.core import linalg
 from vqllm.errors import NumericalError
 
 BLOCK = 4096

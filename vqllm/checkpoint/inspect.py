@@ -5,10 +5,10 @@ from pathlib import Path
 
 import yaml
 
-from vqllm.bits import BitCount
 from vqllm.checkpoint.format import JSON
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.checkpoint.shards import natural_order
+from vqllm.core.bits import BitCount
 
 
 def inspect_checkpoint(folder: str | Path, verify: bool = True) -> JSON:

@@ -9,9 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vqllm.bits import BitCount
 from vqllm.checkpoint.format import CONFIG, JSON, QUANT_METHOD, RECORDS, QuantizationConfig
-from vqllm.checkpoint.journal import is_unfinished
+from vqllm.checkpoint.resume.journal import is_unfinished
 from vqllm.checkpoint.shards import (
     DAMAGED,
     DTYPE_NAMES,
@@ -20,6 +19,7 @@ from vqllm.checkpoint.shards import (
     read_index,
     sha256_of,
 )
+from vqllm.core.bits import BitCount
 from vqllm.errors import CheckpointError
 from vqllm_kernels.linear import LinearSpec
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vqllm.checkpoint.shards import StoredTensor, read_header
 from vqllm.errors import CheckpointError, ModelError
-from vqllm.loading import listed
+from vqllm.hf.loading import listed
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

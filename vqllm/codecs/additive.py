@@ -36,7 +36,7 @@ from torch import Tensor
 from vqllm.codecs import lloyd
 from vqllm.codecs.base import CODECS, check_finite, weigh
 from vqllm.codecs.kmeans import ClusteredCodec, narrowed
-from vqllm.types import Point, State
+from vqllm.core.protocols import Point, State
 from vqllm_kernels.bitpack import pack_bits, unpack_bits
 from vqllm_kernels.lut.spec import LutSpec
 from vqllm_kernels.residual.reference import stage_tensors

@@ -7,10 +7,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vqllm.codecs.compiled import has_numba
+from vqllm.codecs.search.compiled import has_numba
+from vqllm.core.protocols import Codec, State
+from vqllm.core.registry import Registry
 from vqllm.errors import NumericalError, RecipeError
-from vqllm.registry import Registry
-from vqllm.types import Codec, State
 
 CODECS: Registry[Codec] = Registry("codec")
 
@@ -137,7 +137,7 @@ def nearest_entry(x_NE: Tensor, table_KE: Tensor, num: int = 1) -> Tensor:
     table_KE = table_KE - center_E
     if num == 1 and table_KE.shape[1] <= 8 and x_NE.device.type == "cpu" and has_numba():
         # Imported here: numba takes longer to import than all the rest.
-        from vqllm.codecs import nearest_numba
+        from vqllm.codecs.search import codebook_numba as nearest_numba
 
         index_N = nearest_numba.nearest(
             (x_NE - center_E).detach().contiguous().numpy(),

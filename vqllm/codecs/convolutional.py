@@ -32,8 +32,8 @@ from torch import Tensor
 
 from vqllm.codecs.base import CODECS, MIN_SCALE, check_finite, nearest_entry, weigh
 from vqllm.codecs.convolutional_maps import KNOWN, Constants
+from vqllm.core.protocols import Codec, Point, State
 from vqllm.errors import RecipeError
-from vqllm.types import Codec, Point, State
 from vqllm_kernels.bitpack import pack_bits, unpack_bits
 from vqllm_kernels.convolutional import reference
 from vqllm_kernels.convolutional.spec import ConvolutionalSpec

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vqllm.codecs.base import CODECS, nearest_entry, weigh
 from vqllm.codecs.e8p import LatticeCodec
-from vqllm.types import Point, State
+from vqllm.core.protocols import Point, State
 from vqllm_kernels.d4 import reference
 from vqllm_kernels.d4.spec import D4Spec
 

@@ -12,7 +12,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vqllm.codecs import e8p_nearest
 from vqllm.codecs.base import (
     CODECS,
     ScaledCodec,
@@ -21,7 +20,8 @@ from vqllm.codecs.base import (
     nearest_entry,
     weigh,
 )
-from vqllm.types import Point, State
+from vqllm.codecs.search import e8p as e8p_nearest
+from vqllm.core.protocols import Point, State
 from vqllm_kernels.e8p import reference
 from vqllm_kernels.e8p.spec import E8PSpec, E81BSpec
 

@@ -27,8 +27,8 @@ from torch import Tensor
 from vqllm.codecs import lloyd
 from vqllm.codecs.base import CODECS, check_finite, nearest_entry, weigh
 from vqllm.codecs.entries import apart, distinct
+from vqllm.core.protocols import Codec, Point, State
 from vqllm.errors import NumericalError
-from vqllm.types import Codec, Point, State
 from vqllm_kernels.bitpack import pack_bits, unpack_bits
 from vqllm_kernels.grouped import reference
 from vqllm_kernels.grouped.spec import GroupedSpec

@@ -36,8 +36,8 @@ from torch import Tensor
 from vqllm.codecs import lloyd
 from vqllm.codecs.base import CODECS, check_finite, weigh
 from vqllm.codecs.kmeans import ClusteredCodec, narrowed
+from vqllm.core.protocols import Point, State
 from vqllm.errors import RecipeError
-from vqllm.types import Point, State
 from vqllm_kernels.bitpack import pack_bits, unpack_bits
 from vqllm_kernels.lut import reference_v2 as reference
 from vqllm_kernels.lut.spec import GroupedLutSpec

@@ -20,8 +20,8 @@ from torch import Tensor
 from vqllm.codecs import lloyd
 from vqllm.codecs.base import CODECS, SearchableCodec, check_finite, nearest_entry, weigh
 from vqllm.codecs.entries import apart, distinct
+from vqllm.core.protocols import Codec, Point, State
 from vqllm.errors import NumericalError, RecipeError
-from vqllm.types import Codec, Point, State
 from vqllm_kernels.bitpack import MAX_WIDTH, pack_bits, unpack_bits
 from vqllm_kernels.lut.spec import LutSpec
 

@@ -39,9 +39,9 @@ from torch import Tensor
 
 from vqllm.codecs import learned_lattice_fit
 from vqllm.codecs.base import CODECS, MIN_SCALE, check_finite
-from vqllm.codecs.learned_lattice_nearest import Lattice
+from vqllm.codecs.search.learned_lattice import Lattice
+from vqllm.core.protocols import Codec, Point, State
 from vqllm.errors import RecipeError
-from vqllm.types import Codec, Point, State
 from vqllm_kernels.learned_lattice import reference
 from vqllm_kernels.learned_lattice.spec import MAX_DIM, LearnedLatticeSpec
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vqllm.codecs.learned_lattice_nearest import Lattice
+from vqllm.codecs.search.learned_lattice import Lattice
 from vqllm_kernels.learned_lattice import reference
 
 _MU_BOUNDS = (2.0**-6, 255.0)

@@ -29,8 +29,8 @@ from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 
 from vqllm.codecs.base import CODECS, ScaledCodec, check_finite
+from vqllm.core.protocols import Point, State
 from vqllm.errors import RecipeError
-from vqllm.types import Point, State
 from vqllm_kernels.bitpack import pack_bits, unpack_bits
 from vqllm_kernels.leech import reference
 from vqllm_kernels.leech.spec import LeechSpec
@@ -173,7 +173,7 @@ class Leech(ScaledCodec):
     ) -> Tensor:
         check_finite(X_IJE, self)
         # Imported here: numba takes longer to import than all the rest.
-        from vqllm.codecs import leech_nearest
+        from vqllm.codecs.search import leech as leech_nearest
 
         if X_IJE.device.type != "cpu":
             _tell_once()

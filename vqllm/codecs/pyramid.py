@@ -31,10 +31,12 @@ import torch
 from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 
-from vqllm.codecs import pyramid_design, pyramid_nearest, pyramid_weighted
+from vqllm.codecs import pyramid_design
 from vqllm.codecs.base import CODECS, ScaledCodec, check_finite, nearest_entry
+from vqllm.codecs.search import pyramid as pyramid_nearest
+from vqllm.codecs.search import pyramid_weighted
+from vqllm.core.protocols import Point, State
 from vqllm.errors import RecipeError
-from vqllm.types import Point, State
 from vqllm_kernels.bitpack import pack_wide, unpack_wide
 from vqllm_kernels.pyramid import reference
 from vqllm_kernels.pyramid.spec import MAX_DIM, MAX_LEVELS, MAX_TILE_BITS, PyramidSpec

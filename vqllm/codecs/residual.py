@@ -38,8 +38,8 @@ from vqllm.codecs.base import (
     check_finite,
     weigh,
 )
+from vqllm.core.protocols import Codec, Point, State
 from vqllm.errors import RecipeError
-from vqllm.types import Codec, Point, State
 from vqllm_kernels.residual.reference import stage_tensors
 from vqllm_kernels.residual.spec import ResidualSpec
 

@@ -29,9 +29,9 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from torch import Tensor
 
 from vqllm.codecs.base import CODECS, build_part, check_finite
+from vqllm.core.protocols import Codec, OutlierCodec, Point, State
+from vqllm.core.tiles import from_tiles, to_tiles
 from vqllm.errors import NumericalError, RecipeError
-from vqllm.tiles import from_tiles, to_tiles
-from vqllm.types import Codec, OutlierCodec, Point, State
 from vqllm_kernels.sparse import reference
 from vqllm_kernels.sparse.spec import SparseSpec
 

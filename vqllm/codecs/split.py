@@ -16,8 +16,8 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from torch import Tensor
 
 from vqllm.codecs.base import CODECS, build_part, check_finite
+from vqllm.core.protocols import Codec, Point, State
 from vqllm.errors import RecipeError
-from vqllm.types import Codec, Point, State
 from vqllm_kernels.split.reference import PARTS, num_columns, part_tensors, stacked, unstacked
 from vqllm_kernels.split.spec import SplitSpec
 

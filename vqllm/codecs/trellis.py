@@ -16,10 +16,10 @@ import torch
 from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 
-from vqllm.codecs import viterbi
 from vqllm.codecs.base import CODECS, ScaledCodec, check_finite
+from vqllm.codecs.search import viterbi
+from vqllm.core.protocols import Point, State
 from vqllm.errors import RecipeError
-from vqllm.types import Point, State
 from vqllm_kernels.trellis import reference
 from vqllm_kernels.trellis.spec import TrellisSpec
 

@@ -7,8 +7,8 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from vqllm.codecs.base import CODECS, check_finite
+from vqllm.core.protocols import Codec, Point, State
 from vqllm.errors import NumericalError
-from vqllm.types import Codec, Point, State
 from vqllm_kernels.bitpack import pack_bits, unpack_bits
 from vqllm_kernels.uniform.spec import UniformSpec
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vqllm.core.protocols import JSON
+from vqllm.core.resources import tasks_dir
 from vqllm.errors import EvaluationError
-from vqllm.resources import tasks_dir
-from vqllm.types import JSON
 
 OWN_PREFIX = "vqllm_"
 BATCH_SIZE = 8

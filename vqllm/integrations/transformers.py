@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from vqllm.checkpoint.format import QUANT_METHOD, QuantizationConfig
 from vqllm.checkpoint.shards import DAMAGED, read_header
 from vqllm.errors import CheckpointError
-from vqllm.linears import before_lookup
+from vqllm.hf.linears import before_lookup
 from vqllm.runtime.embedding import VQEmbedding
 from vqllm.runtime.linear import VQLinear
 from vqllm.runtime.packed import PackedModule, frozen, own_tensors

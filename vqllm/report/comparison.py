@@ -5,10 +5,10 @@ All take what `ComparisonResult.to_dict` returns.
 
 import json
 
+from vqllm.core.protocols import JSON
 from vqllm.report.comparison_plot import plot_comparison
 from vqllm.report.pages import PAGE, markdown_table
 from vqllm.report.summary import LABELS
-from vqllm.types import JSON
 
 COMPARISON_PAGE, COMPARISON_JSON, COMPARISON_PLOT = (
     "comparison.md",

@@ -5,11 +5,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from vqllm.pareto import pareto_front
+from vqllm.core.pareto import pareto_front
+from vqllm.core.protocols import JSON
 from vqllm.report.labels import Point, place_labels
 from vqllm.report.plot import png
 from vqllm.report.summary import LINEARS
-from vqllm.types import JSON
 
 MARKERS = "osD^vPX*<>hd"
 MOST_NAMES = 12

@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from vqllm.core.protocols import JSON
 from vqllm.report.plot import plot_proxy_loss
 from vqllm.report.summary import Summary, worst
-from vqllm.types import JSON
 
 JSONL, PAGE, CARD, PLOT = "report.jsonl", "report.md", "README.md", "proxy_loss.png"
 

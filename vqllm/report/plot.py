@@ -4,7 +4,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vqllm.types import JSON
+from vqllm.core.protocols import JSON
 
 
 def plot_proxy_loss(records: Sequence[JSON]) -> bytes:

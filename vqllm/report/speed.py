@@ -1,10 +1,10 @@
 """Measured speeds as rows to print."""
 
-from vqllm.types import JSON
+from vqllm.core.protocols import JSON
 
 
 def speed_rows(results: JSON) -> list[tuple[str, str]]:
-    """Label and value of what `vqllm.speed.bench` measured of whole models."""
+    """Label and value of what `vqllm.evaluation.speed.bench` measured of whole models."""
     load = results["load"]
     rows = [
         (

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from vqllm.types import JSON
+from vqllm.core.protocols import JSON
 
 NUM_WORST = 5
 

@@ -1,6 +1,6 @@
 """The registry of rounding rules."""
 
-from vqllm.registry import Registry
-from vqllm.types import Rounding
+from vqllm.core.protocols import Rounding
+from vqllm.core.registry import Registry
 
 ROUNDINGS: Registry[Rounding] = Registry("rounding")

@@ -47,12 +47,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vqllm import linalg
+from vqllm.core import linalg
+from vqllm.core.protocols import Codec, OutlierCodec, Rounding, State
 from vqllm.errors import RecipeError
 from vqllm.rounding import coordinate
 from vqllm.rounding.base import ROUNDINGS
 from vqllm.rounding.columns import TileColumns
-from vqllm.types import Codec, OutlierCodec, Rounding, State
 
 STRIPE = 256
 """Columns of W between two products with all of them, where all codings but the best end."""

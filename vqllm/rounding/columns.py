@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vqllm import linalg
-from vqllm.tiles import from_tiles, to_tiles
-from vqllm.types import Codec, OutlierCodec, State
+from vqllm.core import linalg
+from vqllm.core.protocols import Codec, OutlierCodec, State
+from vqllm.core.tiles import from_tiles, to_tiles
 
 Order = Literal["natural", "hessian", "energy"]
 

@@ -19,7 +19,7 @@ LDLQ and in blocks: Tseng et al., "QuIP#", arXiv 2402.04396 (accepts every new c
 import torch
 from torch import Tensor
 
-from vqllm import linalg
+from vqllm.core import linalg
 from vqllm.rounding.columns import TileColumns
 
 

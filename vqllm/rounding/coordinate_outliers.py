@@ -27,7 +27,7 @@ pursuit", SIAM J. Numer. Anal. 49 (2011), 2543-2563.
 import torch
 from torch import Tensor
 
-from vqllm import linalg
+from vqllm.core import linalg
 from vqllm.rounding.columns import TileColumns
 
 _MAX_NUMBERS = 1 << 24

@@ -4,7 +4,7 @@
     outliers    after each pass, of a codec that stores some weights apart
                 (`vqllm.rounding.coordinate_outliers`)
     state       after each pass, if asked for: scales, codebooks and whatever else the codec learned
-                are solved for least loss (`vqllm.least_squares`)
+                are solved for least loss (`vqllm.core.least_squares`)
 
 None of the three raises the loss, so it falls until nothing changes or a pass gains too little.
 
@@ -19,15 +19,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from vqllm.core.least_squares import StateProblem
+from vqllm.core.protocols import Codec, Rounding, State
+from vqllm.core.tiles import to_tiles
 from vqllm.errors import RecipeError
-from vqllm.least_squares import StateProblem
 from vqllm.rounding import coordinate_outliers
 from vqllm.rounding.base import ROUNDINGS
 from vqllm.rounding.columns import Order, TileColumns
 from vqllm.rounding.coordinate import descend
 from vqllm.rounding.ldlq import feedback
-from vqllm.tiles import to_tiles
-from vqllm.types import Codec, Rounding, State
 
 STRIPE = 128
 """Columns of W between two products with all of H."""

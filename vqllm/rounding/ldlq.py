@@ -30,12 +30,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vqllm import linalg
+from vqllm.core import linalg
+from vqllm.core.protocols import Codec, Rounding, State
 from vqllm.errors import RecipeError
 from vqllm.rounding.base import ROUNDINGS
 from vqllm.rounding.columns import TileColumns
 from vqllm.rounding.coordinate import descend
-from vqllm.types import Codec, Rounding, State
 
 STRIPE = 128
 """Columns of W between two products with all that is coded."""

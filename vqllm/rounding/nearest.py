@@ -4,9 +4,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from vqllm.core.protocols import Codec, Rounding, State
+from vqllm.core.tiles import to_tiles
 from vqllm.rounding.base import ROUNDINGS
-from vqllm.tiles import to_tiles
-from vqllm.types import Codec, Rounding, State
 
 
 @ROUNDINGS.register("nearest")

@@ -36,12 +36,12 @@ import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 
-from vqllm import linalg
+from vqllm.core import linalg
+from vqllm.core.protocols import Codec, OutputRounding, State
 from vqllm.errors import NumericalError, RecipeError
 from vqllm.rounding.base import ROUNDINGS
 from vqllm.rounding.columns import PADDING, TileColumns
 from vqllm.rounding.ldlq import STRIPE, feedback
-from vqllm.types import Codec, OutputRounding, State
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqllm.linears import AfterLookup, after_lookup
+from vqllm.hf.linears import AfterLookup, after_lookup
 from vqllm.runtime import cache
 from vqllm.runtime.packed import PackedModule
 from vqllm_kernels import dispatch

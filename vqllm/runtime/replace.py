@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from vqllm.errors import CheckpointError
-from vqllm.linears import is_linear, why_not_embedding
+from vqllm.hf.linears import is_linear, why_not_embedding
 from vqllm.runtime import cache
 from vqllm.runtime.embedding import VQEmbedding
 from vqllm.runtime.input_group import InputGroup, input_key

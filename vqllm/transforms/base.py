@@ -1,6 +1,6 @@
 """The registry of transforms."""
 
-from vqllm.registry import Registry
-from vqllm.types import Transform
+from vqllm.core.protocols import Transform
+from vqllm.core.registry import Registry
 
 TRANSFORMS: Registry[Transform] = Registry("transform")

@@ -12,9 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vqllm.hadamard import block_for
+from vqllm.core.hadamard import block_for
+from vqllm.core.protocols import State, Transform
 from vqllm.transforms.base import TRANSFORMS
-from vqllm.types import State, Transform
 from vqllm_kernels.transforms import HadamardSpec
 
 

@@ -34,8 +34,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from vqllm.core.protocols import State, Transform
 from vqllm.transforms.base import TRANSFORMS
-from vqllm.types import State, Transform
 from vqllm_kernels.bitpack import pack_bits
 from vqllm_kernels.transforms import CodedScaleSpec, ScaleSpec
 

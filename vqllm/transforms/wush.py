@@ -34,10 +34,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from vqllm import linalg
-from vqllm.hadamard import matrix
+from vqllm.core import linalg
+from vqllm.core.hadamard import matrix
+from vqllm.core.protocols import State, Transform
 from vqllm.transforms.base import TRANSFORMS
-from vqllm.types import State, Transform
 from vqllm_kernels.transforms import BlockDiagonalSpec
 
 DAMPING = 0.01

@@ -11,10 +11,10 @@ import torch
 from pydantic import BeforeValidator
 from torch import Tensor, nn
 
+from vqllm.core.distributed import Processes
+from vqllm.core.protocols import JSON, Part, Tuning
+from vqllm.core.registry import Registry
 from vqllm.errors import ModelError
-from vqllm.processes import Processes
-from vqllm.registry import Registry
-from vqllm.types import JSON, Part, Tuning
 
 TUNINGS: Registry[Tuning] = Registry("tuning")
 

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from vqllm.core.protocols import JSON
 from vqllm.errors import ModelError
 from vqllm.tuning.base import (
     DecoderLayers,
@@ -22,7 +23,6 @@ from vqllm.tuning.base import (
     looked_at,
     seconds_of,
 )
-from vqllm.types import JSON
 
 CPU_TOKENS, TOKENS = 1024, 8192
 """Tokens that run together, on a CPU and elsewhere."""

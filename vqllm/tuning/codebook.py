@@ -1,8 +1,8 @@
 """Codebooks and scales of least loss for the chosen codes, and codes and codebooks in turn.
 
-The least squares are those of `vqllm.least_squares`, for any codec with a differentiable decoder.
-With `rounds`, the rounding rule then chooses codes again for the new codebooks, and so on in turn,
-until a round gains little.
+The least squares are those of `vqllm.core.least_squares`, for any codec with a differentiable
+decoder. With `rounds`, the rounding rule then chooses codes again for the new codebooks, and so on
+in turn, until a round gains little.
 
 Proxy loss and seconds of one core's time for 10^6 weights: 384 rows of two linears of the demo
 model with row scales, additive codec (2 x 256 entries for 8 weights):
@@ -24,9 +24,9 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from vqllm.least_squares import StateProblem
+from vqllm.core.least_squares import StateProblem
+from vqllm.core.protocols import Codec, Rounding, State, Tuning
 from vqllm.tuning.base import TUNINGS
-from vqllm.types import Codec, Rounding, State, Tuning
 
 
 @TUNINGS.register("codebook")

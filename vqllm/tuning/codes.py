@@ -8,10 +8,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from vqllm.core.protocols import JSON
 from vqllm.errors import ModelError
 from vqllm.tuning.base import CODES, CodedMatrix, ModelTask
 from vqllm.tuning.end_to_end import Descent, Kind, Run
-from vqllm.types import JSON
 
 
 class CodeDescent(Descent):

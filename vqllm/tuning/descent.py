@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from vqllm import rng
+from vqllm.core import rng
+from vqllm.core.distributed import Processes
+from vqllm.core.protocols import JSON
 from vqllm.errors import ModelError, NumericalError
-from vqllm.processes import Processes
-from vqllm.types import JSON
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vqllm import rng
+from vqllm.core import rng
+from vqllm.core.protocols import JSON
 from vqllm.errors import ModelError
 from vqllm.tuning.base import (
     MODEL_TUNINGS,
@@ -31,7 +32,6 @@ from vqllm.tuning.base import (
     seconds_of,
 )
 from vqllm.tuning.divergence import divergence
-from vqllm.types import JSON
 
 logger = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vqllm.metrics import output_error
+from vqllm.core.metrics import output_error
+from vqllm.core.protocols import JSON
 from vqllm.tuning.base import MODEL_TUNINGS, ModelTask
 from vqllm.tuning.by_layers import LayerRun, LayerTuning
 from vqllm.tuning.descent import batch, descend
-from vqllm.types import JSON
 
 logger = logging.getLogger(__name__)
 

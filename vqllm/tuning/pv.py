@@ -35,9 +35,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from vqllm.core.protocols import JSON
 from vqllm.tuning.base import MODEL_TUNINGS, CodedMatrix, ModelTask
 from vqllm.tuning.codes import CodeDescent, CodeRun
-from vqllm.types import JSON
 
 LEAST_SHARE = 1e-6
 

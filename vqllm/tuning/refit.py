@@ -4,7 +4,7 @@
                        ─► layer ─► states ─► next layer
 
 H is measured on what reaches a linear in the quantized model, whose layers before it are fitted
-already. What the step for one linear is: `vqllm.fitting`.
+already. What the step for one linear is: `vqllm.distillation.fit_scales`.
 """
 
 import logging
@@ -16,11 +16,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from vqllm.core.protocols import JSON
 from vqllm.errors import NumericalError
-from vqllm.linears import capture_inputs
+from vqllm.hf.linears import capture_inputs
 from vqllm.tuning.base import MODEL_TUNINGS, FittedLinear, ModelTask
 from vqllm.tuning.by_layers import LayerRun, LayerTuning
-from vqllm.types import JSON
 
 logger = logging.getLogger(__name__)
 

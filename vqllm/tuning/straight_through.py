@@ -15,9 +15,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from vqllm.core.protocols import JSON
 from vqllm.tuning.base import MODEL_TUNINGS, ModelTask
 from vqllm.tuning.codes import CodeDescent, CodeRun, everywhere, named, restore
-from vqllm.types import JSON
 
 DECAY = 0.95
 """Of the mean of squared gradients."""

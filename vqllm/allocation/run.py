@@ -1,0 +1,203 @@
+"""What is found out about the whole model before its first layer is quantized.
+
+One pass with gradients through the unquantized model tells what each token weighs in the Hessians,
+what errors in each output do, and what errors in each linear do, from which a budget of bits is
+spread. All of it is kept with the run, and read back when it goes on.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vqllm.allocation import Item, allocate, gaussian_mse
+from vqllm.allocation.expected_loss import expected_losses
+from vqllm.allocation.sensitivity import Sensitivity
+from vqllm.calibration.gradients import Findings, GradientPass, Visitor
+from vqllm.calibration.saliency import OutputHessians, TokenWeights
+from vqllm.checkpoint.resume.layer_writer import CheckpointRun
+from vqllm.core.progress import Progress
+from vqllm.core.protocols import Codec, OutputRounding
+from vqllm.plan.job import Job
+from vqllm.quantization.checks import Shape, chosen, option_costs
+from vqllm.recipes import Recipe
+
+logger = logging.getLogger(__name__)
+
+STATE = "gradients"
+"""How far the pass has come, and the gradient with which it goes on."""
+
+
+def needs_gradients(recipe: Recipe) -> bool:
+    """Whether a pass with gradients comes before the quantization."""
+    return (
+        recipe.hessian.weights == "output"
+        or recipe.allocation is not None
+        or isinstance(recipe.rounding, OutputRounding)
+    )
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """What a linear got of a budget."""
+
+    codec: Codec
+    expected_kl: float
+    """nats a token that errors in this linear alone add to the KL divergence of the predictions"""
+
+
+class Foresight:
+    """The findings of a run, each made when it is first asked for.
+
+    `tokens` are the calibration sequences, int64 [S, L].
+    """
+
+    def __init__(self, job: Job, run: CheckpointRun, tokens: Tensor, progress: Progress) -> None:
+        self._job = job
+        self._run = run
+        self._tokens = tokens
+        self._progress = progress
+        if needs_gradients(job.recipe):
+            progress.phase("gradients of the predictions")
+            self._record = _Record(run)
+            if not self._record.is_complete:
+                self._gradients()
+
+    def token_weights(self) -> dict[str, Tensor]:
+        """What each calibration token weighs in the Hessians of each linear, float32 [S, L] by
+        full name; empty if all weigh the same."""
+        if self._job.recipe.hessian.weights != "output":
+            return {}
+        found = self._of_all_layers("weights")
+        partial = [name for name, weight_SL in found.items() if not weight_SL.numel()]
+        if partial:
+            logger.warning(
+                "%d linears see only some tokens (%s, ...): all weigh the same in their Hessians",
+                len(partial),
+                min(partial),
+            )
+        return {name: found[name] for name in sorted(found.keys() - partial)}
+
+    def outputs(self, index: int) -> dict[str, Tensor]:
+        """The packed Hessians of a layer's outputs; empty if the rounding rule asks for none."""
+        if not isinstance(self._job.recipe.rounding, OutputRounding):
+            return {}
+        return self._of_layer("outputs", index)
+
+    def allocation(self, shapes: Mapping[str, Shape]) -> dict[str, "Allocated"]:
+        """The codec of each linear, by full name; empty if all have the recipe's.
+
+        Args:
+            shapes: of all linears that are to be quantized.
+        """
+        recipe = self._job.recipe
+        if recipe.allocation is None:
+            return {}
+        chosen = self._run.keep("allocation", lambda: self._allocate(shapes))
+        codecs = recipe.allocation.codecs
+        return {
+            name: Allocated(codecs[int(number)], float(kl)) for name, (number, kl) in chosen.items()
+        }
+
+    def _of_all_layers(self, kind: str) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for index in range(self._record.num_layers):
+            found |= self._of_layer(kind, index)
+        return found
+
+    def _of_layer(self, kind: str, index: int) -> dict[str, Tensor]:
+        found = self._record.found(kind, index)
+        if found is None:  # the file is damaged
+            self._record = _Record(self._run, anew=True)
+            self._gradients()
+            found = self._record.found(kind, index)
+            assert found is not None, "it was just written"
+        return found
+
+    def _gradients(self) -> None:
+        job, recipe = self._job, self._job.recipe
+        scratch = self._run.scratch
+        gradients = GradientPass(
+            lambda: job.open_stream(scratch),
+            self._tokens,
+            recipe.seed,
+            job.activation_budget,
+            scratch / "gradients",
+        )
+        visitors: dict[str, Visitor] = {}
+        if recipe.hessian.weights == "output":
+            visitors["weights"] = TokenWeights(self._tokens, recipe.hessian.power)
+        if recipe.allocation is not None:
+            visitors["loss"] = self._sensitivity()
+        if isinstance(recipe.rounding, OutputRounding):
+            visitors["outputs"] = OutputHessians(recipe.hessian.power)
+        share = self._progress.share
+        gradients.run(lambda linears: chosen(linears, recipe), visitors, self._record, share)
+
+    def _sensitivity(self) -> Sensitivity:
+        recipe = self._job.recipe
+        mse = [gaussian_mse(codec) for codec in recipe.codecs]
+        return Sensitivity(
+            lambda name, W_RC, hessians: expected_losses(name, W_RC, hessians, recipe, mse),
+            self._tokens.numel(),
+            recipe.hessian.power if recipe.hessian.weights == "output" else 0.0,
+        )
+
+    def _allocate(self, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+        """By full name the number of the codec in the recipe's list, and the expected KL
+        divergence in nats a token that its errors cause."""
+        allocation = self._job.recipe.allocation
+        assert allocation is not None, "asked for"
+        losses = self._of_all_layers("loss")
+        num = len(allocation.codecs)
+        items = [
+            Item(option_costs(shape, self._job.recipe), tuple(losses[name].tolist() or [0.0] * num))
+            for name, shape in shapes.items()
+        ]
+        numel = sum(rows * cols for rows, cols in shapes.values())
+        least = sum(min(item.costs) for item in items)
+        picks = allocate(items, max(allocation.bits * numel, least))
+        spent = sum(item.costs[pick] for item, pick in zip(items, picks))
+        expected = sum(item.losses[pick] for item, pick in zip(items, picks))
+        logger.info(
+            "%d linears share %.4f bits a weight; expected KL divergence %.3g",
+            len(items),
+            spent / numel,
+            expected,
+        )
+        return {
+            name: torch.tensor([pick, item.losses[pick]], dtype=torch.float64)
+            for name, item, pick in zip(shapes, items, picks)
+        }
+
+
+class _Record:
+    """What a pass with gradients found, kept with the run layer by layer."""
+
+    def __init__(self, run: CheckpointRun, anew: bool = False) -> None:
+        self._run = run
+        if anew:
+            run.put(STATE, {})
+        state = run.kept(STATE) or {"last": torch.tensor([-1, 0])}
+        index, self.num_layers = state["last"].tolist()
+        self.is_complete = index == 0
+
+    def last(self) -> tuple[int, Tensor | None] | None:
+        """The layer that was finished last, and the gradient in its input."""
+        state = self._run.kept(STATE)
+        return (int(state["last"][0]), state.get("gradient")) if state else None
+
+    def finish(self, index: int, found: Mapping[str, Findings], gradient: Tensor | None) -> None:
+        """Layer `index` is done: of a run that is stopped before `STATE` is written, not yet."""
+        self.num_layers = self.num_layers or index + 1
+        for kind, findings in found.items():
+            self._run.put(f"{kind}-{index}", findings)
+        state = {"last": torch.tensor([index, self.num_layers])}
+        self._run.put(STATE, state if gradient is None else {**state, "gradient": gradient})
+        self.is_complete = index == 0
+
+    def found(self, kind: str, index: int) -> Findings | None:
+        """What was found of a layer; None if it cannot be read."""
+        return self._run.kept(f"{kind}-{index}")

@@ -1,0 +1,282 @@
+"""What one decoder layer sees during calibration: input groups, their Hessians, the next states."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vqllm.calibration.drift import Drift, Writer, silenced, writers
+from vqllm.calibration.hessian import Hessian
+from vqllm.calibration.layer_stream import LayerDone, LayerStream
+from vqllm.calibration.passes import Model, Passes
+from vqllm.core import metrics
+from vqllm.errors import ModelError
+
+GROUP_TOKENS = 2048
+"""Tokens that show which linears read the same input."""
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Linears of one layer that read the same input, by full name, in the order they run."""
+
+    names: tuple[str, ...]
+
+
+@dataclass
+class _Seen:
+    """What a batch showed in a layer: the inputs of linears, one for each time they ran, and the
+    residual stream before the one that is silenced, if one is."""
+
+    inputs: dict[str, list[Tensor]]
+    residual: Tensor | None = None
+
+
+@dataclass
+class _Layer:
+    """What is known of the layer at work."""
+
+    repeats: bool = False
+    """a linear runs more than once"""
+    unreached: bool = False
+    """the first tokens did not reach all linears"""
+    writers: dict[str, Writer] = field(default_factory=dict)
+
+
+class LayerCalibrator:
+    """Runs the calibration sequences through the layers of a stream, one layer after another.
+
+    `tokens` is int64 [S, L]; `budget_bytes` and `folder` are for states, as `Passes` says.
+    `weights` are those of the tokens in the Hessians of linears, float32 [S, L] by full name;
+    without, all weigh the same. With `target` "outputs" the original model runs beside the one
+    with quantized layers, and Hessians come with the drift of the inputs between the two; with
+    "residual" that of the residual stream is measured too. `aims` is the model for whose input the
+    unquantized layer's output is the aim of training.
+    """
+
+    def __init__(
+        self,
+        stream: LayerStream,
+        tokens: Tensor,
+        budget_bytes: int,
+        folder: Path,
+        weights: Mapping[str, Tensor] | None = None,
+        target: Literal["weights", "outputs", "residual"] = "weights",
+        aims: Model | None = None,
+    ) -> None:
+        self._weights = weights or {}
+        self._target = target
+        models: tuple[Model, ...] = ("quantized",)
+        if target != "weights" or aims == "original":
+            models = ("quantized", "original")
+        self._passes = Passes(stream, tokens, budget_bytes, folder, models, aims)
+        self._stream = stream
+        self._layer = _Layer()
+
+    def begin(self, linears: Mapping[str, nn.Linear], vectors: Iterable[nn.Parameter] = ()) -> None:
+        """A layer is loaded, in the compute dtype; these linears of it have their own weights, and
+        its vectors that will change their own values."""
+        self._passes.begin([*(linear.weight for linear in linears.values()), *vectors])
+        self._layer = _Layer()
+
+    def groups(self, index: int, linears: Mapping[str, nn.Linear]) -> list[InputGroup]:
+        """Which linears of loaded layer `index` share an input, found by running one batch.
+
+        A linear that the batch does not reach (an expert that was not routed to) is a group of
+        its own, after the others.
+        """
+        inputs: list[tuple[Tensor, list[str]]] = []
+        num_calls: Counter[str] = Counter()
+
+        def visit(name: str, x: Tensor) -> None:
+            num_calls[name] += 1
+            for known, names in inputs:
+                if known is x or _same_memory(known, x):
+                    names.append(name)
+                    return
+            inputs.append((x, [name]))
+
+        few = slice(0, max(1, GROUP_TOKENS // self._passes.tokens.shape[1]))
+        self._passes.run(index, few, linears, visit)
+        self._layer.repeats = max(num_calls.values(), default=0) > 1
+        self._layer.unreached = len(num_calls) < len(linears)
+        first_input: dict[str, int] = {}
+        for i, (_, names) in enumerate(inputs):
+            for name in names:
+                first_input.setdefault(name, i)
+        groups = [
+            InputGroup(tuple(name for name in dict.fromkeys(names) if first_input[name] == i))
+            for i, (_, names) in enumerate(inputs)
+        ]
+        groups = [group for group in groups if group.names]
+        groups += [InputGroup((name,)) for name in linears if name not in first_input]
+        if self._target == "residual":
+            self._find_writers(index, few, linears, groups)
+        return groups
+
+    def hessians(
+        self, index: int, linears: Mapping[str, nn.Linear], groups: list[InputGroup]
+    ) -> list[Hessian]:
+        """The Hessian of each group over all sequences.
+
+        The weight of a token is the mean of its weights for the linears of the group. Where a
+        linear sees some tokens only (an expert), all weigh the same and nothing is known of its
+        drift.
+        """
+        hessians = {group: self._empty(linears[group.names[0]], group) for group in groups}
+        # What adds to the residual stream is silenced while it is measured: a pass of its own.
+        alone = [group for group in groups if group.names[0] in self._layer.writers]
+        others = [group for group in groups if group not in alone]
+        for together in [others, *([group] for group in alone)]:
+            if together:
+                self._measure(index, linears, {group: hessians[group] for group in together})
+        return list(hessians.values())
+
+    def hessian_beyond(self, index: int, name: str, linear: nn.Linear) -> Hessian:
+        """The Hessian of a linear that runs after loaded layer `index`, the last one, such as the
+        output head, over all sequences.
+
+        Raises:
+            ModelError: the model does not call it.
+        """
+        hessian = Hessian.empty(linear.in_features, self._stream.device)
+
+        def visit(_: str, x: Tensor) -> None:
+            hessian.add(x.reshape(-1, x.shape[-1]))
+            raise LayerDone
+
+        for rows in self._passes.batches():
+            self._passes.run(index, rows, {name: linear}, visit, beyond=True)
+        if hessian.num_tokens == 0:
+            raise ModelError(
+                f"{type(self._stream.model).__name__} does not call its output head {name}, so "
+                "there is no Hessian of its input. Leave it as it is: --set head=null, into "
+                "another output folder (and embeddings=null where the two are tied)."
+            )
+        return hessian
+
+    def settle(self, layer: nn.Module, unfinished: Iterable[nn.Module]) -> None:
+        """The linears of `layer` have their final weights but for these: what the next passes need
+        of the rest is computed once."""
+        # A linear that `groups` did not reach is finished last, wherever it runs.
+        if not self._layer.unreached:
+            self._passes.settle(layer, unfinished)
+
+    @property
+    def tokens(self) -> Tensor:
+        """The sequences, int64 [S, L]."""
+        return self._passes.tokens
+
+    def aim(self, index: int) -> None:
+        """Store the output of loaded layer `index`, which is still unquantized, for `error`."""
+        self._passes.aim(index)
+
+    def error(self, index: int, rows_N: Tensor) -> Tensor:
+        """How far loaded layer `index` is from its aim on sequences by number: the squared error of
+        a token's output relative to the power of the aim, mean over tokens. With gradients where
+        they are on."""
+        wanted = self._passes.wanted(rows_N)
+        return metrics.output_error(self._passes.output(index, rows_N), wanted)
+
+    def advance(self, index: int) -> None:
+        """Replace the stored states by the outputs of loaded layer `index`."""
+        self._passes.advance(index)
+
+    def close(self) -> None:
+        """Free the stored states."""
+        self._passes.close()
+
+    def _find_writers(
+        self,
+        index: int,
+        few: slice,
+        linears: Mapping[str, nn.Linear],
+        groups: Iterable[InputGroup],
+    ) -> None:
+        def run() -> Tensor:
+            output = self._passes.run(index, few, {}, lambda name, x: None)
+            assert output is not None, "nothing ends this pass early"
+            return output
+
+        self._layer.writers = writers(run, linears, [group.names for group in groups])
+
+    def _empty(self, linear: nn.Linear, group: InputGroup) -> Hessian:
+        hessian = Hessian.empty(linear.in_features, self._stream.device)
+        if self._target != "weights":
+            adds = group.names[0] in self._layer.writers
+            hessian.drift = Drift.empty(linear, adds, self._stream.device)
+        return hessian
+
+    def _measure(
+        self,
+        index: int,
+        linears: Mapping[str, nn.Linear],
+        hessians: Mapping[InputGroup, Hessian],
+    ) -> None:
+        """Add all tokens to the Hessians of these groups."""
+        watched = {group.names[0]: linears[group.names[0]] for group in hessians}
+        for batch in self._passes.batches():
+            theirs = None
+            if self._target != "weights":
+                theirs = self._see(index, batch, watched, "original")
+            ours = self._see(index, batch, watched, "quantized")
+            for group, hessian in hessians.items():
+                for x in ours.inputs[group.names[0]]:
+                    hessian.add(x.reshape(-1, x.shape[-1]), self._weight(group, batch, x))
+                if hessian.drift is not None and theirs is not None:
+                    hessian.drift = self._with(hessian.drift, group, batch, ours, theirs)
+
+    def _see(
+        self, index: int, batch: slice, watched: Mapping[str, nn.Linear], model: Model
+    ) -> _Seen:
+        """Run a batch through the layer as far as the watched linears."""
+        writer = next((self._layer.writers.get(name) for name in watched), None)
+        seen = _Seen({name: [] for name in watched})
+        waiting = set(watched)
+
+        def visit(name: str, x: Tensor) -> None:
+            seen.inputs[name].append(x.clone())  # a layer may write into it later
+            waiting.discard(name)
+            # The rest of the layer is of no use here. Four input groups measured one after the
+            # other cost 1.4 passes through a Llama layer instead of 4.
+            if not waiting and not self._layer.repeats and writer is None:
+                raise LayerDone
+
+        with silenced([] if writer is None else [*watched.values(), *writer.later]):
+            output = self._passes.run(index, batch, watched, visit, model=model)
+        if writer is not None and output is not None:
+            seen.residual = output.float() / writer.gain
+        return seen
+
+    def _with(
+        self, drift: Drift, group: InputGroup, batch: slice, ours: _Seen, theirs: _Seen
+    ) -> Drift | None:
+        """The drift with a batch added; None where the linear runs on other tokens in the two
+        models (an expert), or more than once."""
+        num_tokens = self._passes.tokens[batch].numel()
+        inputs = [*theirs.inputs[group.names[0]], *ours.inputs[group.names[0]]]
+        if len(inputs) != 2 or any(x.shape[:-1].numel() != num_tokens for x in inputs):
+            return None
+        weight_N = self._weight(group, batch, inputs[1])
+        x0_NC, x_NC = (x.reshape(num_tokens, -1) for x in inputs)
+        drift.add(x0_NC, x_NC, weight_N)
+        if theirs.residual is not None and ours.residual is not None:
+            gap_NR = (theirs.residual - ours.residual).reshape(num_tokens, -1)
+            drift.add_residual(gap_NR, x_NC, weight_N)
+        return drift
+
+    def _weight(self, group: InputGroup, batch: slice, x: Tensor) -> Tensor | None:
+        """The weights of a batch's tokens in the Hessian of a group, [N]; None if x is that of some
+        of them only."""
+        known = [self._weights[name][batch] for name in group.names if name in self._weights]
+        if not known or x.shape[:-1] != known[0].shape:
+            return None
+        return torch.stack(known).mean(0).flatten().to(x.device)
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()

@@ -1,0 +1,419 @@
+"""A causal language model, one decoder layer in memory at a time.
+
+The Hugging Face model itself is used, unchanged: its layers are on disk (accelerate reads the
+original safetensors files), everything outside the layers is in memory. A layer is run by calling
+the whole model: the layers before it pass their input on, the layer itself gets the stored hidden
+states in place of its input, and the call ends there. So a layer sees exactly the masks,
+positions and other arguments that its own model gives it, and no architecture is named.
+
+    model(tokens):  embeddings → 0 ─pass→ 1 ─pass→ … → i: stored states in, new states out, stop
+"""
+
+import contextlib
+import gc
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+
+from vqllm.core.protocols import JSON
+from vqllm.errors import ModelError
+from vqllm.hf.linears import is_linear, shared_modules
+from vqllm.hf.loading import load_model, skeleton
+
+
+class LayerDone(Exception):
+    """Ends the model's forward: raised when the wanted layer has run, or by a hook inside the
+    layer that has seen all it wanted."""
+
+
+class Layers:
+    """The layers of a model, run one at a time on given states.
+
+    Attributes:
+        model: the model.
+        names: full module name of each layer.
+        layers: the modules.
+        device: where they run.
+    """
+
+    def __init__(self, model: nn.Module, names: list[str], device: torch.device) -> None:
+        self.model: Any = model
+        self.names, self.device = names, device
+        self.layers = [model.get_submodule(name) for name in names]
+        self._returns: dict[int, _Output] = {}
+        self._own_forward = {
+            i: layer.__dict__.get("forward") for i, layer in enumerate(self.layers)
+        }
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def run(
+        self,
+        index: int,
+        tokens: Tensor,
+        states: Tensor | None,
+        *,
+        beyond: bool = False,
+        grad: bool = False,
+    ) -> Tensor | None:
+        """The output of loaded layer `index` for a batch; None if a hook ended the layer early.
+
+        Args:
+            index: the layer; it must be loaded and of `compute_dtype`.
+            tokens: int64 [S, L], what the model is called with.
+            states: the layer's input [S, L, D], or None for the first layer (the embeddings).
+            beyond: go on with what follows the layer, for a hook there that ends the call.
+            grad: record what is needed for gradients in `states`.
+        """
+        result: list[Tensor] = []
+        reached = False
+        layer = self.layers[index]
+
+        def replace_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            nonlocal reached
+            reached = True
+            if states is None:
+                return None
+            place = _place_of_states(args, kwargs)
+            if isinstance(place, int):
+                return (*args[:place], states, *args[place + 1 :]), kwargs
+            return args, {**kwargs, place: states}
+
+        def keep_output(_: nn.Module, args: Any, output: Any) -> None:
+            self._returns[index] = returns = _Output.of(output, self.names[index])
+            result.append(returns.states(output))
+            if not beyond:
+                raise LayerDone
+
+        for earlier in range(index):
+            self.layers[earlier].forward = self._passing_on(earlier)
+        handles = [
+            layer.register_forward_pre_hook(replace_input, with_kwargs=True),
+            layer.register_forward_hook(keep_output),
+        ]
+        try:
+            with torch.set_grad_enabled(grad), contextlib.suppress(LayerDone):
+                self.model(input_ids=tokens.to(self.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for earlier in range(index):
+                self._restore_forward(earlier)
+        if not reached:
+            raise ModelError(f"{self.names[index]} was never called by {type(self.model).__name__}")
+        return result[0] if result else None
+
+    def after(self, tokens: Tensor, states: Tensor) -> Tensor:
+        """The model's logits [S, L, V] where its last layer gives `states`: all that follows the
+        layers is its own. No layer is loaded for it, but each must have run once, in this stream or
+        in one of the same model.
+
+        Args:
+            tokens: int64 [S, L], what the model is called with.
+            states: [S, L, D].
+        """
+        first = self._returns[0].like(states.to(self.device))
+        self.layers[0].forward = lambda *args, **kwargs: first
+        for index in range(1, len(self)):
+            self.layers[index].forward = self._passing_on(index)
+        try:
+            with torch.no_grad():
+                return self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+        finally:
+            for index in range(len(self)):
+                self._restore_forward(index)
+
+    @property
+    def returned(self) -> list[JSON]:
+        """What layers were seen to return, as JSON values."""
+        return [
+            {"sequence": own.sequence and own.sequence.__name__, "length": own.length}
+            for _, own in sorted(self._returns.items())
+        ]
+
+    @returned.setter
+    def returned(self, told: list[JSON]) -> None:
+        types = {None: None, "tuple": tuple, "list": list}
+        outputs = [_Output(types[own["sequence"]], own["length"]) for own in told]
+        self._returns = dict(enumerate(outputs))
+
+    def ready(self, index: int) -> contextlib.AbstractContextManager[nn.Module]:
+        """Within, layer `index` can run."""
+        return contextlib.nullcontext(self.layers[index])
+
+    def returns_like(self, other: "LayerStream") -> None:
+        """Take over what another stream of the same model has learned about what layers return, to
+        run them in any order."""
+        self._returns = dict(other._returns)
+
+    def _passing_on(self, index: int) -> Callable[..., Any]:
+        returns = self._returns.get(index, _Output(None))
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            place = _place_of_states(args, kwargs)
+            return returns.like(args[place] if isinstance(place, int) else kwargs[place])
+
+        return forward
+
+    def _restore_forward(self, index: int) -> None:
+        layer, own = self.layers[index], self._own_forward[index]
+        layer.__dict__.pop("forward", None)
+        if own is not None and hasattr(layer, "_hf_hook"):
+            layer.forward = own
+
+
+class LayerStream(Layers):
+    """The layers of the model in `folder`, loaded one at a time.
+
+    Attributes:
+        model: the model; its layers' weights are on the meta device unless loaded.
+        names: full module name of each layer.
+        shared: modules that several layers, or a layer and the rest of the model, have in common;
+            they stay in memory from the first layer on.
+        source_dtype: the dtype of the stored weights.
+        compute_dtype: the dtype in which layers run.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        offload_folder: Path,
+        compute_dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        empty = skeleton(folder, trust_remote_code=trust_remote_code)
+        names = layer_names(empty)
+        shared = shared_modules(empty, names)
+        model: Any = load_model(
+            folder,
+            trust_remote_code=trust_remote_code,
+            dtype="auto",
+            device_map=_device_map(empty, names, shared, device),
+            offload_folder=offload_folder,
+        )
+        super().__init__(model, names, device)
+        self.shared = shared_modules(model, names)
+        self.source_dtype: torch.dtype = self.model.dtype
+        self.compute_dtype = compute_dtype or _compute_dtype(self.source_dtype, device)
+        self._cast_outside_layers()
+        if self.compute_dtype != self.source_dtype:
+            self._cast_buffers(
+                skeleton(folder, trust_remote_code=trust_remote_code, dtype=self.compute_dtype)
+            )
+
+    @contextlib.contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Layer `index` with its weights in memory, in the source dtype; freed on leaving.
+
+        A layer can be loaded once: it loses its connection to the files when it is.
+        """
+        layer = self.layers[index]
+        self._restore_forward(index)
+        for module in layer.modules():
+            _materialize(module, self.device)
+        try:
+            yield layer
+        finally:
+            for module in layer.modules():
+                if module not in self.shared:
+                    module._apply(lambda tensor: tensor.to("meta"), recurse=False)
+            gc.collect()
+
+    @contextlib.contextmanager
+    def ready(self, index: int) -> Iterator[nn.Module]:
+        with self.layer(index) as layer:
+            yield layer.to(self.compute_dtype)
+
+    def _cast_outside_layers(self) -> None:
+        inside = {id(module) for layer in self.layers for module in layer.modules()}
+        cast: dict[nn.Parameter, nn.Parameter] = {}  # so that what was tied still is
+        for module in self.model.modules():
+            if id(module) not in inside:
+                for name, value in module.named_parameters(recurse=False):
+                    if value.is_floating_point() and not value.is_meta:
+                        if value not in cast:
+                            cast[value] = _frozen(value.to(self.compute_dtype))
+                        setattr(module, name, cast[value])
+
+    def _cast_buffers(self, like: nn.Module) -> None:
+        """Give buffers outside the layers the dtypes that they have in a model made in the compute
+        dtype: tables of positions are in it (XGLM's), inverse frequencies stay float32."""
+        inside = {id(module) for layer in self.layers for module in layer.modules()}
+        for prefix, module in self.model.named_modules():
+            if id(module) not in inside:
+                made = dict(like.get_submodule(prefix).named_buffers(recurse=False))
+                for name, value in module.named_buffers(recurse=False):
+                    if value.is_floating_point():
+                        module._buffers[name] = value.to(made[name].dtype)
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What a layer returns: its states alone, or a tuple or list that begins with them."""
+
+    sequence: type | None
+    length: int = 1
+
+    @staticmethod
+    def of(output: Any, name: str) -> "_Output":
+        found = _Output(None)
+        if type(output) in (tuple, list):
+            found = _Output(type(output), len(output))
+        states = found.states(output) if found.length else None
+        if not isinstance(states, Tensor) or states.dim() != 3:
+            shape = f" {tuple(states.shape)}" if isinstance(states, Tensor) else ""
+            raise ModelError(
+                f"{name} returns {type(states).__name__}{shape}; only layers that return states of "
+                "[sequences, tokens, features] can be quantized one by one"
+            )
+        return found
+
+    def states(self, output: Any) -> Any:
+        return output[0] if self.sequence else output
+
+    def like(self, states: Tensor) -> Any:
+        """The output of a layer whose states are these; without all else (attention weights,
+        caches), which a model does not need where it is not asked for them."""
+        if self.sequence is None:
+            return states
+        return self.sequence([states, *[None] * (self.length - 1)])
+
+
+def _place_of_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
+    """Which argument of a layer's call is its input: the first tensor."""
+    for position, value in enumerate(args):
+        if isinstance(value, Tensor):
+            return position
+    if isinstance(kwargs.get("hidden_states"), Tensor):
+        return "hidden_states"
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return name
+    raise ModelError("a decoder layer is called without a tensor, so its input cannot be given")
+
+
+def linears_of(
+    layer: nn.Module, layer_name: str, shared: Collection[nn.Module] = ()
+) -> dict[str, nn.Linear]:
+    """The linears of a layer by full name, without those in `shared`, in the order of the module
+    tree."""
+    return {
+        f"{layer_name}.{name}": module
+        for name, module in layer.named_modules()
+        if is_linear(module) and module not in shared
+    }
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """Full names of the decoder layers: of the list of modules with most parameters."""
+    best, best_size = "", 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(
+            isinstance(parent, nn.ModuleList) for parent in _parents(model, name)
+        ):
+            size = sum(p.numel() for p in module.parameters())
+            if size > best_size:
+                best, best_size = name, size
+    if not best:
+        raise ModelError(
+            f"{type(model).__name__} has no list of layers (torch.nn.ModuleList) with weights, so "
+            "its layers cannot be quantized one by one"
+        )
+    layers: nn.ModuleList = model.get_submodule(best)  # type: ignore[assignment]
+    return [f"{best}.{i}" for i in range(len(layers))]
+
+
+def check_states(model: nn.Module, names: list[str]) -> None:
+    """Refuse a model whose layers return something else than states, before they are loaded.
+
+    Its first layer is run on the meta device, which computes shapes only.
+
+    Args:
+        model: on the meta device.
+        names: of its layers.
+    """
+
+    def look(_: nn.Module, args: Any, output: Any) -> None:
+        _Output.of(output, names[0])
+        raise LayerDone
+
+    tokens = torch.zeros(2, 4, dtype=torch.long, device="meta")
+    # A mask that is whole: making one looks at values, which the meta device does not have.
+    mask = torch.zeros(2, 1, 4, 4, device="meta")
+    handle = model.get_submodule(names[0]).register_forward_hook(look)
+    try:
+        with torch.no_grad():
+            model(input_ids=tokens, attention_mask=mask, use_cache=False)
+    except ModelError:
+        raise
+    except Exception:  # LayerDone, or a model that looks at values: it is seen when it runs
+        return
+    finally:
+        handle.remove()
+
+
+def _parents(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    parts = name.split(".")[:-1]
+    for i in range(1, len(parts) + 1):
+        yield model.get_submodule(".".join(parts[:i]))
+
+
+def _device_map(
+    empty: nn.Module, layers: list[str], shared: set[nn.Module], device: torch.device
+) -> dict[str, str]:
+    """The layers on disk, what they share and everything else on `device`."""
+    on_disk = set(layers)
+    for name in layers:
+        inside = dict(empty.get_submodule(name).named_modules(prefix=name))
+        if shared & set(inside.values()):
+            # accelerate takes whole modules to the disk, so these go in smaller pieces.
+            on_disk.remove(name)
+            on_disk |= {
+                n
+                for n, module in inside.items()
+                if module not in shared and not list(module.children())
+            }
+    ancestors = {""}
+    for name in on_disk:
+        parts = name.split(".")
+        ancestors |= {".".join(parts[:i]) for i in range(1, len(parts))}
+    device_map = dict.fromkeys(on_disk, "disk")
+    for name in ancestors:
+        module, dot = empty.get_submodule(name), f"{name}." if name else ""
+        inside = [*module.named_children(), *module.named_parameters(recurse=False)]
+        for own, _ in inside:
+            full = f"{dot}{own}"
+            if full not in ancestors:
+                device_map.setdefault(full, str(device))
+    return device_map
+
+
+def _materialize(module: nn.Module, device: torch.device) -> None:
+    """Replace a module's own offloaded tensors by real ones, and drop accelerate's hook."""
+    with align_module_device(module, device):
+        parameters = {n: p.detach() for n, p in module.named_parameters(recurse=False)}
+        buffers = dict(module.named_buffers(recurse=False))
+    remove_hook_from_module(module)
+    for name, value in parameters.items():
+        setattr(module, name, _frozen(value))
+    for name, value in buffers.items():
+        module._buffers[name] = value
+
+
+def _frozen(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
+
+
+def _compute_dtype(source: torch.dtype, device: torch.device) -> torch.dtype:
+    """The source dtype, except float16 on a CPU: there bfloat16 is 3 times as fast."""
+    if device.type == "cpu" and source == torch.float16:
+        return torch.bfloat16
+    return source

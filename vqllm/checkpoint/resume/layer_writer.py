@@ -1,0 +1,281 @@
+"""The output folder of a run: finished layers, what is to do, and how it becomes a checkpoint."""
+
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import vqllm
+from vqllm.checkpoint import atomic, writer
+from vqllm.checkpoint.format import (
+    JSON,
+    RECORDS,
+    QuantizationConfig,
+    shard_name,
+    spec_from_dict,
+    spec_to_dict,
+)
+from vqllm.checkpoint.resume.journal import ROUNDED, WORK, FinishedLayer, identity
+from vqllm.checkpoint.resume.run_folder import RunFolder
+from vqllm.checkpoint.source import SourceTensors
+from vqllm.core.bits import count
+from vqllm.errors import CheckpointError, NumericalError
+from vqllm_kernels.linear import LinearSpec
+
+
+class Packed(Protocol):
+    """A quantized matrix, as far as it is written."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def spec(self) -> LinearSpec: ...
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
+    @property
+    def record(self) -> JSON: ...
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A quantized matrix that was kept for when the run goes on."""
+
+    name: str
+    spec: LinearSpec
+    tensors: dict[str, Tensor]
+    record: JSON
+
+
+class CheckpointRun(RunFolder):
+    """Writes a checkpoint layer by layer."""
+
+    def __init__(
+        self,
+        output: Path,
+        source: Path,
+        model: str,
+        recipe: JSON,
+        settings: JSON,
+        trust_remote_code: bool = False,
+        *,
+        origin: str,
+    ) -> None:
+        """Begin or go on.
+
+        Args:
+            source: the folder of the model.
+            model: what its user called it.
+            settings: what else could change the result: device, dtype.
+            origin: what the checkpoint says it was made from.
+
+        Raises:
+            CheckpointError: something else is in the folder; a difference to the earlier run is
+                shown.
+        """
+        self._source, self._origin = source, origin
+        self._recipe, self._trust_remote_code = recipe, trust_remote_code
+        if (output / WORK / ROUNDED).is_dir():
+            raise CheckpointError(
+                f"{output} holds an unfinished run of a recipe with `tune`. Repeat the command "
+                "that began it, or choose another output folder."
+            )
+        # A model that cannot become a checkpoint is refused before anything is written.
+        writer.read_dense_config(source)
+        run = identity(
+            model=model,
+            source=source,
+            recipe=recipe,
+            settings=settings,
+            trust_remote_code=trust_remote_code,
+        )
+        super().__init__(output, run)
+
+    @property
+    def num_finished(self) -> int:
+        """Layers that need not be done again."""
+        return len(self._journal.finished)
+
+    @property
+    def quantized(self) -> dict[str, LinearSpec]:
+        """The quantized linears of all finished layers."""
+        return {
+            name: spec_from_dict(values)
+            for layer in self._journal.finished
+            for name, values in layer.linears.items()
+        }
+
+    def keep_packed(self, name: str, made: Packed) -> Kept:
+        """Keep a quantized matrix for when the run goes on."""
+        told = {"name": made.name, "spec": spec_to_dict(made.spec), "record": made.record}
+        self.put_told(name, told, {f"packed.{key}": t for key, t in made.tensors.items()})
+        kept = self.kept_packed(name)
+        assert kept is not None, "it was just written"
+        return kept
+
+    def kept_packed(self, name: str) -> Kept | None:
+        """What `keep_packed` kept; None if there is nothing, or it is damaged."""
+        found = self.kept_told(name)
+        if found is None:
+            return None
+        told, tensors = found
+        packed = {key.removeprefix("packed."): tensor for key, tensor in tensors.items()}
+        return Kept(told["name"], spec_from_dict(told["spec"]), packed, told["record"])
+
+    def begin(
+        self,
+        model: nn.Module,
+        layer_names: list[str],
+        planned: Mapping[str, LinearSpec],
+        tied: Collection[str] = (),
+    ) -> None:
+        """Learn the model's layers, and check that its tensors are found and the disk has room.
+
+        Args:
+            model: on the meta device or elsewhere; only names and shapes are read.
+            planned: the linears and embeddings that will be quantized.
+            tied: modules that will use the tensors of another one.
+
+        Raises:
+            OutOfSpaceError: the checkpoint would not fit.
+        """
+        self._tensors = SourceTensors(self._source, model)
+        self._layer_names = layer_names
+        if self.num_finished == 0:
+            packed = sum(count(spec.layout()).total for spec in planned.values()) // 8
+            replaced = self._tensors.num_bytes(f"{name}.weight" for name in (*planned, *tied))
+            needed = self._tensors.num_bytes() - replaced + packed
+            atomic.check_space(self._output, needed)
+
+    def write_layer(
+        self, index: int, results: Sequence[Packed], changed: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write a finished layer's shard, then its line in the journal.
+
+        Args:
+            changed: values in the place of other tensors of the source, by full name; they get the
+                dtype that the source has.
+
+        Raises:
+            NumericalError: a changed value is beyond what that dtype holds.
+        """
+        changed = changed or {}
+        tensors: dict[str, Tensor] = {}
+        replaced = set()
+        for result in results:
+            replaced.add(f"{result.name}.weight")
+            tensors |= {f"{result.name}.{key}": t.cpu() for key, t in result.tensors.items()}
+        prefix = f"{self._layer_names[index]}."
+        for name in self._tensors:
+            if name.startswith(prefix) and name not in replaced:
+                tensors[name] = self._tensors.read(name)
+                if name in changed:
+                    tensors[name] = _as_stored(name, changed[name], tensors[name].dtype)
+        shard = self._shard(index)
+        digest = atomic.write_shard(self._output / shard, tensors, self.scratch)
+        self._journal.append(
+            FinishedLayer(
+                layer=index,
+                shard=shard,
+                sha256=digest,
+                linears={result.name: spec_to_dict(result.spec) for result in results},
+                records=[result.record for result in results],
+            )
+        )
+
+    def decoded(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        """The dense weights [R, C] of each quantized linear of a finished layer, float32."""
+        layer = self._journal.finished[index]
+        tensors = load_file(self._output / layer.shard)
+        for name, values in layer.linears.items():
+            spec = spec_from_dict(values)
+            yield name, spec.dequantize({key: tensors[f"{name}.{key}"] for key in spec.layout()})
+
+    def vectors(self, index: int, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of a finished layer that are not packed, by full name."""
+        with safe_open(self._output / self._journal.finished[index].shard, "pt") as file:
+            return {name: file.get_tensor(name) for name in names}
+
+    def records(self, index: int) -> list[JSON]:
+        """The report lines of a finished layer."""
+        return self._journal.finished[index].records
+
+    def all_records(self) -> list[JSON]:
+        """The report lines of all finished layers."""
+        return [record for layer in self._journal.finished for record in layer.records]
+
+    def read_rows(self, module: str, start: int, stop: int) -> Tensor:
+        """Rows of the weight of a module of the source model, as stored."""
+        return self._tensors.read_rows(f"{module}.weight", start, stop)
+
+    def stores(self, module: str) -> bool:
+        """Whether the source model has a weight under the name of this module."""
+        return self.has(f"{module}.weight")
+
+    def has(self, name: str) -> bool:
+        """Whether the source model has a tensor of this full name."""
+        return name in self._tensors
+
+    def finish(
+        self,
+        not_quantized: dict[str, str],
+        outside: Sequence[Packed] = (),
+        tied: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write everything outside the layers, the report's records, the index and config.json.
+
+        Args:
+            not_quantized: reasons by module.
+            outside: quantized matrices outside the layers.
+            tied: modules that use the tensors of one of them, which is the value.
+        """
+        tied = tied or {}
+        inside = tuple(f"{name}." for name in self._layer_names)
+        replaced = {f"{name}.weight" for name in (*tied, *(result.name for result in outside))}
+        rest = {
+            name: self._tensors.read(name)
+            for name in self._tensors
+            if not name.startswith(inside) and name not in replaced
+        }
+        for result in outside:
+            rest |= {f"{result.name}.{key}": tensor for key, tensor in result.tensors.items()}
+        checksums = {layer.shard: layer.sha256 for layer in self._journal.finished}
+        last = self._shard(len(self._layer_names))
+        checksums[last] = atomic.write_shard(self._output / last, rest, self.scratch)
+        config = QuantizationConfig.build(
+            self.quantized | {result.name: result.spec for result in outside},
+            outside_layers=[result.name for result in outside],
+            tied=tied,
+            recipe=self._recipe,
+            not_quantized=not_quantized,
+            producer={"vqllm": vqllm.__version__},
+            source={"model": self._origin},
+        )
+        records = [*self.all_records(), *(result.record for result in outside)]
+        lines = [json.dumps(record, sort_keys=True) + "\n" for record in records]
+        atomic.write_bytes(self._output / RECORDS, "".join(lines).encode(), self.scratch)
+        writer.copy_files(self._source, self._output, self.scratch, self._trust_remote_code)
+        writer.write_index(self._output, checksums, self.scratch)
+        writer.write_config(self._source, self._output, self.scratch, config)
+
+    def source_bytes(self) -> int:
+        """Bytes of the tensors of the source model."""
+        return self._tensors.num_bytes()
+
+    def _shard(self, index: int) -> str:
+        return shard_name(index + 1, len(self._layer_names) + 1)
+
+
+def _as_stored(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    stored = values.to("cpu", dtype)
+    if not bool(stored.isfinite().all()):
+        raise NumericalError(
+            f"{name}: trained to values up to {float(values.abs().max()):.3g}, which {dtype} does "
+            "not hold: lower layer.rate."
+        )
+    return stored

@@ -1,0 +1,99 @@
+"""The output folder of a run, open for one process, and what is kept in it while the run lasts."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vqllm.checkpoint import atomic
+from vqllm.checkpoint.format import JSON
+from vqllm.checkpoint.resume.journal import Journal
+
+logger = logging.getLogger(__name__)
+
+TOLD = "told"
+"""In a file of `put_told`, beside its tensors: all else, JSON in UTF-8."""
+
+
+class RunFolder:
+    """A folder with a journal; entering one with an unfinished run goes on with it.
+
+    A context manager: leaving it in any way lets go of the folder and keeps what was kept.
+
+    Attributes:
+        scratch: an existing folder for what only the run needs.
+    """
+
+    def __init__(self, output: Path, identity: JSON) -> None:
+        """Begin or go on. CheckpointError as of `Journal`."""
+        self._output = output
+        self._journal = Journal(output, identity)
+        self.scratch = self._journal.staging
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._journal.close()
+
+    def put(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Keep tensors for later in the run, or for when it goes on."""
+        atomic.write_shard(self._kept_path(name), tensors, self.scratch)
+
+    def kept(self, name: str) -> dict[str, Tensor] | None:
+        """What `put` kept; None if there is nothing, or it is damaged."""
+        path = self._kept_path(name)
+        try:
+            return load_file(path) if path.is_file() else None
+        except (SafetensorError, OSError) as error:
+            self._warn(path, error)
+            return None
+
+    def keep(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors that are made once a run and read back when it goes on."""
+        kept = self.kept(name)
+        if kept is not None:
+            return kept
+        self.put(name, make())
+        return load_file(self._kept_path(name))
+
+    def put_told(self, name: str, told: JSON, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors, and JSON values with them."""
+        text = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
+        self.put(name, {TOLD: text, **{key: tensor.cpu() for key, tensor in tensors.items()}})
+
+    def kept_told(self, name: str) -> tuple[JSON, dict[str, Tensor]] | None:
+        """What `put_told` kept; None if there is nothing, or it is damaged."""
+        tensors = self.kept(name)
+        if tensors is None:
+            return None
+        try:
+            return json.loads(bytes(tensors.pop(TOLD).tolist())), tensors
+        except (KeyError, ValueError) as error:
+            self._warn(self._kept_path(name), error)
+            return None
+
+    def complete(self, pages: Mapping[str, bytes]) -> None:
+        """The run is over: write the pages about it, by file name, and remove what only a run
+        needs."""
+        for name, contents in pages.items():
+            atomic.write_bytes(self._output / name, contents, self.scratch)
+        self._journal.complete()
+
+    def _kept_path(self, name: str) -> Path:
+        return self.scratch / f"{name}.safetensors"
+
+    def _warn(self, path: Path, error: Exception) -> None:
+        logger.warning("%s cannot be read (%s): it is made again", path, error)

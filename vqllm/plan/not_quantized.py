@@ -1,0 +1,70 @@
+"""What of a model was not quantized, and why."""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+
+from torch import nn
+
+from vqllm.hf.linears import is_linear, shared_modules
+
+SHARED = "several layers, or a layer and something outside, share it"
+SHOWN_KINDS = 5
+
+
+def why_not_quantized(
+    model: nn.Module, layers: Collection[str], quantized: Collection[str], skip: tuple[str, ...]
+) -> dict[str, str]:
+    """A reason for every module that holds a matrix and was not quantized.
+
+    Args:
+        model: the whole model; its tensors may be on the meta device.
+        layers: full names of the decoder layers.
+        quantized: full names of the quantized linears.
+        skip: the recipe's patterns.
+    """
+    reasons = {}
+    shared = shared_modules(model, layers)
+    for name, module in model.named_modules():
+        if name in quantized:
+            continue
+        matrices = {
+            key: tuple(value.shape)
+            for key, value in module.named_parameters(recurse=False)
+            if value.dim() >= 2
+        }
+        if matrices:
+            inside = any(name.startswith(f"{layer}.") for layer in layers)
+            reasons[name] = (
+                SHARED
+                if inside and module in shared
+                else _reason(name, module, inside, matrices, skip)
+            )
+    return reasons
+
+
+def _reason(
+    name: str,
+    module: nn.Module,
+    inside: bool,
+    matrices: dict[str, tuple[int, ...]],
+    skip: tuple[str, ...],
+) -> str:
+    for pattern in skip:
+        if re.search(pattern, name):
+            return f"left out by the recipe's skip pattern {pattern!r}"
+    if isinstance(module, nn.Embedding):
+        return "an embedding"
+    if is_linear(module):
+        if inside:
+            return "no calibration token reached it"
+        return "a linear outside the decoder layers"
+    shapes = ", ".join(f"{key} {shape}" for key, shape in matrices.items())
+    return f"{type(module).__name__} is not a torch.nn.Linear ({shapes})"
+
+
+def nothing_to_quantize(reasons: Mapping[str, str]) -> str:
+    """What there is instead, in a line: the kinds of modules with matrices, most frequent first."""
+    kinds = Counter(reason.partition(" (")[0] for reason in reasons.values())
+    shown = [f"{number} x {kind}" for kind, number in kinds.most_common(SHOWN_KINDS)]
+    return "; ".join(shown)
