@@ -10,6 +10,7 @@ is first used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vqllm._version import __version__ as __version__
 from vqllm.integrations import _autoregister
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from vqllm.errors import CheckpointError, ModelError, RecipeError, VqllmError
     from vqllm.recipes import Recipe
     from vqllm.runtime import describe, set_weight_cache
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Checkpoint": "vqllm.checkpoint.reader:Checkpoint",

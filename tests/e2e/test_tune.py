@@ -197,7 +197,7 @@ def test_a_run_goes_on_with_the_teacher_in_memory(finished, root, rounded, text,
 @pytest.mark.parametrize("stop", [1, 5])
 def test_an_interrupted_run_goes_on(finished, root, rounded, text, stop, monkeypatch) -> None:
     output = root / f"stopped-{stop}"
-    keep, calls = tuned.TunedRun.put_told, []
+    keep, calls = tuned.TunedRun.save_record, []
 
     def stopping(self, name, told, tensors) -> None:
         keep(self, name, told, tensors)
@@ -205,7 +205,7 @@ def test_an_interrupted_run_goes_on(finished, root, rounded, text, stop, monkeyp
         if len(calls) == stop:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuned.TunedRun, "put_told", stopping)
+    monkeypatch.setattr(tuned.TunedRun, "save_record", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(rounded, output, text)
     assert not (output / "config.json").exists()

@@ -49,7 +49,7 @@ class Keeper:
     def last(self):
         return self.kept
 
-    def keep(self, told, tensors) -> None:
+    def save(self, told, tensors) -> None:
         self.kept = (told, {name: t.clone() for name, t in tensors.items()})
         self.num += 1
         if self.num == self.stop_after:

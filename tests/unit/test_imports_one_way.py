@@ -1,43 +1,19 @@
 """Imports point one way: each part of the package knows only what lies below it."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 
-LEVELS: list[set[str]] = [
-    # the common ground: these may import each other
-    {
-        *("bits", "errors", "hadamard", "least_squares", "linalg", "linears", "loading", "memory"),
-        *("metrics", "pareto", "processes", "registry", "resources", "rng", "texts", "tiles"),
-        "types",
-    },
-    # the parts, which meet only above; no part imports another
-    {
-        *("allocation", "cache", "calibration", "checkpoint", "codecs", "evaluation", "progress"),
-        *("report", "rounding", "runtime", "transforms", "tuning"),
-    },
-    {"gguf_model", "integrations", "moved", "progress_bar", "recipe"},
-    {"codec_bench", "coded", "demo", "job", "rows", "speed", "survey", "target", "teacher"},
-    {"fitting"},
-    {"student"},
-    {"group"},
-    {"expected_loss", "layer_training", "outside"},
-    {"models", "preflight"},
-    {"foresight"},
-    {"pipeline", "running"},
-    {"quantization"},
-    {"teaching"},
-    {"comparison"},
-    {"api"},
-    {"cli"},
-    {"__main__"},
-]
-LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
+TOP = ("errors", "_version", "<packages>", "recipe", "types", "extend", "api", "cli", "__main__")
+"""Files beside the packages, and where the packages stand among them: each may import what stands
+before it. `vqllm` itself registers with transformers and imports its public names when asked."""
 
 TO_RUN_A_MODEL = {"torch", "transformers", "safetensors"}
 KERNELS_MAY_USE = {"torch", "triton"}
@@ -67,20 +43,39 @@ def _imported(tree: ast.AST) -> Iterator[str]:
         yield from _imported(node)
 
 
-def wrong_ways(imports: Imports) -> list[str]:
+def allowed(root: Path) -> dict[str, set[str]]:
+    """The packages that each package says that it may import, in its `__init__`."""
+    found = {}
+    for file in sorted(root.glob("*/__init__.py")):
+        docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        line = re.search(r"^May import: (.*?)\.$", docstring, re.MULTILINE | re.DOTALL)
+        assert line, f"{file} does not say what it may import"
+        names = set(re.split(r",\s*", line[1])) - {"nothing"}
+        found[file.parent.name] = names
+    return found
+
+
+def used(imports: Imports) -> dict[str, set[str]]:
+    """The packages and files at the top that each of them imports."""
+    found: dict[str, set[str]] = {}
+    for module, targets in imports.items():
+        own = found.setdefault(_part(module), set())
+        own |= {_part(target) for target in targets if target.startswith("vqllm.")}
+    return {part: own - {part, "__version__"} for part, own in found.items() if part}
+
+
+def wrong_ways(imports: Imports, packages: dict[str, set[str]]) -> list[str]:
     """Imports between parts of vqllm that do not point down."""
     wrong = []
-    for module, targets in imports.items():
-        source = _part(module)
-        for target in sorted(targets):
-            if not target.startswith("vqllm.") or not source:
-                continue
-            part = _part(target)
-            if part in (source, "__version__"):
-                continue
-            both_common = LEVEL[source] == LEVEL[part] == 0
-            if LEVEL[part] >= LEVEL[source] and not both_common:
-                wrong.append(f"{module} imports {target}")
+    for part, others in used(imports).items():
+        place = TOP.index("<packages>" if part in packages else part)
+        for other in sorted(others):
+            if part in packages and other in packages:
+                fine = other in packages[part]
+            else:
+                fine = TOP.index("<packages>" if other in packages else other) < place
+            if not fine:
+                wrong.append(f"{part} imports {other}")
     return wrong
 
 
@@ -98,14 +93,37 @@ def kernels() -> Imports:
     return imports_of(ROOT / "kernels" / "vqllm_kernels")
 
 
-def test_every_part_has_a_level(package: Imports) -> None:
-    parts = {_part(module) for module in package} - {""}
-    assert parts - LEVEL.keys() == set(), "give the new part a level above"
-    assert len(LEVEL) == sum(len(names) for names in LEVELS)
+@pytest.fixture(scope="module")
+def packages() -> dict[str, set[str]]:
+    return allowed(ROOT / "vqllm")
 
 
-def test_imports_point_down(package: Imports) -> None:
-    assert wrong_ways(package) == []
+def test_imports_point_down(package: Imports, packages: dict[str, set[str]]) -> None:
+    assert wrong_ways(package, packages) == []
+
+
+def test_packages_say_no_more_than_they_import(
+    package: Imports, packages: dict[str, set[str]]
+) -> None:
+    found = used(package)
+    assert {name: own - found[name] for name, own in packages.items() if own - found[name]} == {}
+
+
+def test_no_circle_between_packages(packages: dict[str, set[str]]) -> None:
+    assert set(TopologicalSorter(packages).static_order()) == set(packages)
+
+
+def test_quantization_does_without_distillation(packages: dict[str, set[str]]) -> None:
+    below, todo = set(), ["quantization"]
+    while todo:
+        below |= packages[todo[-1]]
+        todo += packages[todo.pop()]
+    assert "calibration" in below
+    assert "distillation" not in below
+
+
+def test_the_top_is_a_handful_of_files() -> None:
+    assert len(list((ROOT / "vqllm").glob("*.py"))) < 10
 
 
 @pytest.mark.parametrize(
@@ -115,11 +133,14 @@ def test_imports_point_down(package: Imports) -> None:
         ("vqllm.calibration.layer_stream", "vqllm.quantization.loop.Job"),
         ("vqllm.runtime.linear", "vqllm.integrations.transformers"),
         ("vqllm.core.bits", "vqllm.codecs"),
+        ("vqllm.recipes.schema", "vqllm.types.Codec"),
         ("vqllm.api", "vqllm.cli.app"),
     ],
 )
-def test_an_import_that_points_up_is_found(module: str, target: str) -> None:
-    assert wrong_ways({module: {target}}) == [f"{module} imports {target}"]
+def test_an_import_that_points_up_is_found(
+    module: str, target: str, packages: dict[str, set[str]]
+) -> None:
+    assert len(wrong_ways({module: {target}}, packages)) == 1
 
 
 WITH_NUMBA = (

@@ -8,7 +8,7 @@ import pytest
 from vqllm import api, recipes
 from vqllm.allocation.run import needs_gradients
 from vqllm.errors import RecipeError
-from vqllm.quantization.checks import code_bits
+from vqllm.plan.costs import code_bits
 from vqllm.recipes import from_dict
 
 MINIMAL = {"name": "x", "codec": {"type": "e8p"}, "rounding": {"type": "nearest"}}

@@ -6,8 +6,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.fake_checkpoint import FORMATS, fake_checkpoint, linear_spec, random_packed
 from vqllm.checkpoint.reader import Checkpoint
-from vqllm.distillation.student import Student, scaled
+from vqllm.distillation.student import Student
 from vqllm.errors import NumericalError
+from vqllm.plan.packed_spec import scaled
 from vqllm_kernels.transforms import CodedScaleSpec, HadamardSpec, ScaleSpec
 
 ALL = {"rows", "columns", "vectors", "head"}

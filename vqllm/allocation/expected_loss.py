@@ -8,7 +8,7 @@ from torch import Tensor
 from vqllm.calibration.gradients import WITHOUT
 from vqllm.core import linalg
 from vqllm.errors import NumericalError
-from vqllm.quantization.linear import transformed
+from vqllm.plan.packed_spec import transformed
 from vqllm.recipes import Recipe
 from vqllm.rounding.nearest import Nearest
 

@@ -20,8 +20,9 @@ from vqllm.calibration.saliency import OutputHessians, TokenWeights
 from vqllm.checkpoint.resume.layer_writer import CheckpointRun
 from vqllm.core.progress import Progress
 from vqllm.core.protocols import Codec, OutputRounding
+from vqllm.plan.costs import option_costs
 from vqllm.plan.job import Job
-from vqllm.quantization.checks import Shape, chosen, option_costs
+from vqllm.plan.selection import Shape, chosen
 from vqllm.recipes import Recipe
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class Foresight:
         recipe = self._job.recipe
         if recipe.allocation is None:
             return {}
-        chosen = self._run.keep("allocation", lambda: self._allocate(shapes))
+        chosen = self._run.load_or_make("allocation", lambda: self._allocate(shapes))
         codecs = recipe.allocation.codecs
         return {
             name: Allocated(codecs[int(number)], float(kl)) for name, (number, kl) in chosen.items()
@@ -179,25 +180,25 @@ class _Record:
     def __init__(self, run: CheckpointRun, anew: bool = False) -> None:
         self._run = run
         if anew:
-            run.put(STATE, {})
-        state = run.kept(STATE) or {"last": torch.tensor([-1, 0])}
+            run.save(STATE, {})
+        state = run.load(STATE) or {"last": torch.tensor([-1, 0])}
         index, self.num_layers = state["last"].tolist()
         self.is_complete = index == 0
 
     def last(self) -> tuple[int, Tensor | None] | None:
         """The layer that was finished last, and the gradient in its input."""
-        state = self._run.kept(STATE)
+        state = self._run.load(STATE)
         return (int(state["last"][0]), state.get("gradient")) if state else None
 
     def finish(self, index: int, found: Mapping[str, Findings], gradient: Tensor | None) -> None:
         """Layer `index` is done: of a run that is stopped before `STATE` is written, not yet."""
         self.num_layers = self.num_layers or index + 1
         for kind, findings in found.items():
-            self._run.put(f"{kind}-{index}", findings)
+            self._run.save(f"{kind}-{index}", findings)
         state = {"last": torch.tensor([index, self.num_layers])}
-        self._run.put(STATE, state if gradient is None else {**state, "gradient": gradient})
+        self._run.save(STATE, state if gradient is None else {**state, "gradient": gradient})
         self.is_complete = index == 0
 
     def found(self, kind: str, index: int) -> Findings | None:
         """What was found of a layer; None if it cannot be read."""
-        return self._run.kept(f"{kind}-{index}")
+        return self._run.load(f"{kind}-{index}")

@@ -1,1 +1,5 @@
-"""The checkpoint format: its specification (`format`), writing, resuming and reading."""
+"""The checkpoint on disk: its format, reading and writing it; `resume/` is how a run goes on.
+
+May import: core, hf.
+Start at `format.py`, the specification.
+"""

@@ -1,6 +1,7 @@
-"""Codecs: how a tile of weights becomes integer symbols, and back. One file a codec.
+"""How a tile of weights becomes integer symbols, and back. One file a codec.
 
-Importing this package registers all of them in `CODECS`.
+May import: core.
+Start at `base.py`, then a short codec such as `d4.py`; `search/` finds nearest points.
 """
 
 from vqllm.codecs import (  # noqa: F401 - importing registers

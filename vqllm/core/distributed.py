@@ -50,7 +50,7 @@ class Processes:
             distributed.all_reduce(values)
         return values
 
-    def told(self, make: Callable[[], T]) -> T:
+    def broadcast(self, make: Callable[[], T]) -> T:
         """What the first process makes, in every process; so is the error if it fails."""
         if self.size == 1:
             return make()
@@ -70,7 +70,7 @@ class Processes:
     def on_first(self, make: Callable[[], T]) -> T | None:
         """What the first process makes, there; None in the others, after it was made."""
         made: list[T] = []
-        self.told(lambda: made.append(make()))
+        self.broadcast(lambda: made.append(make()))
         return made[0] if made else None
 
     def split(self, module: nn.Module, parameters: Collection[nn.Parameter]) -> None:

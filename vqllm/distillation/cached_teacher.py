@@ -62,25 +62,25 @@ class CachedTeacher:
         self._tokens_SL, self._processes, self._name = tokens_SL, processes, name
         self._places = {_key(tokens): place for place, tokens in enumerate(tokens_SL)}
 
-        def kept() -> tuple[Path, tuple[JSON, dict[str, Tensor]] | None]:
+        def load() -> tuple[Path, tuple[JSON, dict[str, Tensor]] | None]:
             assert folder is not None
-            return folder.scratch, folder.kept_told(name)
+            return folder.scratch, folder.load_record(name)
 
-        self._folder, found = processes.told(kept)
+        self._folder, found = processes.broadcast(load)
         self._stream = open_stream(self._folder / f"offload-{processes.rank}")
         self.config, self.device = self._stream.model.config, self._stream.device
         told = found[0] if found and self._is_whole(found[0]) else None
-        told = processes.told(lambda: told)
+        told = processes.broadcast(lambda: told)
         if told is None:
             own = self._run(share)
             processes.wait()
 
-            def keep() -> JSON:
+            def save() -> JSON:
                 assert folder is not None
-                folder.put_told(name, own, {})
+                folder.save_record(name, own, {})
                 return own
 
-            told = processes.told(keep)
+            told = processes.broadcast(save)
         if not self._is_whole(told):
             raise CheckpointError(
                 f"process {processes.rank} does not see all states of the original in "

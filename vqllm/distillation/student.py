@@ -9,7 +9,7 @@ move, Ŵ is decoded once and for all.
 What is trained is always δ, which starts at 0, so that one step size means the same everywhere.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,14 +23,13 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from vqllm.calibration.layer_stream import layer_names
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.core.distributed import Processes
+from vqllm.core.tensors import frozen
 from vqllm.distillation.coded_weights import CodedWeights, codecs_of
 from vqllm.distillation.fit_scales import fit
-from vqllm.errors import NumericalError
+from vqllm.plan.packed_spec import as_stored, scaled
 from vqllm.runtime import PackedModule, VQLinear
-from vqllm.runtime.packed import frozen
 from vqllm.tuning.relative_parameter import Moved
 from vqllm_kernels.linear import LinearSpec
-from vqllm_kernels.transforms import ScaleSpec
 
 
 class ScaledLinear(nn.Module):
@@ -243,61 +242,7 @@ class Student:
             for name, own in moved.items():
                 if own.delta.requires_grad:
                     values = own.wide(own.delta).detach().cpu()
-                    changes.others[name] = _rounded(name, values, self._checkpoint.read(name).dtype)
+                    changes.others[name] = as_stored(
+                        name, values, self._checkpoint.read(name).dtype
+                    )
         return changes
-
-
-def scaled(
-    name: str, spec: LinearSpec, tensors: Mapping[str, Tensor], side: str, factor: Tensor
-) -> tuple[LinearSpec, dict[str, Tensor]]:
-    """A packed linear with its outputs (side "out", [R]) or inputs ("in", [C]) multiplied.
-
-    Stored as `with_scale` says.
-    """
-    own, states = spec.split(dict(tensors))
-    changed, place = with_scale(spec, side)
-    old = spec.transforms[place] if spec.transforms else None
-    if isinstance(old, ScaleSpec) and len(changed.transforms) == len(spec.transforms):
-        factor = factor * old.scale(states[place]).float()
-    else:
-        states.insert(place, {})
-    scale = _rounded(f"scales of {name}", factor, torch.float16)
-    if bool((scale == 0).any()):
-        raise NumericalError(
-            f"scales of {name} were tuned to values as small as {float(factor.abs().min()):.3g}, "
-            "which are 0 in float16: lower `rate`."
-        )
-    states[place] = {"scale": scale}
-    stored = {f"t{i}_{key}": t for i, state in enumerate(states) for key, t in state.items()}
-    return changed, {**own, **stored}
-
-
-def with_scale(spec: LinearSpec, side: str) -> tuple[LinearSpec, int]:
-    """How a linear is stored that has a float16 scale first on a side, and the place of the scale.
-
-    A scale that stands first on that side becomes it; otherwise a new one stands before all
-    transforms.
-    """
-    transforms = list(spec.transforms)
-    first = next((i for i, t in enumerate(transforms) if t.side == side), None)
-    size = spec.rows if side == "out" else spec.cols
-    new = ScaleSpec(side=side, size=size)  # type: ignore[arg-type]
-    place = 0
-    if first is not None and isinstance(transforms[first], ScaleSpec):
-        transforms[first], place = new, first
-    else:
-        transforms.insert(0, new)
-    changed = LinearSpec(
-        rows=spec.rows, cols=spec.cols, format=spec.format, transforms=tuple(transforms)
-    )
-    return changed, place
-
-
-def _rounded(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
-    stored = values.to(dtype)
-    if not bool(stored.isfinite().all()):
-        raise NumericalError(
-            f"{name}: tuned to values up to {float(values.abs().max()):.3g}, which {dtype} does "
-            "not hold: lower `rate`."
-        )
-    return stored

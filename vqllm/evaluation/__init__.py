@@ -1,0 +1,5 @@
+"""What came out: perplexity and divergence, speed, distortion of codecs.
+
+May import: core, hf, codecs, calibration, runtime.
+Start at `perplexity.py`.
+"""

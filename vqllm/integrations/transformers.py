@@ -22,11 +22,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vqllm.checkpoint.format import QUANT_METHOD, QuantizationConfig
 from vqllm.checkpoint.shards import DAMAGED, read_header
+from vqllm.core.tensors import frozen
 from vqllm.errors import CheckpointError
 from vqllm.hf.linears import before_lookup
 from vqllm.runtime.embedding import VQEmbedding
 from vqllm.runtime.linear import VQLinear
-from vqllm.runtime.packed import PackedModule, frozen, own_tensors
+from vqllm.runtime.packed import PackedModule, own_tensors
 from vqllm.runtime.replace import group_inputs, replace_modules
 from vqllm_kernels import layout
 

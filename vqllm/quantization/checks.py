@@ -1,34 +1,26 @@
 """What is looked at before the long part of a run: the model, its linears, its values, the plan."""
 
 import logging
-import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from vqllm.calibration.layer_stream import LayerStream, check_states, layer_names, linears_of
+from vqllm.calibration.layer_stream import check_states, layer_names
 from vqllm.checkpoint.source import SourceTensors, stored_tensors
 from vqllm.checkpoint.writer import read_dense_config
-from vqllm.core.bits import count
-from vqllm.core.protocols import Codec
 from vqllm.errors import ModelError, NumericalError, RecipeError
 from vqllm.hf import loading
 from vqllm.hf.linears import shared_modules
+from vqllm.plan.costs import code_bits, option_costs
 from vqllm.plan.not_quantized import nothing_to_quantize, why_not_quantized
+from vqllm.plan.selection import Shape, shapes_in
 from vqllm.quantization import embeddings as outside
-from vqllm.quantization.layer_training import stored_spec
 from vqllm.recipes import Recipe
 
 logger = logging.getLogger(__name__)
-
-Shape = tuple[int, int]
-"""Rows and columns."""
-WHOLE_TILES = 256
-"""Along each side of a matrix, for the bits of codes alone: bytes that are filled up in part do not
-show."""
 
 
 def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool = False) -> None:
@@ -53,7 +45,7 @@ def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool
     shared = shared_modules(model, names)
     shapes: dict[str, Shape] = {}
     for layer in names:
-        shapes |= _shapes(model.get_submodule(layer), layer, shared, recipe)
+        shapes |= shapes_in(model.get_submodule(layer), layer, shared, recipe)
     if not shapes:
         kinds = nothing_to_quantize(why_not_quantized(model, names, (), recipe.skip))
         raise ModelError(
@@ -123,45 +115,6 @@ def _check_outside(source: Path, model: PreTrainedModel, recipe: Recipe) -> None
                 f"model's, so this matrix must stay as it is: {changes}."
             )
     outside.check_called(model, matrices)
-
-
-def chosen(linears: Mapping[str, nn.Linear], recipe: Recipe) -> dict[str, nn.Linear]:
-    """The linears that no `skip` pattern of the recipe leaves out."""
-    return {
-        name: linear
-        for name, linear in linears.items()
-        if not any(re.search(pattern, name) for pattern in recipe.skip)
-    }
-
-
-def shapes_of(stream: LayerStream, recipe: Recipe) -> dict[str, Shape]:
-    """Rows and columns of the linears of all layers that are to be quantized, by full name; their
-    weights need not be loaded."""
-    shapes: dict[str, Shape] = {}
-    for layer in stream.names:
-        shapes |= _shapes(stream.model.get_submodule(layer), layer, stream.shared, recipe)
-    return shapes
-
-
-def _shapes(
-    layer: nn.Module, layer_name: str, shared: Collection[nn.Module], recipe: Recipe
-) -> dict[str, Shape]:
-    linears = chosen(linears_of(layer, layer_name, shared), recipe)
-    return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
-
-
-def code_bits(codec: Codec) -> float:
-    """Bits of codes for a weight, in a matrix of whole tiles."""
-    rows, cols = (WHOLE_TILES * size for size in codec.tile)
-    return codec.bits(rows, cols).codes / (rows * cols)
-
-
-def option_costs(shape: Shape, recipe: Recipe) -> tuple[int, ...]:
-    """Bits of a linear with each of the codecs that it may get, all included."""
-    return tuple(
-        count(stored_spec(*shape, recipe.with_codec(codec)).layout()).total
-        for codec in recipe.codecs
-    )
 
 
 def check_finite(module: nn.Module, where: str, besides: Iterable[nn.Module] = ()) -> None:

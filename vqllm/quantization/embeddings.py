@@ -18,7 +18,7 @@ from vqllm.checkpoint.resume.layer_writer import CheckpointRun, Kept
 from vqllm.core.progress import Progress
 from vqllm.errors import ModelError
 from vqllm.hf.linears import is_linear, why_not_embedding
-from vqllm.quantization.linear import linear_spec
+from vqllm.plan.packed_spec import linear_spec
 from vqllm.quantization.row_blocks import Matrix, ReadRows, quantize_rows
 from vqllm.recipes import Recipe
 from vqllm_kernels.linear import LinearSpec
@@ -43,7 +43,7 @@ class Outside:
         self.specs: dict[str, LinearSpec] = {m.names[0]: m.spec for m in matrices}
         self.tied: dict[str, str] = {k: v for m in matrices for k, v in m.tied.items()}
         self._done = {
-            key: run.kept_packed(key)
+            key: run.load_packed(key)
             for key, matrix in ((EMBEDDING, self._embedding), (HEAD, self._head))
             if matrix
         }
@@ -80,7 +80,7 @@ class Outside:
             made = quantize_rows(
                 matrix, self._reader(matrix), self._stream.device, weight_R=counts_R
             )
-            kept = self._done[EMBEDDING] = self._run.keep_packed(EMBEDDING, made)
+            kept = self._done[EMBEDDING] = self._run.save_packed(EMBEDDING, made)
         weight = self._stream.model.get_submodule(kept.name).weight
         tensors = {name: tensor.to(weight.device) for name, tensor in kept.tensors.items()}
         weight.data = kept.spec.dequantize(tensors, weight.dtype)
@@ -102,7 +102,7 @@ class Outside:
         H_CC, num_tokens = self._hessian
         reader = self._reader(self._head)
         made = quantize_rows(self._head, reader, self._stream.device, H_CC, num_tokens)
-        self._done[HEAD] = self._run.keep_packed(HEAD, made)
+        self._done[HEAD] = self._run.save_packed(HEAD, made)
         self._hessian = None
 
     def _reader(self, matrix: Matrix) -> ReadRows:

@@ -20,22 +20,11 @@ from torch import Tensor, nn
 from vqllm.calibration.layer_calibrator import LayerCalibrator
 from vqllm.core.bits import count
 from vqllm.core.protocols import JSON
-from vqllm.distillation.student import scaled, with_scale
-from vqllm.quantization.linear import QuantizedLinear, bit_fields, linear_spec
-from vqllm.recipes import Recipe
+from vqllm.plan.packed_spec import bit_fields, scaled
+from vqllm.quantization.linear import QuantizedLinear
 from vqllm.recipes.schema import LayerTraining
 from vqllm.tuning.descent import batch, descend
 from vqllm.tuning.relative_parameter import Moved
-from vqllm_kernels.linear import LinearSpec
-
-
-def stored_spec(rows: int, cols: int, recipe: Recipe) -> LinearSpec:
-    """How a linear of W [rows, cols] is stored in the end: with the scales of its rows, where the
-    recipe trains them."""
-    spec = linear_spec(rows, cols, recipe)
-    if recipe.layer is None or "rows" not in recipe.layer.train:
-        return spec
-    return with_scale(spec, "out")[0]
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from torch import Tensor
 from vqllm.calibration import saliency
 from vqllm.calibration.drift import Drift
 from vqllm.core import linalg, metrics, rng
-from vqllm.core.bits import BitCount, count
-from vqllm.core.protocols import JSON, Codec, OutputRounding, State
+from vqllm.core.bits import count
+from vqllm.core.protocols import JSON, Codec, OutputRounding
 from vqllm.core.tiles import to_tiles
 from vqllm.errors import NumericalError
+from vqllm.plan.packed_spec import Transformed, bit_fields, linear_spec, transformed
 from vqllm.quantization.target import corrected
 from vqllm.recipes import Recipe
 from vqllm_kernels.linear import LinearSpec
@@ -34,14 +35,6 @@ class QuantizedLinear:
     tensors: dict[str, Tensor]
     W_hat_RC: Tensor
     record: JSON
-
-
-@dataclass
-class Transformed:
-    """A linear on its way through the transforms."""
-
-    W_RC: Tensor
-    states: list[State]
 
 
 @dataclass(frozen=True)
@@ -196,39 +189,6 @@ def _target_fields(
     }
 
 
-def linear_spec(rows: int, cols: int, recipe: Recipe) -> LinearSpec:
-    """How a linear of W [rows, cols] is stored."""
-    transforms = tuple(
-        transform.spec(cols if transform.side == "in" else rows) for transform in recipe.transforms
-    )
-    return LinearSpec(rows=rows, cols=cols, format=recipe.codec.spec(), transforms=transforms)
-
-
-def transformed(
-    weights: Mapping[str, Tensor], H_CC: Tensor, recipe: Recipe
-) -> tuple[dict[str, Transformed], Tensor]:
-    """Apply the transforms in order: those of the input side once for the whole group (fitted on
-    all its rows), those of the output side to each linear."""
-    linears = {name: Transformed(W_RC, []) for name, W_RC in weights.items()}
-    leader = next(iter(weights))
-    for i, transform in enumerate(recipe.transforms):
-        purpose = f"transform{i}"
-        if transform.side == "in":
-            stacked = torch.cat([linear.W_RC for linear in linears.values()])
-            generator = rng.generator(recipe.seed, leader, purpose)
-            stacked, H_CC, state = transform.forward(stacked, H_CC, generator)
-            parts = stacked.split([linear.W_RC.shape[0] for linear in linears.values()])
-            for linear, part in zip(linears.values(), parts):
-                linear.W_RC = part
-                linear.states.append(state)
-        else:
-            for name, linear in linears.items():
-                generator = rng.generator(recipe.seed, name, purpose)
-                linear.W_RC, _, state = transform.forward(linear.W_RC, H_CC, generator)
-                linear.states.append(state)
-    return linears, H_CC
-
-
 def _output_hessian(
     name: str, linear: Transformed, statistics: Statistics, recipe: Recipe
 ) -> Tensor | None:
@@ -271,16 +231,6 @@ def _encode(task: _Task, recipe: Recipe) -> tuple[dict[str, Tensor], float, floa
     W_hat_RC = codec.spec().decode(tensors, *W_RC.shape)
     mse = float((W_hat_RC - W_RC).square().mean() / W_RC.square().mean().clamp_min(1e-30))
     return tensors, mse, sum(map(metrics.code_entropy, codec.streams(codes_IJM)))
-
-
-def bit_fields(bits: BitCount, numel: int) -> JSON:
-    """Of a report line: what a linear of so many weights takes."""
-    return {
-        "bits_codes": bits.codes,
-        "bits_codebook": bits.codebook,
-        "bits_side": bits.side,
-        "bits_per_weight": round(bits.total / numel, 4),
-    }
 
 
 def _check_finite(name: str, W_RC: Tensor) -> None:

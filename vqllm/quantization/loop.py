@@ -20,13 +20,14 @@ from vqllm.core.protocols import JSON
 from vqllm.errors import ModelError
 from vqllm.plan.job import Job
 from vqllm.plan.not_quantized import nothing_to_quantize, why_not_quantized
-from vqllm.quantization.checks import check_finite, check_model, chosen, shapes_of
+from vqllm.plan.packed_spec import stored_spec
+from vqllm.plan.selection import chosen, shapes_of
+from vqllm.quantization.checks import check_finite, check_model
 from vqllm.quantization.embeddings import Outside
 from vqllm.quantization.layer_training import (
     LayerTrainer,
     Place,
     TrainedLayer,
-    stored_spec,
     vectors_of,
 )
 from vqllm.quantization.linear import QuantizedLinear, Statistics, quantize_group
@@ -73,7 +74,7 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
     recipe, start = job.recipe, time.perf_counter()
     memory.keep_large_blocks_apart()
     progress.phase("calibration text")
-    sequences = run.keep(
+    sequences = run.load_or_make(
         "sequences",
         lambda: sequences_of(job.source, recipe, job.device, job.trust_remote_code),
     )

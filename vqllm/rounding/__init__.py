@@ -1,4 +1,8 @@
-"""Rules that choose codes, given H."""
+"""Rules that choose codes, given H.
+
+May import: core.
+Start at `ldlq.py`, which is GPTQ too.
+"""
 
 from vqllm.rounding import beam, coordinate_rule, ldlq, nearest, two_sided
 from vqllm.rounding.base import ROUNDINGS

@@ -1,0 +1,6 @@
+"""What a command does from end to end: quantize, tune, compare.
+
+May import: core, hf, recipes, models, calibration, plan, checkpoint, distillation, quantization,
+evaluation, report, tuning.
+Start at `quantize.py`.
+"""

@@ -283,7 +283,7 @@ class _Tuning:
         job, start = self._job, time.perf_counter()
         self._phase("calibration text")
         # Before the models are loaded: a source that is the model itself is one more in memory.
-        sequences = self._processes.told(self._sequences)
+        sequences = self._processes.broadcast(self._sequences)
         student = self._student(self._load(job.checkpoint.folder)[0])
         follows = not all(stage.by_layers for stage in job.recipe.stages)
         asked = [sequences["calibration"]] if follows else []
@@ -365,7 +365,7 @@ class _Tuning:
 
     def _sequences(self) -> dict[str, Tensor]:
         assert self._folder is not None
-        return self._folder.keep("sequences", lambda: _sequences_of(self._job))
+        return self._folder.load_or_make("sequences", lambda: _sequences_of(self._job))
 
     def _student(self, model: Any) -> Student:
         kinds = {kind for stage in self._job.recipe.stages for kind in stage.kinds}
@@ -488,13 +488,13 @@ class _Keeper:
     def last(self) -> tuple[JSON, dict[str, Tensor]] | None:
         def read() -> tuple[JSON, dict[str, Tensor]] | None:
             assert self._folder is not None
-            return self._folder.kept_told(self._name)
+            return self._folder.load_record(self._name)
 
-        return self._processes.told(read)
+        return self._processes.broadcast(read)
 
-    def keep(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:
+    def save(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:
         if self._folder is not None:
-            self._folder.put_told(self._name, told, tensors)
+            self._folder.save_record(self._name, told, tensors)
 
 
 def check_teacher(

@@ -1,4 +1,8 @@
-"""Running a quantized model: `VQLinear` and `VQEmbedding` in place of torch's modules."""
+"""Running a quantized model: `VQLinear` and `VQEmbedding` in place of torch's modules.
+
+May import: core, hf.
+Start at `linear.py`, one activation through a quantized linear.
+"""
 
 from vqllm.runtime.cache import set_weight_cache
 from vqllm.runtime.embedding import VQEmbedding

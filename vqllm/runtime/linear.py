@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vqllm.core.tensors import frozen
 from vqllm.runtime.cache import weight_cache
 from vqllm.runtime.input_group import InputGroup
-from vqllm.runtime.packed import PackedModule, frozen
+from vqllm.runtime.packed import PackedModule
 from vqllm_kernels import dispatch
 from vqllm_kernels.linear import LinearSpec
 

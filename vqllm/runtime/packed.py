@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from vqllm.core.tensors import frozen
 from vqllm.runtime import cache
 from vqllm.runtime.parameter import PackedParameter, Parameters, new_clock
 from vqllm_kernels import layout
@@ -216,11 +217,6 @@ def own_tensors(modules: Iterable[Sequence[PackedModule]]) -> None:
                     made[old] = PackedParameter(old.data, clock=clock)
                 module.register_parameter(name, made[old])
             module._parameters = Parameters(module._parameters, clock)
-
-
-def frozen(tensor: Tensor) -> nn.Parameter:
-    """A parameter that needs no gradient."""
-    return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
 def version(tensor: Tensor) -> int:

@@ -1,4 +1,8 @@
-"""Invertible changes of W and H before coding. An empty list of them is the identity."""
+"""Invertible changes of W and H before coding, undone on activations at run time.
+
+May import: core.
+Start at `hadamard.py`; an empty list of transforms is the identity.
+"""
 
 from vqllm.transforms import hadamard, permutation, scale, wush
 from vqllm.transforms.base import TRANSFORMS

@@ -1,4 +1,9 @@
-"""What moves after rounding: codebooks and scales of a linear given H, and whole models."""
+"""What moves after rounding: codebooks and scales of one linear given H, and stages of
+`vqllm tune` on whole models.
+
+May import: core, hf.
+Start at `base.py`, what a step and a stage are given.
+"""
 
 from vqllm.tuning import codebook, end_to_end, layer, pv, refit, straight_through
 from vqllm.tuning.base import MODEL_TUNINGS, TUNINGS

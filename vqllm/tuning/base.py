@@ -32,7 +32,7 @@ class Keeper(Protocol):
         """What was kept last, in this run or an earlier one; None if nothing was."""
         ...
 
-    def keep(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:
+    def save(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:
         """Keep this in place of what was kept before. The tensors may change afterwards."""
         ...
 

@@ -152,7 +152,7 @@ class LayerRun(ABC, Generic[S]):
             for name, parameter in self._parameters(layer).items()
         }
         told = {"num_done": num_done, "layers": self._layers, "elapsed": self._elapsed()}
-        self._task.keeper.keep(told, tensors)
+        self._task.keeper.save(told, tensors)
 
     def _load(self, told: JSON, tensors: dict[str, Tensor]) -> int:
         self._layers, self._before = list(told["layers"]), told["elapsed"]

@@ -205,7 +205,7 @@ class Run:
             "" if recent is None else f", {recent:.4f} on the last batches",
         )
         self._losses = []
-        self._task.keeper.keep(*self._state())
+        self._task.keeper.save(*self._state())
 
     def _mean_loss(self, sequences_SL: Tensor) -> float:
         total = torch.zeros((), device=self._task.device)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from vqllm.runtime.packed import frozen
+from vqllm.core.tensors import frozen
 
 
 class Moved(nn.Module):

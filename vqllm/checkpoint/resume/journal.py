@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-import vqllm
+from vqllm._version import __version__
 from vqllm.checkpoint import atomic
 from vqllm.checkpoint.format import CONFIG, FORMAT_VERSION, JSON
 from vqllm.checkpoint.shards import sha256_of
@@ -71,7 +71,7 @@ def identity(
         "settings": {**settings, "trust_remote_code": trust_remote_code},
         "source": fingerprint(source, trust_remote_code),
         "versions": {
-            "vqllm": vqllm.__version__,
+            "vqllm": __version__,
             "torch": torch.__version__,
             "transformers": version("transformers"),
         },

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import vqllm
+from vqllm._version import __version__
 from vqllm.checkpoint import atomic, writer
 from vqllm.checkpoint.format import (
     JSON,
@@ -110,17 +110,17 @@ class CheckpointRun(RunFolder):
             for name, values in layer.linears.items()
         }
 
-    def keep_packed(self, name: str, made: Packed) -> Kept:
+    def save_packed(self, name: str, made: Packed) -> Kept:
         """Keep a quantized matrix for when the run goes on."""
         told = {"name": made.name, "spec": spec_to_dict(made.spec), "record": made.record}
-        self.put_told(name, told, {f"packed.{key}": t for key, t in made.tensors.items()})
-        kept = self.kept_packed(name)
+        self.save_record(name, told, {f"packed.{key}": t for key, t in made.tensors.items()})
+        kept = self.load_packed(name)
         assert kept is not None, "it was just written"
         return kept
 
-    def kept_packed(self, name: str) -> Kept | None:
-        """What `keep_packed` kept; None if there is nothing, or it is damaged."""
-        found = self.kept_told(name)
+    def load_packed(self, name: str) -> Kept | None:
+        """What `save_packed` wrote; None if there is nothing, or it is damaged."""
+        found = self.load_record(name)
         if found is None:
             return None
         told, tensors = found
@@ -253,7 +253,7 @@ class CheckpointRun(RunFolder):
             tied=tied,
             recipe=self._recipe,
             not_quantized=not_quantized,
-            producer={"vqllm": vqllm.__version__},
+            producer={"vqllm": __version__},
             source={"model": self._origin},
         )
         records = [*self.all_records(), *(result.record for result in outside)]

@@ -19,7 +19,7 @@ from vqllm.checkpoint.resume.journal import Journal
 logger = logging.getLogger(__name__)
 
 TOLD = "told"
-"""In a file of `put_told`, beside its tensors: all else, JSON in UTF-8."""
+"""In a file of `save_record`, beside its tensors: all else, JSON in UTF-8."""
 
 
 class RunFolder:
@@ -48,41 +48,41 @@ class RunFolder:
     ) -> None:
         self._journal.close()
 
-    def put(self, name: str, tensors: dict[str, Tensor]) -> None:
+    def save(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Keep tensors for later in the run, or for when it goes on."""
-        atomic.write_shard(self._kept_path(name), tensors, self.scratch)
+        atomic.write_shard(self._state_path(name), tensors, self.scratch)
 
-    def kept(self, name: str) -> dict[str, Tensor] | None:
-        """What `put` kept; None if there is nothing, or it is damaged."""
-        path = self._kept_path(name)
+    def load(self, name: str) -> dict[str, Tensor] | None:
+        """What `save` wrote; None if there is nothing, or it is damaged."""
+        path = self._state_path(name)
         try:
             return load_file(path) if path.is_file() else None
         except (SafetensorError, OSError) as error:
             self._warn(path, error)
             return None
 
-    def keep(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def load_or_make(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors that are made once a run and read back when it goes on."""
-        kept = self.kept(name)
-        if kept is not None:
-            return kept
-        self.put(name, make())
-        return load_file(self._kept_path(name))
+        found = self.load(name)
+        if found is not None:
+            return found
+        self.save(name, make())
+        return load_file(self._state_path(name))
 
-    def put_told(self, name: str, told: JSON, tensors: Mapping[str, Tensor]) -> None:
+    def save_record(self, name: str, record: JSON, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors, and JSON values with them."""
-        text = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
-        self.put(name, {TOLD: text, **{key: tensor.cpu() for key, tensor in tensors.items()}})
+        text = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+        self.save(name, {TOLD: text, **{key: tensor.cpu() for key, tensor in tensors.items()}})
 
-    def kept_told(self, name: str) -> tuple[JSON, dict[str, Tensor]] | None:
-        """What `put_told` kept; None if there is nothing, or it is damaged."""
-        tensors = self.kept(name)
+    def load_record(self, name: str) -> tuple[JSON, dict[str, Tensor]] | None:
+        """What `save_record` wrote; None if there is nothing, or it is damaged."""
+        tensors = self.load(name)
         if tensors is None:
             return None
         try:
             return json.loads(bytes(tensors.pop(TOLD).tolist())), tensors
         except (KeyError, ValueError) as error:
-            self._warn(self._kept_path(name), error)
+            self._warn(self._state_path(name), error)
             return None
 
     def complete(self, pages: Mapping[str, bytes]) -> None:
@@ -92,7 +92,7 @@ class RunFolder:
             atomic.write_bytes(self._output / name, contents, self.scratch)
         self._journal.complete()
 
-    def _kept_path(self, name: str) -> Path:
+    def _state_path(self, name: str) -> Path:
         return self.scratch / f"{name}.safetensors"
 
     def _warn(self, path: Path, error: Exception) -> None:

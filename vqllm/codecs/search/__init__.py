@@ -1,0 +1,1 @@
+"""Nearest reproductions: of lattices, codebooks and pyramids, and Viterbi for trellises."""

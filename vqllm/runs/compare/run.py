@@ -103,7 +103,7 @@ def _run_member(plan: Plan, store: Store, name: str, job: Job, progress: Progres
     )
 
     def prepare(folder: RunFolder, recipe: Recipe | TuningRecipe, make: Make) -> None:
-        folder.keep("sequences", lambda: store.sequences(_text_of(recipe), make))
+        folder.load_or_make("sequences", lambda: store.sequences(_text_of(recipe), make))
 
     def measure(job: Job, held_out_SL: Tensor) -> JSON:
         return earlier["evaluation"] if earlier else measured(job, held_out_SL)

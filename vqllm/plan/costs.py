@@ -1,0 +1,25 @@
+"""What a linear takes with each of the codecs that it may get."""
+
+from vqllm.core.bits import count
+from vqllm.core.protocols import Codec
+from vqllm.plan.packed_spec import stored_spec
+from vqllm.plan.selection import Shape
+from vqllm.recipes import Recipe
+
+WHOLE_TILES = 256
+"""Along each side of a matrix, for the bits of codes alone: bytes that are filled up in part do not
+show."""
+
+
+def code_bits(codec: Codec) -> float:
+    """Bits of codes for a weight, in a matrix of whole tiles."""
+    rows, cols = (WHOLE_TILES * size for size in codec.tile)
+    return codec.bits(rows, cols).codes / (rows * cols)
+
+
+def option_costs(shape: Shape, recipe: Recipe) -> tuple[int, ...]:
+    """Bits of a linear with each of the codecs that it may get, all included."""
+    return tuple(
+        count(stored_spec(*shape, recipe.with_codec(codec)).layout()).total
+        for codec in recipe.codecs
+    )
