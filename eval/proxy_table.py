@@ -211,7 +211,7 @@ def measure(groups: list[Problem], recipe: recipes.Recipe, rows: int) -> JSON:
         for done in quantized:
             W_RC = weights[done.name]
             numel += W_RC.numel()
-            bits += done.record["bits_per_weight"] * W_RC.numel()
+            bits += done.record.bits_per_weight * W_RC.numel()
             for half, H_CC in (("fit", problem.fit_CC), ("check", problem.check_CC)):
                 losses[half].append(metrics.proxy_loss(W_RC, done.W_hat_RC, H_CC))
     return {

@@ -47,7 +47,7 @@ def losses(
                 W = {name: weights[name] for name in group.names}
                 H = hessian.matrix(group.names[0])
                 for done in quantize_group(W, Statistics(H, hessian.num_tokens), recipe):
-                    found[done.name] = done.record["proxy_loss"]
+                    found[done.name] = done.record.proxy_loss
             calibrator.advance(index)
     calibrator.close()
     return found

@@ -148,7 +148,7 @@ def test_experts_have_no_drift(tmp_path: Path) -> None:
         "x",
     )
     (done,) = group.quantize_group(W, group.Statistics(torch.eye(4), 10), wanted)
-    assert done.record["target"] == "weights"
+    assert done.record.target == "weights"
 
 
 def test_the_target_solves_the_least_squares_problem() -> None:

@@ -97,11 +97,11 @@ def test_blocks_of_rows(
             one.spec.dequantize(whole.tensors, torch.bfloat16), decoded_RC.bfloat16()
         )
     # What is fitted on a quarter of the rows is nearly as good as what is fitted on all.
-    loss, whole_loss = parts.record["proxy_loss"], whole.record["proxy_loss"]
+    loss, whole_loss = parts.record.proxy_loss, whole.record.proxy_loss
     assert loss < 1.15 * whole_loss
     E_RC, H = decoded_RC - W_RC, torch.eye(cols) if H_CC is None else H_CC
     expected = float(((E_RC @ H) * E_RC).sum() / ((W_RC @ H) * W_RC).sum())
-    assert parts.record["proxy_loss"] == pytest.approx(expected, rel=1e-4)
+    assert parts.record.proxy_loss == pytest.approx(expected, rel=1e-4)
     assert float((whole_RC - W_RC).square().sum()) > 0
 
 
@@ -110,7 +110,7 @@ def test_feedback_makes_use_of_the_hessian() -> None:
     loss = {
         rounding: quantize_rows(
             matrix(100, 32, is_head=True, rounding={"type": rounding}), reader(W_RC), CPU, H_CC, 9
-        ).record["proxy_loss"]
+        ).record.proxy_loss
         for rounding in ("nearest", "ldlq")
     }
     assert loss["ldlq"] < 0.9 * loss["nearest"]

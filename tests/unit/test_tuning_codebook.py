@@ -258,7 +258,7 @@ class TestRecipe:
             tuned = recipes.from_dict({**self.VALUES, "tuning": steps}, "test")
             assert recipes.from_dict(tuned.to_dict(), "test") == tuned
             (linear,) = group.quantize_group({"a": W}, group.Statistics(H, 1000), tuned)
-            losses.append(linear.record["proxy_loss"])
+            losses.append(linear.record.proxy_loss)
             assert metrics.proxy_loss(W, linear.W_hat_RC, H) == losses[-1]
         assert losses[2] < losses[1] < losses[0]
 

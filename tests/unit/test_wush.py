@@ -302,7 +302,7 @@ def test_a_linear_runs_as_it_decodes(
     made = quantize_group(
         {"w": W_RC}, Statistics(H_CC, 1), recipe(transforms, "ldlq", {"type": "e8p"})
     )[0]
-    assert made.record["bits_side"] == 8 * (64 // 8) + 16 * (3 * 16 * 16 + 9 * 9) + 32
+    assert made.record.bits_side == 8 * (64 // 8) + 16 * (3 * 16 * 16 + 9 * 9) + 32
     linear = VQLinear.from_tensors(made.spec, made.tensors, None, torch.float32)
     x_NC = torch.randn(5, 57, generator=torch.Generator().manual_seed(1))
     set_weight_cache(cache)

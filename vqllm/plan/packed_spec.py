@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from vqllm.core import rng
-from vqllm.core.bits import BitCount
-from vqllm.core.protocols import JSON, State
+from vqllm.core.protocols import State
 from vqllm.errors import NumericalError
 from vqllm.recipes import Recipe
 from vqllm_kernels.linear import LinearSpec
@@ -125,13 +124,3 @@ def as_stored(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
             "not hold: lower `rate`."
         )
     return stored
-
-
-def bit_fields(bits: BitCount, numel: int) -> JSON:
-    """Of a report line: what a linear of so many weights takes."""
-    return {
-        "bits_codes": bits.codes,
-        "bits_codebook": bits.codebook,
-        "bits_side": bits.side,
-        "bits_per_weight": round(bits.total / numel, 4),
-    }

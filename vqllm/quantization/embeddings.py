@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from vqllm.calibration.layer_calibrator import LayerCalibrator
 from vqllm.calibration.layer_stream import LayerStream
-from vqllm.checkpoint.resume.layer_writer import CheckpointRun, Kept
+from vqllm.checkpoint.packed_matrix import PackedMatrix
+from vqllm.checkpoint.resume.layer_writer import CheckpointRun
 from vqllm.core.progress import Progress
 from vqllm.errors import ModelError
 from vqllm.hf.linears import is_linear, why_not_embedding
@@ -50,7 +51,7 @@ class Outside:
         self._hessian: tuple[Tensor, int] | None = None
 
     @property
-    def results(self) -> list[Kept]:
+    def results(self) -> list[PackedMatrix]:
         """Those that are done."""
         return [kept for kept in self._done.values() if kept]
 

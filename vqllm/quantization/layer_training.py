@@ -10,70 +10,27 @@ Sources: Tseng et al., "QuIP#", arXiv 2402.04396, section 5 (a layer's later lin
 each rounding); Tseng et al., "QTIP", arXiv 2406.11235.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from vqllm.calibration.layer_calibrator import LayerCalibrator
-from vqllm.core.bits import count
-from vqllm.core.protocols import JSON
-from vqllm.plan.packed_spec import bit_fields, scaled
-from vqllm.quantization.linear import QuantizedLinear
+from vqllm.checkpoint.packed_matrix import PackedMatrix, bit_fields
+from vqllm.plan.packed_spec import scaled
+from vqllm.quantization.loaded_layer import LoadedLayer, Place
 from vqllm.recipes.schema import LayerTraining
 from vqllm.tuning.descent import batch, descend
 from vqllm.tuning.relative_parameter import Moved
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a module has a parameter."""
-
-    module: nn.Module
-    key: str
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        return self.module.get_parameter(self.key)
-
-
-def vectors_of(
-    layer: nn.Module, name: str, shared: Collection[nn.Module], is_stored: Callable[[str], bool]
-) -> dict[str, Place]:
-    """The norms and biases of a layer by full name: those that it has alone and that the source
-    stores under the names that the model uses."""
-    return {
-        f"{prefix}.{key}": Place(module, key)
-        for prefix, module in layer.named_modules(prefix=name)
-        if module not in shared
-        for key, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 1 and parameter.is_floating_point() and is_stored(f"{prefix}.{key}")
-    }
-
-
-@dataclass(frozen=True)
-class TrainedLayer:
-    """A loaded layer, in the compute dtype, and what of it may move.
-
-    `weights` and `vectors` are values as the source stores them, of the linears and of the `moving`
-    vectors by full name.
-    """
-
-    index: int
-    name: str
-    linears: Mapping[str, nn.Linear]
-    weights: Mapping[str, Tensor]
-    moving: Mapping[str, Place]
-    vectors: Mapping[str, Tensor]
 
 
 class LayerTrainer:
     """The training of one layer. It begins while the layer is unquantized."""
 
     def __init__(
-        self, settings: LayerTraining, seed: int, layer: TrainedLayer, calibrator: LayerCalibrator
+        self, settings: LayerTraining, seed: int, layer: LoadedLayer, calibrator: LayerCalibrator
     ) -> None:
         self._settings, self._seed = settings, seed
         self._layer, self._calibrator = layer, calibrator
@@ -98,13 +55,14 @@ class LayerTrainer:
             return None
         return {name: self._weights[name].wide(self._weights[name].delta) for name in names}
 
-    def train(self, names: Sequence[str], rounded: Sequence[QuantizedLinear]) -> None:
+    def train(self, names: Sequence[str], rounded: Sequence[PackedMatrix]) -> list[PackedMatrix]:
         """Train what is free after the linears of these names have been dealt with, and put it into
         the layer.
 
         Args:
-            rounded: those that were rounded; what came of it is added to their records.
+            rounded: those that were rounded; they come back with what came of it in their records.
         """
+        # Rounded weights stay; their rows get scales that move.
         for name in names:
             self._weights.pop(name, None)
         if "rows" in self._settings.train:
@@ -113,19 +71,21 @@ class LayerTrainer:
         parameters += [(own.delta, self._settings.rate) for own in self._vectors.values()]
         parameters += [(own.delta, self._settings.weight_rate) for own in self._weights.values()]
         if not parameters:
-            return
+            return list(rounded)
         for parameter, _ in parameters:
             parameter.requires_grad_(True)
-        told = descend(parameters, self._settings.steps, self._loss, self._look, self._layer.name)
+        training = descend(
+            parameters, self._settings.steps, self._loss, self._look, self._layer.name
+        )
         for parameter, _ in parameters:
             parameter.requires_grad_(False)
         self._num_trainings += 1
+        # The layer computes with where they have moved, and the next group is rounded to it.
         for place, value in self._values().items():
             place.parameter.data = value
-        for quantized in rounded:
-            quantized.record["training"] = told
+        return [replace(q, record=replace(q.record, training=training)) for q in rounded]
 
-    def finished(self, results: Sequence[QuantizedLinear]) -> list[QuantizedLinear]:
+    def finished(self, results: Sequence[PackedMatrix]) -> list[PackedMatrix]:
         """All rounded linears of the layer, with their scales."""
         return [self._with_rows(quantized) for quantized in results]
 
@@ -133,19 +93,15 @@ class LayerTrainer:
         """Where vectors have moved, float32, by full name."""
         return {name: own.wide(own.delta) for name, own in self._vectors.items()}
 
-    def _with_rows(self, quantized: QuantizedLinear) -> QuantizedLinear:
+    def _with_rows(self, quantized: PackedMatrix) -> PackedMatrix:
         own = self._rows.get(quantized.name)
         if own is None:
             return quantized
         tensors = {key: tensor.cpu() for key, tensor in quantized.tensors.items()}
         factor = 1 + own.delta.detach().cpu()
         spec, tensors = scaled(quantized.name, quantized.spec, tensors, "out", factor)
-        # Its losses stay those of the rounding: training follows outputs, not weights.
-        record: JSON = {
-            **quantized.record,
-            **bit_fields(count(spec.layout()), spec.rows * spec.cols),
-        }
-        return replace(quantized, spec=spec, tensors=tensors, record=record)
+        record = replace(quantized.record, **bit_fields(spec))
+        return PackedMatrix(quantized.name, spec, tensors, record)
 
     def _loss(self, step: int) -> list[Tensor]:
         name = f"{self._layer.name}, training {self._num_trainings}"

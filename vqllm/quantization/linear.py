@@ -1,40 +1,24 @@
 """Quantize the linears of one input group: transform, fit, round, pack, measure."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from vqllm.calibration import saliency
 from vqllm.calibration.drift import Drift
-from vqllm.core import linalg, metrics, rng
-from vqllm.core.bits import count
+from vqllm.checkpoint.packed_matrix import LinearRecord, PackedMatrix, bit_fields
+from vqllm.core import linalg, metrics
 from vqllm.core.protocols import JSON, Codec, OutputRounding
-from vqllm.core.tiles import to_tiles
 from vqllm.errors import NumericalError
-from vqllm.plan.packed_spec import Transformed, bit_fields, linear_spec, transformed
+from vqllm.plan.packed_spec import Transformed, linear_spec, transformed
+from vqllm.quantization.encode import encode, fit, with_transforms
 from vqllm.quantization.target import corrected
 from vqllm.recipes import Recipe
-from vqllm_kernels.linear import LinearSpec
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class QuantizedLinear:
-    """One packed linear.
-
-    `tensors` are the stored tensors of `spec`; `W_hat_RC` is what a reader decodes from them, in
-    the model's own basis, float32; `record` is its line of the report.
-    """
-
-    name: str
-    spec: LinearSpec
-    tensors: dict[str, Tensor]
-    W_hat_RC: Tensor
-    record: JSON
 
 
 @dataclass(frozen=True)
@@ -53,15 +37,20 @@ class Statistics:
 
 @dataclass(frozen=True)
 class _Task:
-    """A linear to be quantized: as it is, as it is to be, and both transformed."""
+    """A linear to be quantized: as it is, as it is to be, and the latter transformed."""
 
     name: str
     W_RC: Tensor
     target_RC: Tensor
     H_CC: Tensor
+    """as measured"""
     linear: Transformed
     H_damped: Tensor
+    """in the transformed basis"""
     output_RR: Tensor | None
+    """H_O in that basis, if the rounding rule asks for it"""
+    fields: JSON
+    """of the record: what H was measured on, and what was aimed at"""
 
 
 def quantize_group(
@@ -70,7 +59,7 @@ def quantize_group(
     recipe: Recipe,
     codecs: Mapping[str, Codec] | None = None,
     trained: Mapping[str, Tensor] | None = None,
-) -> list[QuantizedLinear]:
+) -> list[PackedMatrix]:
     """Quantize linears that read the same input. A pure function of its arguments.
 
     Args:
@@ -79,80 +68,102 @@ def quantize_group(
         recipe: which transforms, codec and rounding.
         codecs: of linears that have another than the recipe's, by full name.
         trained: W after training, of all of them, which is rounded in place of the weights.
+
+    Raises:
+        NumericalError: weights that are not finite, or an H that cannot be factorized; names the
+            linear.
     """
     codecs = codecs or {}
     for name, W_RC in weights.items():
         _check_finite(name, W_RC)
     H_CC = statistics.H_CC
+    # What is to be approximated: the weights, or weights that make up for earlier errors.
     targets = trained or _targets(weights, statistics, recipe)
+    # The input side is transformed for the whole group, so that at run time it is done once.
     linears, H_prime = transformed(targets, H_CC, recipe)
-    if not linalg.is_zero(H_CC):
-        H_damped = linalg.damp(H_prime, recipe.hessian.damping)
-    else:
-        logger.warning(
-            "the input of %s was zero on every calibration token: rounded to nearest",
-            ", ".join(weights),
-        )
-        H_damped = torch.eye(len(H_CC), device=H_CC.device)
+    H_damped = _damped(H_CC, H_prime, recipe, weights)
     results = []
     for name, linear in linears.items():
-        output_RR = _output_hessian(name, linear, statistics, recipe)
-        task = _Task(name, weights[name], targets[name], H_CC, linear, H_damped, output_RR)
-        done = _quantize_linear(task, recipe.with_codec(codecs.get(name, recipe.codec)))
-        if recipe.fragile is not None and done.record["proxy_loss"] > recipe.fragile.above:
-            done = _quantize_again(task, recipe, done)
-        done.record.update(
-            group=list(weights),
-            damping=recipe.hessian.damping,
-            num_tokens=statistics.num_tokens,
-            **_target_fields(weights[name], targets[name], statistics, recipe, bool(trained)),
+        task = _Task(
+            name=name,
+            W_RC=weights[name],
+            target_RC=targets[name],
+            H_CC=H_CC,
+            linear=linear,
+            H_damped=H_damped,
+            output_RR=_output_hessian(name, linear, statistics, recipe),
+            fields={
+                "group": tuple(weights),
+                "damping": recipe.hessian.damping,
+                "num_tokens": statistics.num_tokens,
+                **_target_fields(weights[name], targets[name], statistics, recipe, bool(trained)),
+            },
         )
+        done = _quantize_linear(task, recipe.with_codec(codecs.get(name, recipe.codec)))
+        if recipe.fragile is not None and done.record.proxy_loss > recipe.fragile.above:
+            done = _quantize_again(task, recipe, done)
         results.append(done)
     return results
 
 
-def _quantize_again(task: _Task, recipe: Recipe, first: QuantizedLinear) -> QuantizedLinear:
+def _damped(H_CC: Tensor, H_prime: Tensor, recipe: Recipe, names: Iterable[str]) -> Tensor:
+    """H in the transformed basis, made positive definite; the identity where no input was seen."""
+    if not linalg.is_zero(H_CC):
+        return linalg.damp(H_prime, recipe.hessian.damping)
+    logger.warning(
+        "the input of %s was zero on every calibration token: rounded to nearest", ", ".join(names)
+    )
+    return torch.eye(len(H_CC), device=H_CC.device)
+
+
+def _quantize_again(task: _Task, recipe: Recipe, first: PackedMatrix) -> PackedMatrix:
     """A linear that the recipe's codec loses too much of, by the codec for such."""
-    assert recipe.fragile is not None, "asked for"
     done = _quantize_linear(task, recipe.for_fragile())
-    before, after = first.record["proxy_loss"], done.record["proxy_loss"]
-    if after >= before:  # of no use, and larger
+    before, after = first.record, done.record
+    if after.proxy_loss >= before.proxy_loss:  # of no use, and larger
         return first
-    done.record["fragile"] = {"codec": first.record["codec"], "proxy_loss": before}
     logger.info(
         "%s is fragile: proxy loss %.3g at %.2f bits, %.3g at %.2f",
-        *(task.name, before, first.record["bits_per_weight"]),
-        *(after, done.record["bits_per_weight"]),
+        *(task.name, before.proxy_loss, before.bits_per_weight),
+        *(after.proxy_loss, after.bits_per_weight),
     )
-    return done
+    fragile = {"codec": before.codec, "proxy_loss": before.proxy_loss}
+    return replace(done, record=replace(after, fragile=fragile))
 
 
-def _quantize_linear(task: _Task, recipe: Recipe) -> QuantizedLinear:
-    name, (R, C) = task.name, task.W_RC.shape
+def _quantize_linear(task: _Task, recipe: Recipe) -> PackedMatrix:
+    """Fit, round, pack and measure."""
+    name, W_RC, (R, C) = task.name, task.linear.W_RC, task.W_RC.shape
     try:
-        tensors, mse, entropy = _encode(task, recipe)
+        state = fit(name, recipe, W_RC, task.H_damped)
+        encoded = encode(recipe, W_RC, task.H_damped, state, task.output_RR)
     except NumericalError as error:
         raise NumericalError(f"{name}, damping {recipe.hessian.damping}: {error}") from error
-    for i, state in enumerate(task.linear.states):
-        tensors |= {f"t{i}_{key}": value for key, value in state.items()}
+    # The error of the code alone, in the basis where it codes.
+    coded_RC = recipe.codec.spec().decode(encoded.tensors, R, C)
+    mse = float((coded_RC - W_RC).square().mean() / W_RC.square().mean().clamp_min(1e-30))
     # Copies: the input side's state is shared by the group, a fixed table by all linears, and
     # a file takes no tensors that share memory.
-    tensors = {key: value.clone() for key, value in tensors.items()}
+    tensors = {
+        key: value.clone()
+        for key, value in with_transforms(encoded.tensors, task.linear.states).items()
+    }
     spec = linear_spec(R, C, recipe)
     W_hat_RC = spec.dequantize(tensors)
-    bits = count(spec.layout())
-    record = {
-        "name": name,
-        "rows": R,
-        "cols": C,
-        "codec": recipe.codec.format_id,
-        **bit_fields(bits, R * C),
-        "code_entropy": round(entropy / (R * C), 4),
-        "proxy_loss": metrics.proxy_loss(task.target_RC, W_hat_RC, task.H_CC),
-        "sqnr_db": metrics.sqnr_db(task.W_RC, W_hat_RC),
-        "gaussian_efficiency": metrics.gaussian_efficiency(mse, bits.codes / (R * C)),
-    }
-    return QuantizedLinear(name, spec, tensors, W_hat_RC, record)
+    bits = bit_fields(spec)
+    record = LinearRecord(
+        name=name,
+        rows=R,
+        cols=C,
+        codec=recipe.codec.format_id,
+        **bits,
+        code_entropy=round(encoded.entropy / (R * C), 4),
+        proxy_loss=metrics.proxy_loss(task.target_RC, W_hat_RC, task.H_CC),
+        sqnr_db=metrics.sqnr_db(task.W_RC, W_hat_RC),
+        gaussian_efficiency=metrics.gaussian_efficiency(mse, bits["bits_codes"] / (R * C)),
+        **task.fields,
+    )
+    return PackedMatrix(name, spec, tensors, record, W_hat_RC)
 
 
 def _targets(
@@ -207,30 +218,6 @@ def _output_hessian(
             half_RR = spec.apply_inverse_transpose(H_RR, state)
             H_RR = spec.apply_inverse_transpose(half_RR.T, state)
     return (H_RR + H_RR.T) / 2
-
-
-def _encode(task: _Task, recipe: Recipe) -> tuple[dict[str, Tensor], float, float]:
-    """Packed tensors of a transformed linear, its mean squared error at unit variance, and the
-    entropy of its codes in bits."""
-    name, W_RC, H_CC = task.name, task.linear.W_RC, task.H_damped
-    rounding = recipe.rounding
-    if isinstance(rounding, OutputRounding):
-        assert task.output_RR is not None, "made for such rules"
-        rounding = rounding.with_outputs(task.output_RR)
-    codec = recipe.codec
-    tile = codec.tile
-    X_IJE = to_tiles(W_RC, tile)
-    importance_CC = torch.diagonal(H_CC).expand(W_RC.shape)
-    state = codec.fit(
-        X_IJE, to_tiles(importance_CC, tile), rng.generator(recipe.seed, name, "codec")
-    )
-    codes_IJM, state = rounding(W_RC, H_CC, codec, state)
-    for tuning in recipe.tuning:
-        codes_IJM, state = tuning(W_RC, H_CC, codec, codes_IJM, state, rounding)
-    tensors = codec.pack(codes_IJM, state)
-    W_hat_RC = codec.spec().decode(tensors, *W_RC.shape)
-    mse = float((W_hat_RC - W_RC).square().mean() / W_RC.square().mean().clamp_min(1e-30))
-    return tensors, mse, sum(map(metrics.code_entropy, codec.streams(codes_IJM)))
 
 
 def _check_finite(name: str, W_RC: Tensor) -> None:

@@ -1,16 +1,17 @@
 """The quantization loop: one decoder layer at a time, from calibration to a written shard."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vqllm.allocation.run import Allocated, Foresight
+from vqllm.allocation.run import Foresight
 from vqllm.calibration.data.calibration_set import calibration_sequences
-from vqllm.calibration.layer_calibrator import InputGroup, LayerCalibrator
+from vqllm.calibration.layer_calibrator import LayerCalibrator
 from vqllm.calibration.layer_stream import linears_of
 from vqllm.calibration.passes import Model
 from vqllm.checkpoint.resume.layer_writer import CheckpointRun
@@ -24,14 +25,11 @@ from vqllm.plan.packed_spec import stored_spec
 from vqllm.plan.selection import chosen, shapes_of
 from vqllm.quantization.checks import check_finite, check_model
 from vqllm.quantization.embeddings import Outside
-from vqllm.quantization.layer_training import (
-    LayerTrainer,
-    Place,
-    TrainedLayer,
-    vectors_of,
-)
-from vqllm.quantization.linear import QuantizedLinear, Statistics, quantize_group
+from vqllm.quantization.layer import LayerTask, quantize_layer
+from vqllm.quantization.layer_training import LayerTrainer
+from vqllm.quantization.loaded_layer import LoadedLayer, Place, install, vectors_of
 from vqllm.recipes import Recipe, TuningRecipe
+from vqllm_kernels.linear import LinearSpec
 
 
 @dataclass(frozen=True)
@@ -71,159 +69,147 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
     Every finished layer is on disk before the next one begins; a run that is killed at any moment
     and started again writes the same bytes as one that was not.
     """
-    recipe, start = job.recipe, time.perf_counter()
+    start = time.perf_counter()
     memory.keep_large_blocks_apart()
     progress.phase("calibration text")
     sequences = run.load_or_make(
         "sequences",
-        lambda: sequences_of(job.source, recipe, job.device, job.trust_remote_code),
+        lambda: sequences_of(job.source, job.recipe, job.device, job.trust_remote_code),
     )
     calibrated = time.perf_counter()
-    foresight = Foresight(job, run, sequences["calibration"], progress)
-    stream = job.open_stream(run.scratch)
-    check_finite(stream.model, "the model outside its layers")
-    outside = Outside(stream, run, recipe)
-    shapes = shapes_of(stream, recipe)
-    allocation = foresight.allocation(shapes)
-    planned = {
-        name: stored_spec(
-            *shape,
-            recipe.with_codec(allocation[name].codec if name in allocation else recipe.codec),
-        )
-        for name, shape in shapes.items()
-    }
-    run.begin(stream.model, stream.names, planned | outside.specs, outside.tied)
-    outside.quantize_embedding(sequences["calibration"], progress)
-    calibrator = LayerCalibrator(
-        stream,
-        sequences["calibration"],
-        job.activation_budget,
-        run.scratch,
-        foresight.token_weights(),
-        recipe.target.of,
-        _aims(recipe),
-    )
-    progress.layers(len(stream), run.num_finished)
-    unfinished = run.num_finished < len(stream) or outside.head_is_due
-    for index, layer_name in enumerate(stream.names if unfinished else []):
-        with stream.layer(index) as layer:
-            linears = chosen(linears_of(layer, layer_name, stream.shared), recipe)
-            weights = {name: linear.weight.data for name, linear in linears.items()}
-            moving: dict[str, Place] = {}
-            if recipe.layer and "vectors" in recipe.layer.train:
-                moving = vectors_of(layer, layer_name, stream.shared, run.has)
-            vectors = {name: place.parameter for name, place in moving.items()}
-            stored = {name: vector.data for name, vector in vectors.items()}
-            check_finite(layer, layer_name, linears.values())
-            layer.to(stream.compute_dtype)
-            calibrator.begin(linears, vectors.values())
-            is_finished = index < run.num_finished
-            if not is_finished:
-                trainer = None
-                if recipe.layer and linears:
-                    whole = TrainedLayer(index, layer_name, linears, weights, moving, stored)
-                    trainer = LayerTrainer(recipe.layer, recipe.seed, whole, calibrator)
-                outputs = foresight.outputs(index)
-                task = _Layer(index, layer, linears, weights, outputs, allocation, trainer)
-                results = _quantize_layer(task, calibrator, recipe, progress)
-                run.write_layer(index, results, trainer.vectors() if trainer else {})
-            if is_finished or recipe.layer:
-                for name, W_hat_RC in run.decoded(index):
-                    _install(linears[name], "weight", W_hat_RC)
-                for name, values in run.vectors(index, vectors).items():
-                    _install(moving[name].module, moving[name].key, values)
-            if index + 1 < len(stream):
-                calibrator.advance(index)
-            elif outside.head_is_due:
-                outside.measure_head(calibrator, index)
+
+    loop = _Loop(job, run, sequences["calibration"], progress)
+    loop.quantize_embedding()
+    for index in loop.layers_to_load():
+        with loop.loaded(index) as layer:
+            if index < run.num_finished:
+                loop.replay(layer)
+            else:
+                loop.quantize(layer)
+            loop.advance(layer)
         progress.layer(index, run.records(index))
-    calibrator.close()
-    outside.quantize_head(progress)
-    progress.phase("writing the rest of the model")
-    quantized = {*run.quantized, *outside.names}
-    kept = why_not_quantized(stream.model, stream.names, quantized, recipe.skip)
-    if not run.quantized:
-        raise ModelError(f"nothing in {job.model} was quantized: {nothing_to_quantize(kept)}")
-    run.finish(kept, outside.results, outside.tied)
+    loop.quantize_head()
+    not_quantized = loop.write_the_rest()
+
     seconds = {
         "calibration text": calibrated - start,
         "quantization": time.perf_counter() - calibrated,
     }
-    records = run.all_records() + [result.record for result in outside.results]
-    return Outcome(records, kept, seconds, sequences["held_out"])
+    return Outcome(loop.records(), not_quantized, seconds, sequences["held_out"])
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """A loaded layer that is to be quantized."""
+class _Loop:
+    """The steps of a run. Making it measures gradients, if the recipe needs them, and plans."""
 
-    index: int
-    module: nn.Module
-    linears: Mapping[str, nn.Linear]
-    weights: Mapping[str, Tensor]
-    """as the source stores them"""
-    outputs: Mapping[str, Tensor]
-    """packed H_O, where the rounding rule needs them"""
-    allocation: Mapping[str, Allocated]
-    """of all linears of the model, where bits are allocated"""
-    trainer: LayerTrainer | None
+    def __init__(self, job: Job, run: CheckpointRun, tokens_SL: Tensor, progress: Progress) -> None:
+        self._job, self._recipe, self._run, self._progress = job, job.recipe, run, progress
+        self._tokens_SL = tokens_SL
+        # The pass with gradients opens the model by itself, so it comes before the stream.
+        self._findings = Foresight(job, run, tokens_SL, progress)
+        self._stream = job.open_stream(run.scratch)
+        check_finite(self._stream.model, "the model outside its layers")
+        self._ends = Outside(self._stream, run, self._recipe)
+        self._allocation = self._findings.allocation(shapes_of(self._stream, self._recipe))
+        planned = self._planned_specs() | self._ends.specs
+        run.begin(self._stream.model, self._stream.names, planned, self._ends.tied)
 
+    def _planned_specs(self) -> dict[str, LinearSpec]:
+        """How each linear of the layers will be stored."""
+        specs = {}
+        for name, (rows, cols) in shapes_of(self._stream, self._recipe).items():
+            allocated = self._allocation.get(name)
+            codec = self._recipe.codec if allocated is None else allocated.codec
+            specs[name] = stored_spec(rows, cols, self._recipe.with_codec(codec))
+        return specs
 
-def _quantize_layer(
-    layer: _Layer, calibrator: LayerCalibrator, recipe: Recipe, progress: Progress
-) -> list[QuantizedLinear]:
-    """Quantize the linears of a loaded layer, and install the decoded weights in it.
+    def quantize_embedding(self) -> None:
+        """An embedding that is not tied comes first: the layers see its decoded rows."""
+        self._ends.quantize_embedding(self._tokens_SL, self._progress)
 
-    With `refresh: group` the Hessian of each input group is measured after the groups that run
-    before it are quantized; with `refresh: layer` all are measured on the unquantized layer.
-    """
-    groups = calibrator.groups(layer.index, layer.linears)
-    stages = [[group] for group in groups] if recipe.hessian.refresh == "group" else [groups]
-    results: list[QuantizedLinear] = []
-    unfinished = dict(layer.linears)
-    for stage in stages:
-        done = _quantize_stage(layer, stage, calibrator, recipe)
-        names = [name for group in stage for name in group.names]
-        if layer.trainer:
-            layer.trainer.train(names, done)
-        for quantized in done:
-            progress.linear(quantized.record)
-        results += done
-        for name in names:
-            del unfinished[name]
-        # Nothing is settled before the last training; after it, or with nothing unfinished, only
-        # the output of the layer is left to compute.
-        if unfinished and not layer.trainer:
-            calibrator.settle(layer.module, unfinished.values())
-    return layer.trainer.finished(results) if layer.trainer else results
-
-
-def _quantize_stage(
-    layer: _Layer, groups: list[InputGroup], calibrator: LayerCalibrator, recipe: Recipe
-) -> list[QuantizedLinear]:
-    results: list[QuantizedLinear] = []
-    for group, hessian in zip(groups, calibrator.hessians(layer.index, layer.linears, groups)):
-        if hessian.num_tokens == 0:
-            continue
-        W = {name: layer.weights[name].float() for name in group.names}
-        statistics = Statistics(
-            hessian.matrix(group.names[0]), hessian.num_tokens, hessian.drift, layer.outputs
+    def layers_to_load(self) -> range:
+        """All of them, since the inputs of a layer are outputs of those before it; none if
+        everything is finished."""
+        num, num_finished = len(self._stream), self._run.num_finished
+        self._calibrator = LayerCalibrator(
+            self._stream,
+            self._tokens_SL,
+            self._job.activation_budget,
+            self._run.scratch,
+            self._findings.token_weights(),
+            self._recipe.target.of,
+            _aims(self._recipe),
         )
-        codecs = {name: layer.allocation[name].codec for name in W if name in layer.allocation}
-        trained = layer.trainer.weights(group.names) if layer.trainer else None
-        results += quantize_group(W, statistics, recipe, codecs, trained)
-    for quantized in results:
-        quantized.record["layer"] = layer.index
-        if quantized.name in layer.allocation:
-            quantized.record["expected_kl"] = layer.allocation[quantized.name].expected_kl
-        _install(layer.linears[quantized.name], "weight", quantized.W_hat_RC)
-    return results
+        self._progress.layers(num, num_finished)
+        return range(num if num_finished < num or self._ends.head_is_due else 0)
 
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[LoadedLayer]:
+        """A layer in memory, checked, with its inputs ready."""
+        recipe, stream, name = self._recipe, self._stream, self._stream.names[index]
+        with stream.layer(index) as module:
+            linears = chosen(linears_of(module, name, stream.shared), recipe)
+            weights = {name: linear.weight.data for name, linear in linears.items()}
+            moving: dict[str, Place] = {}
+            if recipe.layer and "vectors" in recipe.layer.train:
+                moving = vectors_of(module, name, stream.shared, self._run.has)
+            vectors = {name: place.parameter.data for name, place in moving.items()}
+            check_finite(module, name, linears.values())
+            module.to(stream.compute_dtype)
+            self._calibrator.begin(linears, [place.parameter for place in moving.values()])
+            yield LoadedLayer(index, name, module, linears, weights, moving, vectors)
 
-def _install(module: nn.Module, key: str, values: Tensor) -> None:
-    """Let the layer run with what a reader will decode."""
-    parameter = module.get_parameter(key)
-    parameter.data = values.to(parameter.device, parameter.dtype)
+    def quantize(self, layer: LoadedLayer) -> None:
+        """Quantize a layer and write its shard."""
+        recipe, trainer = self._recipe, None
+        if recipe.layer and layer.linears:
+            trainer = LayerTrainer(recipe.layer, recipe.seed, layer, self._calibrator)
+        outputs = self._findings.outputs(layer.index)
+        task = LayerTask(layer, outputs, self._allocation, trainer)
+        results = quantize_layer(task, self._calibrator, recipe, self._progress)
+        self._run.write_layer(layer.index, results, trainer.vectors() if trainer else {})
+        if trainer:
+            self.replay(layer)  # scales and vectors as they were rounded to their stored dtypes
+
+    def replay(self, layer: LoadedLayer) -> None:
+        """Let a layer run with what its shard holds."""
+        for name, W_hat_RC in self._run.decoded(layer.index):
+            install(layer.linears[name], "weight", W_hat_RC)
+        for name, values in self._run.vectors(layer.index, layer.moving).items():
+            install(layer.moving[name].module, layer.moving[name].key, values)
+
+    def advance(self, layer: LoadedLayer) -> None:
+        """Compute the inputs of the next layer; after the last one, H of the head's input."""
+        if layer.index + 1 < len(self._stream):
+            self._calibrator.advance(layer.index)
+        elif self._ends.head_is_due:
+            self._ends.measure_head(self._calibrator, layer.index)
+
+    def quantize_head(self) -> None:
+        """The output head, and the embedding if they are one matrix, come last."""
+        self._calibrator.close()
+        self._ends.quantize_head(self._progress)
+
+    def write_the_rest(self) -> dict[str, str]:
+        """Write all that is not quantized; why it is not, by module.
+
+        Raises:
+            ModelError: nothing was quantized.
+        """
+        self._progress.phase("writing the rest of the model")
+        quantized = {*self._run.quantized, *self._ends.names}
+        reasons = why_not_quantized(
+            self._stream.model, self._stream.names, quantized, self._recipe.skip
+        )
+        if not self._run.quantized:
+            kinds = nothing_to_quantize(reasons)
+            raise ModelError(f"nothing in {self._job.model} was quantized: {kinds}")
+        self._run.finish(reasons, self._ends.results, self._ends.tied)
+        return reasons
+
+    def records(self) -> list[JSON]:
+        """The lines of the report."""
+        ends = [result.record.to_dict() for result in self._ends.results]
+        return self._run.all_records() + ends
 
 
 def _aims(recipe: Recipe) -> Model | None:

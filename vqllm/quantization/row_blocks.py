@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vqllm.checkpoint.packed_matrix import LinearRecord, PackedMatrix, bit_fields
 from vqllm.core import linalg, metrics, rng
-from vqllm.core.bits import count
 from vqllm.core.protocols import JSON, Codec, State
 from vqllm.core.tiles import to_tiles
 from vqllm.errors import NumericalError
+from vqllm.plan.packed_spec import transformed
+from vqllm.quantization.encode import Encoded, encode, fit, with_transforms
 from vqllm.recipes import Recipe
 from vqllm_kernels.linear import LinearSpec
 
@@ -49,16 +51,6 @@ class Matrix:
         return dict.fromkeys(self.names[1:], self.names[0])
 
 
-@dataclass(frozen=True)
-class QuantizedMatrix:
-    """A packed matrix: the stored tensors of `spec`, and its line of the report."""
-
-    name: str
-    spec: LinearSpec
-    tensors: dict[str, Tensor]
-    record: JSON
-
-
 def quantize_rows(
     matrix: Matrix,
     read_rows: ReadRows,
@@ -66,7 +58,7 @@ def quantize_rows(
     H_CC: Tensor | None = None,
     num_tokens: int = 0,
     weight_R: Tensor | None = None,
-) -> QuantizedMatrix:
+) -> PackedMatrix:
     """Quantize a matrix block by block. A pure function of its arguments.
 
     Transforms and codebooks are fitted on as many rows as a block has, spread evenly over the
@@ -85,31 +77,25 @@ def quantize_rows(
     parts: list[dict[str, Tensor]] = []
     for start, stop in coder.blocks:
         W_RC = _rows(name, read_rows, start, stop, device)
-        tensors, entropy = coder.encode(W_RC, None if weight_R is None else weight_R[start:stop])
-        packed_RC = spec.format.decode(tensors, *W_RC.shape)
-        errors.add(W_RC, packed_RC, coder, entropy)
-        parts.append(tensors)
-    tensors = _joined(parts, spec)
-    for i, state in enumerate(coder.states):
-        tensors |= {f"t{i}_{key}": value for key, value in state.items()}
-    bits = count(spec.layout())
+        encoded = coder.encode(W_RC, None if weight_R is None else weight_R[start:stop])
+        packed_RC = spec.format.decode(encoded.tensors, *W_RC.shape)
+        errors.add(W_RC, packed_RC, coder, encoded.entropy)
+        parts.append(encoded.tensors)
+    tensors = with_transforms(_joined(parts, spec), coder.states)
     numel = spec.rows * spec.cols
-    record = {
-        "name": name,
-        "rows": spec.rows,
-        "cols": spec.cols,
-        "group": list(matrix.names),
-        "layer": None,
-        "codec": matrix.recipe.codec.format_id,
-        "bits_codes": bits.codes,
-        "bits_codebook": bits.codebook,
-        "bits_side": bits.side,
-        "bits_per_weight": round(bits.total / numel, 4),
-        **errors.record(bits.codes / numel, numel),
-        "damping": matrix.recipe.hessian.damping if H_CC is not None else 0.0,
-        "num_tokens": num_tokens,
-    }
-    return QuantizedMatrix(name, spec, tensors, record)
+    bits = bit_fields(spec)
+    record = LinearRecord(
+        name=name,
+        rows=spec.rows,
+        cols=spec.cols,
+        codec=matrix.recipe.codec.format_id,
+        **bits,
+        **errors.fields(bits["bits_codes"] / numel, numel),
+        group=matrix.names,
+        damping=matrix.recipe.hessian.damping if H_CC is not None else 0.0,
+        num_tokens=num_tokens,
+    )
+    return PackedMatrix(name, spec, tensors, record)
 
 
 def _joined(parts: list[dict[str, Tensor]], spec: LinearSpec) -> dict[str, Tensor]:
@@ -180,28 +166,22 @@ class _Coder:
             weight_R = weight_R[torch.cat(drawn)]
         if H_CC is None:
             H_CC = torch.eye(matrix.spec.cols, device=device)
-        H_prime, states = H_CC, []
-        for i, transform in enumerate(recipe.transforms):
-            generator = rng.generator(recipe.seed, name, f"transform{i}")
-            sample_RC, H_prime, state = transform.forward(sample_RC, H_prime, generator)
-            states.append(state)
+        linears, H_prime = transformed({name: sample_RC}, H_CC, recipe)
+        sample = linears[name]
         H_damped = linalg.damp(H_prime, recipe.hessian.damping)
-        state = _fit(name, recipe, sample_RC, H_damped, weight_R)
+        state = fit(name, recipe, sample.W_RC, H_damped, weight_R)
         layout = matrix.spec.format.layout(matrix.spec.rows, matrix.spec.cols)
         by_row = {key for key, tensor in layout.items() if tensor.by_tile_row}
         fits_rows = len(blocks) > 1 and bool(state.keys() & by_row)
-        return cls(matrix, states, H_CC, H_damped, state, fits_rows, blocks)
+        return cls(matrix, sample.states, H_CC, H_damped, state, fits_rows, blocks)
 
-    def encode(self, W_RC: Tensor, weight_R: Tensor | None) -> tuple[dict[str, Tensor], float]:
-        """The format's tensors of a block of rows, and the entropy of its codes in bits."""
+    def encode(self, W_RC: Tensor, weight_R: Tensor | None) -> Encoded:
+        """A block of rows, with what was fitted to the matrix, or scales of rows fitted to it."""
         recipe, state = self.matrix.recipe, self.state
         W_RC = self.transformed(W_RC)
         if self.fits_rows:
-            state = _fit(self.matrix.names[0], recipe, W_RC, self.H_damped, weight_R)
-        codes_IJM, state = recipe.rounding(W_RC, self.H_damped, recipe.codec, state)
-        return recipe.codec.pack(codes_IJM, state), sum(
-            map(metrics.code_entropy, recipe.codec.streams(codes_IJM))
-        )
+            state = fit(self.matrix.names[0], recipe, W_RC, self.H_damped, weight_R)
+        return encode(recipe, W_RC, self.H_damped, state)
 
     def transformed(self, W_RC: Tensor) -> Tensor:
         """Rows in the basis in which they are coded."""
@@ -214,15 +194,6 @@ class _Coder:
         for transform, state in reversed(list(zip(self.matrix.spec.transforms, self.states))):
             W_RC = transform.inverse(W_RC, state)
         return W_RC
-
-
-def _fit(name: str, recipe: Recipe, W_RC: Tensor, H_CC: Tensor, weight_R: Tensor | None) -> State:
-    tile = recipe.codec.tile
-    importance_RC = torch.diagonal(H_CC).expand(W_RC.shape)
-    if weight_R is not None:
-        importance_RC = importance_RC * weight_R.to(W_RC.device)[:, None]
-    generator = rng.generator(recipe.seed, name, "codec")
-    return recipe.codec.fit(to_tiles(W_RC, tile), to_tiles(importance_RC, tile), generator)
 
 
 def _fits_blocks(codec: Codec, spec: LinearSpec, read_rows: ReadRows) -> bool:
@@ -254,7 +225,8 @@ class _Errors:
         self.plain = _add(self.plain, E_RC, W_RC)
         self.weighed = _add(self.weighed, E_RC, W_RC, self.H_CC)
 
-    def record(self, bits: float, numel: int) -> JSON:
+    def fields(self, bits: float, numel: int) -> JSON:
+        """Of the matrix's record."""
         mse, relative, proxy = (
             error / signal if signal > 0 else 0.0 if error == 0 else math.inf
             for error, signal in (self.coded, self.plain, self.weighed)

@@ -2,9 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -21,35 +19,13 @@ from vqllm.checkpoint.format import (
     spec_from_dict,
     spec_to_dict,
 )
+from vqllm.checkpoint.packed_matrix import LinearRecord, PackedMatrix
 from vqllm.checkpoint.resume.journal import ROUNDED, WORK, FinishedLayer, identity
 from vqllm.checkpoint.resume.run_folder import RunFolder
 from vqllm.checkpoint.source import SourceTensors
 from vqllm.core.bits import count
 from vqllm.errors import CheckpointError, NumericalError
 from vqllm_kernels.linear import LinearSpec
-
-
-class Packed(Protocol):
-    """A quantized matrix, as far as it is written."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def spec(self) -> LinearSpec: ...
-    @property
-    def tensors(self) -> Mapping[str, Tensor]: ...
-    @property
-    def record(self) -> JSON: ...
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A quantized matrix that was kept for when the run goes on."""
-
-    name: str
-    spec: LinearSpec
-    tensors: dict[str, Tensor]
-    record: JSON
 
 
 class CheckpointRun(RunFolder):
@@ -110,22 +86,30 @@ class CheckpointRun(RunFolder):
             for name, values in layer.linears.items()
         }
 
-    def save_packed(self, name: str, made: Packed) -> Kept:
-        """Keep a quantized matrix for when the run goes on."""
-        told = {"name": made.name, "spec": spec_to_dict(made.spec), "record": made.record}
-        self.save_record(name, told, {f"packed.{key}": t for key, t in made.tensors.items()})
-        kept = self.load_packed(name)
-        assert kept is not None, "it was just written"
-        return kept
+    def save_packed(self, name: str, made: PackedMatrix) -> PackedMatrix:
+        """Keep a quantized matrix until the run is finished; it comes back as it is read."""
+        record = {
+            "name": made.name,
+            "spec": spec_to_dict(made.spec),
+            "record": made.record.to_dict(),
+        }
+        self.save_record(name, record, {f"packed.{key}": t for key, t in made.tensors.items()})
+        loaded = self.load_packed(name)
+        assert loaded is not None, "it was just written"
+        return loaded
 
-    def load_packed(self, name: str) -> Kept | None:
+    def load_packed(self, name: str) -> PackedMatrix | None:
         """What `save_packed` wrote; None if there is nothing, or it is damaged."""
         found = self.load_record(name)
         if found is None:
             return None
-        told, tensors = found
-        packed = {key.removeprefix("packed."): tensor for key, tensor in tensors.items()}
-        return Kept(told["name"], spec_from_dict(told["spec"]), packed, told["record"])
+        values, tensors = found
+        return PackedMatrix(
+            values["name"],
+            spec_from_dict(values["spec"]),
+            {key.removeprefix("packed."): tensor for key, tensor in tensors.items()},
+            LinearRecord.from_dict(values["record"]),
+        )
 
     def begin(
         self,
@@ -153,7 +137,10 @@ class CheckpointRun(RunFolder):
             atomic.check_space(self._output, needed)
 
     def write_layer(
-        self, index: int, results: Sequence[Packed], changed: Mapping[str, Tensor] | None = None
+        self,
+        index: int,
+        results: Sequence[PackedMatrix],
+        changed: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write a finished layer's shard, then its line in the journal.
 
@@ -184,7 +171,7 @@ class CheckpointRun(RunFolder):
                 shard=shard,
                 sha256=digest,
                 linears={result.name: spec_to_dict(result.spec) for result in results},
-                records=[result.record for result in results],
+                records=[result.record.to_dict() for result in results],
             )
         )
 
@@ -224,7 +211,7 @@ class CheckpointRun(RunFolder):
     def finish(
         self,
         not_quantized: dict[str, str],
-        outside: Sequence[Packed] = (),
+        outside: Sequence[PackedMatrix] = (),
         tied: Mapping[str, str] | None = None,
     ) -> None:
         """Write everything outside the layers, the report's records, the index and config.json.
@@ -256,7 +243,7 @@ class CheckpointRun(RunFolder):
             producer={"vqllm": __version__},
             source={"model": self._origin},
         )
-        records = [*self.all_records(), *(result.record for result in outside)]
+        records = [*self.all_records(), *(result.record.to_dict() for result in outside)]
         lines = [json.dumps(record, sort_keys=True) + "\n" for record in records]
         atomic.write_bytes(self._output / RECORDS, "".join(lines).encode(), self.scratch)
         writer.copy_files(self._source, self._output, self.scratch, self._trust_remote_code)

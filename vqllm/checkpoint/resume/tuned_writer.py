@@ -9,10 +9,10 @@ from torch import Tensor
 
 from vqllm.checkpoint import atomic, writer
 from vqllm.checkpoint.format import CONFIG, JSON, RECORDS, QuantizationConfig
+from vqllm.checkpoint.packed_matrix import bit_fields
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.checkpoint.resume.journal import identity
 from vqllm.checkpoint.resume.run_folder import RunFolder
-from vqllm.core.bits import count
 from vqllm_kernels.linear import LinearSpec
 
 
@@ -80,24 +80,13 @@ class TunedRun(RunFolder):
             extra={**old.extra, "tuning": [*old.extra.get("tuning", []), record]},
         )
         writer.copy_files(checkpoint.folder, self._output, self.scratch, trust_remote_code=True)
+        # Bits are those that it has now. Losses stay those of the rounding: tuning follows
+        # predictions, not weights.
         lines = [
-            json.dumps(_with_bits(told, linears[name]), sort_keys=True) + "\n"
-            for name, told in checkpoint.records().items()
+            json.dumps({**record, **bit_fields(linears[name])}, sort_keys=True) + "\n"
+            for name, record in checkpoint.records().items()
         ]
         atomic.write_bytes(self._output / RECORDS, "".join(lines).encode(), self.scratch)
         writer.write_index(self._output, checksums, self.scratch)
         values = {**checkpoint.config, "quantization_config": config.to_dict()}
         writer.write_json(self._output / CONFIG, values, self.scratch)
-
-
-def _with_bits(record: JSON, spec: LinearSpec) -> JSON:
-    """The report's line of a linear with the bits that it has now. Its losses are those of the
-    rounding: tuning follows predictions, not weights."""
-    bits = count(spec.layout())
-    return {
-        **record,
-        "bits_codes": bits.codes,
-        "bits_codebook": bits.codebook,
-        "bits_side": bits.side,
-        "bits_per_weight": round(bits.total / (spec.rows * spec.cols), 4),
-    }

@@ -1,0 +1,98 @@
+"""Quantize the linears of one loaded decoder layer, input group by input group.
+
+    measure H of q, k, v ─► quantize them ─► measure H of o ─► quantize it ─► gate, up ─► down
+
+The layer runs with the decoded weights of what is quantized, so that each group is rounded for the
+inputs that it will really have.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from vqllm.allocation.run import Allocated
+from vqllm.calibration.layer_calibrator import InputGroup, LayerCalibrator
+from vqllm.checkpoint.packed_matrix import PackedMatrix
+from vqllm.core.progress import Progress
+from vqllm.quantization.layer_training import LayerTrainer
+from vqllm.quantization.linear import Statistics, quantize_group
+from vqllm.quantization.loaded_layer import LoadedLayer, install
+from vqllm.recipes import Recipe
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """A loaded layer that is to be quantized, and what was found out about it before."""
+
+    layer: LoadedLayer
+    outputs: Mapping[str, Tensor]
+    """packed H_O, where the rounding rule needs them"""
+    allocation: Mapping[str, Allocated]
+    """of all linears of the model, where bits are allocated"""
+    trainer: LayerTrainer | None
+    """where the recipe trains layers"""
+
+
+def quantize_layer(
+    task: LayerTask, calibrator: LayerCalibrator, recipe: Recipe, progress: Progress
+) -> list[PackedMatrix]:
+    """Quantize the linears of a loaded layer, and install the decoded weights in it.
+
+    With `refresh: group` the Hessian of each input group is measured after the groups that run
+    before it are quantized; with `refresh: layer` all are measured on the unquantized layer.
+    """
+    layer, trainer = task.layer, task.trainer
+    groups = calibrator.groups(layer.index, layer.linears)
+    stages = [[group] for group in groups] if recipe.hessian.refresh == "group" else [groups]
+    results: list[PackedMatrix] = []
+    unfinished = dict(layer.linears)
+    for stage in stages:
+        done = _quantize_groups(task, stage, calibrator, recipe)
+        names = [name for group in stage for name in group.names]
+        # What is not rounded yet takes over what rounding broke, where the recipe trains layers.
+        if trainer:
+            done = trainer.train(names, done)
+        for quantized in done:
+            progress.linear(quantized.record.to_dict())
+        results += done
+        for name in names:
+            del unfinished[name]
+        # Nothing is settled before the last training; after it, or with nothing unfinished, only
+        # the output of the layer is left to compute.
+        if unfinished and not trainer:
+            calibrator.settle(layer.module, unfinished.values())
+    return trainer.finished(results) if trainer else results
+
+
+def _quantize_groups(
+    task: LayerTask, groups: list[InputGroup], calibrator: LayerCalibrator, recipe: Recipe
+) -> list[PackedMatrix]:
+    """Measure H of some groups at once, and quantize them."""
+    layer, allocation = task.layer, task.allocation
+    results: list[PackedMatrix] = []
+    for group, hessian in zip(groups, calibrator.hessians(layer.index, layer.linears, groups)):
+        if hessian.num_tokens == 0:  # an expert that no token reached stays as it is
+            continue
+        W = {name: layer.weights[name].float() for name in group.names}
+        statistics = Statistics(
+            hessian.matrix(group.names[0]), hessian.num_tokens, hessian.drift, task.outputs
+        )
+        codecs = {name: allocation[name].codec for name in W if name in allocation}
+        trained = task.trainer.weights(group.names) if task.trainer else None
+        results += quantize_group(W, statistics, recipe, codecs, trained)
+    results = [_placed(quantized, task) for quantized in results]
+    for quantized in results:
+        install(layer.linears[quantized.name], "weight", quantized.W_hat_RC)
+    return results
+
+
+def _placed(quantized: PackedMatrix, task: LayerTask) -> PackedMatrix:
+    """The record with the layer, and what the allocation of bits expected."""
+    allocated = task.allocation.get(quantized.name)
+    record = replace(
+        quantized.record,
+        layer=task.layer.index,
+        expected_kl=None if allocated is None else allocated.expected_kl,
+    )
+    return replace(quantized, record=record)
