@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.fake_checkpoint import FORMATS, FakeCheckpoint, fake_checkpoint
+from tests.support.fake_checkpoint import FORMATS, FakeCheckpoint, fake_checkpoint
 from vqllm.checkpoint.dequantize import dequantize_checkpoint
 from vqllm.checkpoint.inspect import bits_per_weight, inspect_checkpoint
 from vqllm.checkpoint.reader import Checkpoint

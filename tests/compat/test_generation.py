@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.tiny import save_tiny
+from tests.support.tiny import save_tiny
 from vqllm import api
 from vqllm.recipes import from_dict
 from vqllm.runtime import describe, set_weight_cache

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import vqllm
-from tests.fake_checkpoint import FORMATS, RECIPE, FakeCheckpoint, fake_checkpoint
+from tests.support.fake_checkpoint import FORMATS, RECIPE, FakeCheckpoint, fake_checkpoint
 from vqllm import runtime
 from vqllm.errors import CheckpointError
 from vqllm.integrations.transformers import VqllmConfig, register

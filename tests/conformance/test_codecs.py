@@ -3,6 +3,7 @@
 Configurations are the quick points that each codec names itself, and those below.
 """
 
+import functools
 import json
 
 import pytest
@@ -240,15 +241,23 @@ CONFIGURATIONS = {
     for i, point in enumerate(CODECS.get(name).points)
     if point.quick
 } | EXTRA
-SHAPES = [(5, 37), (16, 24), (37, 43), (1, 8), (64, 576)]
-
-each_configuration = pytest.mark.parametrize("name", CONFIGURATIONS)
-each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+SHAPES = [(5, 37), (37, 43), (64, 576)]
+MORE_SHAPES = [pytest.param(shape, marks=pytest.mark.slow) for shape in ((16, 24), (1, 8))]
 
 
 def build(name):
     values = CONFIGURATIONS[name]
     return CODECS.get(values["type"]).model_validate(values)
+
+
+def each_configuration_that(fits):
+    return pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if fits(build(name))])
+
+
+each_configuration = pytest.mark.parametrize("name", CONFIGURATIONS)
+each_shape = pytest.mark.parametrize(
+    "shape", [*SHAPES, *MORE_SHAPES], ids=lambda shape: f"{shape[0]}x{shape[1]}"
+)
 
 
 def generator(seed=7):
@@ -259,12 +268,16 @@ def matrix(shape, seed=0):
     return torch.randn(shape, generator=generator(seed))
 
 
-def fitted(name, shape):
+def fit(name, shape):
     """A codec, the tiles of a matrix, the state and the codes."""
     codec = build(name)
     X_IJE = tiles.to_tiles(matrix(shape), codec.tile)
     state = codec.fit(X_IJE, None, generator())
     return codec, X_IJE, state, codec.encode(X_IJE, state)
+
+
+fitted = functools.cache(fit)
+"""The same, once for a name and a shape: tests leave what they get as it is."""
 
 
 def errors(codec, X_IJE, codes_IJM, state):
@@ -393,7 +406,7 @@ def test_unknown_option_is_refused(name):
 @each_configuration
 def test_same_generator_same_result(name, shape):
     _, _, state, codes_IJM = fitted(name, shape)
-    _, _, state_again, codes_again = fitted(name, shape)
+    _, _, state_again, codes_again = fit(name, shape)
     assert same(state, state_again)
     assert torch.equal(codes_IJM, codes_again)
 
@@ -403,9 +416,9 @@ def test_same_result_with_more_threads(name):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        _, _, state, codes_IJM = fitted(name, (64, 576))
+        _, _, state, codes_IJM = fit(name, (64, 576))
         torch.set_num_threads(3)
-        _, _, state_again, codes_again = fitted(name, (64, 576))
+        _, _, state_again, codes_again = fit(name, (64, 576))
     finally:
         torch.set_num_threads(threads)
     assert same(state, state_again)
@@ -453,11 +466,9 @@ def test_no_other_code_is_nearer(name):
                 assert bool((error >= best - 1e-5).all())
 
 
-@each_configuration
+@each_configuration_that(lambda codec: isinstance(codec, SearchableCodec))
 def test_candidates_are_ordered_and_begin_with_the_nearest(name):
     codec, X_IJE, state, codes_IJM = fitted(name, (16, 24))
-    if not isinstance(codec, SearchableCodec):
-        pytest.skip(f"{codec.type} lists no candidates")
     codes_IJK = codec.candidates(X_IJE, state, 4)
     assert codes_IJK.shape == (*X_IJE.shape[:2], 4)
     error = torch.stack(
@@ -468,11 +479,9 @@ def test_candidates_are_ordered_and_begin_with_the_nearest(name):
     assert bool(((error.diff(dim=-1) >= -1e-4) | repeated[..., 1:]).all())
 
 
-@each_configuration
+@each_configuration_that(lambda codec: codec.lists_codes)
 def test_shortlists_begin_with_the_code(name):
     codec, X_IJE, state, codes_IJM = fitted(name, (16, 24))
-    if not codec.lists_codes:
-        pytest.skip(f"{codec.type} finds one code for a tile")
     num_elements = X_IJE.shape[2]
     factor_EE = torch.randn(num_elements, num_elements, generator=generator(2))
     weights = [None]
@@ -499,12 +508,10 @@ def test_shortlists_begin_with_the_code(name):
 
 
 @pytest.mark.parametrize("kind", ["elements", "spike", "dense"])
-@each_configuration
+@each_configuration_that(lambda codec: codec.weighted and codec.tile != (1, 1))
 def test_weighted_coding_lowers_the_weighted_error(name, kind):
     codec, X_IJE, state, codes_IJM = fitted(name, (64, 576))
     num_elements = X_IJE.shape[2]
-    if not codec.weighted or num_elements == 1:
-        pytest.skip(f"{codec.type} with tile {codec.tile} has one way to weigh")
     weight_E = torch.logspace(-1, 1, num_elements)
     direction_E = torch.randn(num_elements, generator=generator(1))
     factor_EE = torch.randn(num_elements, num_elements, generator=generator(2))

@@ -16,6 +16,9 @@ from vqllm.evaluation import codec_bench
 POINTS = {
     f"{name}: {p.label}, {p.mse}": (name, p) for name in CODECS for p in CODECS.get(name).points
 }
+SLOW = ("2^14", "2^16", "hybrid", "3 codebooks", "codebooks 1x2", "4 codebooks 1x4", "d = 32")
+SLOW += ("4096 entries",)
+"""In the labels of points that take 2 to 100 seconds; every codec has others."""
 E8P, E81B = {"type": "e8p"}, {"type": "e81b"}
 SCALAR = {"type": "kmeans", "tile_cols": 1, "index_bits": 2}
 
@@ -36,7 +39,13 @@ def distortion(values, W_RC):
     return float((codec.decode(codec.encode(X_IJE, state), state) - X_IJE).square().mean())
 
 
-@pytest.mark.parametrize("name", POINTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if any(s in name for s in SLOW) else ())
+        for name in POINTS
+    ],
+)
 def test_distortion_is_within_its_budget(name):
     type_, point = POINTS[name]
     row = codec_bench.measure(codec_bench.build(type_, point), point, torch.device("cpu"))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import TEXT, save_tiny
+from tests.support.tiny import TEXT, save_tiny
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests.tiny import TEXT, save_tiny
+from tests.support.tiny import TEXT, save_tiny
 from vqllm import api, cli
 from vqllm.errors import ModelError
 

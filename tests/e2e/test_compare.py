@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import vqllm
-from tests.tiny import TEXT, save_tiny
+from tests.support.tiny import TEXT, save_tiny
 from vqllm import api, cli, recipes
 from vqllm.checkpoint.resume.layer_writer import CheckpointRun
 from vqllm.checkpoint.resume.tuned_writer import TunedRun

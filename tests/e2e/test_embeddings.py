@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.e2e.test_pipeline import KillAt, Killed, recipe, run, same_files
-from tests.tiny import save_tiny
+from tests.support.tiny import save_tiny
 from vqllm import api
 from vqllm.checkpoint import atomic
 from vqllm.checkpoint.dequantize import dequantize_checkpoint

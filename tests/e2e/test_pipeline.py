@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import vqllm
-from tests.tiny import ARCHITECTURES, TEXT, save_tiny
+from tests.support.tiny import ARCHITECTURES, TEXT, save_tiny
 from vqllm import api
 from vqllm.allocation import run as foresight
 from vqllm.calibration.saliency import TokenWeights
@@ -539,7 +539,7 @@ def test_unknown_recipe_names_the_choices() -> None:
 
 
 def _text(folder: Path) -> str:
-    from tests.tiny import TEXT
+    from tests.support.tiny import TEXT
 
     (folder / "text.txt").write_text(TEXT * 20)
     return str(folder / "text.txt")

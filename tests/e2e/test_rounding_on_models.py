@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import save_tiny
+from tests.support.tiny import save_tiny
 from vqllm.calibration.layer_calibrator import LayerCalibrator
 from vqllm.calibration.layer_stream import LayerStream, linears_of
 from vqllm.quantization.linear import Statistics, quantize_group
@@ -64,6 +64,7 @@ def test_ldlq_is_never_worse_than_nearest(arch: str, codec: str, tmp_path: Path)
     assert {name: loss for name, loss in ldlq.items() if loss > nearest[name]} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("VQLLM_MODEL" not in os.environ, reason="VQLLM_MODEL names no model folder")
 @pytest.mark.parametrize("codec", CODECS)
 def test_ldlq_is_never_worse_than_nearest_on_a_trained_model(codec: str, tmp_path: Path) -> None:

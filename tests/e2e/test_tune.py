@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.tiny import TEXT, save_tiny
+from tests.support.tiny import TEXT, save_tiny
 from vqllm import api, cli
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.checkpoint.resume import tuned_writer as tuned

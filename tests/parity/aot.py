@@ -1,6 +1,6 @@
 """Compile the Triton kernels for NVIDIA targets without a GPU and print what came out, as JSON.
 
-    python aot.py 80,90 [part of a name]
+    echo "90 e8p fp16" | python aot.py     # lines of a target and a case, answered one by one
 
 Run as a program of its own, without TRITON_INTERPRET: in a process with the interpreter there are
 no compilable kernels. The host functions run on the CPU with kernels replaced by recorders, so what
@@ -338,20 +338,15 @@ def record(launch: Callable[[], None], modules: tuple[ModuleType, ...]) -> dict[
     return {name: recorder for name, (_, recorder) in found.items()}
 
 
-def main(targets: list[int], only: str = "") -> None:
-    """Print one JSON object: "kernel, sm" -> figures."""
+def main() -> None:
+    """Answer each line of the standard input, "target case", with a line of figures."""
     assert os.environ.get("TRITON_INTERPRET", "0") in ("", "0"), "the interpreter compiles nothing"
-    results = {}
-    for name, (module, (launch, kernel, weights)) in CASES.items():
-        if only not in name:
-            continue
-        recorders = record(launch, (module, activations))
-        recorder = recorders[kernel]
-        for sm in targets:
-            compiled = compile_recorded(recorder, sm)
-            results[f"{name}, sm_{sm}"] = measure(compiled, weights)
-    print(json.dumps(results))
+    for line in sys.stdin:
+        sm, _, name = line.strip().partition(" ")
+        module, (launch, kernel, weights) = CASES[name]
+        compiled = compile_recorded(record(launch, (module, activations))[kernel], int(sm))
+        print(json.dumps(measure(compiled, weights)), flush=True)
 
 
 if __name__ == "__main__":
-    main([int(sm) for sm in sys.argv[1].split(",")], *sys.argv[2:])
+    main()

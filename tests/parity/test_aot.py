@@ -1,6 +1,6 @@
 """What the compiler makes of the kernels on NVIDIA targets, without a device.
 
-The kernels are compiled in processes of their own (see `aot`), by the installed triton and by
+The kernels are compiled in a process of their own (see `aot`), by the installed triton and by
 3.6.0, which is fetched from the package index for it. `budgets.json` has what the two made of them:
 by release of triton, case and target the instructions a weight (or of a step) and the registers.
 Code generation moves by 10 to 40 % between releases, so another release is held to twice the newest
@@ -15,10 +15,13 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 TARGETS = (80, 89, 90, 100)
 OLD = "3.6.0"
@@ -28,6 +31,10 @@ NEWEST = max(BUDGETS, key=lambda version: [int(part) for part in version.split("
 CASES = list(BUDGETS[NEWEST])
 MAY_LOAD_LESS = ("bytes2, 1.75 bits",)
 """Rows of 7 words of 32 bits: no 16 bytes."""
+
+Figures = dict
+Compile = Callable[[str, int], Figures]
+"""Of a case and a target, what `aot` measured."""
 
 
 def kind(case: str) -> str:
@@ -41,41 +48,44 @@ def kind(case: str) -> str:
     return "decode" if "decode" in case else "matmul"
 
 
-MATMULS = [case for case in CASES if kind(case) == "matmul"]
-DECODES = [case for case in CASES if kind(case) == "decode"]
-TRANSFORMS = [case for case in CASES if kind(case) == "transform"]
-
-
 def old_triton(folder: Path) -> Path | None:
     """A folder with triton 3.6.0, installed there once; None if the package index has none."""
-    if not (folder / "triton").is_dir():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        command += ["--target", str(folder), f"triton=={OLD}"]
-        if subprocess.run(command, capture_output=True, check=False, timeout=400).returncode:
-            return None
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "triton").is_dir():
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+            command += ["--target", str(folder), f"triton=={OLD}"]
+            if subprocess.run(command, capture_output=True, check=False, timeout=400).returncode:
+                return None
     return folder
 
 
-def compiled(targets: tuple[int, ...], cache: Path, triton: Path | None) -> dict:
-    """ "case, sm_target" -> what `aot` measured, with the triton in a folder or the installed."""
+@contextmanager
+def compiler(folder: Path, triton: Path | None) -> Iterator[Compile]:
+    """A process that compiles cases as they are asked for, with the triton in a folder or the
+    installed one; compiled code is kept in `folder`."""
     path = [str(triton)] if triton else []
     env = os.environ | {
         "TRITON_INTERPRET": "0",
         "TRITON_DEFAULT_FP_FUSION": "1",
-        "TRITON_CACHE_DIR": str(cache),
+        "TRITON_CACHE_DIR": str(folder / "compiled"),
         "PYTHONPATH": os.pathsep.join([*path, *sys.path]),
     }
-    script = Path(__file__).with_name("aot.py")
+    command = [sys.executable, str(Path(__file__).with_name("aot.py"))]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=env, text=True, stdin=pipe, stdout=pipe) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
 
-    def run(target: int) -> dict:
-        command = [sys.executable, str(script), str(target)]
-        done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=900)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        @cache
+        def compiled(case: str, sm: int) -> Figures:
+            process.stdin.write(f"{sm} {case}\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            assert line, "the process that compiles has ended; its errors are above"
+            return json.loads(line)
 
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(run, targets))
-    return {key: figures for result in results for key, figures in result.items()}
+        yield compiled
+        process.stdin.close()
 
 
 def installed_release() -> str:
@@ -84,27 +94,28 @@ def installed_release() -> str:
     return ".".join(triton.__version__.split(".")[:2])
 
 
-@pytest.fixture(scope="session", params=["installed", OLD])
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """(release of triton, "case, sm_target" -> what `aot` measured)."""
+@pytest.fixture(scope="module")
+def compilers(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory):
+    """For "installed" or a version: its release, and what compiles with it."""
     triton = pytest.importorskip("triton")
     if not (Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm").exists():
         pytest.skip("this triton comes without the NVIDIA tools")
-    cache = request.config.cache
-    folder = cache.mkdir("triton") if cache else tmp_path_factory.mktemp("triton")
-    if request.param == "installed":
-        return installed_release(), compiled(TARGETS, folder / "compiled", None)
-    if triton.__version__ == OLD:
-        pytest.skip("it is the installed one")
-    old = old_triton(folder / OLD)
-    if old is None:
-        pytest.skip(f"triton {OLD} could not be installed from the package index")
-    return "3.6", compiled(TARGETS, folder / "compiled", old)
+    cached = getattr(pytestconfig, "cache", None)  # not there with -p no:cacheprovider
+    folder = cached.mkdir("triton") if cached else tmp_path_factory.mktemp("triton")
 
+    with ExitStack() as stack:
 
-@pytest.fixture(params=TARGETS, ids=lambda sm: f"sm_{sm}")
-def sm(request: pytest.FixtureRequest) -> int:
-    return request.param
+        @cache
+        def get(version: str) -> tuple[str, Compile]:
+            if version == "installed":
+                return installed_release(), stack.enter_context(compiler(folder, None))
+            old = old_triton(folder / version)
+            if old is None:
+                pytest.skip(f"triton {version} could not be installed from the package index")
+            release = ".".join(version.split(".")[:2])
+            return release, stack.enter_context(compiler(folder, old))
+
+        yield get
 
 
 def budget(release: str, case: str, sm: int) -> tuple[float, float]:
@@ -114,66 +125,63 @@ def budget(release: str, case: str, sm: int) -> tuple[float, float]:
     return slack * instructions, min(255, slack * registers + 8)
 
 
+def builds() -> list:
+    """By version of triton and target; one of them is enough for most changes."""
+    return [
+        pytest.param(
+            version,
+            sm,
+            id=f"triton {version}-sm_{sm}",
+            marks=() if (version, sm) == ("installed", 90) else pytest.mark.aot,
+        )
+        for version in ("installed", OLD)
+        for sm in TARGETS
+    ]
+
+
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("version", "sm"), builds())
 @pytest.mark.parametrize("case", CASES)
-def test_nothing_is_spilled(built, case, sm):
-    release, figures = built
-    got = figures[f"{case}, sm_{sm}"]
+def test_what_is_made_of_a_kernel(compilers, case: str, version: str, sm: int) -> None:
+    release, compiled = compilers(version)
+    got, sort = compiled(case, sm), kind(case)
+    most_instructions, most_registers = budget(release, case, sm)
+    # Nothing is spilled.
     assert got["stack"] == 0
-    assert got["registers"] <= budget(release, case, sm)[1]
+    assert got["registers"] <= most_registers
     assert got["shared"] <= 48 * 1024
-
-
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("case", CASES)
-def test_instructions_stay_in_budget(built, case, sm):
-    release, figures = built
-    got = figures[f"{case}, sm_{sm}"]
-    assert (got["per_weight"] or got["instructions"]) <= budget(release, case, sm)[0]
-
-
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("case", [case for case in MATMULS if case not in MAY_LOAD_LESS])
-def test_codes_are_loaded_16_bytes_at_a_time(built, case, sm):
-    loads = built[1][f"{case}, sm_{sm}"]["global_loads"]
-    # Codes, and only codes, are loaded with the hint to evict them first.
-    assert [width for width in loads if ".EF" in width] == ["LDG.E.EF.128"]
-
-
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("case", [*MATMULS, *TRANSFORMS])
-def test_tensor_cores_are_used(built, case, sm):
-    assert built[1][f"{case}, sm_{sm}"]["mma"] > 0
-
-
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("case", [case for case in MATMULS if "fp32" not in case])
-def test_operands_stay_in_registers(built, case, sm):
-    got = built[1][f"{case}, sm_{sm}"]
-    assert got["shuffles"] == 0
-    assert got["shared_memory"] == 0
-
-
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("case", DECODES)
-def test_weights_are_stored_8_or_16_bytes_at_a_time(built, case, sm):
-    wide = "STG.E.64" if case.startswith(("bytes", "3inst")) else "STG.E.128"
-    assert built[1][f"{case}, sm_{sm}"]["global_stores"] == [wide]
+    assert (got["per_weight"] or got["instructions"]) <= most_instructions
+    if sort in ("matmul", "transform"):
+        assert got["mma"] > 0, "no tensor cores"
+    if sort == "matmul" and case not in MAY_LOAD_LESS:
+        # Codes, and only codes, are loaded with the hint to evict them first.
+        assert [load for load in got["global_loads"] if ".EF" in load] == ["LDG.E.EF.128"]
+    if sort == "matmul" and "fp32" not in case:
+        assert (got["shuffles"], got["shared_memory"]) == (0, 0), "operands leave the registers"
+    if sort == "decode":
+        wide = "STG.E.64" if case.startswith(("bytes", "3inst")) else "STG.E.128"
+        assert got["global_stores"] == [wide]
 
 
 def write_budgets(folder: Path) -> None:
     """Compile everything with both releases and write what came out."""
-    table: dict[str, dict[str, dict[str, list[float]]]] = {}
-    old = old_triton(folder / OLD)
-    for release, triton in ((installed_release(), None), ("3.6", old)):
-        for key, got in compiled(TARGETS, folder / "compiled", triton).items():
-            case, _, sm = key.rpartition(", sm_")
-            figures = [got["per_weight"] or got["instructions"], got["registers"]]
-            table.setdefault(release, {}).setdefault(case, {})[sm] = figures
+    # `aot` has the cases, and needs a process without the interpreter: this one.
+    from aot import CASES as ALL
+
     lines = []
-    for release, cases in table.items():
-        rows = ",\n".join(f"  {json.dumps(c)}: {json.dumps(f)}" for c, f in cases.items())
-        lines.append(f" {json.dumps(release)}: {{\n{rows}\n }}")
+    for release, triton in ((installed_release(), None), ("3.6", old_triton(folder / OLD))):
+        with compiler(folder, triton) as compiled:
+            rows = []
+            for case in ALL:
+                by_target = {}
+                for sm in TARGETS:
+                    got = compiled(case, sm)
+                    by_target[str(sm)] = [
+                        got["per_weight"] or got["instructions"],
+                        got["registers"],
+                    ]
+                rows.append(f"  {json.dumps(case)}: {json.dumps(by_target)}")
+        lines.append(f" {json.dumps(release)}: {{\n" + ",\n".join(rows) + "\n }")
     BUDGETS_FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 

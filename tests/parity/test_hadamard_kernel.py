@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.parity.kernels import assert_no_worse, random_activations
+from tests.support.kernels import assert_no_worse, random_activations
 from vqllm_kernels import dispatch
 from vqllm_kernels.hadamard import triton as kernels
 from vqllm_kernels.transforms import HadamardSpec, ScaleSpec

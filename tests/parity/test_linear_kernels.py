@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.parity.kernels import assert_no_worse, random_activations, random_tensors
+from tests.support.kernels import assert_no_worse, random_activations, random_tensors
 from vqllm_kernels import dispatch, formats, gpu
 from vqllm_kernels import linear as linear_module
 from vqllm_kernels.hadamard import triton as hadamard

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.parity.kernels import assert_no_worse, random_activations, random_tensors
+from tests.support.kernels import assert_no_worse, random_activations, random_tensors
 from vqllm_kernels import activations, dispatch, formats, gpu
 from vqllm_kernels.e8p import triton as e8p
 from vqllm_kernels.formats import FormatSpec

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.parity.kernels import assert_no_worse, random_activations, random_tensors
+from tests.support.kernels import assert_no_worse, random_activations, random_tensors
 from vqllm_kernels import activations, dispatch, formats, gpu
 from vqllm_kernels.trellis import reference
 from vqllm_kernels.trellis.spec import TrellisSpec
@@ -65,8 +65,6 @@ def in_bytes(x_NC: torch.Tensor, spec: TrellisSpec) -> tuple[torch.Tensor, torch
 def check_matmul(
     spec: TrellisSpec, shape: tuple[int, int, int], dtype: torch.dtype, device: str
 ) -> None:
-    if dtype == torch.float32 and spec.code not in reference.MULTIPLIERS:
-        pytest.skip("products of 16 bits")
     rows, cols, num_tokens = shape
     tensors = random_tensors(spec, rows, cols, device)
     x_NC = random_activations(num_tokens, cols, dtype, device)
@@ -77,8 +75,14 @@ def check_matmul(
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matmul_is_as_exact_as_torch(spec, shape, dtype, device):
-    check_matmul(spec, shape, dtype, device)
+def test_matmul_is_as_exact_as_torch(spec, shape, half, device):
+    check_matmul(spec, shape, half, device)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", [n for n, s in SPECS.items() if s.code in reference.MULTIPLIERS])
+def test_matmul_of_float32_is_as_exact_as_torch(name, shape, device):
+    check_matmul(SPECS[name], shape, torch.float32, device)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
@@ -234,7 +238,7 @@ def test_a_stage_of_a_residual(device):
 
 
 @pytest.mark.parametrize(
-    ("spec", "dtype", "reason"),
+    ("spec", "given", "reason"),
     [
         (trellis(tile_rows=128), torch.float16, "tiles of 128 rows; the kernel takes 8 to 64"),
         (trellis(rate=2.0625), torch.float16, "2.0625 bits: not whole words"),
@@ -242,9 +246,9 @@ def test_a_stage_of_a_residual(device):
     ],
     ids=str,
 )
-def test_what_the_kernels_do_not_take_is_said(spec, dtype, reason, device):
+def test_what_the_kernels_do_not_take_is_said(spec, given, reason, device):
     tensors = random_tensors(spec, 128, 64, device)
-    x_NC = torch.zeros(1, 64, dtype=dtype, device=device)
+    x_NC = torch.zeros(1, 64, dtype=given, device=device)
     with dispatch.force("triton"), pytest.raises(ValueError, match=reason):
         dispatch.matmul(x_NC, tensors, spec, 128, 64)
     assert dispatch.matmul(x_NC, tensors, spec, 128, 64).shape == (1, 128)

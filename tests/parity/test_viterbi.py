@@ -53,10 +53,9 @@ def test_steps_that_differ_by_more_than_one_bit_are_refused(device):
         kernel.search(torch.zeros(1, 2, 1), torch.zeros(16, 1), [1, 3], None)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("rate", [1, 2, 2.5])
 def test_tiles_on_a_gpu_are_coded_like_those_on_the_cpu(rate):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     from vqllm.codecs import CODECS
 
     codec = CODECS.get("trellis").model_validate({"type": "trellis", "bits": rate})

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.gaussian import gaussian, generator
+from tests.support.gaussian import gaussian, generator
 from vqllm.codecs import CODECS
 from vqllm.codecs.additive import Additive, _least, _least_squares, _search
 from vqllm.core import tiles

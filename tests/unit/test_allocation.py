@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.gaussian import gaussian
-from tests.tiny import save_tiny
+from tests.support.gaussian import gaussian
+from tests.support.tiny import save_tiny
 from vqllm import recipes
 from vqllm.allocation import Item, allocate, gaussian_mse
 from vqllm.allocation import sensitivity as sensitivity_module

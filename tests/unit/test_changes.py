@@ -11,7 +11,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.fake_checkpoint import FORMATS, fake_checkpoint, linear_spec, random_packed
+from tests.support.fake_checkpoint import FORMATS, fake_checkpoint, linear_spec, random_packed
 from tests.unit.test_input_group import COLS, SIZES, Attention, inputs
 from vqllm import api
 from vqllm.runtime import PackedModule, VQLinear, set_weight_cache

@@ -13,7 +13,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.fake_checkpoint import FORMATS, RECIPE, FakeCheckpoint, fake_checkpoint, linear_spec
+from tests.support.fake_checkpoint import (
+    FORMATS,
+    RECIPE,
+    FakeCheckpoint,
+    fake_checkpoint,
+    linear_spec,
+)
 from vqllm.checkpoint import atomic, writer
 from vqllm.checkpoint import dequantize as dequantize_module
 from vqllm.checkpoint.dequantize import dequantize_checkpoint

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import tiny_model
+from tests.support.tiny import tiny_model
 from vqllm import recipes
 from vqllm.core import memory
 from vqllm.core.pareto import pareto_front

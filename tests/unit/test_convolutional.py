@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from tests.gaussian import gaussian
+from tests.support.gaussian import gaussian
 from vqllm.codecs import CODECS, base, convolutional
 from vqllm.codecs.base import nearest_entry
 from vqllm.codecs.convolutional_maps import KNOWN, Constants

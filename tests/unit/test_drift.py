@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from tests.tiny import ARCHITECTURES, save_tiny
+from tests.support.tiny import ARCHITECTURES, save_tiny
 from vqllm import recipes
 from vqllm.calibration import passes as passes_module
 from vqllm.calibration.drift import Drift, silenced

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.gaussian import fitted, gaussian
+from tests.support.gaussian import fitted, gaussian
 from vqllm import recipes
 from vqllm.codecs import CODECS
 from vqllm.codecs.entries import apart, distinct

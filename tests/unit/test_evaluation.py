@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import tiny_model, tiny_tokenizer
 from vqllm.errors import EvaluationError, NumericalError
 from vqllm.evaluation import perplexity as evaluation
 from vqllm.evaluation.perplexity import (

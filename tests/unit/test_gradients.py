@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from tests.tiny import ARCHITECTURES, save_tiny
+from tests.support.tiny import ARCHITECTURES, save_tiny
 from vqllm.calibration import passes as passes_module
 from vqllm.calibration import saliency as saliency_module
 from vqllm.calibration.gradients import Choice, Findings, GradientPass, Visitor, draw

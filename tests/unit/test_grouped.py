@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from tests.gaussian import generator
+from tests.support.gaussian import generator
 from vqllm.codecs import CODECS
 from vqllm.codecs.grouped import Grouped
 from vqllm.core import metrics, tiles

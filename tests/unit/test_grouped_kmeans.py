@@ -4,7 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from tests.gaussian import fitted, gaussian, generator
+from tests.support.gaussian import fitted, gaussian, generator
 from vqllm.codecs import CODECS, lloyd
 from vqllm.core import linalg, metrics, tiles
 from vqllm.errors import NumericalError, RecipeError

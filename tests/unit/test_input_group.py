@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.fake_checkpoint import FORMATS, fake_checkpoint, linear_spec, random_packed
+from tests.support.fake_checkpoint import FORMATS, fake_checkpoint, linear_spec, random_packed
 from vqllm import api
 from vqllm.runtime import VQLinear, describe, set_weight_cache
 from vqllm.runtime.replace import group_inputs

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import save_tiny
+from tests.support.tiny import save_tiny
 from vqllm.checkpoint import atomic
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.checkpoint.resume.journal import (

@@ -6,7 +6,7 @@ import resource
 import pytest
 import torch
 
-from tests.gaussian import gaussian, generator
+from tests.support.gaussian import gaussian, generator
 from vqllm.codecs import CODECS
 from vqllm.codecs.base import nearest_entry
 from vqllm.core import tiles

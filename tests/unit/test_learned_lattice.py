@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tests.gaussian import gaussian, generator
+from tests.support.gaussian import gaussian, generator
 from vqllm.codecs import CODECS
 from vqllm.codecs.search.learned_lattice import Lattice
 from vqllm.core import tiles

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.unstored import Unstored
 from tests.unit.test_rounding import hessian, rule, weights
-from tests.unstored import Unstored
 from vqllm.codecs import CODECS
 from vqllm.core.least_squares import StateProblem
 from vqllm.core.protocols import Codec, State

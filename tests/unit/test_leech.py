@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from tests.gaussian import generator
+from tests.support.gaussian import generator
 from vqllm.codecs import CODECS
 from vqllm.errors import RecipeError
 from vqllm_kernels import formats, layout

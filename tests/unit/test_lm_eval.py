@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import tiny_model, tiny_tokenizer
 from vqllm import api
 from vqllm.errors import EvaluationError
 from vqllm.integrations import lm_eval

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import vqllm
-from tests.tiny import save_tiny, tiny_config
+from tests.support.tiny import save_tiny, tiny_config
 from vqllm.calibration.data import calibration_set as tokens
 from vqllm.calibration.data.calibration_set import check_length
 from vqllm.checkpoint.source import stored_tensors

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+from tests.support.tiny import save_tiny, tiny_model, tiny_tokenizer
 from vqllm.errors import ModelError, OutOfSpaceError
 from vqllm.models import cache, demo
 from vqllm.models import gguf as gguf_model
@@ -422,6 +422,7 @@ def test_a_failed_download_says_what_to_do(
     assert not demo.is_local()
 
 
+@pytest.mark.slow
 def test_the_demo_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VQLLM_CACHE", USERS_CACHE)
     if not demo.is_local():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.tiny import save_tiny, tiny_config, tiny_model
+from tests.support.tiny import save_tiny, tiny_config, tiny_model
 from vqllm.codecs import CODECS
 from vqllm.errors import ModelError, NumericalError
 from vqllm.quantization import checks as preflight

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from tests.gaussian import gaussian, generator
+from tests.support.gaussian import gaussian, generator
 from vqllm.codecs import CODECS, pyramid_design
 from vqllm.codecs.search import pyramid as pyramid_nearest
 from vqllm.codecs.search import pyramid_weighted

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from tests.unstored import Unstored
+from tests.support.unstored import Unstored
 from vqllm.codecs import CODECS
 from vqllm.core import linalg, metrics
 from vqllm.core.protocols import Codec, Rounding, State

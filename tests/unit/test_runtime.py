@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.fake_checkpoint import FORMATS, linear_spec, random_packed, rows_spec
+from tests.support.fake_checkpoint import FORMATS, linear_spec, random_packed, rows_spec
 from vqllm.errors import CheckpointError
 from vqllm.runtime import VQEmbedding, VQLinear, describe, replace_modules, set_weight_cache
 from vqllm.runtime import cache as weight_cache

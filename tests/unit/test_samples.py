@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import tiny_model, tiny_tokenizer
 from vqllm.calibration.data import self_samples as samples
 from vqllm.calibration.data.self_samples import generate_samples
 from vqllm.calibration.data.vocabulary import leading_token, ordinary_tokens

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from tests.tiny import tiny_tokenizer
+from tests.support.tiny import tiny_tokenizer
 from vqllm.calibration.data import cut_sequences as sources
 from vqllm.calibration.data import text_sources as texts
 from vqllm.calibration.data.cut_sequences import load_tokens

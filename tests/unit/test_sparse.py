@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tests.gaussian import fitted, gaussian
+from tests.support.gaussian import fitted, gaussian
 from vqllm.codecs import CODECS
 from vqllm.core import tiles
 from vqllm.errors import NumericalError, RecipeError

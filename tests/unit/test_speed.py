@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from tests.tiny import save_tiny
+from tests.support.tiny import save_tiny
 from vqllm import api, cli
 from vqllm.errors import EvaluationError
 from vqllm.evaluation import speed

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from tests.gaussian import fitted, gaussian, generator
+from tests.support.gaussian import fitted, gaussian, generator
 from vqllm.codecs import CODECS
 from vqllm.core import linalg, metrics, rng, tiles
 from vqllm.errors import RecipeError

@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tests.tiny import ARCHITECTURES, save_tiny
+from tests.support.tiny import ARCHITECTURES, save_tiny
 from vqllm.calibration import passes as passes_module
 from vqllm.calibration.layer_calibrator import LayerCalibrator
 from vqllm.calibration.layer_stream import LayerStream, check_states, layer_names, linears_of

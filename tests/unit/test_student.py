@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.fake_checkpoint import FORMATS, fake_checkpoint, linear_spec, random_packed
+from tests.support.fake_checkpoint import FORMATS, fake_checkpoint, linear_spec, random_packed
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.distillation.student import Student
 from vqllm.errors import NumericalError

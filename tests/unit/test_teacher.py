@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import ARCHITECTURES, save_tiny
+from tests.support.tiny import ARCHITECTURES, save_tiny
 from vqllm.calibration.layer_stream import LayerStream
 from vqllm.checkpoint.resume.run_folder import RunFolder
 from vqllm.core.distributed import Processes

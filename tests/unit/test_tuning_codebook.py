@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.unstored import Unstored
 from tests.unit import test_rounding
 from tests.unit.test_beam import hessian, loss, reproduced, rule, weights
-from tests.unstored import Unstored
 from vqllm import recipes
 from vqllm.codecs import CODECS
 from vqllm.core import metrics

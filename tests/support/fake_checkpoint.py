@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.tiny import save_tiny
+from tests.support.tiny import save_tiny
 from vqllm.checkpoint import atomic, writer
 from vqllm.checkpoint.format import QuantizationConfig, shard_name
 from vqllm.codecs.entries import distinct

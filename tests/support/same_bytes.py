@@ -2,8 +2,8 @@
 
 A change that is to leave checkpoints as they are leaves these digests as they are:
 
-    python -m tests.same_bytes --output before.json                   # every recipe
-    python -m tests.same_bytes --output after.json --against before.json
+    python -m tests.support.same_bytes --output before.json                   # every recipe
+    python -m tests.support.same_bytes --output after.json --against before.json
 
 Bytes follow from the order in which a processor adds. The instruction sets that torch, MKL, oneDNN
 and numba use are therefore fixed before they load, to those that every x86-64 processor has, and
@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 import vqllm
-from tests.tiny import TEXT, save_tiny
+from tests.support.tiny import TEXT, save_tiny
 from vqllm import recipes
 
 FIXED = {
@@ -148,7 +148,7 @@ def _quantize(name: str, output: Path) -> None:
 def main() -> None:
     if any(os.environ.get(key) != value for key, value in FIXED.items()):
         # Too late for this process, which has loaded the libraries.
-        again = [sys.executable, "-m", "tests.same_bytes", *sys.argv[1:]]
+        again = [sys.executable, "-m", "tests.support.same_bytes", *sys.argv[1:]]
         sys.exit(subprocess.run(again, env={**os.environ, **FIXED}).returncode)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)

@@ -1,0 +1,1 @@
+"""What tests share: tiny models, random weights and checkpoints, digests of what recipes write."""
