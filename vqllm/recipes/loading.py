@@ -1,43 +1,17 @@
 """Recipes out of files, shipped ones by name, and dictionaries, with `key=value` changes."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from vqllm.core.protocols import JSON
-from vqllm.core.registry import unknown
 from vqllm.errors import RecipeError
-from vqllm.recipes.schema import RECIPE_VERSION, Recipe, TuningRecipe, mistakes
-from vqllm.recipes.shipped import available, available_tuning
-
-R = TypeVar("R", Recipe, TuningRecipe)
-
-
-def from_dict(values: JSON, origin: str) -> Recipe:
-    """Validate a recipe; RecipeError names each wrong key with its place."""
-    return _validated(Recipe, values, origin)
-
-
-def tuning_from_dict(values: JSON, origin: str) -> TuningRecipe:
-    """The same for a recipe of `vqllm tune`."""
-    return _validated(TuningRecipe, values, origin)
-
-
-def _validated(kind: type[R], values: JSON, origin: str) -> R:
-    if not isinstance(values, dict):
-        raise RecipeError(f"{origin} holds {type(values).__name__}, expected a mapping of keys")
-    version = values.get("version", RECIPE_VERSION)
-    if version != RECIPE_VERSION:
-        raise RecipeError(
-            f"{origin} has recipe version {version!r}; this vqllm reads version {RECIPE_VERSION}. "
-            "Install a newer vqllm, or write the recipe in the version it reads."
-        )
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError(f"{origin} is not a valid recipe:\n{_explain(error)}") from error
+from vqllm.recipes.bases import merged_over_base, read
+from vqllm.recipes.mistakes import mistakes
+from vqllm.recipes.schema import Recipe, TuningRecipe
+from vqllm.recipes.shipped import QUANTIZE, TUNE, Kind, R
+from vqllm.recipes.yaml_text import NOT_YAML, parse_yaml
 
 
 def load(name_or_file: str | Path, changes: tuple[str, ...] = ()) -> Recipe:
@@ -45,62 +19,49 @@ def load(name_or_file: str | Path, changes: tuple[str, ...] = ()) -> Recipe:
 
     Args:
         name_or_file: a name that `available` lists, or a path to a YAML file.
-        changes: `dotted.key=value`, the value in YAML; list items by their index.
+        changes: `dotted.key=value`, the value in YAML; list items by their index. They come after
+            the recipe is merged over its base.
     """
-    return from_dict(_read(name_or_file, available(), "recipe", changes), str(name_or_file))
+    return _load(QUANTIZE, name_or_file, changes)
 
 
 def load_tuning(name_or_file: str | Path, changes: tuple[str, ...] = ()) -> TuningRecipe:
     """The same for a recipe of `vqllm tune`."""
-    values = _read(name_or_file, available_tuning(), "tuning recipe", changes)
-    return tuning_from_dict(values, str(name_or_file))
+    return _load(TUNE, name_or_file, changes)
 
 
-def _read(
-    name_or_file: str | Path, shipped: dict[str, Path], kind: str, changes: tuple[str, ...]
-) -> Any:
-    path = Path(name_or_file)
-    if str(name_or_file) in shipped:
-        path = shipped[str(name_or_file)]
-    elif not path.is_file():
-        message = unknown(kind, str(name_or_file), list(shipped))
-        raise RecipeError(f"{message} A path to a YAML file works too; there is no such file.")
+def from_dict(values: JSON, origin: str) -> Recipe:
+    """Validate a recipe; RecipeError names each wrong key with its place.
+
+    Args:
+        values: keys of a recipe; a `base` among them is the name of a shipped one.
+        origin: what messages call the recipe.
+    """
+    return _validated(QUANTIZE, values, origin)
+
+
+def tuning_from_dict(values: JSON, origin: str) -> TuningRecipe:
+    """The same for a recipe of `vqllm tune`."""
+    return _validated(TUNE, values, origin)
+
+
+def _load(kind: Kind[R], name_or_file: str | Path, changes: tuple[str, ...]) -> R:
+    values = read(kind, name_or_file)
+    for change in changes:
+        _make_change(values, change)
+    return _validated(kind, values, str(name_or_file))
+
+
+def _validated(kind: Kind[R], values: JSON, origin: str) -> R:
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
-    except NOT_YAML as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be read: {error}") from error
-    if isinstance(values, dict):
-        for change in changes:
-            _apply(values, change)
-    return values
+        return kind.schema.model_validate(merged_over_base(kind, values, origin))
+    except ValidationError as error:
+        lines = "\n".join(f"  {line}" for line in mistakes(error))
+        raise RecipeError(f"{origin} is not a valid recipe:\n{lines}") from error
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML, in which a mapping has each key once. PyYAML itself takes the last without a word."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"the key {key.value!r} comes a second time in line {line}")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
-"""What YAML's parser raises: ValueError for text that is no UTF-8 and for dates such as
-2026-13-01."""
-
-
-def parse_yaml(text: str) -> Any:
-    """The value that a text in YAML means; raises one of `NOT_YAML`."""
-    return yaml.load(text, _Loader)
-
-
-def _apply(values: JSON, change: str) -> None:
+def _make_change(values: JSON, change: str) -> None:
+    """Set one key of `values`, in place, to what `dotted.key=value` says."""
     key, equals, text = change.partition("=")
     if not equals or not key:
         raise RecipeError(f"--set {change!r}: expected key=value, for example hessian.damping=0.02")
@@ -109,6 +70,12 @@ def _apply(values: JSON, change: str) -> None:
     except NOT_YAML as error:
         raise RecipeError(f"--set {change!r}: the value is not YAML: {error}") from error
     *parents, last = key.split(".")
+    if (*parents, last)[0] == "base":
+        raise RecipeError(
+            f"--set {change!r}: a recipe is merged over its base before keys are set. Take the "
+            "other recipe itself, or write a file with this `base`."
+        )
+    # Down to the mapping or list that holds the key; mappings on the way are made where none are.
     place: Any = values
     for part in parents:
         if isinstance(place, list) and part.isdigit() and int(part) < len(place):
@@ -123,7 +90,3 @@ def _apply(values: JSON, change: str) -> None:
         place[last] = value
     else:
         raise RecipeError(f"--set {change!r}: {last!r} leads nowhere in this recipe")
-
-
-def _explain(error: ValidationError) -> str:
-    return "\n".join(f"  {line}" for line in mistakes(error))
