@@ -2,11 +2,13 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from vqllm_kernels import plugins
 from vqllm_kernels.layout import TensorLayout, not_finite
 
 SpecClass = TypeVar("SpecClass", bound="type[FormatSpec]")
@@ -93,25 +95,47 @@ class FormatSpec(ABC):
 
 
 def register(spec: SpecClass) -> SpecClass:
-    """Class decorator: makes a format known to readers under its `format_id`."""
-    _FORMATS[spec.format_id] = spec
+    """Class decorator: makes a format known to readers under its `format_id`.
+
+    Readers import the module in `_load_all`, or find it in another installed package by an entry
+    point of the group `vqllm.formats` that has the `format_id` for its name.
+    """
+    known = _FORMATS.setdefault(spec.format_id, spec)
+    if known is not spec:
+        raise ValueError(f"format {spec.format_id!r} is registered twice: {known} and {spec}")
     return spec
 
 
 def known_formats() -> list[str]:
-    """The ids of all formats that this version reads."""
+    """The ids of all formats that can be read, those of other installed packages included."""
     _load_all()
+    _load_plugins()
     return sorted(_FORMATS)
 
 
 def from_dict(values: dict[str, Any]) -> FormatSpec:
-    """The spec that `to_dict` described. ValueError for an unknown format or wrong fields."""
+    """The spec that `to_dict` described.
+
+    Raises:
+        ValueError: wrong fields, an unknown format, or one of a package that is broken.
+    """
     _load_all()
     rest = dict(values)
     format_id = rest.pop("format", None)
+    if format_id not in _FORMATS and (problem := _load_plugins().get(str(format_id))):
+        raise ValueError(problem)
     if format_id not in _FORMATS:
-        raise ValueError(f"unknown format {format_id!r}; known: {', '.join(sorted(_FORMATS))}")
+        raise ValueError(
+            f"unknown format {format_id!r}; known: {', '.join(sorted(_FORMATS))}; one of another "
+            "package is known where that package is installed"
+        )
     return _FORMATS[format_id]._from_fields(rest)
+
+
+@cache
+def _load_plugins() -> dict[str, str]:
+    """Formats of other installed packages. What is wrong with those that fail, by id."""
+    return plugins.load("vqllm.formats", _FORMATS, FormatSpec)
 
 
 def _load_all() -> None:

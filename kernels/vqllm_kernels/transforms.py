@@ -4,11 +4,13 @@
 """
 
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from vqllm_kernels import plugins
 from vqllm_kernels.bitpack import pack_bits, packed_bytes, unpack_bits
 from vqllm_kernels.hadamard import reference as hadamard
 from vqllm_kernels.layout import TensorLayout, not_finite
@@ -238,13 +240,29 @@ _KINDS: dict[str, type[TransformSpec]] = {
 
 
 def from_dict(values: dict[str, Any], size: int) -> TransformSpec:
-    """The spec that `to_dict` described, for a side of `size` features."""
+    """The spec that `to_dict` described, for a side of `size` features.
+
+    Raises:
+        ValueError: wrong fields, an unknown kind, or one of a package that is broken.
+    """
     rest = dict(values)
     kind = rest.pop("kind", None)
+    if kind not in _KINDS and (problem := _load_plugins().get(str(kind))):
+        raise ValueError(problem)
     if kind not in _KINDS:
-        raise ValueError(f"unknown transform {kind!r}; known: {', '.join(sorted(_KINDS))}")
+        raise ValueError(
+            f"unknown transform {kind!r}; known: {', '.join(sorted(_KINDS))}; one of another "
+            "package is known where that package is installed"
+        )
     spec = _KINDS[kind]
     known = {f.name for f in fields(spec)} - {"size"}
     if set(rest) != known:
         raise ValueError(f"transform {kind}: fields {sorted(rest)}, expected {sorted(known)}")
     return spec(size=size, **rest)
+
+
+@cache
+def _load_plugins() -> dict[str, str]:
+    """Kinds that other installed packages bring, in entry points that have the kind for their name
+    and lead to the class. What is wrong with those that fail, by kind."""
+    return plugins.load("vqllm.transform_kinds", _KINDS, TransformSpec)

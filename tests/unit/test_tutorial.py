@@ -1,12 +1,12 @@
 """The worked example of docs/tutorial_codec.md: every block of the page, run as it stands."""
 
+import ast
 import importlib.util
 import inspect
 import itertools
-import os
 import re
 import shlex
-import subprocess
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import vqllm
 from tests.conformance import test_codecs as battery
+from tests.support.installed import pip_install, run_python
 from tests.support.tiny import save_tiny
 from vqllm import cli, recipes
 from vqllm import codecs as codecs_package
@@ -30,36 +31,49 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "tutorial_codec.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r'^```(\w+)(?: title="(.+?)")?\n(.*?)^```$', PAGE, re.MULTILINE | re.DOTALL)
 BY_TITLE = {title: body for _, title, body in BLOCKS if title}
-NAME = "hexagonal"
+NAME, RECIPE = "hexagonal", "hexagonal-3bit"
 SMALL = "calibration: {sequences: 4, length: 32}\n"
+
+
+MODULE = f"{codecs_package.__name__}.{NAME}"
+IN_TREE = importlib.util.find_spec(MODULE) is not None
+"""Whether a reader has followed the page in this very tree: then the codec there is tested."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The codec, its line and its recipe as if they were in the tree, until this module's end."""
-    shipped = tmp_path_factory.mktemp("recipes")
-    for path in recipes.available().values():
-        (shipped / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
-    text = BY_TITLE["recipes/hexagonal-3bit.yaml"]
-    (shipped / "hexagonal-3bit.yaml").write_text(text, encoding="utf-8")
-    file = tmp_path_factory.mktemp("codecs") / "hexagonal.py"
-    file.write_text(BY_TITLE["vqllm/codecs/hexagonal.py"], encoding="utf-8")
-    module_name = f"{codecs_package.__name__}.{NAME}"
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    """The codec and its recipe as if they were in the tree, until this module's end."""
+    shipped = tmp_path_factory.mktemp("shipped") / "recipes"
+    shutil.copytree(resources.recipes_dir(), shipped)
+    if RECIPE not in recipes.available():
+        (shipped / "codecs" / f"{RECIPE}.yaml").write_text(
+            BY_TITLE[f"recipes/codecs/{RECIPE}.yaml"], "utf-8"
+        )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CODECS, "_parts", dict(CODECS._parts))
         patch.setattr(resources, "recipes_dir", lambda: shipped)
-        patch.setitem(sys.modules, module_name, module)
-        patch.setattr(codecs_package, NAME, module, raising=False)
-        spec.loader.exec_module(module)
-        exec(BY_TITLE["vqllm/codecs/__init__.py"], {})
+        if not IN_TREE:
+            if NAME in CODECS:  # of an installed package
+                patch.delitem(CODECS._parts, NAME)
+            file = tmp_path_factory.mktemp("codecs") / "hexagonal.py"
+            file.write_text(BY_TITLE["vqllm/codecs/hexagonal.py"], encoding="utf-8")
+            import_as(MODULE, file, patch)
         for i, point in enumerate(CODECS.get(NAME).points):
             values = {"type": NAME, **point.options}
             patch.setitem(battery.CONFIGURATIONS, f"{NAME}-{i}", values)
         yield
+        if not IN_TREE:
+            del CODECS._parts[NAME]
+
+
+def import_as(module_name: str, file: Path, patch: pytest.MonkeyPatch) -> None:
+    """Import a file as a submodule of the codecs' package."""
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    patch.setitem(sys.modules, module_name, module)
+    patch.setattr(codecs_package, NAME, module, raising=False)
+    spec.loader.exec_module(module)
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +89,10 @@ def as_tiny(text: str, folder: Path) -> str:
     return re.sub(r'(?<=["\s])demo(?=["\s])', str(folder / "tiny"), text)
 
 
-def commands() -> list[list[str]]:
-    """The lines of the page for a shell that call vqllm."""
-    lines = [line for kind, _, body in BLOCKS if kind == "sh" for line in body.splitlines()]
+def commands(wanted: str = "") -> list[list[str]]:
+    """The lines for a shell that call vqllm, in blocks without a title or with the one given."""
+    blocks = [body for kind, title, body in BLOCKS if kind == "sh" and title == wanted]
+    lines = [line for body in blocks for line in body.splitlines()]
     return [shlex.split(line) for line in lines if line.startswith("vqllm ")]
 
 
@@ -105,12 +120,27 @@ def test_the_page_has_what_it_promises() -> None:
     assert files == [
         "vqllm/codecs/hexagonal.py",
         "vqllm/codecs/__init__.py",
-        "recipes/hexagonal-3bit.yaml",
+        "recipes/codecs/hexagonal-3bit.yaml",
+        "vqllm-hexagonal/pyproject.toml",
     ]
-    assert len(BY_TITLE["vqllm/codecs/__init__.py"].splitlines()) == 1
     assert [c[1] for c in commands()] == ["codecs", "quantize", "inspect", "quantize"]
+    assert [c[1] for c in commands("package")] == ["codecs", "quantize"]
     linked = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     assert "tutorial_codec.md" in linked
+
+
+def test_the_line_has_one_place() -> None:
+    text = Path(codecs_package.__file__).read_text(encoding="utf-8")
+    lines = BY_TITLE["vqllm/codecs/__init__.py"].splitlines(keepends=True)
+    before = "".join(line[1:] for line in lines if line[0] != "+")
+    after = "".join(line[1:] for line in lines)
+    assert text.count(after if IN_TREE else before) == 1
+    body = ast.parse(text.replace(before, after)).body
+    names = [
+        [name.name for name in node.names] for node in body if isinstance(node, ast.ImportFrom)
+    ]
+    assert NAME in names[0]
+    assert names[0] == sorted(names[0])
 
 
 def test_registered_with_its_options() -> None:
@@ -170,25 +200,32 @@ def test_commands_and_loading(
     assert {m.spec.format.format_id for m in packed} == {"residual-v1"}
 
 
-def test_without_a_checkout(folder: Path) -> None:
-    """In a process of its own, which has the file beside the script; loaded without the file."""
-    outside = folder / "outside"
-    outside.mkdir()
-    (outside / "hexagonal.py").write_text(BY_TITLE["vqllm/codecs/hexagonal.py"], encoding="utf-8")
-    recipe = BY_TITLE["recipes/hexagonal-3bit.yaml"] + SMALL
-    (outside / "hexagonal-3bit.yaml").write_text(recipe, encoding="utf-8")
-    script = outside / "quantize_hexagonal.py"
-    script.write_text(as_tiny(BY_TITLE["quantize_hexagonal.py"], folder), encoding="utf-8")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, script.name],
-        cwd=outside,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    model = AutoModelForCausalLM.from_pretrained(outside / "demo-outside")
+def test_a_package_of_its_own(folder: Path) -> None:
+    """Installed with pip and used by the command line; the result is loaded without it."""
+    project = folder / "vqllm-hexagonal"
+    project.mkdir()
+    for title, name in (
+        ("vqllm-hexagonal/pyproject.toml", "pyproject.toml"),
+        ("vqllm/codecs/hexagonal.py", "vqllm_hexagonal.py"),
+        ("recipes/codecs/hexagonal-3bit.yaml", "hexagonal-3bit.yaml"),
+    ):
+        text = BY_TITLE[title] + (SMALL if name.endswith(".yaml") else "")
+        (project / name).write_text(text, encoding="utf-8")
+    assert BY_TITLE["package"].startswith("pip install ./vqllm-hexagonal\n")
+    target = pip_install(project, folder / "packages")
+    printed, said = "", ""
+    for _, *arguments in commands("package"):
+        arguments = [as_tiny(f" {a} ", folder)[1:-1] for a in arguments]
+        more = ["--no-eval"] if arguments[0] == "quantize" else []
+        done = run_python("-m", "vqllm", *arguments, *more, path=(target,), cwd=folder)
+        assert done.returncode == 0, done.stderr
+        printed, said = printed + done.stdout, said + done.stderr
+    assert f" {NAME} " in printed
+    if IN_TREE:
+        assert "codec 'hexagonal' is registered twice" in said
+    else:
+        assert "cannot be used" not in said
+    model = AutoModelForCausalLM.from_pretrained(folder / "demo-package")
     packed = [m for m in model.modules() if isinstance(m, vqllm.runtime.VQLinear)]
     assert len(packed) == 7
     assert {m.spec.format.format_id for m in packed} == {"lut-v1"}

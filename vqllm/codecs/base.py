@@ -12,7 +12,7 @@ from vqllm.core.protocols import Codec, State
 from vqllm.core.registry import Registry
 from vqllm.errors import NumericalError, RecipeError
 
-CODECS: Registry[Codec] = Registry("codec")
+CODECS: Registry[Codec] = Registry("codec", Codec, "vqllm.codecs")
 
 MAX_DISTANCES = 1 << 21
 """Distances held at a time in a search through a table: 8 MB."""

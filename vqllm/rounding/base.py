@@ -3,4 +3,4 @@
 from vqllm.core.protocols import Rounding
 from vqllm.core.registry import Registry
 
-ROUNDINGS: Registry[Rounding] = Registry("rounding")
+ROUNDINGS: Registry[Rounding] = Registry("rounding", Rounding, "vqllm.roundings")

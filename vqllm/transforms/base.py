@@ -3,4 +3,4 @@
 from vqllm.core.protocols import Transform
 from vqllm.core.registry import Registry
 
-TRANSFORMS: Registry[Transform] = Registry("transform")
+TRANSFORMS: Registry[Transform] = Registry("transform", Transform, "vqllm.transforms")
