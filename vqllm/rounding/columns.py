@@ -173,7 +173,7 @@ def _features(order_K: Tensor, tile_cols: int) -> Tensor:
 
 
 def _size(W_RC: Tensor, H_CC: Tensor, tile_cols: int, order: Order) -> Tensor:
-    """The key that tile columns are sorted by: tr H_kk (hessian) or tr W_k H_kk W_kᵀ (energy), [K]."""
+    """The sort key of tile columns: tr H_kk (hessian) or tr W_k H_kk W_kᵀ (energy), [K]."""
     H_KTT = linalg.diagonal_blocks(H_CC, tile_cols)
     if order == "hessian":
         return torch.diagonal(H_KTT, dim1=1, dim2=2).sum(1)
