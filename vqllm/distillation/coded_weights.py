@@ -162,7 +162,7 @@ class CodedWeights(nn.Module):
         """Codes [K, M] of the tiles at these places."""
         return self.get_buffer("codes").flatten(0, 1)[where_K]
 
-    def put(self, codes_KM: Tensor, where_K: Tensor) -> None:
+    def set_codes(self, codes_KM: Tensor, where_K: Tensor) -> None:
         """Take these codes for the tiles at these places."""
         codes = self.get_buffer("codes")
         codes.view(-1, codes.shape[-1])[where_K] = codes_KM.to(codes)

@@ -403,8 +403,8 @@ class _Tuning:
                 held_out=sequences["held_out"],
                 seed=self._job.recipe.seed,
                 device=self._job.device,
-                keeper=_Keeper(self._folder, self._processes, f"stage-{number}"),
-                share=self._share,
+                states=_FolderStates(self._folder, self._processes, f"stage-{number}"),
+                report_progress=self._share,
                 processes=self._processes,
                 in_step=self._job.recipe.shard,
                 student_layers=lambda names: Layers(student.model, names, self._job.device),
@@ -479,22 +479,22 @@ def _check_fit(job: TuningJob) -> None:
     )
 
 
-class _Keeper:
+class _FolderStates:
     """The state of one stage in the folder of a run."""
 
     def __init__(self, folder: TunedRun | None, processes: Processes, name: str) -> None:
         self._folder, self._processes, self._name = folder, processes, name
 
-    def last(self) -> tuple[JSON, dict[str, Tensor]] | None:
+    def load(self) -> tuple[JSON, dict[str, Tensor]] | None:
         def read() -> tuple[JSON, dict[str, Tensor]] | None:
             assert self._folder is not None
             return self._folder.load_record(self._name)
 
         return self._processes.broadcast(read)
 
-    def save(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:
+    def save(self, record: JSON, tensors: Mapping[str, Tensor]) -> None:
         if self._folder is not None:
-            self._folder.save_record(self._name, told, tensors)
+            self._folder.save_record(self._name, record, tensors)
 
 
 def check_teacher(
