@@ -99,19 +99,19 @@ def run(
 
 
 def measure_on(
-    windows: Windows | None, original_as: Callable[[Any], Any] = lambda model: model
+    windows: Windows | None, baseline_of: Callable[[Any, Tensor], Any] = lambda model, _: model
 ) -> Measure:
     """The measurement on some windows, or on what the run itself held out.
 
     Args:
-        original_as: what to call in place of the original model, given that model.
+        baseline_of: what to call in place of the original model, given that model and the windows.
     """
 
     def measure(job: Job, held_out_SL: Tensor) -> JSON:
         chosen = windows or held_out(job.recipe, held_out_SL)
         original, _ = load_to_run(job.source, job.device, job.trust_remote_code)
         quantized, _ = load_to_run(job.output, job.device, job.trust_remote_code)
-        baseline = original_as(original)
+        baseline = baseline_of(original, chosen.tokens_SL)
         return evaluation.compare(quantized, baseline, chosen.tokens_SL, chosen.label).to_dict()
 
     return measure

@@ -1,6 +1,5 @@
 """Tuning a quantized checkpoint against the model that it was made from."""
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -32,7 +31,7 @@ from vqllm.core import memory
 from vqllm.core.distributed import Processes
 from vqllm.core.progress import Progress
 from vqllm.core.protocols import JSON
-from vqllm.distillation.cached_teacher import CachedTeacher
+from vqllm.distillation.cached_predictions import StreamedPredictions, windows_name
 from vqllm.distillation.student import Student
 from vqllm.errors import CheckpointError, ModelError, RecipeError
 from vqllm.evaluation import perplexity as evaluation
@@ -271,6 +270,8 @@ class _Tuning:
     ) -> None:
         self._job, self._folder = job, folder
         self._processes, self._progress = processes, progress
+        self._scratch = job.output / WORK
+        """of the folder, in all processes"""
 
     def run(
         self,
@@ -317,9 +318,7 @@ class _Tuning:
         job = self._job
         if windows is not None and (job.recipe.teacher == "cached" or teacher is None):
             self._processes = Processes()  # the others are gone
-            # By their contents: a run that goes on may be measured on other windows.
-            digest = hashlib.sha256(windows.tokens_SL.numpy().tobytes()).hexdigest()
-            teacher = self._teacher(windows.tokens_SL, f"windows-{digest[:16]}")
+            teacher = self._teacher(windows.tokens_SL, windows_name(windows.tokens_SL))
         tuned, _ = self._load(job.output)
         chosen = windows or quantization.held_out(job.recipe, held_out_SL)
         return evaluation.compare(tuned, teacher, chosen.tokens_SL, chosen.label).to_dict()
@@ -333,8 +332,8 @@ class _Tuning:
         if self._job.recipe.teacher == "live":
             return self._load(self._job.teacher.path)[0]
         self._phase("predictions of the original")
-        return CachedTeacher(
-            self._open_original, tokens_SL, self._folder, self._processes, self._share, name
+        return StreamedPredictions(
+            self._open_original, tokens_SL, self._scratch, self._processes, self._share, name
         )
 
     def _open_original(self, offload: Path) -> LayerStream:
@@ -345,7 +344,7 @@ class _Tuning:
 
     def _open_again(self) -> LayerStream:
         """The original once more, a layer at a time."""
-        offload = self._job.output / WORK / f"offload-layers-{self._processes.rank}"
+        offload = self._scratch / f"offload-layers-{self._processes.rank}"
         return self._open_original(offload)
 
     def _tune(self, student: Student, teacher: Any, sequences: Mapping[str, Tensor]) -> list[JSON]:

@@ -18,6 +18,7 @@ from vqllm.checkpoint.resume.run_folder import RunFolder
 from vqllm.core import memory
 from vqllm.core.progress import Progress
 from vqllm.core.protocols import JSON
+from vqllm.distillation.cached_predictions import RecordedPredictions
 from vqllm.errors import CheckpointError, EvaluationError, ModelError, OutOfSpaceError, VqllmError
 from vqllm.models.resolve import ResolvedModel
 from vqllm.plan.job import Job
@@ -30,7 +31,6 @@ from vqllm.report.summary import Summary
 from vqllm.runs import quantize as quantization
 from vqllm.runs import tune as teaching
 from vqllm.runs.compare.grid import settings_of
-from vqllm.runs.compare.original import Remembering
 from vqllm.runs.compare.result import ComparisonResult, result_of
 from vqllm.runs.compare.store import Store
 from vqllm.runs.quantize import Make, Windows
@@ -99,7 +99,7 @@ def _run_member(plan: Plan, store: Store, name: str, job: Job, progress: Progres
     own_peak = memory.restart_peak()
     whole = not atomic.names_in(job.output)
     measured = quantization.measure_on(
-        plan.windows, lambda original: Remembering(original, store.original)
+        plan.windows, lambda original, SL: RecordedPredictions(original, SL, store.original)
     )
 
     def prepare(folder: RunFolder, recipe: Recipe | TuningRecipe, make: Make) -> None:
