@@ -331,7 +331,7 @@ def test_labels_hide_nothing_where_there_is_room() -> None:
 def test_a_folder_is_for_one_comparison(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     with Store(folder, {"text": "a", "windows": 2}) as store:
-        store.keep_result("one", {"kl": 0.5})
+        store.save_result("one", {"kl": 0.5})
         with pytest.raises(CheckpointError, match="another process is comparing"):
             Store(folder, {"text": "a", "windows": 2})
     with Store(folder, {"windows": 2, "text": "a"}) as store:
@@ -363,7 +363,7 @@ def test_damage_is_named_or_mended(tmp_path: Path) -> None:
             path.write_bytes(path.read_bytes()[:-5])
         assert store.sequences({"seed": 0}, make)["calibration"].shape == (2, 3)
         assert len(made) == 3
-        store.keep_result("one", {})
+        store.save_result("one", {})
         (store.staging / "results" / "one.json").write_text('{"kl": ')
         with pytest.raises(CheckpointError, match=r"one\.json is damaged.*Delete it and"):
             store.result("one")

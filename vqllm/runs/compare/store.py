@@ -1,4 +1,4 @@
-"""What a comparison keeps in its folder, so that it goes on after it was stopped at any moment.
+"""What a comparison has in its folder, so that it goes on after it was stopped at any moment.
 
 OUT/NAME/                 the checkpoint of a member
 OUT/comparison.*          page, plot and JSON of what is finished
@@ -96,7 +96,7 @@ class Store:
         remedy = f"Delete it and {self.folder / name} to do this member again."
         return _read(path, remedy) if path.is_file() else None
 
-    def keep_result(self, name: str, result: JSON) -> None:
+    def save_result(self, name: str, result: JSON) -> None:
         """Record what came out of a member."""
         atomic.write_bytes(self._result_path(name), _json(result), self.staging)
 
