@@ -322,9 +322,9 @@ def generate(
     if not is_unicode(prompt):
         raise EvaluationError("the prompt has lone surrogates: pass text that is valid Unicode.")
     target, tokenizer = load_to_run(model, device_of(device), trust_remote_code)
-    # What the model cannot go on from is refused in words.
     if chat:
         prompt = _chat(tokenizer, prompt)
+    # What the model cannot go on from is refused here, where the message can say what to do.
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
     num_tokens = inputs.input_ids.shape[1]
     if num_tokens == 0:

@@ -84,7 +84,7 @@ class Toy:
         return self.x[tokens] @ self.best.decoded().T
 
     def student(self, tokens: Tensor) -> Tensor:
-        W_RC = self.coded.overheard(self.coded.decoded())
+        W_RC = self.coded.with_recorded_gradient(self.coded.decoded())
         if torch.is_grad_enabled():
             self.num_calls += 1
             if self.num_calls in self.broken:
@@ -236,7 +236,7 @@ def test_a_stopped_run_ends_as_a_straight_one(stage) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_going_back_is_going_on_from_what_was_saved(stage) -> None:
-    """From the evaluation at step 4 to the fault in step 8 codes moved and gradients were heard."""
+    """From the evaluation at step 4 to the fault in step 8 codes moved and gradients came in."""
     own = looks_every_two_rounds(stage)
     states = stopped(own)
     assert states.saved is not None

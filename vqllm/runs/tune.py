@@ -207,6 +207,7 @@ class _TuningRun:
         """Run one stage after the other; what each says about itself."""
         reports = []
         for number, stage in enumerate(self._job.recipe.stages):
+            # A stage goes on from where the one before left the student.
             self._phase(f"tuning: {stage.type}")
             student.recompute(stage.recomputes)
             task = ModelTask(

@@ -88,7 +88,7 @@ class DecoderLayers(Protocol):
 class CodedMatrix(Protocol):
     """A quantized matrix whose codes a stage may exchange. Tiles are [E] in the codec's basis."""
 
-    listens: bool
+    records_gradients: bool
     """whether gradients of the weights are added up"""
 
     @property

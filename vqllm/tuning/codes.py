@@ -60,14 +60,14 @@ class CodeLoop(PredictionLoop):
         self._real = {name: X_IJE.flatten(0, 1).clone() for name, X_IJE in tiles.items()}
         """[I·J, E] by matrix"""
         for matrix in task.codes.values():
-            matrix.listens = True
+            matrix.records_gradients = True
 
     def run(self) -> None:
         try:
             super().run()
         finally:
             for matrix in self._task.codes.values():
-                matrix.listens = False
+                matrix.records_gradients = False
 
     def _may_evaluate(self) -> bool:
         return self._step % self._every == 0

@@ -101,7 +101,9 @@ class PVLoop(CodeLoop):
 
     def _move_codes(self, gradients: dict[str, Tensor]) -> None:
         exchanges = [self._exchange(name, gradients.pop(name)) for name in self._task.codes]
+        # The batch that the next step takes: no gradient was taken on it yet.
         tokens_SL = self._task.sequences[self._batch(self._step)]
+        # The whole step, half of it, ...: the first that lowers the loss.
         with torch.no_grad():
             before = self._mean_loss(tokens_SL)
             for part in (2.0**-i for i in range(self._pv.tries)):
@@ -112,6 +114,7 @@ class PVLoop(CodeLoop):
                     break
             else:
                 moved, after, factor = _apply(exchanges, 0), before, 0.5
+        # A step that went through makes the next one longer.
         self._share = min(self._pv.share, max(LEAST_SHARE, self._share * factor))
         self._rounds.append({"step": self._step, "moved": moved, "kl": [before, after]})
 
@@ -119,17 +122,21 @@ class PVLoop(CodeLoop):
     def _exchange(self, name: str, gradient_NE: Tensor) -> _Exchange:
         """Move the real weights of a matrix; the codes that the farthest tiles would get."""
         matrix, real_NE = self._task.codes[name], self._real[name]
+        # The real weights go down the gradient, as far in every matrix relative to its size.
         X_NE = matrix.tiles().flatten(0, 1)
         length = self._pv.weight_rate * self._factor * _size(X_NE)
         real_NE -= length / _size(gradient_NE).clamp(min=1e-30) * gradient_NE
+        # Those farthest from what their codes reproduce are coded again.
         distance_N = (real_NE - X_NE).square().sum(1)
         num = max(1, round(self._share * len(distance_N)))
         where_K = distance_N.topk(num).indices.sort().values
         g_KE, old_KM = gradient_NE[where_K], matrix.codes_at(where_K)
         new_KM = matrix.nearest(real_NE[where_K], where_K).to(old_KM)
+        # What that changes, for a moment.
         matrix.set_codes(new_KM, where_K)
         change_KE = matrix.tiles().flatten(0, 1)[where_K] - X_NE[where_K]
         matrix.set_codes(old_KM, where_K)
+        # Of these the ones that lie downhill, the steepest first.
         length_K = change_KE.norm(dim=1)
         slope_K = -(g_KE * change_KE).sum(1) / length_K.clamp(min=1e-30)
         order_K = slope_K.sort(descending=True, stable=True).indices

@@ -50,7 +50,7 @@ class Refit(LayerTuning):
         return True
 
     def __call__(self, task: ModelTask) -> JSON:
-        with _still(task.parameters.get("codebooks", {}).values()):
+        with _constant(task.parameters.get("codebooks", {}).values()):
             for linear in task.linears.values():
                 linear.renew()
             report = _Run(self, task).run()
@@ -59,7 +59,7 @@ class Refit(LayerTuning):
 
 
 @contextmanager
-def _still(parameters: Collection[nn.Parameter]) -> Iterator[None]:
+def _constant(parameters: Collection[nn.Parameter]) -> Iterator[None]:
     """Within, these do not ask for gradients, so that weights are decoded once after each change
     and not in every call."""
     for parameter in parameters:

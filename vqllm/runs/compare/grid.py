@@ -62,6 +62,7 @@ def expand(
     if not origins:
         raise RecipeError("there is nothing to compare: name recipes with --recipe.")
     _check_values(grid)
+    # All refusals are collected, so that one message names them all.
     members: list[Member] = []
     refused: list[str] = []
     for origin, values in itertools.product(origins, itertools.product(*grid.values())):

@@ -42,6 +42,7 @@ class Store:
         """
         self.folder, self.staging = folder, folder / WORK
         self.original = self.staging / "original"
+        # Nobody else's files, and no other process.
         path = self.staging / IDENTITY
         found = [name for name in atomic.names_in(folder) if name != WORK]
         if found and not path.is_file():
@@ -59,6 +60,7 @@ class Store:
                 f"another process is comparing in {folder}. Wait for it, stop it, or choose "
                 "another output folder."
             ) from error
+        # The comparison that stands there must be this one.
         try:
             self._begin(path, identity)
         except BaseException:
