@@ -1,37 +1,26 @@
 """The Python interface: what the commands do, as functions."""
 
-import inspect
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vqllm import recipes
 from vqllm.calibration.data.text_sources import is_unicode
-from vqllm.checkpoint.reader import Checkpoint
 from vqllm.core.progress import LogProgress, Progress
 from vqllm.core.protocols import JSON
-from vqllm.errors import EvaluationError, ModelError, RecipeError
+from vqllm.errors import EvaluationError
 from vqllm.evaluation import perplexity as evaluation
 from vqllm.evaluation import speed
-from vqllm.models import resolve as models
 from vqllm.models.load import load as load
 from vqllm.models.load import load_to_run
-from vqllm.models.resolve import ResolvedModel
-from vqllm.plan.job import Job
 from vqllm.recipes import Recipe, TuningRecipe
 from vqllm.report.summary import Summary
-from vqllm.runs import quantize as quantization
-from vqllm.runs import tune as teaching
-from vqllm.runs.compare.grid import Origin, expand
+from vqllm.runs import commands
+from vqllm.runs.arguments import CompareArguments, QuantizeArguments, TuneArguments, source_names
 from vqllm.runs.compare.result import ComparisonResult
-from vqllm.runs.compare.run import Plan
-from vqllm.runs.compare.run import run as run_comparison
-from vqllm.runs.quantize import measure_on, text_label, windows_of
-
-DEFAULT_BITS = 2
+from vqllm.runs.devices import device_of
+from vqllm.runs.measure import text_label
 
 
 def quantize(
@@ -79,27 +68,23 @@ def quantize(
     Raises:
         VqllmError: a mistake that the message explains; finished layers are kept.
     """
-    calibration = _names(calibration)
-    command = command or _call(quantize, locals())
-    _check_windows(eval_text, eval_windows)
-    chosen = _recipe(recipe, bits, preset, calibration, seed, changes)
-    resolved = models.resolve(model, trust_remote_code=trust_remote_code)
-    job = _job(resolved, chosen, output, device, compute_dtype, trust_remote_code)
-    windows = None
-    if evaluate and eval_text is not None:
-        # Before the long part: a text that cannot be measured on is a mistake found at once.
-        windows = windows_of(job.source, eval_text, eval_windows, trust_remote_code)
-    progress = progress or LogProgress()
-    if chosen.tune is not None:
-        return teaching.quantize_and_tune(job, resolved, windows, evaluate, command, progress)
-    measure = measure_on(windows) if evaluate else None
-    return quantization.run(
-        job,
-        measure,
-        hub_id=resolved.hub_id,
-        command=command,
-        progress=progress,
+    given = QuantizeArguments(
+        model=model,
+        output=output,
+        recipe=recipe,
+        bits=bits,
+        preset=preset,
+        calibration=source_names(calibration),
+        seed=seed,
+        changes=changes,
+        device=device,
+        compute_dtype=compute_dtype,
+        evaluate=evaluate,
+        eval_text=eval_text,
+        eval_windows=eval_windows,
+        trust_remote_code=trust_remote_code,
     )
+    return commands.quantize(given, command, progress or LogProgress())
 
 
 def tune(
@@ -136,65 +121,24 @@ def tune(
         every step.
 
     Raises:
-        VqllmError: a mistake that the message explains; the last kept state stays.
+        VqllmError: a mistake that the message explains; the last saved state stays.
     """
-    calibration = _names(calibration)
-    command = command or _call(tune, locals())
-    _check_windows(eval_text, eval_windows)
-    opened = Checkpoint.open(checkpoint)
-    chosen = _tuning_recipe(recipe, calibration, seed, time, changes)
-    job = teaching.TuningJob(
-        checkpoint=opened,
-        teacher=_teacher(opened, teacher, trust_remote_code),
-        recipe=chosen,
-        output=Path(output),
-        device=_device(device),
+    given = TuneArguments(
+        checkpoint=checkpoint,
+        output=output,
+        recipe=recipe,
+        teacher=teacher,
+        calibration=source_names(calibration),
+        seed=seed,
+        time=time,
+        changes=changes,
+        device=device,
+        evaluate=evaluate,
+        eval_text=eval_text,
+        eval_windows=eval_windows,
         trust_remote_code=trust_remote_code,
     )
-    windows = None
-    if evaluate and eval_text is not None:
-        windows = windows_of(job.teacher.path, eval_text, eval_windows, trust_remote_code)
-    return teaching.run(job, windows, evaluate, command, progress or LogProgress())
-
-
-def _teacher(
-    checkpoint: Checkpoint, given: str | Path | None, trust_remote_code: bool
-) -> ResolvedModel:
-    if given is not None:
-        return models.resolve(given, trust_remote_code=trust_remote_code)
-    named = teaching.teacher_of(checkpoint)
-    try:
-        return models.resolve(named, trust_remote_code=trust_remote_code)
-    except ModelError as error:
-        raise ModelError(
-            f"{checkpoint.folder} was made from {named!r}, which is not found from here: pass it "
-            f"with --teacher. ({error})"
-        ) from error
-
-
-def _tuning_recipe(
-    recipe: str | Path | TuningRecipe,
-    calibration: list[str] | None,
-    seed: int | None,
-    time: str | None,
-    changes: tuple[str, ...],
-) -> TuningRecipe:
-    """The recipe that the arguments of `tune` mean."""
-    if isinstance(recipe, TuningRecipe) and changes:
-        raise RecipeError("changes apply to recipes by name or file; change the object itself.")
-    chosen = recipe if isinstance(recipe, TuningRecipe) else recipes.load_tuning(recipe, changes)
-    values = chosen.to_dict()
-    if calibration is not None:
-        values["calibration"]["source"] = calibration
-    if seed is not None:
-        values["seed"] = seed
-    if time is not None:
-        timed = [stage for stage in values["stages"] if "time" in stage]
-        for stage in timed:
-            stage["time"] = time
-        if not timed:
-            raise RecipeError(f"{chosen.name} has no stage that ends by time: leave out --time")
-    return recipes.tuning_from_dict(values, chosen.name)
+    return commands.tune(given, command, progress or LogProgress())
 
 
 def compare(
@@ -238,93 +182,22 @@ def compare(
     Raises:
         VqllmError: a mistake that is found before the first member is run, or a full disk.
     """
-    several = not isinstance(recipe, str | Path | Recipe)
-    recipe = list(recipe) if several else [recipe]
-    calibration = _names(calibration)
-    given = dict(locals())
-
-    def build(origin: Origin, changed: tuple[str, ...]) -> Recipe:
-        return _recipe(origin, None, None, calibration, seed, changed)
-
-    _check_windows(eval_text, eval_windows)
-    members, repeated = expand(recipe, grid or {}, changes, build)
-    resolved = models.resolve(model, trust_remote_code=trust_remote_code)
-    jobs, commands = {}, {}
-    for member in members:
-        folder = Path(output) / member.name
-        options = (device, compute_dtype, trust_remote_code)
-        jobs[member.name] = _job(resolved, member.recipe, folder, *options)
-        own = {"recipe": member.origin, "changes": member.changes, "output": folder}
-        commands[member.name] = _call(quantize, given | own)
-    windows = None
-    if eval_text is not None:
-        windows = windows_of(resolved.path, eval_text, eval_windows, trust_remote_code)
-    plan = Plan(
-        model=resolved,
-        output=Path(output),
-        jobs=jobs,
-        repeated=repeated,
-        windows=windows,
-        commands=commands,
-        command=command or _call(compare, given),
+    given = CompareArguments(
+        model=model,
+        output=output,
+        recipe=[recipe] if isinstance(recipe, str | Path | Recipe) else list(recipe),
+        grid=grid,
+        changes=changes,
+        calibration=source_names(calibration),
+        seed=seed,
+        device=device,
+        compute_dtype=compute_dtype,
+        eval_text=eval_text,
+        eval_windows=eval_windows,
         keep_checkpoints=keep_checkpoints,
-    )
-    return run_comparison(plan, progress or LogProgress())
-
-
-def _check_windows(text: str | Path | None, number: int | None) -> None:
-    if text is None and number is not None:
-        raise EvaluationError("a number of windows is of a text: pass --eval-text FILE as well.")
-
-
-def _call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
-    """The call of a function with these arguments as Python text; what has its default is left
-    out."""
-    shown = []
-    for name, parameter in inspect.signature(function).parameters.items():
-        value = arguments.get(name, parameter.default)
-        if parameter.default is inspect.Parameter.empty:
-            shown.append(_text_of(value))
-        elif name not in ("progress", "command") and value != parameter.default:
-            shown.append(f"{name}={_text_of(value)}")
-    return f"vqllm.{function.__name__}({', '.join(shown)})"
-
-
-def _text_of(value: Any) -> str:
-    """An argument as Python text."""
-    if isinstance(value, Recipe):
-        return f"vqllm.recipe.from_dict({value.to_dict()!r}, {value.name!r})"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_text_of, value))}]"
-    return repr(str(value) if isinstance(value, Path) else value)
-
-
-def _names(sources: str | Path | Iterable[str | Path] | None) -> list[str] | None:
-    """Calibration sources as the recipe has them."""
-    if sources is None:
-        return None
-    one = isinstance(sources, str | Path)
-    return [str(source) for source in ([sources] if one else sources)]
-
-
-def _job(
-    model: ResolvedModel,
-    recipe: Recipe,
-    output: str | Path,
-    device: str | None,
-    compute_dtype: str | None,
-    trust_remote_code: bool,
-) -> Job:
-    return Job(
-        source=model.path,
-        model=model.name,
-        origin=model.origin,
-        recipe=recipe,
-        output=Path(output),
-        device=_device(device),
-        compute_dtype=_dtype(compute_dtype),
         trust_remote_code=trust_remote_code,
     )
+    return commands.compare(given, command, progress or LogProgress())
 
 
 def evaluate(
@@ -364,13 +237,14 @@ def evaluate(
     if baseline is not None and text is None:
         raise EvaluationError("a baseline is compared on a text: pass --text FILE as well.")
     evaluation.check_windows(num_windows, window_length)
+    # Its import takes a second, and the mistakes it finds should not wait for the model.
     manager = None
     if tasks:
-        # Its import takes a second, and the mistakes it finds should not wait for the model.
         from vqllm.integrations import lm_eval
 
         manager = lm_eval.task_manager(tasks, data=data, limit=limit)
-    target, tokenizer = load_to_run(model, _device(device), trust_remote_code)
+    # Perplexity on the text, or the comparison with the baseline.
+    target, tokenizer = load_to_run(model, device_of(device), trust_remote_code)
     results: JSON = {"model": str(model)}
     if text is not None:
         tokens = evaluation.text_windows(text, tokenizer, num_windows, window_length)
@@ -378,12 +252,12 @@ def evaluate(
         if baseline is None:
             results["text"] = evaluation.perplexity(target, tokens, label).to_dict()
         else:
-            original, other = load_to_run(baseline, _device(device), trust_remote_code)
+            original, other = load_to_run(baseline, device_of(device), trust_remote_code)
             evaluation.check_same_tokens(
                 tokens, evaluation.text_windows(text, other, num_windows, window_length)
             )
             results["text"] = evaluation.compare(target, original, tokens, label).to_dict()
-            del original
+            del original  # tasks are those of one model
     if manager is not None:
         from vqllm.integrations import lm_eval
 
@@ -421,10 +295,10 @@ def bench(
     load = speed.Load(
         batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds
     )
-    target, _ = load_to_run(model, _device(device), trust_remote_code)
+    target, _ = load_to_run(model, device_of(device), trust_remote_code)
     original = None
     if baseline is not None:
-        original, _ = load_to_run(baseline, _device(device), trust_remote_code)
+        original, _ = load_to_run(baseline, device_of(device), trust_remote_code)
     return speed.bench(target, original, load)
 
 
@@ -447,9 +321,10 @@ def generate(
         raise EvaluationError(f"{max_new_tokens} new tokens: it must be 1 or more.")
     if not is_unicode(prompt):
         raise EvaluationError("the prompt has lone surrogates: pass text that is valid Unicode.")
-    target, tokenizer = load_to_run(model, _device(device), trust_remote_code)
+    target, tokenizer = load_to_run(model, device_of(device), trust_remote_code)
     if chat:
         prompt = _chat(tokenizer, prompt)
+    # What the model cannot go on from is refused here, where the message can say what to do.
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
     num_tokens = inputs.input_ids.shape[1]
     if num_tokens == 0:
@@ -481,66 +356,3 @@ def _chat(tokenizer: Any, prompt: str) -> str:
             f"--chat cannot be used with this model: {error} Leave it out for models that were "
             "not tuned to chat."
         ) from error
-
-
-def _recipe(
-    recipe: str | Path | Recipe | None,
-    bits: float | None,
-    preset: str | None,
-    calibration: list[str] | None,
-    seed: int | None,
-    changes: tuple[str, ...],
-) -> Recipe:
-    """The recipe that the arguments of `quantize` mean."""
-    if recipe is not None and (bits is not None or preset is not None):
-        raise RecipeError("give a recipe, or a number of bits and a preset, not both.")
-    if isinstance(recipe, Recipe):
-        chosen = recipe
-        if changes:
-            raise RecipeError("changes apply to recipes by name or file; change the object itself.")
-    else:
-        if recipe is None:
-            recipe = recipes.best(DEFAULT_BITS if bits is None else bits, preset or "balanced")
-        chosen = recipes.load(recipe, changes)
-    values = chosen.to_dict()
-    if calibration is not None:
-        values["calibration"]["source"] = calibration
-    if seed is not None:
-        values["seed"] = seed
-    resolved = recipes.from_dict(values, chosen.name)
-    # What is recorded with the result says how many, whatever later versions take by default.
-    values["calibration"]["sequences"] = resolved.calibration.num_sequences
-    return recipes.from_dict(values, chosen.name)
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None and torch.cuda.is_available():
-        # One of several processes takes the GPU of its number.
-        own = os.environ.get("LOCAL_RANK", "0")
-        return torch.device("cuda", int(own)) if own != "0" else torch.device("cuda")
-    if name is None:
-        return torch.device("cpu")
-    known = _devices()
-    if name not in known:
-        raise ModelError(
-            f"{name!r} is no device that torch sees here: use one of {', '.join(known)}."
-        )
-    return torch.device(name)
-
-
-def _devices() -> list[str]:
-    """The names of the devices that a model can run on, here and now."""
-    names = ["cpu"]
-    for kind, backend in (("cuda", torch.cuda), ("xpu", torch.xpu)):
-        if backend.is_available():
-            names += [kind, *(f"{kind}:{i}" for i in range(backend.device_count()))]
-    if torch.backends.mps.is_available():
-        names.append("mps")
-    return names
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    choices = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if name is not None and name not in choices:
-        raise RecipeError(f"compute dtype {name!r}: use {', '.join(choices)}.")
-    return choices[name] if name else None

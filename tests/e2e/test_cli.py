@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from tests.support.tiny import TEXT, save_tiny
 from vqllm import api, cli
 from vqllm.errors import ModelError
+from vqllm.runs.devices import device_of
 
 SMALL = ("--set", "calibration.sequences=4", "--set", "calibration.length=32")
 COMMAND = (sys.executable, "-c", "from vqllm.cli import main; main()")
@@ -123,12 +124,12 @@ def test_a_refused_json_file_is_left_as_it_is(tmp_path: Path) -> None:
 def test_devices_are_those_that_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert str(api._device(None)) == "cuda"
+    assert str(device_of(None)) == "cuda"
     for name in ("cpu", "cuda", "cuda:0", "cuda:1"):
-        assert str(api._device(name)) == name
+        assert str(device_of(name)) == name
     for name in ("cuda:2", "cuda:-1", "cpu:3", "meta", "tpu", "", "0"):
         with pytest.raises(ModelError, match="use one of cpu, cuda, cuda:0, cuda:1"):
-            api._device(name)
+            device_of(name)
 
 
 @pytest.mark.parametrize("reader", ["true", "head -1"])

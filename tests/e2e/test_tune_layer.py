@@ -161,13 +161,13 @@ def test_no_predictions_are_made_that_nothing_asks_for(
     root, rounded, text, options, monkeypatch
 ) -> None:
     asked = []
-    teacher = teaching.CachedTeacher
+    teacher = teaching.StreamedPredictions
 
     def counted(open_stream, tokens, *rest):
         asked.append(len(tokens))
         return teacher(open_stream, tokens, *rest)
 
-    monkeypatch.setattr(teaching, "CachedTeacher", counted)
+    monkeypatch.setattr(teaching, "StreamedPredictions", counted)
     given = {**options, "eval_text": text} if options else {}
     output = root / f"nothing-asked-{len(options)}"
     told = run(rounded, output, text, recipe=recipe(steps=2), **given)

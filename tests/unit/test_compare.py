@@ -13,16 +13,18 @@ import torch
 
 from tests.support.tiny import tiny_model
 from vqllm import recipes
+from vqllm.calibration.layer_stream import layer_names
 from vqllm.core import memory
 from vqllm.core.pareto import pareto_front
+from vqllm.distillation.cached_predictions import RecordedPredictions
 from vqllm.errors import CheckpointError, RecipeError
 from vqllm.evaluation import perplexity as evaluation
+from vqllm.hf.linears import is_linear
 from vqllm.recipes import Recipe
 from vqllm.report.comparison import comparison_notes, comparison_pages, comparison_rows
 from vqllm.report.labels import overlap, place_labels
 from vqllm.report.summary import LABELS
 from vqllm.runs.compare.grid import expand, parse_grid
-from vqllm.runs.compare.original import Remembering
 from vqllm.runs.compare.ranking import EQUAL_BITS, EQUAL_BYTES, RULE, size_classes, standings
 from vqllm.runs.compare.result import ComparisonResult
 from vqllm.runs.compare.store import Store
@@ -329,7 +331,7 @@ def test_labels_hide_nothing_where_there_is_room() -> None:
 def test_a_folder_is_for_one_comparison(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     with Store(folder, {"text": "a", "windows": 2}) as store:
-        store.keep_result("one", {"kl": 0.5})
+        store.save_result("one", {"kl": 0.5})
         with pytest.raises(CheckpointError, match="another process is comparing"):
             Store(folder, {"text": "a", "windows": 2})
     with Store(folder, {"windows": 2, "text": "a"}) as store:
@@ -361,7 +363,7 @@ def test_damage_is_named_or_mended(tmp_path: Path) -> None:
             path.write_bytes(path.read_bytes()[:-5])
         assert store.sequences({"seed": 0}, make)["calibration"].shape == (2, 3)
         assert len(made) == 3
-        store.keep_result("one", {})
+        store.save_result("one", {})
         (store.staging / "results" / "one.json").write_text('{"kl": ')
         with pytest.raises(CheckpointError, match=r"one\.json is damaged.*Delete it and"):
             store.result("one")
@@ -373,45 +375,64 @@ def test_the_original_is_run_once_and_its_logits_stay_the_same(arch: str, tmp_pa
     original = tiny_model(arch, **overrides).to(torch.bfloat16)
     member = tiny_model(arch, seed=1, **overrides).to(torch.bfloat16)
     tokens = torch.randint(3, 384, (3, 40), generator=torch.Generator().manual_seed(0))
-    num_tokens: list[int] = []
-    original.get_input_embeddings().register_forward_pre_hook(
-        lambda _, given: num_tokens.append(given[0].numel())
-    )
+    num_layers: list[int] = []
+    names = layer_names(original)
+    linear = next(m for m in original.get_submodule(names[0]).modules() if is_linear(m))
+    linear.register_forward_pre_hook(lambda _, given: num_layers.append(1))
     expected = evaluation.compare(member, original, tokens)
-    for _ in range(2):
-        num_tokens.clear()
-        assert evaluation.compare(member, Remembering(original, tmp_path), tokens) == expected
-    assert sum(num_tokens) == len(tokens), "one token a window, the second time"
-    assert not original.get_output_embeddings()._forward_pre_hooks
+
+    def cached() -> RecordedPredictions:
+        return RecordedPredictions(original, tokens, tmp_path)
+
+    for num_runs in (len(tokens), 0):
+        num_layers.clear()
+        assert evaluation.compare(member, cached(), tokens) == expected
+        assert len(num_layers) == num_runs
+    assert not any(original.get_submodule(name)._forward_hooks for name in names)
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[:-5])
-    assert evaluation.compare(member, Remembering(original, tmp_path), tokens) == expected
+    assert evaluation.compare(member, cached(), tokens) == expected
+    # Other windows are run.
+    assert evaluation.compare(member, cached(), tokens[:, ::2]).kl >= 0
 
 
-def test_a_head_that_is_not_all_is_run_every_time(tmp_path: Path) -> None:
+def test_equal_windows_are_stored_too(tmp_path: Path) -> None:
+    model, tokens = tiny_model(), torch.arange(3, 43).expand(2, 40)
+    for _ in range(2):
+        cached = RecordedPredictions(model, tokens, tmp_path)
+        assert evaluation.compare(model, cached, tokens).kl == 0
+    assert not cached._missing
+
+
+def test_logits_that_do_not_follow_from_the_last_layer_are_computed_every_time(
+    tmp_path: Path,
+) -> None:
     class Mixed(torch.nn.Module):
-        """Its logits depend on more than what its head is given."""
+        """Its logits depend on what its first layer gives, too."""
 
         def __init__(self, model: Any) -> None:
             super().__init__()
             self.model, self.config, self.device = model, model.config, model.device
-
-        def get_output_embeddings(self) -> Any:
-            return self.model.get_output_embeddings()
+            self.dtype = model.dtype
+            first = model.get_submodule(layer_names(model)[0])
+            linear = next(module for module in first.modules() if is_linear(module))
+            self.sums: list[torch.Tensor] = []
+            linear.register_forward_hook(lambda *seen: self.sums.append(seen[-1].sum()))
 
         def forward(self, input_ids: torch.Tensor, **options: Any) -> Any:
             output = self.model(input_ids=input_ids, **options)
-            output.logits = output.logits + input_ids.sum()
+            output.logits = output.logits + sum(self.sums)
+            self.sums.clear()
             return output
 
     mixed = Mixed(tiny_model())
     tokens = torch.arange(3, 43)[None]
     with torch.inference_mode():
         expected = mixed(tokens, use_cache=False).logits
-        remembering = Remembering(mixed, tmp_path / "kept")
+        cached = RecordedPredictions(mixed, tokens, tmp_path / "cached")
         for _ in range(2):
-            assert torch.equal(remembering(tokens, use_cache=False).logits, expected)
-    assert not (tmp_path / "kept").exists()
+            assert torch.equal(cached(tokens, use_cache=False).logits, expected)
+    assert not (tmp_path / "cached").exists()
 
 
 def test_the_peak_of_memory_can_be_counted_from_here_on() -> None:

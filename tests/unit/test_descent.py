@@ -76,7 +76,10 @@ def test_a_loss_that_is_not_finite_goes_back_with_half_the_rates(caplog) -> None
     told = parabola.run()
     assert told["faults"] == 2
     assert told["after"] < 1e-3
-    assert "after step 24; back to step 20 with half the rates" in caplog.text
+    assert (
+        "parabola: step 24: loss or gradient is not finite; back to step 20 with half"
+        in caplog.text
+    )
 
 
 def test_each_fault_halves_the_steps() -> None:

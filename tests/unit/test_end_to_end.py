@@ -41,22 +41,22 @@ class Toy:
         return y
 
 
-class Keeper:
+class MemoryStates:
     def __init__(self, stop_after: int | None = None) -> None:
-        self.kept: tuple | None = None
+        self.saved: tuple | None = None
         self.num, self.stop_after = 0, stop_after
 
-    def last(self):
-        return self.kept
+    def load(self):
+        return self.saved
 
-    def save(self, told, tensors) -> None:
-        self.kept = (told, {name: t.clone() for name, t in tensors.items()})
+    def save(self, record, tensors) -> None:
+        self.saved = (record, {name: t.clone() for name, t in tensors.items()})
         self.num += 1
         if self.num == self.stop_after:
             raise KeyboardInterrupt
 
 
-def task(toy: Toy, keeper: Keeper | None = None) -> ModelTask:
+def task(toy: Toy, states: MemoryStates | None = None) -> ModelTask:
     tokens = torch.arange(30 * 8).reshape(30, 8) % VOCABULARY
     return ModelTask(
         student=toy.student,
@@ -66,8 +66,8 @@ def task(toy: Toy, keeper: Keeper | None = None) -> ModelTask:
         held_out=tokens[24:],
         seed=0,
         device=torch.device("cpu"),
-        keeper=keeper or Keeper(),
-        share=lambda done: None,
+        states=states or MemoryStates(),
+        report_progress=lambda done: None,
     )
 
 
@@ -110,11 +110,11 @@ def test_the_same_again_and_after_an_interruption() -> None:
     assert stage()(task(again)) == told
     assert torch.equal(again.scales, straight.scales)
     for stop_after in (1, 5, 11):
-        keeper = Keeper(stop_after)
+        states = MemoryStates(stop_after)
         with pytest.raises(KeyboardInterrupt):
-            stage()(task(Toy(), keeper))
-        toy = Toy()  # a new process knows nothing but what was kept
-        assert stage()(task(toy, keeper)) == told
+            stage()(task(Toy(), states))
+        toy = Toy()  # a new process knows nothing but what was saved
+        assert stage()(task(toy, states)) == told
         assert torch.equal(toy.scales, straight.scales)
 
 
@@ -148,7 +148,7 @@ def test_looks_are_spread_over_all_held_out_sequences() -> None:
     toy.student = lambda tokens: looked.append(tokens[:, 0].tolist()) or toy.table[tokens]
     held_out = torch.arange(40)[:, None].expand(40, 512) % VOCABULARY
     changed = replace(task(toy), held_out=held_out)
-    with pytest.raises(RuntimeError, match="does not require grad"):  # after the first look
+    with pytest.raises(ModelError, match="without gradients"):  # after the first evaluation
         stage(together=9)(changed)
     assert looked[0] == [row % VOCABULARY for row in (0, 10, 20, 30)]
 

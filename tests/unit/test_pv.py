@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.unit.test_end_to_end import Keeper
+from tests.unit.test_end_to_end import MemoryStates
 from vqllm.codecs import CODECS
 from vqllm.core import rng
 from vqllm.core.distributed import Processes
@@ -15,10 +15,10 @@ from vqllm.core.protocols import Codec
 from vqllm.core.tiles import to_tiles
 from vqllm.distillation.coded_weights import CodedWeights
 from vqllm.tuning.base import ModelTask, ModelTuning
-from vqllm.tuning.codes import CodeDescent
+from vqllm.tuning.codes import CodeTuning
 from vqllm.tuning.divergence import divergence
 from vqllm.tuning.end_to_end import EndToEnd
-from vqllm.tuning.pv import PV, PVRun
+from vqllm.tuning.pv import PV, PVLoop
 from vqllm.tuning.straight_through import StraightThrough
 from vqllm_kernels.linear import LinearSpec
 from vqllm_kernels.transforms import HadamardSpec
@@ -84,7 +84,7 @@ class Toy:
         return self.x[tokens] @ self.best.decoded().T
 
     def student(self, tokens: Tensor) -> Tensor:
-        W_RC = self.coded.overheard(self.coded.decoded())
+        W_RC = self.coded.with_recorded_gradient(self.coded.decoded())
         if torch.is_grad_enabled():
             self.num_calls += 1
             if self.num_calls in self.broken:
@@ -92,7 +92,7 @@ class Toy:
                 W_RC.register_hook(lambda gradient_RC: gradient_RC * math.nan)
         return self.x[tokens] @ W_RC.T * (1 + self.scales)
 
-    def task(self, stage: ModelTuning, keeper: Keeper | None = None) -> ModelTask:
+    def task(self, stage: ModelTuning, states: MemoryStates | None = None) -> ModelTask:
         learned = {name: own.delta for name, own in self.coded.learned.items()}
         parameters = {"rows": {"m": self.scales}, "codebooks": learned}
         parameters = {k: own for k, own in parameters.items() if k in stage.kinds and own}
@@ -109,8 +109,8 @@ class Toy:
             held_out=tokens,
             seed=0,
             device=torch.device("cpu"),
-            keeper=keeper or Keeper(),
-            share=lambda done: None,
+            states=states or MemoryStates(),
+            report_progress=lambda done: None,
         )
 
 
@@ -154,7 +154,7 @@ def test_it_beats_straight_through_and_scales_alone(name: str) -> None:
 
 def test_codes_that_may_move_lie_downhill_the_steepest_first() -> None:
     toy, stage = Toy(codec_of("e8p")), PV(steps=8, every=1, share=1.0)
-    run = PVRun(stage, toy.task(stage))
+    run = PVLoop(stage, toy.task(stage))
     before_NE, generator = toy.coded.tiles().flatten(0, 1), torch.Generator().manual_seed(0)
     gradient_NE, noise_NE = (torch.randn(before_NE.shape, generator=generator) for _ in range(2))
     run._real["m"] += noise_NE  # as earlier gradients may have left them
@@ -174,7 +174,7 @@ def test_codes_that_may_move_lie_downhill_the_steepest_first() -> None:
 STAGES = [PV, StraightThrough]
 
 
-def rounds_of_two(stage: type[CodeDescent]) -> CodeDescent:
+def rounds_of_two(stage: type[CodeTuning]) -> CodeTuning:
     return stage(steps=20, every=2, batch=12, rate=3e-3, train=("rows",))
 
 
@@ -204,28 +204,28 @@ def test_the_third_of_them_ends_it_at_the_best_state(stage) -> None:
     assert last_kl(told) < told["history"][0]["held_out_kl"]
 
 
-def looks_every_two_rounds(stage: type[CodeDescent]) -> CodeDescent:
+def looks_every_two_rounds(stage: type[CodeTuning]) -> CodeTuning:
     train = ("rows", "codebooks")
     return stage(steps=40, every=2, batch=4, rate=3e-3, weight_rate=0.2, train=train)
 
 
-def ended(stage: CodeDescent, keeper: Keeper | None = None, broken: set[int] | None = None):
+def ended(stage: CodeTuning, states: MemoryStates | None = None, broken: set[int] | None = None):
     """What is told, and where everything is in the end."""
     toy = Toy(codec_of("kmeans"))
     toy.broken = broken or set()
-    told = stage(toy.task(stage, keeper))
+    told = stage(toy.task(stage, states))
     codes = toy.coded.codes_at(torch.arange(math.prod(toy.coded.grid)))
     return told, toy.scales.tolist(), codes.tolist(), toy.coded.decoded().tolist()
 
 
-def stopped(stage: CodeDescent) -> Keeper:
-    """With what is kept at step 4, in the middle of the way between two looks."""
-    keeper = Keeper(stop_after=2)
+def stopped(stage: CodeTuning) -> MemoryStates:
+    """With what is saved at step 4, in the middle of the way between two evaluations."""
+    states = MemoryStates(stop_after=2)
     with pytest.raises(KeyboardInterrupt):
-        ended(stage, keeper)
-    assert keeper.kept is not None
-    assert keeper.kept[0]["step"] == 4
-    return keeper
+        ended(stage, states)
+    assert states.saved is not None
+    assert states.saved[0]["step"] == 4
+    return states
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -235,13 +235,13 @@ def test_a_stopped_run_ends_as_a_straight_one(stage) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_going_back_is_going_on_from_what_was_kept(stage) -> None:
-    """From the look at step 4 to the fault in step 8 codes moved, and gradients were heard."""
+def test_going_back_is_going_on_from_what_was_saved(stage) -> None:
+    """From the evaluation at step 4 to the fault in step 8 codes moved and gradients came in."""
     own = looks_every_two_rounds(stage)
-    keeper = stopped(own)
-    assert keeper.kept is not None
-    keeper.kept[0].update(faults=1, factor=0.5)
-    assert ended(own, keeper) == ended(own, broken={7})
+    states = stopped(own)
+    assert states.saved is not None
+    states.saved[0].update(faults=1, factor=0.5)
+    assert ended(own, states) == ended(own, broken={7})
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 
-from vqllm import api, recipes
+from vqllm import recipes
 from vqllm.allocation.run import needs_gradients
 from vqllm.core import resources
 from vqllm.errors import RecipeError
 from vqllm.plan.costs import code_bits
 from vqllm.recipes import from_dict, tuning_from_dict
 from vqllm.recipes.bases import merge
+from vqllm.runs.arguments import QuantizeArguments
+from vqllm.runs.commands import recipe_of
 
 MINIMAL = {"name": "x", "codec": {"type": "e8p"}, "rounding": {"type": "nearest"}}
 
@@ -187,7 +189,8 @@ def test_number_of_sequences_depends_on_source_and_length(values: dict, number: 
 
 @pytest.mark.parametrize(("source", "number"), [(None, 256), (["text.txt"], 512)])
 def test_a_run_records_the_number_of_sequences(source: list[str] | None, number: int) -> None:
-    run = api._recipe(from_dict(MINIMAL, "test"), None, None, source, None, ())
+    recipe = from_dict(MINIMAL, "test")
+    run = recipe_of(QuantizeArguments("model", "out", recipe, calibration=source))
     assert run.to_dict()["calibration"]["sequences"] == number
 
 

@@ -1,7 +1,6 @@
 """The original's predictions from stored states: those of the model itself, whatever follows its
 layers."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,9 +8,8 @@ import torch
 
 from tests.support.tiny import ARCHITECTURES, save_tiny
 from vqllm.calibration.layer_stream import LayerStream
-from vqllm.checkpoint.resume.run_folder import RunFolder
 from vqllm.core.distributed import Processes
-from vqllm.distillation.cached_teacher import CachedTeacher
+from vqllm.distillation.cached_predictions import StreamedPredictions
 from vqllm.errors import ModelError, NumericalError, OutOfSpaceError
 from vqllm.hf.loading import load_model
 
@@ -22,23 +20,24 @@ parameter."""
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[RunFolder]:
-    with RunFolder(tmp_path / "run", {}) as opened:
-        yield opened
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "run"
+    made.mkdir()
+    return made
 
 
-def cached(source: Path, folder: RunFolder, **options) -> CachedTeacher:
+def cached(source: Path, folder: Path, **options) -> StreamedPredictions:
     def open_stream(offload: Path) -> LayerStream:
         return LayerStream(source, torch.device("cpu"), offload, torch.bfloat16)
 
-    return CachedTeacher(open_stream, TOKENS, folder, Processes(), **options)
+    return StreamedPredictions(open_stream, TOKENS, folder, Processes(), **options)
 
 
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, *OTHERS])
-def test_it_predicts_as_the_model_does(arch: str, tmp_path: Path, folder: RunFolder) -> None:
+def test_it_predicts_as_the_model_does(arch: str, tmp_path: Path, folder: Path) -> None:
     source = save_tiny(tmp_path / "source", arch, num_hidden_layers=3, **OTHERS.get(arch, {}))
     shares: list[float] = []
-    teacher = cached(source, folder, share=shares.append)
+    teacher = cached(source, folder, report_progress=shares.append)
     assert shares[-1] == 1
     model = load_model(source, dtype=torch.bfloat16)
     for rows in ([0, 1], [5], [6, 2, 0]):
@@ -51,7 +50,7 @@ def test_it_predicts_as_the_model_does(arch: str, tmp_path: Path, folder: RunFol
     assert all(p.is_meta for layer in layers for p in layer.parameters())
 
 
-def test_it_is_found_again(tmp_path: Path, folder: RunFolder, monkeypatch) -> None:
+def test_it_is_found_again(tmp_path: Path, folder: Path, monkeypatch) -> None:
     source = save_tiny(tmp_path / "source")
     wanted = cached(source, folder)(TOKENS).logits
     run = LayerStream.run
@@ -61,7 +60,7 @@ def test_it_is_found_again(tmp_path: Path, folder: RunFolder, monkeypatch) -> No
 
     monkeypatch.setattr(LayerStream, "run", none_is_run)
     assert torch.equal(cached(source, folder)(TOKENS).logits, wanted)
-    file = folder.scratch / "teacher-0.bin"
+    file = folder / "teacher-0.bin"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(AssertionError):
         cached(source, folder)
@@ -69,27 +68,27 @@ def test_it_is_found_again(tmp_path: Path, folder: RunFolder, monkeypatch) -> No
     assert torch.equal(cached(source, folder)(TOKENS).logits, wanted)
 
 
-def test_a_killed_pass_is_made_again(tmp_path: Path, folder: RunFolder, monkeypatch) -> None:
+def test_a_killed_pass_is_made_again(tmp_path: Path, folder: Path, monkeypatch) -> None:
     source = save_tiny(tmp_path / "source")
 
     def killed(done: float) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cached(source, folder, share=killed)
-    assert (folder.scratch / "teacher-0.bin").is_file()
+        cached(source, folder, report_progress=killed)
+    assert (folder / "teacher-0.bin").is_file()
     model = load_model(source, dtype=torch.bfloat16)
     with torch.no_grad():
         assert torch.equal(cached(source, folder)(TOKENS).logits, model(TOKENS).logits)
 
 
-def test_a_sequence_that_it_has_not_seen(tmp_path: Path, folder: RunFolder) -> None:
+def test_a_sequence_that_it_has_not_seen(tmp_path: Path, folder: Path) -> None:
     teacher = cached(save_tiny(tmp_path / "source"), folder)
     with pytest.raises(ModelError, match="not seen"):
         teacher(TOKENS.flip(1))
 
 
-def test_an_original_that_is_not_finite(tmp_path: Path, folder: RunFolder) -> None:
+def test_an_original_that_is_not_finite(tmp_path: Path, folder: Path) -> None:
     source = save_tiny(tmp_path / "source")
     model = load_model(source)
     with torch.no_grad():
@@ -99,7 +98,7 @@ def test_an_original_that_is_not_finite(tmp_path: Path, folder: RunFolder) -> No
         cached(source, folder)
 
 
-def test_a_full_disk(tmp_path: Path, folder: RunFolder, monkeypatch) -> None:
+def test_a_full_disk(tmp_path: Path, folder: Path, monkeypatch) -> None:
     source = save_tiny(tmp_path / "source")
     monkeypatch.setattr(
         "vqllm.checkpoint.atomic.shutil.disk_usage", lambda path: type("", (), {"free": 100})

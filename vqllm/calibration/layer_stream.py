@@ -112,6 +112,28 @@ class Layers:
             raise ModelError(f"{self.names[index]} was never called by {type(self.model).__name__}")
         return result[0] if result else None
 
+    def run_all(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The model's logits [S, L, V] for tokens [S, L], and what its last layer gives [S, L, D].
+        All layers must be loaded."""
+        states: list[Tensor] = []
+
+        def watch(index: int) -> Callable[..., None]:
+            def read_output(_: nn.Module, args: Any, output: Any) -> None:
+                self._returns[index] = returns = _Output.of(output, self.names[index])
+                states[:] = [returns.states(output)]
+
+            return read_output
+
+        handles = [
+            layer.register_forward_hook(watch(index)) for index, layer in enumerate(self.layers)
+        ]
+        try:
+            logits = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        return logits, states[0]
+
     def after(self, tokens: Tensor, states: Tensor) -> Tensor:
         """The model's logits [S, L, V] if its last layer returned `states`: only what follows the
         layers runs. No layer is loaded for it, but each must have run once, in this stream or in

@@ -22,7 +22,7 @@ class CodedWeights(nn.Module):
         learned: a `Moved` for each tensor of the codec's state that can be trained: codebooks,
             tables, scales of groups. A single scale of the whole matrix is not among them: scales
             of rows have it in them.
-        listens: whether gradients of the weights are added up.
+        records_gradients: whether gradients of the weights are added up.
         version: grows when codes are exchanged.
     """
 
@@ -48,7 +48,7 @@ class CodedWeights(nn.Module):
         small, large = (codec.spec().layout(*_times(codec.tile, n)) for n in (1, 4096))
         self._alike = all(n in small and small[n] == large[n] for n in self._state)
         self._gradient_RC: Tensor | None = None
-        self.listens, self.version = False, 0
+        self.records_gradients, self.version = False, 0
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -90,7 +90,7 @@ class CodedWeights(nn.Module):
         """The codes, as the codec has them."""
         return self.get_buffer("codes")
 
-    def take(self, state: State) -> None:
+    def set_state(self, state: State) -> None:
         """Let what is learned be as in this state."""
         with torch.no_grad():
             for name, own in self.learned.items():
@@ -111,17 +111,17 @@ class CodedWeights(nn.Module):
             W_RC = transform.inverse(W_RC, state)
         return W_RC
 
-    def overheard(self, W_RC: Tensor) -> Tensor:
-        """The same weights; while `listens`, their gradients are added up."""
-        if not self.listens or not torch.is_grad_enabled():
+    def with_recorded_gradient(self, W_RC: Tensor) -> Tensor:
+        """The same weights; while `records_gradients`, their gradients are added up."""
+        if not self.records_gradients or not torch.is_grad_enabled():
             return W_RC
         if not W_RC.requires_grad:
             W_RC = W_RC.detach().requires_grad_()
         W_RC = W_RC.view_as(W_RC)
-        W_RC.register_hook(self._hear)
+        W_RC.register_hook(self._add_gradient)
         return W_RC
 
-    def _hear(self, gradient_RC: Tensor) -> None:
+    def _add_gradient(self, gradient_RC: Tensor) -> None:
         if self._gradient_RC is None:
             self._gradient_RC = gradient_RC.float()
         else:
@@ -129,11 +129,11 @@ class CodedWeights(nn.Module):
 
     @property
     def gradient_RC(self) -> Tensor | None:
-        """What was heard since the last `take_gradient`, in the model's basis, float32 [R, C]."""
+        """What was recorded since `take_gradient`, in the model's basis, float32 [R, C]."""
         return self._gradient_RC
 
     def take_gradient(self) -> Tensor:
-        """The sum of the gradients that were heard, of the decoded tiles [I, J, E]; begins anew.
+        """The sum of the gradients that were recorded, of the decoded tiles [I, J, E]; begins anew.
 
         It is 0 in the padding of the matrix.
         """
@@ -162,7 +162,7 @@ class CodedWeights(nn.Module):
         """Codes [K, M] of the tiles at these places."""
         return self.get_buffer("codes").flatten(0, 1)[where_K]
 
-    def put(self, codes_KM: Tensor, where_K: Tensor) -> None:
+    def set_codes(self, codes_KM: Tensor, where_K: Tensor) -> None:
         """Take these codes for the tiles at these places."""
         codes = self.get_buffer("codes")
         codes.view(-1, codes.shape[-1])[where_K] = codes_KM.to(codes)

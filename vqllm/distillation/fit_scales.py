@@ -57,13 +57,15 @@ def fit(
     if size == 0:
         return 0.0, 0.0
     before = loss = _loss(W_RC - _weights(linear), H_CC)
+    # Codebooks first: they change most, and scales then make up for what is left.
     if "codebooks" in kinds and linear.coded is not None and linear.coded.learned:
         coded = linear.coded
         problem = _InBasis(
             W_RC, H_CC, coded.codec, coded.codes_IJM, coded, linear.rows, linear.columns
         )
         state, loss = problem.improved(coded.state(), steps)
-        coded.take(state)
+        coded.set_state(state)
+    # Each kind of scales in closed form, the others as they are.
     for kind, own, solve in (
         ("columns", linear.columns, _columns),
         ("rows", linear.rows, _rows),

@@ -91,12 +91,12 @@ class ScaledLinear(nn.Module):
         if coded is None:
             return W_RC
         if coded.trains:
-            return coded.overheard(coded.decoded())
+            return coded.with_recorded_gradient(coded.decoded())
         if self._version != coded.version:
             with torch.no_grad():
                 W_RC.copy_(coded.decoded())
             self._version = coded.version
-        return coded.overheard(W_RC)
+        return coded.with_recorded_gradient(W_RC)
 
 
 @dataclass(frozen=True)
@@ -136,52 +136,76 @@ class Student:
         self.model = model
         self._checkpoint = checkpoint
         self.not_stored: list[str] = []
+        # Nothing asks for gradients but what is asked for below.
         model.requires_grad_(False)
+        self.linears = self._replace_linears(kinds, shared_by)
+        self.codes = {
+            n: linear.coded for n, linear in self.linears.items() if linear.coded is not None
+        }
+        self._moved = {
+            "vectors": {
+                f"{n}.bias": linear.bias
+                for n, linear in self.linears.items()
+                if linear.bias is not None
+            }
+        }
+        layers = [model.get_submodule(name) for name in layer_names(model)]
+        self._forwards = {layer: layer.forward for layer in layers}
+        self._move(kinds)
+        # Of all that could move, what is asked for.
+        parameters = self._all_parameters()
+        self.parameters = {k: own for k, own in parameters.items() if k in kinds and own}
+        for own in self.parameters.values():
+            for parameter in own.values():
+                parameter.requires_grad_(True)
+
+    def _replace_linears(
+        self, kinds: set[str], shared_by: Processes | None
+    ) -> dict[str, ScaledLinear]:
+        """Put a `ScaledLinear` in the place of every quantized linear of the layers, by name."""
+        checkpoint = self._checkpoint
         outside = set(checkpoint.quantization.outside_layers)
         found = {
             name: module
-            for name, module in model.named_modules()
+            for name, module in self.model.named_modules()
             if isinstance(module, VQLinear) and name in checkpoint.linears and name not in outside
         }
         codecs = codecs_of(checkpoint, found) if kinds & {"codebooks", "codes"} else {}
         linears: dict[str, ScaledLinear] = {}
         for name, module in found.items():
             bias = None if module.bias is None else checkpoint.read(f"{name}.bias")
+            # Codebooks and codes move in the codec's own terms; all else has constant weights.
             coded = None
             if codec := codecs.get(name):
                 coded = CodedWeights(module.spec, codec, module.packed, module.weight.dtype)
                 if "codes" not in kinds and not coded.learned:
                     coded = None  # values that are computed: nothing of it moves
             linears[name] = ScaledLinear(module, bias, coded).to(module.device)
-            model.set_submodule(name, linears[name])
+            self.model.set_submodule(name, linears[name])
             if shared_by is not None:
                 linears[name].split(shared_by)
-        self.linears = linears
-        self.codes = {n: linear.coded for n, linear in linears.items() if linear.coded is not None}
-        self._moved = {
-            "vectors": {f"{n}.bias": lin.bias for n, lin in linears.items() if lin.bias is not None}
-        }
-        layers = [model.get_submodule(name) for name in layer_names(model)]
-        self._forwards = {layer: layer.forward for layer in layers}
-        self._move(kinds)
-        self.parameters: dict[str, dict[str, nn.Parameter]] = {
-            "rows": {name: linear.rows for name, linear in linears.items()},
-            "columns": {name: linear.columns for name, linear in linears.items()},
+        return linears
+
+    def _all_parameters(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Everything that could be trained, by kind and name."""
+        scales_and_codebooks: dict[str, dict[str, nn.Parameter]] = {
+            "rows": {name: linear.rows for name, linear in self.linears.items()},
+            "columns": {name: linear.columns for name, linear in self.linears.items()},
             "codebooks": {
                 f"{name}.{key}": own.delta
                 for name, coded in self.codes.items()
                 for key, own in coded.learned.items()
             },
         }
-        for kind, moved in self._moved.items():
-            self.parameters[kind] = {name: own.delta for name, own in moved.items()}
-        self.parameters = {k: own for k, own in self.parameters.items() if k in kinds and own}
-        for own in self.parameters.values():
-            for parameter in own.values():
-                parameter.requires_grad_(True)
+        others = {
+            kind: {name: own.delta for name, own in moved.items()}
+            for kind, moved in self._moved.items()
+        }
+        return scales_and_codebooks | others
 
     def _move(self, kinds: set[str]) -> None:
         """Let vectors, and the matrices of head and embedding, move."""
+        # Linears are done; embedding and head may share one matrix, which then moves once.
         ends = {self.model.get_input_embeddings(), self.model.get_output_embeddings()}
         ours = {module for linear in self.linears.values() for module in linear.modules()}
         tied: dict[int, Moved] = {}

@@ -2,5 +2,5 @@
 
 May import: core, hf, recipes, models, calibration, plan, checkpoint, distillation, quantization,
 evaluation, report, tuning.
-Start at `quantize.py`.
+Start at `commands.py`, from the arguments of a command to a run; then `quantize.py`.
 """

@@ -18,22 +18,23 @@ from vqllm.errors import ModelError
 
 TUNINGS: Registry[Tuning] = Registry("tuning")
 
-LOOK_TOKENS = 2048
-"""Held-out tokens of a look: 4 % of the time of 240 steps of 512 tokens each."""
+EVALUATION_TOKENS = 2048
+"""Held-out tokens of an evaluation: 4 % of the time of 240 steps of 512 tokens each."""
 
 CODES = "codes"
 """Among the kinds of what moves: it has no parameters."""
 
 
-class Keeper(Protocol):
-    """Keeps the state of a stage, so that an interrupted run goes on from there."""
+class StateStore(Protocol):
+    """Holds the state of a stage, so that an interrupted run goes on from there."""
 
-    def last(self) -> tuple[JSON, dict[str, Tensor]] | None:
-        """What was kept last, in this run or an earlier one; None if nothing was."""
+    def load(self) -> tuple[JSON, dict[str, Tensor]] | None:
+        """What was saved last, in this run or an earlier one; None if nothing was. It is not
+        changed in place."""
         ...
 
-    def save(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:
-        """Keep this in place of what was kept before. The tensors may change afterwards."""
+    def save(self, record: JSON, tensors: Mapping[str, Tensor]) -> None:
+        """Save this in place of what was saved before. The tensors may change afterwards."""
         ...
 
 
@@ -56,12 +57,12 @@ Duration = Annotated[str, BeforeValidator(_checked_duration)]
 """What `seconds_of` reads."""
 
 
-def looked_at(held_out_SL: Tensor) -> Tensor:
-    """The held-out sequences that looks measure, `LOOK_TOKENS` of them. Spread evenly: sequences of
-    one source follow each other."""
+def evaluation_sequences(held_out_SL: Tensor) -> Tensor:
+    """The held-out sequences that evaluations measure, `EVALUATION_TOKENS` of them. Spread evenly:
+    sequences of one source follow each other."""
     num, length = held_out_SL.shape
-    num_looked_at = min(num, max(1, LOOK_TOKENS // length))
-    return held_out_SL[torch.arange(num_looked_at) * num // num_looked_at]
+    num_taken = min(num, max(1, EVALUATION_TOKENS // length))
+    return held_out_SL[torch.arange(num_taken) * num // num_taken]
 
 
 class DecoderLayers(Protocol):
@@ -87,7 +88,7 @@ class DecoderLayers(Protocol):
 class CodedMatrix(Protocol):
     """A quantized matrix whose codes a stage may exchange. Tiles are [E] in the codec's basis."""
 
-    listens: bool
+    records_gradients: bool
     """whether gradients of the weights are added up"""
 
     @property
@@ -111,7 +112,7 @@ class CodedMatrix(Protocol):
         """Codes [K, M] of the tiles at these places."""
         ...
 
-    def put(self, codes_KM: Tensor, where_K: Tensor) -> None:
+    def set_codes(self, codes_KM: Tensor, where_K: Tensor) -> None:
         """Take these codes for the tiles at these places."""
         ...
 
@@ -153,9 +154,10 @@ class ModelTask:
     held_out: Tensor
     seed: int
     device: torch.device
-    keeper: Keeper
-    share: Callable[[float], None]
-    """is told how much of the stage is done, from 0 to 1"""
+    states: StateStore
+    """of the stage"""
+    report_progress: Callable[[float], None]
+    """is called with the share of the stage that is done, from 0 to 1"""
     codes: Mapping[str, CodedMatrix] = field(default_factory=dict)
     linears: Mapping[str, FittedLinear] = field(default_factory=dict)
     """the quantized linears of the layers by name"""

@@ -20,7 +20,7 @@ from vqllm.tuning.base import (
     Duration,
     ModelTask,
     ModelTuning,
-    looked_at,
+    evaluation_sequences,
     seconds_of,
 )
 
@@ -60,11 +60,11 @@ class LayerRun(ABC, Generic[S]):
         length = task.sequences.shape[1]
         most = CPU_TOKENS if task.device.type == "cpu" else TOKENS
         self._together = stage.together or max(1, most // length)
-        self._parts = task.sequences, looked_at(task.held_out)
+        self._parts = task.sequences, evaluation_sequences(task.held_out)
         self._states: list[Tensor | None] = [None, None]
         """inputs of the quantized layer, for training and held-out sequences"""
         self._layers: list[JSON] = []
-        self._before, self._start = 0.0, time.monotonic()
+        self._seconds_before, self._start = 0.0, time.monotonic()
 
     def run(self) -> JSON:
         """Tune layer after layer; what the report says of them."""
@@ -75,23 +75,25 @@ class LayerRun(ABC, Generic[S]):
                 f"nothing to tune: the layers have none of {wanted}. Add kinds to `train`."
             )
         num_done = 0
-        if kept := self._task.keeper.last():
-            num_done = self._load(*kept)
+        if saved := self._task.states.load():
+            num_done = self._load(*saved)
         for index, name in enumerate(names):
             if index >= num_done and self._is_over():
                 break
-            with self._teacher.ready(index) as theirs:
-                self._look(index, theirs)
+            # The original's layer is in memory here only.
+            with self._teacher.ready(index) as original:
+                self._read_original(index, original)
+            # A layer that an earlier run tuned has only to pass its states on.
             parameters = self._parameters(name)
             if index >= num_done and parameters:
                 self._train(index, parameters)
-                self._keep(index + 1)
+                self._save(index + 1)
             self._states = list(self._outputs(self._student, index, self._states))
-            self._task.share((index + 1) / len(names))
-        return {"layers": self._layers, "faults": sum(told["faults"] for told in self._layers)}
+            self._task.report_progress((index + 1) / len(names))
+        return {"layers": self._layers, "faults": sum(layer["faults"] for layer in self._layers)}
 
     @abstractmethod
-    def _look(self, index: int, theirs: object) -> None:
+    def _read_original(self, index: int, original: object) -> None:
         """Take what is wanted of the original's layer, which is ready to run."""
 
     @abstractmethod
@@ -99,7 +101,7 @@ class LayerRun(ABC, Generic[S]):
         """Move these parameters of the quantized layer, and add to `_layers` what came of it."""
 
     def _elapsed(self) -> float:
-        return self._before + time.monotonic() - self._start
+        return self._seconds_before + time.monotonic() - self._start
 
     def _is_over(self) -> bool:
         """Whether time is up, as the first process has it, and at least one layer is trained."""
@@ -145,20 +147,22 @@ class LayerRun(ABC, Generic[S]):
         assert output is not None, "nothing ends it early"
         return output
 
-    def _keep(self, num_done: int) -> None:
+    def _save(self, num_done: int) -> None:
+        """What an interrupted run goes on from: the parameters of the layers that are done."""
         tensors = {
             name: parameter.detach().clone()
             for layer in self._student.names[:num_done]
             for name, parameter in self._parameters(layer).items()
         }
-        told = {"num_done": num_done, "layers": self._layers, "elapsed": self._elapsed()}
-        self._task.keeper.save(told, tensors)
+        record = {"num_done": num_done, "layers": self._layers, "elapsed": self._elapsed()}
+        self._task.states.save(record, tensors)
 
-    def _load(self, told: JSON, tensors: dict[str, Tensor]) -> int:
-        self._layers, self._before = list(told["layers"]), told["elapsed"]
+    def _load(self, record: JSON, tensors: dict[str, Tensor]) -> int:
+        """Go on from what `_save` saved; the number of layers that are done."""
+        self._layers, self._seconds_before = list(record["layers"]), record["elapsed"]
         with torch.no_grad():
             for layer in self._student.names:
                 for name, parameter in self._parameters(layer).items():
                     if name in tensors:
                         parameter.copy_(tensors[name])
-        return told["num_done"]
+        return record["num_done"]

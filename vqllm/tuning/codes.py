@@ -10,11 +10,12 @@ from torch import Tensor
 
 from vqllm.core.protocols import JSON
 from vqllm.errors import ModelError
+from vqllm.tuning.adam_loop import named, under
 from vqllm.tuning.base import CODES, CodedMatrix, ModelTask
-from vqllm.tuning.end_to_end import Descent, Kind, Run
+from vqllm.tuning.end_to_end import Kind, PredictionLoop, PredictionTuning
 
 
-class CodeDescent(Descent):
+class CodeTuning(PredictionTuning):
     """Steps on what is continuous, and after a round of them one on the codes."""
 
     train: tuple[Kind, ...] = Field(
@@ -40,15 +41,16 @@ class CodeDescent(Descent):
         return frozenset({*self.train, CODES})
 
 
-class CodeRun(Run):
+class CodeLoop(PredictionLoop):
     """Codes belong to the state, and the real weights that they follow, which begin as the decoded
-    ones. A look falls between two rounds, so that a run that goes on there has missed nothing."""
+    ones. An evaluation falls between two rounds, so that a run that goes on there has missed
+    nothing."""
 
     MOMENTUM = 0.0
     """The mean of earlier gradients is that of other codes: with 0.9 of it, half of the P steps of
     the test of one matrix led uphill."""
 
-    def __init__(self, stage: CodeDescent, task: ModelTask) -> None:
+    def __init__(self, stage: CodeTuning, task: ModelTask) -> None:
         if not task.codes:
             raise ModelError("no codes to move: no linear of the layers is quantized.")
         super().__init__(stage, task)
@@ -58,16 +60,16 @@ class CodeRun(Run):
         self._real = {name: X_IJE.flatten(0, 1).clone() for name, X_IJE in tiles.items()}
         """[I·J, E] by matrix"""
         for matrix in task.codes.values():
-            matrix.listens = True
+            matrix.records_gradients = True
 
-    def run(self) -> JSON:
+    def run(self) -> None:
         try:
-            return super().run()
+            super().run()
         finally:
             for matrix in self._task.codes.values():
-                matrix.listens = False
+                matrix.records_gradients = False
 
-    def _may_look(self) -> bool:
+    def _may_evaluate(self) -> bool:
         return self._step % self._every == 0
 
     def _after_step(self) -> bool:
@@ -102,27 +104,22 @@ class CodeRun(Run):
     def _restore(self, tensors: Mapping[str, Tensor]) -> None:
         super()._restore(tensors)
         for name, matrix in self._task.codes.items():
-            matrix.put(tensors[f"{CODES}.{name}"].to(self._task.device), everywhere(matrix))
+            matrix.set_codes(tensors[f"{CODES}.{name}"].to(self._task.device), everywhere(matrix))
             matrix.take_gradient()
 
     def _state(self) -> tuple[JSON, dict[str, Tensor]]:
-        told, tensors = super()._state()
-        return told, tensors | named("real", self._real)
+        record, tensors = super()._state()
+        return record, tensors | named("real", self._real)
 
-    def _load(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:
-        super()._load(told, tensors)
-        restore("real", self._real, tensors)
-
-
-def named(prefix: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of each matrix as a state has them."""
-    return {f"{prefix}.{name}": X_NE for name, X_NE in own.items()}
+    def _load(self, record: JSON, tensors: Mapping[str, Tensor]) -> None:
+        super()._load(record, tensors)
+        copy_into(self._real, under("real", tensors))
 
 
-def restore(prefix: str, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Take what `named` put into a state."""
+def copy_into(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Give the tensors of each matrix these values, in place."""
     for name, X_NE in own.items():
-        X_NE.copy_(tensors[f"{prefix}.{name}"])
+        X_NE.copy_(values[name])
 
 
 def everywhere(matrix: CodedMatrix) -> Tensor:

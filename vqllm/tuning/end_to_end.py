@@ -1,51 +1,48 @@
 """Codes fixed, all that is continuous trained: a model that predicts what the original predicts.
 
-Adam on the mean KL divergence of the predictions. A look at the held-out sequences every tenth
-of the way tells which state was the best one, and that is where the parameters end. A loss or a
-gradient that is not finite takes the run back to the last look with half the rates; the third time
-ends it.
+Adam on the mean KL divergence of the predictions (`adam_loop`). An evaluation on the held-out
+sequences every tenth of the way tells which state was the best one, and that is where the
+parameters end. A loss or a gradient that is not finite takes the run back to the last evaluation
+with half the rates; the third time ends it.
 
 Sources: Tseng et al., "QuIP#", arXiv 2402.04396, section 5 (sign and scale vectors and norms,
 trained end to end); Malinovskii et al., "PV-Tuning", arXiv 2405.14852 (KL divergence from the
 original as the objective).
 """
 
-import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqllm.core import rng
 from vqllm.core.protocols import JSON
 from vqllm.errors import ModelError
+from vqllm.tuning.adam_loop import AdamLoop, Evaluation, Schedule
 from vqllm.tuning.base import (
     MODEL_TUNINGS,
     Duration,
     ModelTask,
     ModelTuning,
-    looked_at,
+    evaluation_sequences,
     seconds_of,
 )
 from vqllm.tuning.divergence import divergence
 
-logger = logging.getLogger(__name__)
-
 Kind = Literal["rows", "columns", "vectors", "head", "codebooks"]
 
-LOOKS = 10
+EVALUATIONS = 10
 WARM_UP = 0.05
-"""Share of the way on which the rates rise from 0."""
-MAX_FAULTS = 3
 LOGIT_BYTES = 1 << 28
 """Of the logits of sequences that run together, counted in float32."""
 
 
-class Descent(ModelTuning):
+class PredictionTuning(ModelTuning):
     """What stages that follow the original's predictions have in common."""
 
     train: tuple[Kind, ...] = Field(
@@ -99,82 +96,55 @@ class Descent(ModelTuning):
         return {"head": self.head_rate, "codebooks": self.codebook_rate}.get(kind, self.rate)
 
     def __call__(self, task: ModelTask) -> JSON:
-        return Run(self, task).run()
+        return PredictionLoop(self, task).train()
 
 
 @MODEL_TUNINGS.register("end_to_end")
-class EndToEnd(Descent):
+class EndToEnd(PredictionTuning):
     """Scales, norms and biases, optionally codebooks and head, trained against the original's
     predictions."""
 
     type: Literal["end_to_end"] = "end_to_end"
 
 
-class Run:
-    """A stage on its way. Its state is what `_state` says, and nothing else."""
+class PredictionLoop(AdamLoop):
+    """A stage on its way."""
 
     MOMENTUM = 0.9
 
-    def __init__(self, stage: Descent, task: ModelTask) -> None:
+    def __init__(self, stage: PredictionTuning, task: ModelTask) -> None:
         stage.check(task.parameters)
-        self._stage, self._task, self._processes = stage, task, task.processes
-        self._parameters: dict[str, nn.Parameter] = {}
-        groups = []
-        for kind in dict.fromkeys(stage.train):  # one that is named twice moves once
-            for name, parameter in task.parameters.get(kind, {}).items():
-                self._parameters[f"{kind}.{name}"] = parameter
-                rate = stage.rate_of(kind)
-                groups.append({"params": [parameter], "lr": rate, "full_rate": rate})
-        # beta2 of 0.95, as in PV-Tuning: a few hundred steps are too few for 0.999.
-        self._optimizer = torch.optim.Adam(groups, betas=(self.MOMENTUM, 0.95))
-        self._step = self._faults = self._vocabulary = 0
-        self._looked = -1
-        self._factor, self._before = 1.0, 0.0
-        self._history: list[JSON] = []
-        self._best: dict[str, Tensor] = {}
-        self._losses: list[float] = []
+        self._stage, self._task = stage, task
+        parameters = {
+            f"{kind}.{name}": (parameter, stage.rate_of(kind))
+            for kind in dict.fromkeys(stage.train)  # one that is named twice moves once
+            for name, parameter in task.parameters.get(kind, {}).items()
+        }
+        schedule = Schedule(
+            steps=stage.steps, evaluations=EVALUATIONS, warm_up=WARM_UP, momentum=self.MOMENTUM
+        )
+        super().__init__(
+            stage.type, parameters, schedule, task.processes, task.states, task.report_progress
+        )
+        self._vocabulary = 0
+        """tokens that the original predicts; 0 before it was asked"""
+        self._seconds_before = 0.0
+        """that the training took before `_start`"""
         self._start = time.monotonic()
 
-    def run(self) -> JSON:
-        if kept := self._task.keeper.last():
-            self._load(*kept)
-            self._say("tuning goes on at step %d of %d", self._step, self._stage.steps)
-        while not (self._is_over() and self._was_looked_at()):
-            if self._is_due():
-                self._look()
-            elif not self._advance():
-                self._go_back()
-            self._task.share(self._progress())
-        self._restore(self._best)
-        return self._told()
+    def train(self) -> JSON:
+        """Train; what the report says about it."""
+        self.run()
+        return self._report()
 
-    def _told(self) -> JSON:
-        best = min(self._history, key=lambda look: look["held_out_kl"])
-        return {"history": self._history, "best_step": best["step"], "faults": self._faults}
-
-    def _is_due(self) -> bool:
-        """Whether it is time for a look."""
-        if self._was_looked_at():
-            return False
-        return self._is_over() or (self._may_look() and self._tenth() > self._looked)
-
-    def _may_look(self) -> bool:
-        """Whether the state is one that a run can go on from."""
-        return True
-
-    def _was_looked_at(self) -> bool:
-        return bool(self._history) and self._history[-1]["step"] == self._step
-
-    def _tenth(self) -> int:
-        """How many of the parts of the way after which to look are done."""
-        return int(LOOKS * self._progress() + 1e-9)
-
-    def _is_over(self) -> bool:
-        return self._faults >= MAX_FAULTS or self._progress() >= 1
+    def _report(self) -> JSON:
+        history = [asdict(evaluation) for evaluation in self._history]
+        best = self._best_evaluation.step
+        return {"history": history, "best_step": best, "faults": self._faults}
 
     def _progress(self) -> float:
         """Share of the way that is done: by steps, or by time where that is shorter."""
-        done = self._step / self._stage.steps
+        done = super()._progress()
         if self._stage.time is not None:
             done = max(done, self._elapsed() / (seconds_of(self._stage.time) or 1))
             # Clocks differ, and all must stop at the same step.
@@ -182,32 +152,40 @@ class Run:
             done = float(self._processes.sum(own))
         return min(done, 1.0)
 
-    def _elapsed(self) -> float:
-        return self._before + time.monotonic() - self._start
+    def _progress_after_step(self) -> float:
+        return min(1.0, self._progress() + 1 / self._stage.steps)
 
-    def _look(self) -> None:
-        """Measure on held-out sequences, remember the best state, and keep all of it."""
-        with torch.no_grad():
-            loss = self._mean_loss(looked_at(self._task.held_out))
-        recent = sum(self._losses) / len(self._losses) if self._losses else None
-        if not math.isfinite(loss):
-            self._go_back()
-            return
-        self._looked = self._tenth()
-        if loss < min((look["held_out_kl"] for look in self._history), default=math.inf):
-            self._best = self._copies()
-        self._history.append({"step": self._step, "train_kl": recent, "held_out_kl": loss})
-        self._say(
+    def _elapsed(self) -> float:
+        return self._seconds_before + time.monotonic() - self._start
+
+    def _held_out_loss(self) -> float:
+        return self._mean_loss(evaluation_sequences(self._task.held_out))
+
+    def _log_evaluation(self, evaluation: Evaluation) -> None:
+        recent = evaluation.train_kl
+        self._log(
             "step %d of %d: KL %.4f on held-out sequences%s",
-            self._step,
-            self._stage.steps,
-            loss,
+            *(evaluation.step, self._stage.steps, evaluation.held_out_kl),
             "" if recent is None else f", {recent:.4f} on the last batches",
         )
-        self._losses = []
-        self._task.keeper.save(*self._state())
+
+    def _error_at_start(self) -> ModelError:
+        return ModelError(
+            "the quantized model's predictions are not finite before the first step: the "
+            "checkpoint is damaged, or its dtype is too narrow for this model."
+        )
+
+    def _step_losses(self, step: int) -> Iterator[Tensor]:
+        tokens_SL = self._task.sequences[self._batch(step)]
+        for part, weight in self._parts(tokens_SL):
+            yield weight * self._loss(part) / tokens_SL.numel()
+
+    def _backward(self, loss: Tensor) -> None:
+        # Of everything: codes take the gradients of weights, which are no parameters here.
+        loss.backward()
 
     def _mean_loss(self, sequences_SL: Tensor) -> float:
+        """The mean KL divergence over the positions of some sequences, over all processes."""
         total = torch.zeros((), device=self._task.device)
         for tokens, weight in self._parts(sequences_SL):
             total += weight * self._loss(tokens)
@@ -224,6 +202,7 @@ class Run:
         return parts + along * [(sequences_SL[:1], 0)]
 
     def _loss(self, tokens_SL: Tensor) -> Tensor:
+        """The sum of KL divergences over the positions of some sequences."""
         tokens_SL = tokens_SL.to(self._task.device)
         with torch.no_grad():
             other = self._task.teacher(tokens_SL)
@@ -236,6 +215,7 @@ class Run:
         return divergence(own, other)
 
     def _together(self, sequences_SL: Tensor) -> int:
+        """How many of these sequences run at a time."""
         if self._stage.together is not None:
             return self._stage.together
         if self._vocabulary == 0:
@@ -244,54 +224,10 @@ class Run:
             self._vocabulary = one.shape[-1]
         return max(1, LOGIT_BYTES // (4 * self._vocabulary * sequences_SL.shape[1]))
 
-    def _advance(self) -> bool:
-        """One step; False if something was not finite, and what moved must be taken back."""
-        stage = self._stage
-        done = min(1.0, self._progress() + 1 / stage.steps)
-        rising = min(1.0, done / WARM_UP)
-        for group in self._optimizer.param_groups:
-            falling = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-            group["lr"] = group["full_rate"] * self._factor * rising * max(falling, 1e-3)
-        self._optimizer.zero_grad(set_to_none=True)
-        tokens_SL = self._task.sequences[self._batch()]
-        total = torch.zeros(1, device=self._task.device)
-        for part, weight in self._parts(tokens_SL):
-            loss = weight * self._loss(part) / tokens_SL.numel()
-            loss.backward()
-            total += loss.detach()
-        if not self._gather(total):
-            return False
-        self._optimizer.step()
-        self._step += 1
-        self._losses.append(float(total))
-        return self._after_step()
-
-    def _after_step(self) -> bool:
-        """Move what else moves; False as in `_advance`."""
-        return True
-
-    def _gather(self, total: Tensor) -> bool:
-        """Sum loss and gradients over the processes, in place; whether all of it is finite."""
-        parameters = list(self._parameters.values())
-        for parameter in parameters:
-            if parameter.grad is None:  # where this process had no sequence of the step
-                parameter.grad = torch.zeros_like(parameter)
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if self._processes.size > 1:
-            flat = torch.cat([total, *(grad.flatten() for grad in grads)])
-            parts = self._processes.sum(flat).split([1, *(grad.numel() for grad in grads)])
-            for own, summed in zip([total, *grads], parts):
-                own.copy_(summed.view_as(own))
-        return all(bool(values.isfinite().all()) for values in (total, *grads))
-
-    def _say(self, line: str, *values: object, level: int = logging.INFO) -> None:
-        if self._processes.is_first:
-            logger.log(level, line, *values)
-
-    def _batch(self) -> Tensor:
-        """The sequences of this step: all of them once in random order, then again in another."""
+    def _batch(self, step: int) -> Tensor:
+        """The sequences of a step: all of them once in random order, then again in another."""
         num, size = len(self._task.sequences), self._stage.batch
-        first = self._step * size
+        first = step * size
         orders: dict[int, Tensor] = {}
         rows = []
         for place in range(first, first + size):
@@ -303,67 +239,14 @@ class Run:
         return torch.stack(rows)
 
     def _go_back(self) -> None:
-        kept = self._task.keeper.last()
-        if kept is None:
-            raise ModelError(
-                "the quantized model's predictions are not finite before the first step: the "
-                "checkpoint is damaged, or its dtype is too narrow for this model."
-            )
-        faults, factor = self._faults + 1, self._factor / 2
-        self._say(
-            "step %d: loss or gradient is not finite; back to step %d with half the rates%s",
-            self._step,
-            kept[0]["step"],
-            ", and stopped there" if faults >= MAX_FAULTS else "",
-            level=logging.WARNING,
-        )
-        before = self._elapsed()
-        self._load(*kept)
-        self._faults, self._factor = faults, factor
-        self._before, self._start = before, time.monotonic()
+        # Time does not go back.
+        elapsed = self._elapsed()
+        super()._go_back()
+        self._seconds_before, self._start = elapsed, time.monotonic()
 
-    def _copies(self) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in self._parameters.items()}
+    def _record(self) -> JSON:
+        return {**super()._record(), "elapsed": self._elapsed()}
 
-    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(tensors[name])
-
-    def _state(self) -> tuple[JSON, dict[str, Tensor]]:
-        """What a run goes on from. Its tensors are those at work, not copies of them all."""
-        told = {
-            "step": self._step,
-            "faults": self._faults,
-            "factor": self._factor,
-            "looked": self._looked,
-            "elapsed": self._elapsed(),
-            "history": list(self._history),
-        }
-        tensors = {f"now.{name}": tensor for name, tensor in self._copies().items()}
-        tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()}
-        for name, parameter in self._parameters.items():
-            for key, value in self._optimizer.state.get(parameter, {}).items():
-                tensors[f"adam.{key}.{name}"] = value.detach()
-        return told, tensors
-
-    def _load(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:
-        self._step, self._faults, self._factor = told["step"], told["faults"], told["factor"]
-        self._looked = told["looked"]
-        self._before, self._start = told["elapsed"], time.monotonic()
-        self._history, self._losses = list(told["history"]), []
-        self._restore(_under("now.", tensors))
-        self._best = {
-            name: tensor.to(self._task.device).clone()
-            for name, tensor in _under("best.", tensors).items()
-        }
-        self._optimizer.state.clear()
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            for name, value in _under(f"adam.{key}.", tensors).items():
-                parameter = self._parameters[name]
-                device = torch.device("cpu") if key == "step" else parameter.device
-                self._optimizer.state[parameter][key] = value.to(device, copy=True)
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    def _load(self, record: JSON, tensors: Mapping[str, Tensor]) -> None:
+        super()._load(record, tensors)
+        self._seconds_before, self._start = record["elapsed"], time.monotonic()

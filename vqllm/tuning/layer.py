@@ -61,33 +61,35 @@ class _Run(LayerRun[Layer]):
     def __init__(self, stage: Layer, task: ModelTask) -> None:
         super().__init__(stage, task)
         self._wanted: list[Tensor] = []
-        self._theirs: list[Tensor | None] = [None, None]
+        """outputs that the layer is to have"""
+        self._original_states: list[Tensor | None] = [None, None]
         """inputs of the original's layer in the original model"""
 
-    def _look(self, index: int, theirs: object) -> None:
-        inputs = self._theirs if self._stage.aim == "original" else self._states
+    def _read_original(self, index: int, original: object) -> None:
+        of_original = self._stage.aim == "original"
+        inputs = self._original_states if of_original else self._states
         self._wanted = self._outputs(self._teacher, index, inputs)
-        self._theirs = list(self._wanted)
+        self._original_states = list(self._wanted)
 
     def _train(self, index: int, parameters: dict[str, nn.Parameter]) -> None:
         stage, task, name = self._stage, self._task, self._student.names[index]
 
-        def loss(step: int) -> Iterator[Tensor]:
+        def losses(step: int) -> Iterator[Tensor]:
             rows = batch(step, stage.batch, len(task.sequences), task.seed, name)
             yield from self._errors(index, 0, rows)
 
-        def look() -> float:
+        def evaluate() -> float:
             total = torch.zeros((), device=task.device)
             for part in self._errors(index, 1, torch.arange(len(self._parts[1]))):
                 total += part
             return float(task.processes.sum(total))
 
         rates = [(parameter, stage.rate) for parameter in parameters.values()]
-        told = descend(rates, stage.steps, loss, look, name, task.processes)
-        self._layers.append({"layer": index, **told})
+        trained = descend(rates, stage.steps, losses, evaluate, name, task.processes)
+        self._layers.append({"layer": index, **trained})
         if task.processes.is_first:
             line = "%s: error of its output on held-out sequences %.4g, trained %.4g"
-            logger.info(line, name, told["before"], told["after"])
+            logger.info(line, name, trained["before"], trained["after"])
 
     def _errors(self, index: int, part: int, rows: Tensor) -> Iterator[Tensor]:
         """The mean error of sequences by number, in pieces whose sum it is, as far as they are of

@@ -37,13 +37,13 @@ from torch import Tensor
 
 from vqllm.core.protocols import JSON
 from vqllm.tuning.base import MODEL_TUNINGS, CodedMatrix, ModelTask
-from vqllm.tuning.codes import CodeDescent, CodeRun
+from vqllm.tuning.codes import CodeLoop, CodeTuning
 
 LEAST_SHARE = 1e-6
 
 
 @MODEL_TUNINGS.register("pv")
-class PV(CodeDescent):
+class PV(CodeTuning):
     """A small share of the codes moves after every round, where that lowers the loss."""
 
     type: Literal["pv"] = "pv"
@@ -62,7 +62,7 @@ class PV(CodeDescent):
     )
 
     def __call__(self, task: ModelTask) -> JSON:
-        return PVRun(self, task).run()
+        return PVLoop(self, task).train()
 
 
 @dataclass
@@ -81,8 +81,8 @@ class _Exchange:
             how many have new ones.
         """
         num = round(part * len(self.where_K))
-        self.matrix.put(self.new_KM[:num], self.where_K[:num])
-        self.matrix.put(self.old_KM[num:], self.where_K[num:])
+        self.matrix.set_codes(self.new_KM[:num], self.where_K[:num])
+        self.matrix.set_codes(self.old_KM[num:], self.where_K[num:])
         return num
 
 
@@ -90,7 +90,7 @@ def _apply(exchanges: list[_Exchange], part: float) -> int:
     return sum(exchange.apply(part) for exchange in exchanges)
 
 
-class PVRun(CodeRun):
+class PVLoop(CodeLoop):
     """The share of the next round and the counts of the report belong to the state too."""
 
     def __init__(self, stage: PV, task: ModelTask) -> None:
@@ -101,7 +101,9 @@ class PVRun(CodeRun):
 
     def _move_codes(self, gradients: dict[str, Tensor]) -> None:
         exchanges = [self._exchange(name, gradients.pop(name)) for name in self._task.codes]
-        tokens_SL = self._task.sequences[self._batch()]
+        # The batch that the next step takes: no gradient was taken on it yet.
+        tokens_SL = self._task.sequences[self._batch(self._step)]
+        # The whole step, half of it, ...: the first that lowers the loss.
         with torch.no_grad():
             before = self._mean_loss(tokens_SL)
             for part in (2.0**-i for i in range(self._pv.tries)):
@@ -112,6 +114,7 @@ class PVRun(CodeRun):
                     break
             else:
                 moved, after, factor = _apply(exchanges, 0), before, 0.5
+        # A step that went through makes the next one longer.
         self._share = min(self._pv.share, max(LEAST_SHARE, self._share * factor))
         self._rounds.append({"step": self._step, "moved": moved, "kl": [before, after]})
 
@@ -119,35 +122,39 @@ class PVRun(CodeRun):
     def _exchange(self, name: str, gradient_NE: Tensor) -> _Exchange:
         """Move the real weights of a matrix; the codes that the farthest tiles would get."""
         matrix, real_NE = self._task.codes[name], self._real[name]
+        # The real weights go down the gradient, as far in every matrix relative to its size.
         X_NE = matrix.tiles().flatten(0, 1)
         length = self._pv.weight_rate * self._factor * _size(X_NE)
         real_NE -= length / _size(gradient_NE).clamp(min=1e-30) * gradient_NE
+        # Those farthest from what their codes reproduce are coded again.
         distance_N = (real_NE - X_NE).square().sum(1)
         num = max(1, round(self._share * len(distance_N)))
         where_K = distance_N.topk(num).indices.sort().values
         g_KE, old_KM = gradient_NE[where_K], matrix.codes_at(where_K)
         new_KM = matrix.nearest(real_NE[where_K], where_K).to(old_KM)
-        matrix.put(new_KM, where_K)
+        # What that changes, for a moment.
+        matrix.set_codes(new_KM, where_K)
         change_KE = matrix.tiles().flatten(0, 1)[where_K] - X_NE[where_K]
-        matrix.put(old_KM, where_K)
+        matrix.set_codes(old_KM, where_K)
+        # Of these the ones that lie downhill, the steepest first.
         length_K = change_KE.norm(dim=1)
         slope_K = -(g_KE * change_KE).sum(1) / length_K.clamp(min=1e-30)
         order_K = slope_K.sort(descending=True, stable=True).indices
         order_K = order_K[slope_K[order_K] > 0]
         return _Exchange(matrix, where_K[order_K], new_KM[order_K], old_KM[order_K])
 
-    def _told(self) -> JSON:
-        told = super()._told()
-        kept = [own["moved"] for own in self._rounds if own["step"] <= told["best_step"]]
-        return {**told, "rounds": self._rounds, "codes_moved": sum(kept)}
+    def _report(self) -> JSON:
+        report = super()._report()
+        # The best state has the codes of its own rounds.
+        moved = [own["moved"] for own in self._rounds if own["step"] <= report["best_step"]]
+        return {**report, "rounds": self._rounds, "codes_moved": sum(moved)}
 
-    def _state(self) -> tuple[JSON, dict[str, Tensor]]:
-        told, tensors = super()._state()
-        return {**told, "share": self._share, "rounds": list(self._rounds)}, tensors
+    def _record(self) -> JSON:
+        return {**super()._record(), "share": self._share, "rounds": list(self._rounds)}
 
-    def _load(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:
-        super()._load(told, tensors)
-        self._share, self._rounds = told["share"], list(told["rounds"])
+    def _load(self, record: JSON, tensors: Mapping[str, Tensor]) -> None:
+        super()._load(record, tensors)
+        self._share, self._rounds = record["share"], list(record["rounds"])
 
 
 def _size(X_NE: Tensor) -> Tensor:

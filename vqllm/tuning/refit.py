@@ -50,16 +50,16 @@ class Refit(LayerTuning):
         return True
 
     def __call__(self, task: ModelTask) -> JSON:
-        with _still(task.parameters.get("codebooks", {}).values()):
+        with _constant(task.parameters.get("codebooks", {}).values()):
             for linear in task.linears.values():
                 linear.renew()
-            told = _Run(self, task).run()
-        linears = [own for layer in told["layers"] for own in layer["linears"]]
+            report = _Run(self, task).run()
+        linears = [own for layer in report["layers"] for own in layer["linears"]]
         return {"linears": linears}
 
 
 @contextmanager
-def _still(parameters: Collection[nn.Parameter]) -> Iterator[None]:
+def _constant(parameters: Collection[nn.Parameter]) -> Iterator[None]:
     """Within, these do not ask for gradients, so that weights are decoded once after each change
     and not in every call."""
     for parameter in parameters:
@@ -72,11 +72,11 @@ def _still(parameters: Collection[nn.Parameter]) -> Iterator[None]:
 
 
 class _Run(LayerRun[Refit]):
-    def _look(self, index: int, theirs: object) -> None:
-        assert isinstance(theirs, nn.Module)
+    def _read_original(self, index: int, original: object) -> None:
+        assert isinstance(original, nn.Module)
         prefix = f"{self._student.names[index]}."
         self._weights = {
-            name: theirs.get_parameter(f"{name.removeprefix(prefix)}.weight").detach().float()
+            name: original.get_parameter(f"{name.removeprefix(prefix)}.weight").detach().float()
             for name in self._linears(index)
         }
 
@@ -85,7 +85,7 @@ class _Run(LayerRun[Refit]):
         return {n: own for n, own in self._task.linears.items() if n.startswith(prefix)}
 
     def _train(self, index: int, parameters: dict[str, nn.Parameter]) -> None:
-        stage, told = self._stage, []
+        stage, fitted = self._stage, []
         for name, H_CC in self._hessians(index).items():
             if not bool(H_CC.isfinite().all()):
                 raise NumericalError(
@@ -95,15 +95,16 @@ class _Run(LayerRun[Refit]):
             H_CC.diagonal().add_(stage.damping * H_CC.diagonal().mean())
             linear = self._task.linears[name]
             before, after = linear.fit(self._weights[name], H_CC, stage.train, stage.steps)
-            told.append({"name": name, "before": before, "after": after})
-        self._layers.append({"layer": index, "faults": 0, "linears": told})
-        if told and self._task.processes.is_first:
-            before, after = (sum(t[key] for t in told) / len(told) for key in ("before", "after"))
+            fitted.append({"name": name, "before": before, "after": after})
+        self._layers.append({"layer": index, "faults": 0, "linears": fitted})
+        if fitted and self._task.processes.is_first:
+            mean = {k: sum(own[k] for own in fitted) / len(fitted) for k in ("before", "after")}
             line = "%s: mean proxy loss %.4g, fitted %.4g"
-            logger.info(line, self._student.names[index], before, after)
+            logger.info(line, self._student.names[index], mean["before"], mean["after"])
 
-    def _load(self, told: JSON, tensors: dict[str, Tensor]) -> int:
-        num_done = super()._load(told, tensors)
+    def _load(self, record: JSON, tensors: dict[str, Tensor]) -> int:
+        num_done = super()._load(record, tensors)
+        # Codebooks moved without the linears noticing.
         for linear in self._task.linears.values():
             linear.renew()
         return num_done

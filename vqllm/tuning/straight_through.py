@@ -16,15 +16,16 @@ from pydantic import Field
 from torch import Tensor
 
 from vqllm.core.protocols import JSON
+from vqllm.tuning.adam_loop import named, under
 from vqllm.tuning.base import MODEL_TUNINGS, ModelTask
-from vqllm.tuning.codes import CodeDescent, CodeRun, everywhere, named, restore
+from vqllm.tuning.codes import CodeLoop, CodeTuning, copy_into, everywhere
 
 DECAY = 0.95
 """Of the mean of squared gradients."""
 
 
 @MODEL_TUNINGS.register("straight_through")
-class StraightThrough(CodeDescent):
+class StraightThrough(CodeTuning):
     """All codes follow real weights, which take the gradients of the decoded ones."""
 
     type: Literal["straight_through"] = "straight_through"
@@ -33,10 +34,10 @@ class StraightThrough(CodeDescent):
     )
 
     def __call__(self, task: ModelTask) -> JSON:
-        return _StraightThroughRun(self, task).run()
+        return _StraightThroughLoop(self, task).train()
 
 
-class _StraightThroughRun(CodeRun):
+class _StraightThroughLoop(CodeLoop):
     """The means of squared gradients belong to the state too."""
 
     def __init__(self, stage: StraightThrough, task: ModelTask) -> None:
@@ -56,13 +57,16 @@ class _StraightThroughRun(CodeRun):
             rate = self._weight_rate * self._factor * X_NE.square().mean().sqrt()
             X_NE.sub_(rate * gradient_NE / mean_NE)
             where_N = everywhere(matrix)
-            matrix.put(matrix.nearest(X_NE, where_N), where_N)
+            matrix.set_codes(matrix.nearest(X_NE, where_N), where_N)
+
+    def _record(self) -> JSON:
+        return {**super()._record(), "moves": self._moves}
 
     def _state(self) -> tuple[JSON, dict[str, Tensor]]:
-        told, tensors = super()._state()
-        return {**told, "moves": self._moves}, tensors | named("squares", self._squares)
+        record, tensors = super()._state()
+        return record, tensors | named("squares", self._squares)
 
-    def _load(self, told: JSON, tensors: Mapping[str, Tensor]) -> None:
-        super()._load(told, tensors)
-        self._moves = told["moves"]
-        restore("squares", self._squares, tensors)
+    def _load(self, record: JSON, tensors: Mapping[str, Tensor]) -> None:
+        super()._load(record, tensors)
+        self._moves = record["moves"]
+        copy_into(self._squares, under("squares", tensors))

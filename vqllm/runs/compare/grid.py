@@ -62,6 +62,7 @@ def expand(
     if not origins:
         raise RecipeError("there is nothing to compare: name recipes with --recipe.")
     _check_values(grid)
+    # All refusals are collected, so that one message names them all.
     members: list[Member] = []
     refused: list[str] = []
     for origin, values in itertools.product(origins, itertools.product(*grid.values())):
@@ -186,14 +187,14 @@ def _flow(value: object) -> str:
 
 def _unique(members: list[Member]) -> tuple[list[Member], dict[str, str]]:
     """Members of different settings, and the others by name with the member that they repeat."""
-    kept: dict[str, Member] = {}
+    distinct: dict[str, Member] = {}
     repeated: dict[str, str] = {}
     folders: dict[str, str] = {}
     for member in members:
         settings = json.dumps(settings_of(member.recipe.to_dict()), sort_keys=True)
-        if settings in kept:
-            if member.name != kept[settings].name:
-                repeated[member.name] = kept[settings].name
+        if settings in distinct:
+            if member.name != distinct[settings].name:
+                repeated[member.name] = distinct[settings].name
             continue
         other = folders.setdefault(member.name.casefold(), settings)
         if other != settings:
@@ -201,5 +202,5 @@ def _unique(members: list[Member]) -> tuple[list[Member], dict[str, str]]:
                 f"two recipes would be called {member.name}: rename one of the files, or its "
                 "`name`."
             )
-        kept[settings] = member
-    return list(kept.values()), repeated
+        distinct[settings] = member
+    return list(distinct.values()), repeated

@@ -18,6 +18,7 @@ from vqllm.checkpoint.resume.run_folder import RunFolder
 from vqllm.core import memory
 from vqllm.core.progress import Progress
 from vqllm.core.protocols import JSON
+from vqllm.distillation.cached_predictions import RecordedPredictions
 from vqllm.errors import CheckpointError, EvaluationError, ModelError, OutOfSpaceError, VqllmError
 from vqllm.models.resolve import ResolvedModel
 from vqllm.plan.job import Job
@@ -28,12 +29,12 @@ from vqllm.report.comparison import comparison_pages
 from vqllm.report.pages import PAGE, PLOT
 from vqllm.report.summary import Summary
 from vqllm.runs import quantize as quantization
-from vqllm.runs import tune as teaching
+from vqllm.runs import quantize_and_tune
 from vqllm.runs.compare.grid import settings_of
-from vqllm.runs.compare.original import Remembering
 from vqllm.runs.compare.result import ComparisonResult, result_of
 from vqllm.runs.compare.store import Store
-from vqllm.runs.quantize import Make, Windows
+from vqllm.runs.hooks import Hooks, MakeSequences
+from vqllm.runs.measure import Windows, held_out_windows, measure_against_original
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def run(plan: Plan, progress: Progress) -> ComparisonResult:
             a folder that holds something else, members that cannot be measured on one text. Later
             only when the disk is full; any other error of a member is reported in the result.
     """
+    # Before the first member takes hours, what another one would fail on.
     _check_members(plan)
     with Store(plan.output, _identity(plan)) as store:
         _check_folders(plan, store)
@@ -76,6 +78,7 @@ def run(plan: Plan, progress: Progress) -> ComparisonResult:
         num_finished = sum(_is_finished(store, name, job) for name, job in plan.jobs.items())
         logger.info("%d members, %d of them finished", len(plan.jobs), num_finished)
         for number, (name, job) in enumerate(plan.jobs.items(), 1):
+            # Any error of one member but a full disk leaves the others to run.
             if not _is_finished(store, name, job):
                 progress.phase(f"{name}, {number} of {len(plan.jobs)}")
                 try:
@@ -94,48 +97,35 @@ def run(plan: Plan, progress: Progress) -> ComparisonResult:
 
 
 def _run_member(plan: Plan, store: Store, name: str, job: Job, progress: Progress) -> None:
+    """Quantize and measure a member, and record what came out before its folder is closed."""
     # A run that was stopped after its measurement only has its folder to close.
     earlier = store.result(name)
     own_peak = memory.restart_peak()
     whole = not atomic.names_in(job.output)
-    measured = quantization.measure_on(
-        plan.windows, lambda original: Remembering(original, store.original)
-    )
 
-    def prepare(folder: RunFolder, recipe: Recipe | TuningRecipe, make: Make) -> None:
+    # What members have in common is computed by the first of them that needs it.
+    def prepare(folder: RunFolder, recipe: Recipe | TuningRecipe, make: MakeSequences) -> None:
         folder.load_or_make("sequences", lambda: store.sequences(_text_of(recipe), make))
 
-    def measure(job: Job, held_out_SL: Tensor) -> JSON:
-        return earlier["evaluation"] if earlier else measured(job, held_out_SL)
+    def measure(held_out_SL: Tensor) -> JSON:
+        if earlier:
+            return earlier["evaluation"]
+        windows = plan.windows or held_out_windows(job.recipe, held_out_SL)
+        return measure_against_original(
+            job, windows, lambda original, SL: RecordedPredictions(original, SL, store.original)
+        )
 
-    def keep(summary: Summary) -> None:
+    def finish(summary: Summary) -> None:
         if not earlier:
             found = result_of(job.recipe.to_dict(), summary, whole=whole, own_peak=own_peak)
-            store.keep_result(name, found)
+            store.save_result(name, found)
 
-    command = plan.commands[name]
+    hooks = Hooks(prepare=prepare, measure=measure, finish=finish)
+    shared = (plan.windows, True, plan.commands[name], progress)
     if job.recipe.tune is None:
-        summary = quantization.run(
-            job,
-            measure,
-            hub_id=plan.model.hub_id,
-            command=command,
-            progress=progress,
-            prepare=prepare,
-            keep=keep,
-        )
+        summary = quantization.run(job, *shared, hub_id=plan.model.hub_id, hooks=hooks)
     else:
-        summary = teaching.quantize_and_tune(
-            job,
-            plan.model,
-            plan.windows,
-            True,
-            command,
-            progress,
-            measure=measure,
-            prepare=prepare,
-            keep=keep,
-        )
+        summary = quantize_and_tune.run(job, plan.model, *shared, hooks=hooks)
     assert summary.evaluation is not None
     logger.info(
         "%s: KL divergence %.4f, %.1f MB",
@@ -147,6 +137,7 @@ def _run_member(plan: Plan, store: Store, name: str, job: Job, progress: Progres
 
 def _check_members(plan: Plan) -> None:
     """Refuse what some member would fail on, before any of them is run."""
+    # What one of them holds out to be measured on, no other one may have seen.
     jobs = list(plan.jobs.values())
     texts = [_text_of(job.recipe) for job in jobs]
     texts += [_text_of(job.recipe.tuning_only()) for job in jobs if job.recipe.tune]
@@ -156,6 +147,7 @@ def _check_members(plan: Plan) -> None:
             "out to measure on may be what another one has seen: pass a text for all, --eval-text "
             "FILE."
         )
+    # All refusals at once, members of the same one together.
     refused: dict[str, list[str]] = {}
     for name, job in plan.jobs.items():
         try:
@@ -183,7 +175,7 @@ def _check_folders(plan: Plan, store: Store) -> None:
                     + "\nGive the recipe another name, or choose another output folder."
                 )
         elif job.recipe.tune is not None:
-            teaching.check_output(job, plan.model)
+            quantize_and_tune.check_output(job, plan.model)
         elif atomic.names_in(job.output):
             open_run(job).__exit__(None, None, None)
 

@@ -1,4 +1,4 @@
-"""What a comparison keeps in its folder, so that it goes on after it was stopped at any moment.
+"""What a comparison has in its folder, so that it goes on after it was stopped at any moment.
 
 OUT/NAME/                 the checkpoint of a member
 OUT/comparison.*          page, plot and JSON of what is finished
@@ -42,6 +42,7 @@ class Store:
         """
         self.folder, self.staging = folder, folder / WORK
         self.original = self.staging / "original"
+        # Nobody else's files, and no other process.
         path = self.staging / IDENTITY
         found = [name for name in atomic.names_in(folder) if name != WORK]
         if found and not path.is_file():
@@ -59,6 +60,7 @@ class Store:
                 f"another process is comparing in {folder}. Wait for it, stop it, or choose "
                 "another output folder."
             ) from error
+        # The comparison that stands there must be this one.
         try:
             self._begin(path, identity)
         except BaseException:
@@ -96,7 +98,7 @@ class Store:
         remedy = f"Delete it and {self.folder / name} to do this member again."
         return _read(path, remedy) if path.is_file() else None
 
-    def keep_result(self, name: str, result: JSON) -> None:
+    def save_result(self, name: str, result: JSON) -> None:
         """Record what came out of a member."""
         atomic.write_bytes(self._result_path(name), _json(result), self.staging)
 

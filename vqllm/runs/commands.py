@@ -1,0 +1,187 @@
+"""From the arguments of `vqllm.quantize`, `tune` and `compare` to a job, and its run."""
+
+from pathlib import Path
+
+from vqllm import recipes
+from vqllm.checkpoint.reader import Checkpoint
+from vqllm.core.progress import Progress
+from vqllm.errors import EvaluationError, ModelError, RecipeError
+from vqllm.models import resolve as models
+from vqllm.models.resolve import ResolvedModel
+from vqllm.plan.job import Job
+from vqllm.recipes import Recipe, TuningRecipe
+from vqllm.report.summary import Summary
+from vqllm.runs import quantize as quantization
+from vqllm.runs import quantize_and_tune
+from vqllm.runs import tune as tuning
+from vqllm.runs.arguments import CompareArguments, QuantizeArguments, TuneArguments
+from vqllm.runs.compare.grid import Origin, expand
+from vqllm.runs.compare.result import ComparisonResult
+from vqllm.runs.compare.run import Plan
+from vqllm.runs.compare.run import run as run_comparison
+from vqllm.runs.devices import device_of, dtype_of
+from vqllm.runs.measure import Windows, text_windows
+from vqllm.runs.teacher_check import teacher_of
+from vqllm.runs.tuning_job import TuningJob
+
+DEFAULT_BITS = 2
+
+
+def quantize(given: QuantizeArguments, command: str | None, progress: Progress) -> Summary:
+    """The run that the arguments mean. `command` stands in place of their call in the pages."""
+    command = command or given.call()
+    _check_windows(given.eval_text, given.eval_windows)
+    recipe = recipe_of(given)
+    model = models.resolve(given.model, trust_remote_code=given.trust_remote_code)
+    job = _job(given, recipe, model)
+    windows = _windows(given, job.source) if given.evaluate else None
+    if recipe.tune is not None:
+        return quantize_and_tune.run(job, model, windows, given.evaluate, command, progress)
+    return quantization.run(job, windows, given.evaluate, command, progress, hub_id=model.hub_id)
+
+
+def tune(given: TuneArguments, command: str | None, progress: Progress) -> Summary | None:
+    """The same of a tuning; None in all but the first of several processes."""
+    command = command or given.call()
+    _check_windows(given.eval_text, given.eval_windows)
+    checkpoint = Checkpoint.open(given.checkpoint)
+    job = TuningJob(
+        recipe=_tuning_recipe(given),
+        checkpoint=checkpoint,
+        teacher=_teacher(checkpoint, given.teacher, given.trust_remote_code),
+        output=Path(given.output),
+        device=device_of(given.device),
+        trust_remote_code=given.trust_remote_code,
+    )
+    windows = _windows(given, job.teacher.path) if given.evaluate else None
+    return tuning.run(job, windows, given.evaluate, command, progress)
+
+
+def compare(given: CompareArguments, command: str | None, progress: Progress) -> ComparisonResult:
+    """The same of a comparison."""
+    _check_windows(given.eval_text, given.eval_windows)
+
+    # Every member is a run of its own, with a recipe of its own.
+    def member_of(origin: Origin, changes: tuple[str, ...], name: str = "") -> QuantizeArguments:
+        return given.of_member(origin, changes, Path(given.output) / name)
+
+    members, repeated = expand(
+        given.recipe,
+        given.grid or {},
+        given.changes,
+        lambda origin, changes: recipe_of(member_of(origin, changes)),
+    )
+    model = models.resolve(given.model, trust_remote_code=given.trust_remote_code)
+    jobs, commands = {}, {}
+    for member in members:
+        own = member_of(member.origin, member.changes, member.name)
+        jobs[member.name] = _job(own, member.recipe, model)
+        commands[member.name] = own.call()
+    plan = Plan(
+        model=model,
+        output=Path(given.output),
+        jobs=jobs,
+        repeated=repeated,
+        windows=_windows(given, model.path),
+        commands=commands,
+        command=command or given.call(),
+        keep_checkpoints=given.keep_checkpoints,
+    )
+    return run_comparison(plan, progress)
+
+
+def recipe_of(given: QuantizeArguments) -> Recipe:
+    """The recipe that the arguments mean.
+
+    Raises:
+        RecipeError: there is no such recipe, or arguments exclude each other.
+    """
+    recipe = given.recipe
+    if recipe is not None and (given.bits is not None or given.preset is not None):
+        raise RecipeError("give a recipe, or a number of bits and a preset, not both.")
+    if isinstance(recipe, Recipe):
+        chosen = recipe
+        if given.changes:
+            raise RecipeError("changes apply to recipes by name or file; change the object itself.")
+    else:
+        if recipe is None:
+            bits = DEFAULT_BITS if given.bits is None else given.bits
+            recipe = recipes.best(bits, given.preset or "balanced")
+        chosen = recipes.load(recipe, given.changes)
+    # Arguments that stand in place of keys.
+    values = chosen.to_dict()
+    if given.calibration is not None:
+        values["calibration"]["source"] = given.calibration
+    if given.seed is not None:
+        values["seed"] = given.seed
+    resolved = recipes.from_dict(values, chosen.name)
+    # What is recorded with the result says how many, whatever later versions take by default.
+    values["calibration"]["sequences"] = resolved.calibration.num_sequences
+    return recipes.from_dict(values, chosen.name)
+
+
+def _tuning_recipe(given: TuneArguments) -> TuningRecipe:
+    """The recipe that the arguments mean. Errors as of `recipe_of`."""
+    if isinstance(given.recipe, TuningRecipe):
+        chosen = given.recipe
+        if given.changes:
+            raise RecipeError("changes apply to recipes by name or file; change the object itself.")
+    else:
+        chosen = recipes.load_tuning(given.recipe, given.changes)
+    # Arguments that stand in place of keys.
+    values = chosen.to_dict()
+    if given.calibration is not None:
+        values["calibration"]["source"] = given.calibration
+    if given.seed is not None:
+        values["seed"] = given.seed
+    if given.time is not None:
+        timed = [stage for stage in values["stages"] if "time" in stage]
+        for stage in timed:
+            stage["time"] = given.time
+        if not timed:
+            raise RecipeError(f"{chosen.name} has no stage that ends by time: leave out --time")
+    return recipes.tuning_from_dict(values, chosen.name)
+
+
+def _job(given: QuantizeArguments, recipe: Recipe, model: ResolvedModel) -> Job:
+    return Job(
+        source=model.path,
+        model=model.name,
+        origin=model.origin,
+        recipe=recipe,
+        output=Path(given.output),
+        device=device_of(given.device),
+        compute_dtype=dtype_of(given.compute_dtype),
+        trust_remote_code=given.trust_remote_code,
+    )
+
+
+def _teacher(
+    checkpoint: Checkpoint, named: str | Path | None, trust_remote_code: bool
+) -> ResolvedModel:
+    """The original: as named, or as the checkpoint names it."""
+    if named is not None:
+        return models.resolve(named, trust_remote_code=trust_remote_code)
+    name = teacher_of(checkpoint)
+    try:
+        return models.resolve(name, trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        raise ModelError(
+            f"{checkpoint.folder} was made from {name!r}, which is not found from here: pass it "
+            f"with --teacher. ({error})"
+        ) from error
+
+
+def _check_windows(text: str | Path | None, number: int | None) -> None:
+    if text is None and number is not None:
+        raise EvaluationError("a number of windows is of a text: pass --eval-text FILE as well.")
+
+
+def _windows(
+    given: QuantizeArguments | TuneArguments | CompareArguments, source: Path
+) -> Windows | None:
+    """What is measured on, if it is a text. It is read before the long part: a text that cannot be
+    measured on is a mistake that should be found at once."""
+    if given.eval_text is None:
+        return None
+    return text_windows(source, given.eval_text, given.eval_windows, given.trust_remote_code)
