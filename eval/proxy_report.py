@@ -1,4 +1,4 @@
-"""The tables of docs/rounding.md, out of the rows that `proxy_table.py` measured."""
+"""The tables of docs/rounding.md and its appendix, from the rows that `proxy_table.py` measured."""
 
 import math
 from collections.abc import Iterator
@@ -23,15 +23,22 @@ Case = tuple[int, str, str]
 """Bits, codec, transform."""
 
 
-def write_tables(page: Path, rows: list[JSON]) -> None:
-    """Rewrite what stands between the markers of the page."""
+PAGE_BITS = 2
+"""The page shows this rate, the appendix all of them."""
+
+
+def write_tables(page: Path, appendix: Path, rows: list[JSON]) -> None:
+    """Rewrite what stands between the markers of both pages."""
     cases: dict[Case, dict[str, JSON]] = {}
     for row in rows:
         case = row["bits"], row["codec"], row["transform"]
         cases.setdefault(case, {})[row["rounding"]] = row
-    rewrite(page, "proxy", losses(cases))
-    rewrite(page, "rules", comparison(cases) + "\n" + judgement(cases))
-    rewrite(page, "seconds", seconds(cases))
+    few = {case: found for case, found in cases.items() if case[0] == PAGE_BITS}
+    rewrite(page, "proxy", losses(few))
+    rewrite(page, "rules", comparison(few) + "\n" + judgement(cases))
+    rewrite(appendix, "proxy", losses(cases))
+    rewrite(appendix, "rules", comparison(cases))
+    rewrite(appendix, "seconds", seconds(cases))
 
 
 def losses(cases: dict[Case, dict[str, JSON]]) -> str:

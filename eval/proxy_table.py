@@ -9,8 +9,8 @@ rows are quantized by themselves, with the Hessian of the unquantized model; the
 reported with the Hessian of sequences that took no part. The default is the set below (`planned`);
 options leave parts of it out, and with --product it is everything that they name. Rows go to
 eval/results/proxy.json as they are measured, those that stand there for the same settings are not
-repeated (take them out to measure them again), and the tables between the markers of the page are
-rewritten.
+repeated (take them out to measure them again), and the tables between the markers of the page and
+of docs/appendix_rounding.md are rewritten.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from vqllm.quantization import linear as group
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results" / "proxy.json"
-PAGE = ROOT / "docs" / "rounding.md"
+PAGE, APPENDIX = ROOT / "docs" / "rounding.md", ROOT / "docs" / "appendix_rounding.md"
 TEXTS = ("c4.txt", "wiki.txt")
 SEQUENCES, LENGTH = 512, 128
 BITS = (2, 3, 4)
@@ -129,7 +129,8 @@ def main() -> None:
             rows[-1] |= measure(groups, recipe, arguments.rows)
             print(*setting, rows[-1]["fit"], rows[-1]["check"], rows[-1]["seconds"], flush=True)
             RESULTS.write_text(_written(rows))
-    write_tables(PAGE, [row for row in rows if row["model"] == Path(arguments.model).name])
+    own = [row for row in rows if row["model"] == Path(arguments.model).name]
+    write_tables(PAGE, APPENDIX, own)
 
 
 def _arguments() -> argparse.Namespace:

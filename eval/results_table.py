@@ -1,11 +1,12 @@
-"""The end-to-end tables of README.md and docs/codecs.md: quantize with each recipe, measure, write.
+"""Quantize with each recipe, measure, and write the end-to-end tables of the pages.
 
     python eval/results_table.py --data FOLDER --work FOLDER [--model demo] [--recipes NAME ...]
 
 FOLDER of the data holds calibration/c4.txt and calibration/wiki.txt (what Hessians are measured
 on) and wikitext-2-raw/wiki.test.raw (the first 24 windows of 2048 tokens are evaluated). Results
 go to eval/results/<model>.json; runs that stand there for the same recipe are not repeated. The
-tables between the markers of the two pages are rewritten.
+tables between the markers of README.md, docs/codecs.md, docs/appendix_codecs.md and
+docs/choosing.md are rewritten. `--rows-only` writes them anew from the kept results.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from choices import TUNED, choices
 from markers import rewrite
 
 from vqllm import api, recipes
@@ -27,10 +29,16 @@ TEXTS = ("c4.txt", "wiki.txt")
 WINDOWS = 24
 
 README_ROWS = (
-    *(recipes.best(bits, preset) for bits in recipes.BITS for preset in recipes.PRESETS),
-    "small",
+    *("spread-1.5bit", "trellis-2bit-fast", "spread-2bit", "spread-2bit-best", "spread-2.5bit"),
+    *("trellis-3bit-fast", "spread-3bit", "small", "spread-4bit"),
 )
-"""What README.md shows; docs/codecs.md shows every row."""
+"""What README.md shows."""
+
+PAGE_ROWS = (
+    *("spread-2bit", "trellis-2bit", "leech-2bit", "e8p-2bit", "jlcm-2bit"),
+    *("aqlm-2bit", "pyramid-2bit", "kmeans-2bit", "d4-2bit", "gptvq-2bit"),
+)
+"""What docs/codecs.md shows: one recipe for each codec. Its appendix has every recipe."""
 
 CLAIMS = {
     "trellis-2bit-best": "QTIP: Llama-2-7B 6.82 (3INST), 7.05 (1MAD), fp16 5.12; QuIP# 8.22",
@@ -53,18 +61,19 @@ CLAIMS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=os.environ.get("VQLLM_DATA"))
-    parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
+    parser.add_argument("--work", type=Path, default="work", help="folder for the checkpoints")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--recipes", nargs="*", default=list(recipes.available()))
+    parser.add_argument("--rows-only", action="store_true")
     arguments = parser.parse_args()
-    if arguments.data is None:
+    if arguments.data is None and not arguments.rows_only:
         parser.error("pass --data or set VQLLM_DATA")
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("vqllm").setLevel(logging.INFO)
     results_file = ROOT / "eval" / "results" / f"{Path(arguments.model).name}.json"
     results = json.loads(results_file.read_text()) if results_file.is_file() else {}
-    for name in arguments.recipes:
+    for name in () if arguments.rows_only else arguments.recipes:
         wanted = recipes.load(name).to_dict()
         wanted["calibration"]["source"] = list(TEXTS)
         if name in results and settings_of(results[name]["recipe"]) == settings_of(wanted):
@@ -73,9 +82,20 @@ def main() -> None:
             "recipe": wanted
         }
         results_file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-    shown = {name: results[name] for name in README_ROWS if name in results}
-    rewrite(ROOT / "README.md", "results", table(shown))
-    rewrite(ROOT / "docs" / "codecs.md", "results", long_table(results))
+    write_tables(results)
+
+
+def write_tables(results: JSON) -> None:
+    """Rewrite the tables of all pages."""
+    docs = ROOT / "docs"
+    rewrite(ROOT / "README.md", "results", table(_some(results, README_ROWS)))
+    rewrite(docs / "codecs.md", "results", long_table(_some(results, PAGE_ROWS)))
+    rewrite(docs / "appendix_codecs.md", "results", long_table(results))
+    rewrite(docs / "choosing.md", "results", choices(results, json.loads(TUNED.read_text())))
+
+
+def _some(results: JSON, names: tuple[str, ...]) -> JSON:
+    return {name: results[name] for name in names if name in results}
 
 
 def settings_of(recipe: JSON) -> JSON:

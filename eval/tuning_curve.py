@@ -2,6 +2,7 @@
 
     python eval/tuning_curve.py CHECKPOINT --data FOLDER --work FOLDER [--teacher demo]
         [--recipes end-to-end layer-end-to-end pv straight-through] [--steps NUMBER]
+    python eval/tuning_curve.py --plot-only
 
 Tunes the checkpoint with each recipe on calibration/c4.txt of the data, each from the beginning,
 and notes when each look at the held-out sequences came and what it showed. The result of each is
@@ -60,14 +61,20 @@ class Looks(logging.Handler):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, nargs="?")
     parser.add_argument("--data", type=Path, default=os.environ.get("VQLLM_DATA"))
-    parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
+    parser.add_argument("--work", type=Path, help="folder for the checkpoints")
     parser.add_argument("--teacher", default="demo")
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--steps", type=int, help="of stages that follow the predictions")
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--plot-only", action="store_true", help="draw what was measured again")
     arguments = parser.parse_args()
+    if arguments.plot_only:
+        draw(json.loads(RESULTS.read_text())["curves"])
+        return
+    if arguments.checkpoint is None or arguments.work is None:
+        parser.error("name a checkpoint and --work")
     if arguments.data is None:
         parser.error("--data or VQLLM_DATA must name the folder of the texts")
     for name in arguments.recipes:
@@ -86,6 +93,11 @@ def main() -> None:
         "curves": curves,
     }
     RESULTS.write_text(json.dumps(told, indent=1) + "\n")
+    draw(curves)
+
+
+def draw(curves: dict[str, JSON]) -> None:
+    """Write docs/tuning.png."""
     (ROOT / "docs" / "tuning.png").write_bytes(plot_tuning(curves))
 
 

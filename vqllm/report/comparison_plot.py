@@ -7,15 +7,14 @@ from typing import Any
 
 from vqllm.core.pareto import pareto_front
 from vqllm.core.protocols import JSON
-from vqllm.report.labels import Point, place_labels
+from vqllm.report.annotate import name_points, plain_log_scale
+from vqllm.report.labels import Point
 from vqllm.report.plot import png
 from vqllm.report.summary import LINEARS
 
 MARKERS = "osD^vPX*<>hd"
 MOST_NAMES = 12
 """Members that are named in the panels; more of them are numbered, with one list of names."""
-BACKING = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
-"""Behind labels, so that the lines of the front and the grid do not cross them."""
 
 
 def plot_comparison(rows: Sequence[JSON]) -> bytes:
@@ -47,20 +46,21 @@ def plot_comparison(rows: Sequence[JSON]) -> bytes:
     grid = figure.subplots(2, 2).flat
     for axes, (loss, size) in zip(grid, itertools.product(losses, sizes)):
         points = list(zip(sizes[size], losses[loss]))
-        _draw(axes, points)
+        front = _draw(axes, points)
         axes.set_xlabel(size)
         axes.set_ylabel(loss)
-        panels.append((axes, points))
+        panels.append((axes, points, front))
     if numbered:
         _list_names(figure, rows)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # positions in pixels are final
-    for axes, points in panels:
-        _label(axes, points, names)
+    for axes, points, front in panels:
+        name_points(axes, names, points, lines=[front])
     return png(figure)
 
 
-def _draw(axes: Any, points: Sequence[Point]) -> None:
+def _draw(axes: Any, points: Sequence[Point]) -> list[Point]:
+    """Markers and the Pareto front, whose corners are returned."""
     axes.margins(x=0.18, y=0.12)
     axes.grid(alpha=0.3)
     on_front = pareto_front(*zip(*points)) if points else []
@@ -68,26 +68,16 @@ def _draw(axes: Any, points: Sequence[Point]) -> None:
         face = f"C{i % 10}" if on_front[i] else "white"
         style = {"marker": MARKERS[i % len(MARKERS)], "color": f"C{i % 10}", "zorder": 3}
         axes.plot([x], [y], linestyle="none", markersize=6, markerfacecolor=face, **style)
-    front = sorted(point for point, chosen in zip(points, on_front) if chosen)
-    if front:
-        axes.step(*zip(*front), where="post", color="0.6", linewidth=1, zorder=1)
+    members = sorted(point for point, chosen in zip(points, on_front) if chosen)
+    corners = members[:1]
+    for (_, before), (x, y) in itertools.pairwise(members):
+        corners += [(x, before), (x, y)]
+    if corners:
+        axes.plot(*zip(*corners), color="0.6", linewidth=1, zorder=1)
     finite = [y for _, y in points if math.isfinite(y)]
     if finite and min(finite) > 0 and max(finite) > 1.5 * min(finite):
-        _log_scale(axes, max(finite) / min(finite))
-
-
-def _log_scale(axes: Any, span: float) -> None:
-    """A logarithmic axis with plain numbers, dense enough where it covers less than a decade."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set_yscale("log")
-    if span < 6:
-        steps = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
-    else:
-        steps = (1, 2, 5) if span < 100 else (1,)
-    axes.yaxis.set_major_locator(LogLocator(subs=steps))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+        plain_log_scale(axes, max(finite) / min(finite))
+    return [corner for corner in corners if all(map(math.isfinite, corner))]
 
 
 def _list_names(figure: Any, rows: Sequence[JSON]) -> None:
@@ -100,28 +90,3 @@ def _list_names(figure: Any, rows: Sequence[JSON]) -> None:
     names = [f"{i} {row['name']}" for i, row in enumerate(rows, 1)]
     columns = 1 + (len(rows) - 1) // 50
     figure.legend(handles, names, loc="outside right upper", fontsize=8, ncols=columns)
-
-
-def _label(axes: Any, points: Sequence[Point], names: Sequence[str]) -> None:
-    """Name every point, with a line to the names that are not beside their marker."""
-    to_points = 72 / axes.figure.dpi
-    named = [(name, point) for name, point in zip(names, points) if all(map(math.isfinite, point))]
-    if not named:
-        return
-    style: Any = {"fontsize": 8, "bbox": BACKING, "zorder": 2.5, "in_layout": False}
-    texts = [axes.annotate(name, (0, 0), xycoords="figure points", **style) for name, _ in named]
-    extents = [text.get_window_extent() for text in texts]
-    frame = axes.get_window_extent()
-    corners = (frame.x0, frame.y0, frame.x1, frame.y1)
-    places = place_labels(
-        [(x, y) for x, y in axes.transData.transform([p for _, p in named]) * to_points],
-        [(extent.width * to_points, extent.height * to_points) for extent in extents],
-        tuple(corner * to_points for corner in corners),
-    )
-    for text, place in zip(texts, places):
-        text.xy = place.box[:2]
-        text.set_position(place.box[:2])
-        if place.line:
-            pixels = [(x / to_points, y / to_points) for x, y in place.line]
-            ends = axes.transData.inverted().transform(pixels)
-            axes.plot(*ends.T, color="0.5", linewidth=0.5, zorder=2, scalex=False, scaley=False)

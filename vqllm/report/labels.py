@@ -26,7 +26,9 @@ class Place:
     distance: float
 
 
-def place_labels(points: Sequence[Point], sizes: Sequence[Point], frame: Box) -> list[Place]:
+def place_labels(
+    points: Sequence[Point], sizes: Sequence[Point], frame: Box, others: Sequence[Point] = ()
+) -> list[Place]:
     """A place for the label of every point: inside the frame, and clear of markers, of other labels
     and of their lines wherever there is room for that.
 
@@ -36,12 +38,13 @@ def place_labels(points: Sequence[Point], sizes: Sequence[Point], frame: Box) ->
         points: positions of the markers. All lengths are typographic points.
         sizes: width and height of the labels.
         frame: the panel.
+        others: markers without a label, which labels leave free as well.
     """
     panel = _Panel(frame)
     found: dict[int, Place] = {}
     for i in sorted(range(len(points)), key=lambda i: (-points[i][1], points[i][0])):
-        others = [point for j, point in enumerate(points) if j != i]
-        best = panel.best(_places(points[i], sizes[i]), others)
+        rest = [point for j, point in enumerate(points) if j != i]
+        best = panel.best(_places(points[i], sizes[i]), [*rest, *others])
         panel.boxes.append(best.box)
         if best.line:
             panel.lines.append(best.line)
