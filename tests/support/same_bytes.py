@@ -38,6 +38,8 @@ FIXED = {
     "OMP_WAIT_POLICY": "passive",
     "HF_HUB_OFFLINE": "1",
 }
+ANOTHER_MACHINE = 3
+"""Exit status where the recorded digests say nothing about this machine."""
 SMALL = ("calibration.sequences=4", "calibration.length=32")
 FEW_STEPS = {
     "end_to_end": ("steps=4",),
@@ -63,11 +65,18 @@ def machine() -> str:
 
 
 def digest_of(folder: Path) -> str:
-    """Of the weights and configuration of a checkpoint; its pages tell times."""
+    """Of the weights and configuration of a checkpoint, but for the place of its source. Its pages
+    tell times, and are left out."""
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+    for file in sorted(folder.glob("*.safetensors")):
         digest.update(file.name.encode())
         digest.update(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["source"]
+    for record in config["quantization_config"].get("tuning", []):
+        for key in ("teacher", "seconds"):
+            record.pop(key, None)
+    digest.update(json.dumps(config).encode())
     return digest.hexdigest()
 
 
@@ -152,10 +161,13 @@ def main() -> None:
     if arguments.recipes is not None:
         chosen = arguments.recipes.split(",")
         names, tuning = ([n for n in all_ if n in chosen] for all_ in (names, tuning))
+    before = None if arguments.against is None else json.loads(arguments.against.read_text())
+    if before is not None and before["machine"] != machine():
+        print("This machine computes in another way than the one of --against.")
+        sys.exit(ANOTHER_MACHINE)
     found = digests(names, tuning)
     arguments.output.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
-    if arguments.against is not None:
-        before = json.loads(arguments.against.read_text())
+    if before is not None:
         differ = [name for name in found if found[name] != before.get(name)]
         print(f"{len(found) - len(differ)} as before; others: {', '.join(differ) or 'none'}")
         sys.exit(bool(differ))
