@@ -265,7 +265,7 @@ def test_ctrl_c_and_kill_leave_a_folder_that_goes_on(
 ) -> None:
     common = ("quantize", source, "--calibration", text, "--no-eval", *SMALL)
     invoke(*common, "--output", tmp_path / "whole")
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*COMMAND, *map(str, common), "--output", str(tmp_path / "stopped")],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -273,14 +273,14 @@ def test_ctrl_c_and_kill_leave_a_folder_that_goes_on(
         env={**environment(), "OMP_NUM_THREADS": f"{torch.get_num_threads()}"},
         # A shell lets what it starts in the background ignore Ctrl-C, these tests included.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("layer 0"):
-            process.send_signal(stop)
-            break
-    rest = process.stderr.read()
-    assert process.wait() == code
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("layer 0"):
+                process.send_signal(stop)
+                break
+        rest = process.stderr.read()
+        assert process.wait() == code
     if stop == signal.SIGINT:
         assert "the same command goes on" in rest
     invoke(*common, "--output", tmp_path / "stopped")
