@@ -37,6 +37,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_runtest_setup() -> None:
+    torch.manual_seed(0)  # whatever ran before in this process
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # so that what is left is freed in order when the process ends
+
+
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory from torch.empty is filled with NaN, so that a result that was not written shows."""

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import vqllm
+from tests.support.params import slow_but
 from tests.support.tiny import TEXT, save_tiny
 from vqllm import api, cli, recipes
 from vqllm.checkpoint.resume.layer_writer import CheckpointRun
@@ -159,7 +160,7 @@ class KillAt:
 
 
 # A member has 13 events: its name, the text, the layers, 7 linears, the layer, two last phases.
-@pytest.mark.parametrize("event", [2, 8, 13, 21])
+@pytest.mark.parametrize("event", slow_but([8, 21], [2, 8, 13, 21]))
 def test_a_stopped_comparison_goes_on_to_the_same_result(
     event: int, place: Path, whole: Path, undrawn: None, tmp_path: Path
 ) -> None:
@@ -339,7 +340,7 @@ def test_text_to_tune_on_is_shared(place: Path, with_tuned: Path) -> None:
 
 
 # The first 12 events are those of rounding; then come text, predictions, and 20 steps.
-@pytest.mark.parametrize("event", [8, 13, 33])
+@pytest.mark.parametrize("event", slow_but([33], [8, 13, 33]))
 def test_a_stopped_tuned_member_goes_on_to_the_same_result(
     event: int, place: Path, with_tuned: Path, undrawn: None, tmp_path: Path
 ) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import vqllm
-from tests.support.tiny import ARCHITECTURES, TEXT, save_tiny
+from tests.support.params import slow_but
+from tests.support.tiny import ARCHITECTURES, DIFFERENT, TEXT, save_tiny
 from vqllm import api
 from vqllm.allocation import run as foresight
 from vqllm.calibration.saliency import TokenWeights
@@ -72,7 +73,7 @@ def same_files(a: Path, b: Path) -> bool:
     return all(contents(a, file) == contents(b, file) for file in files)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", slow_but(DIFFERENT, ARCHITECTURES))
 def test_every_architecture_quantizes_loads_and_generates(arch: str, tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source", arch)
     output = tmp_path / "quantized"
@@ -133,26 +134,36 @@ class KillAt:
     phase = share = layers = linear = layer = _event
 
 
-@pytest.mark.parametrize("event", [1, 2, 5, 10, 12, 15, 18, 19])
-def test_a_stopped_run_goes_on_to_the_same_bytes(event: int, tmp_path: Path) -> None:
-    source = save_tiny(tmp_path / "source")
-    run(source, tmp_path / "whole")
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("llama") / "source")
+
+
+@pytest.fixture(scope="module")
+def whole(llama: Path) -> Path:
+    """What a run leaves that nothing stopped."""
+    run(llama, llama.parent / "whole")
+    return llama.parent / "whole"
+
+
+@pytest.mark.parametrize("event", slow_but([2, 12, 19], [1, 2, 5, 10, 12, 15, 18, 19]))
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    event: int, llama: Path, whole: Path, tmp_path: Path
+) -> None:
     with pytest.raises(Killed):
-        run(source, tmp_path / "out", progress=KillAt(event))
-    run(source, tmp_path / "out")
-    assert same_files(tmp_path / "whole", tmp_path / "out")
+        run(llama, tmp_path / "out", progress=KillAt(event))
+    run(llama, tmp_path / "out")
+    assert same_files(whole, tmp_path / "out")
     assert not (tmp_path / "out" / ".vqllm").exists()
 
 
-def test_damaged_sequences_are_made_again(tmp_path: Path) -> None:
-    source = save_tiny(tmp_path / "source")
-    run(source, tmp_path / "whole")
+def test_damaged_sequences_are_made_again(llama: Path, whole: Path, tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        run(source, tmp_path / "out", progress=KillAt(12))
+        run(llama, tmp_path / "out", progress=KillAt(12))
     kept = tmp_path / "out" / ".vqllm" / "sequences.safetensors"
     kept.write_bytes(kept.read_bytes()[:-10])
-    run(source, tmp_path / "out")
-    assert same_files(tmp_path / "whole", tmp_path / "out")
+    run(llama, tmp_path / "out")
+    assert same_files(whole, tmp_path / "out")
 
 
 @pytest.mark.parametrize("arch", ["llama", "opt"])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.params import slow
 from tests.support.tiny import save_tiny
 from vqllm.calibration.layer_calibrator import LayerCalibrator
 from vqllm.calibration.layer_stream import LayerStream, linears_of
@@ -54,7 +55,7 @@ def losses(
 
 
 @pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("arch", ["llama", "opt", "phi3"])
+@pytest.mark.parametrize("arch", ["llama", slow("opt"), slow("phi3")])
 def test_ldlq_is_never_worse_than_nearest(arch: str, codec: str, tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source", arch)
     tokens = torch.randint(3, 384, (8, 64), generator=torch.Generator().manual_seed(0))

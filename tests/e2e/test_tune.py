@@ -497,10 +497,11 @@ def launch(
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        timeout=120,
+        timeout=500,  # only what hangs takes as long
     )
 
 
+@pytest.mark.slow
 def test_two_processes_tune_as_one_does(finished, source, root, rounded, text) -> None:
     file = root / "tuning.yaml"
     file.write_text(recipe().to_yaml())
@@ -529,6 +530,7 @@ def test_two_processes_tune_as_one_does(finished, source, root, rounded, text) -
             assert error < 0.1, name
 
 
+@pytest.mark.slow
 def test_two_processes_follow_either_teacher_alike(root, rounded, text) -> None:
     """However they were started."""
     for teacher, launcher in (("cached", LAUNCHER), ("live", ACCELERATE)):
@@ -541,6 +543,7 @@ def test_two_processes_follow_either_teacher_alike(root, rounded, text) -> None:
     assert weights(root / "two-cached") == weights(root / "two-live") != {}
 
 
+@pytest.mark.slow
 def test_sharded_it_gives_the_same_weights(root, rounded, text) -> None:
     """Steps of 3 sequences: one of the two processes has fewer, and runs along."""
     for shard in (False, True):
@@ -569,6 +572,7 @@ def test_one_process_has_nothing_to_share(root, source, rounded, text) -> None:
         recipe(shard=True, train=["rows", "codebooks"])
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_all_processes(root, rounded, text) -> None:
     (root / "full-folder").mkdir()
     (root / "full-folder" / "notes.txt").write_text("mine")
@@ -595,6 +599,7 @@ vqllm.tune(rounded, output, calibration=text, device="cpu", changes=few)
 """
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_the_others(root, rounded, text, tmp_path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     result = launch(2, tmp_path / "program.py", rounded, root / "half-full", text)

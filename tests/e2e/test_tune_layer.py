@@ -215,6 +215,7 @@ def test_stages_that_are_wrong(stage, message: str) -> None:
         recipe(**stage)
 
 
+@pytest.mark.slow
 def test_two_processes_tune_as_one_does(finished, root, rounded, text) -> None:
     file = root / "tuning.yaml"
     file.write_text(recipe().to_yaml())

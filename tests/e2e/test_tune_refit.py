@@ -218,6 +218,7 @@ def test_sharded_weights_cannot_be_read_whole() -> None:
         tuning_from_dict(values, "x")
 
 
+@pytest.mark.slow
 def test_two_processes_fit_as_one_does(finished, root, rounded, text) -> None:
     file = root / "fitting.yaml"
     file.write_text(recipe().to_yaml())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.kernels import assert_no_worse, random_activations, random_tensors
+from tests.support.kernels import assert_no_worse, plain_product, random_activations, random_tensors
 from vqllm_kernels import dispatch, formats, gpu
 from vqllm_kernels import linear as linear_module
 from vqllm_kernels.hadamard import triton as hadamard
@@ -64,7 +64,7 @@ def test_a_linear_is_as_exact_as_torch_step_by_step(values, block, num_tokens, d
     naive = x
     for i in (0, 2):
         naive = spec.transforms[i].input(naive, states[i]).half()
-    naive = naive @ spec.format.decode(own, ROWS, COLS).half().T
+    naive = plain_product(naive, spec.format.decode(own, ROWS, COLS))
     for i in (3, 1):
         naive = spec.transforms[i].output(naive, states[i]).half()
     with dispatch.force("triton"):

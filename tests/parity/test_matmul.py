@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.kernels import assert_no_worse, random_activations, random_tensors
+from tests.support.kernels import assert_no_worse, plain_product, random_activations, random_tensors
 from vqllm_kernels import activations, dispatch, formats, gpu
 from vqllm_kernels.e8p import triton as e8p
 from vqllm_kernels.formats import FormatSpec
@@ -58,7 +58,7 @@ def check_matmul(
     W_RC = spec.decode(tensors, rows, cols)
     with dispatch.force("triton"):
         y_NR = dispatch.matmul(x_NC, tensors, spec, rows, cols)
-    assert_no_worse(y_NR, x_NC @ W_RC.to(dtype).T, x_NC.double() @ W_RC.double().T)
+    assert_no_worse(y_NR, plain_product(x_NC, W_RC), x_NC.double() @ W_RC.double().T)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -188,7 +188,7 @@ def test_codes_at_an_odd_address(device):
         x_NC = random_activations(1, 64, dtype, device)
         with dispatch.force("triton"):
             y_NR = dispatch.matmul(x_NC, tensors, spec, 8, 64)
-        assert_no_worse(y_NR, x_NC @ W_RC.to(dtype).T, x_NC.double() @ W_RC.double().T)
+        assert_no_worse(y_NR, plain_product(x_NC, W_RC), x_NC.double() @ W_RC.double().T)
 
 
 def test_activations_that_are_not_contiguous(device):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.kernels import assert_no_worse, random_activations, random_tensors
+from tests.support.kernels import assert_no_worse, plain_product, random_activations, random_tensors
 from vqllm_kernels import activations, dispatch, formats, gpu
 from vqllm_kernels.trellis import reference
 from vqllm_kernels.trellis.spec import TrellisSpec
@@ -71,7 +71,7 @@ def check_matmul(
     W_RC = spec.decode(tensors, rows, cols)
     with dispatch.force("triton"):
         y_NR = dispatch.matmul(x_NC, tensors, spec, rows, cols)
-    assert_no_worse(y_NR, x_NC @ W_RC.to(dtype).T, x_NC.double() @ W_RC.double().T)
+    assert_no_worse(y_NR, plain_product(x_NC, W_RC), x_NC.double() @ W_RC.double().T)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -104,7 +104,7 @@ def test_matmul_at_every_batch_size(code, rows, num_tokens, device):
     ys = gpu.module(spec).matmuls(x_NC, tensors, spec, rows, cols, torch.float16)
     for y_NR, own, num_rows in zip(ys, tensors, rows, strict=True):
         W_RC = spec.decode(own, num_rows, cols)
-        assert_no_worse(y_NR, x_NC @ W_RC.half().T, x_NC.double() @ W_RC.double().T)
+        assert_no_worse(y_NR, plain_product(x_NC, W_RC), x_NC.double() @ W_RC.double().T)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 3, 1000])
@@ -234,7 +234,7 @@ def test_a_stage_of_a_residual(device):
     with dispatch.force("triton"):
         assert torch.equal(dispatch.decode(tensors, spec, 64, 64), W_RC)
         y_NR = dispatch.matmul(x_NC, tensors, spec, 64, 64)
-    assert_no_worse(y_NR, x_NC @ W_RC.half().T, x_NC.double() @ W_RC.double().T)
+    assert_no_worse(y_NR, plain_product(x_NC, W_RC), x_NC.double() @ W_RC.double().T)
 
 
 @pytest.mark.parametrize(

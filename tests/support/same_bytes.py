@@ -38,6 +38,8 @@ FIXED = {
     "OMP_WAIT_POLICY": "passive",
     "HF_HUB_OFFLINE": "1",
 }
+ANOTHER_MACHINE = 3
+"""Exit status where the recorded digests say nothing about this machine."""
 SMALL = ("calibration.sequences=4", "calibration.length=32")
 FEW_STEPS = {
     "end_to_end": ("steps=4",),
@@ -159,10 +161,13 @@ def main() -> None:
     if arguments.recipes is not None:
         chosen = arguments.recipes.split(",")
         names, tuning = ([n for n in all_ if n in chosen] for all_ in (names, tuning))
+    before = None if arguments.against is None else json.loads(arguments.against.read_text())
+    if before is not None and before["machine"] != machine():
+        print("This machine computes in another way than the one of --against.")
+        sys.exit(ANOTHER_MACHINE)
     found = digests(names, tuning)
     arguments.output.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
-    if arguments.against is not None:
-        before = json.loads(arguments.against.read_text())
+    if before is not None:
         differ = [name for name in found if found[name] != before.get(name)]
         print(f"{len(found) - len(differ)} as before; others: {', '.join(differ) or 'none'}")
         sys.exit(bool(differ))

@@ -32,6 +32,10 @@ ARCHITECTURES = (
 )
 """Model types that `tiny_model` builds."""
 
+DIFFERENT = ("gemma2", "gpt_neox", "phi3")
+"""Those that differ most from each other and from llama and qwen2, which most tests take: norms
+after the blocks too, blocks side by side with norms that have a mean, projections in one matrix."""
+
 
 def tiny_tokenizer(add_bos: bool = False) -> PreTrainedTokenizerFast:
     """Byte-level BPE of 384 tokens; encodes any text and decodes it back exactly."""

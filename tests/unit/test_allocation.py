@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.support.gaussian import gaussian
+from tests.support.params import slow
 from tests.support.tiny import save_tiny
 from vqllm import recipes
 from vqllm.allocation import Item, allocate, gaussian_mse
@@ -157,7 +158,7 @@ def hessian(cols: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("rounding", ["ldlq", "nearest"])
 @pytest.mark.parametrize(("bits", "off"), [(1, 0.45), (2, 0.15), (4, 0.08)])
 @pytest.mark.parametrize("other", [False, True], ids=["same H", "other H"])
-@pytest.mark.parametrize("cols", [256, 100])
+@pytest.mark.parametrize("cols", [slow(256), 100])
 def test_expected_losses_are_what_rounding_leaves(
     rounding: str, bits: int, off: float, other: bool, cols: int
 ) -> None:

@@ -437,13 +437,13 @@ def test_logits_that_do_not_follow_from_the_last_layer_are_computed_every_time(
 
 def test_the_peak_of_memory_can_be_counted_from_here_on() -> None:
     gc.collect()  # models of other tests have cycles; freed below, they would hide what is counted
-    large = torch.ones(64 << 20, dtype=torch.uint8)
+    large = torch.ones(256 << 20, dtype=torch.uint8)  # much beside what a system takes back
     before = memory.peak_resident()
     del large
     if not memory.restart_peak():
         pytest.skip("this system counts from the start of the process")
     after = memory.peak_resident()
-    assert after < before - (32 << 20)
-    large = torch.ones(64 << 20, dtype=torch.uint8)
-    assert memory.peak_resident() > after + (48 << 20)
-    assert large.sum() == 64 << 20
+    assert after < before - (128 << 20)
+    large = torch.ones(256 << 20, dtype=torch.uint8)
+    assert memory.peak_resident() > after + (128 << 20)
+    assert large[0] == 1

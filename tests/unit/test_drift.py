@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from tests.support.tiny import ARCHITECTURES, save_tiny
+from tests.support.params import slow_but
+from tests.support.tiny import ARCHITECTURES, DIFFERENT, save_tiny
 from vqllm import recipes
 from vqllm.calibration import passes as passes_module
 from vqllm.calibration.drift import Drift, silenced
@@ -117,7 +118,7 @@ def linears_of_layer(stream: LayerStream, index: int) -> dict[str, nn.Linear]:
     return linears_of(stream.layers[index], stream.names[index])
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", slow_but(DIFFERENT, ARCHITECTURES))
 def test_what_adds_to_the_residual_stream_is_found(arch: str, tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source", arch, num_hidden_layers=2)
     found = calibrate(source, tmp_path, 0.0)

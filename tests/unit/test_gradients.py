@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from tests.support.tiny import ARCHITECTURES, save_tiny
+from tests.support.params import slow_but
+from tests.support.tiny import ARCHITECTURES, DIFFERENT, save_tiny
 from vqllm.calibration import passes as passes_module
 from vqllm.calibration import saliency as saliency_module
 from vqllm.calibration.gradients import Choice, Findings, GradientPass, Visitor, draw
@@ -78,7 +79,7 @@ def collected(gradients: GradientPass) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("budget", [1 << 30, 0], ids=["memory", "file"])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", slow_but(DIFFERENT, ARCHITECTURES))
 def test_gradients_equal_those_of_the_whole_model(arch: str, budget: int, tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source", arch, num_hidden_layers=3)
     model = AutoModelForCausalLM.from_pretrained(source)

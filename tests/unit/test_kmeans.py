@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.support.gaussian import gaussian, generator
+from tests.support.params import slow
 from vqllm.codecs import CODECS
 from vqllm.codecs.base import nearest_entry
 from vqllm.core import tiles
@@ -144,7 +145,7 @@ def test_fit_on_a_sample_is_nearly_as_good():
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("tile_cols", "index_bits"), [(1, 4), (4, 8), (4, 13)])
+@pytest.mark.parametrize(("tile_cols", "index_bits"), [(1, 4), (4, 8), slow(4, 13)])
 def test_same_bytes_with_any_number_of_threads(tile_cols, index_bits, weighted):
     X = tiles.to_tiles(gaussian(256, 256), (1, tile_cols))
     weight = gaussian(1, X.shape[1], tile_cols, seed=5).exp() if weighted else None

@@ -8,6 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from tests.support.gaussian import generator
+from tests.support.params import slow
 from vqllm.codecs import CODECS
 from vqllm.errors import RecipeError
 from vqllm_kernels import formats, layout
@@ -76,6 +77,7 @@ def test_shells_have_the_sizes_of_the_theta_series():
         assert reference.shell_size(shell) == series[shell]
 
 
+@pytest.mark.slow
 def test_the_minimal_vectors_are_all_of_them():
     """Conway and Sloane, chapter 4, section 11: 1104 + 97152 + 98304 vectors in three shapes."""
     shells = (2,)
@@ -103,8 +105,8 @@ def test_the_minimal_vectors_are_all_of_them():
     [
         (1 << 20, FITTED),
         (1 << 16, codec(bits=1).spec()),
-        (1 << 16, codec(bits=1.5).spec()),
-        (1 << 16, codec(bits=2.5).spec()),
+        slow(1 << 16, codec(bits=1.5).spec()),
+        slow(1 << 16, codec(bits=2.5).spec()),
         (1 << 16, codec(bits=3).spec()),
         (1 << 14, LeechSpec(index_bits=72, shells=tuple(range(2, 54)))),
     ],
@@ -288,7 +290,7 @@ def best_products(x_E, max_shell):
 @pytest.mark.parametrize(
     ("options", "size"),
     [
-        ({}, [0.2, 0.6, 0.8, 1.0, 1.2, 1.4, 30.0]),
+        slow({}, [0.2, 0.6, 0.8, 1.0, 1.2, 1.4, 30.0]),
         ({"shape": "spherical"}, [0.5, 1.0, 1.4]),
         ({"shape": "shape-gain"}, [0.5, 1.0, 1.4]),
     ],

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.params import slow
 from tests.support.tiny import tiny_model, tiny_tokenizer
 from vqllm import api
 from vqllm.errors import EvaluationError
@@ -139,7 +140,7 @@ def test_our_tasks_are_listed() -> None:
     assert lm_eval.own_tasks() == expected
 
 
-@pytest.mark.parametrize(("wrong", "right"), [("vqllm_piqua", "vqllm_piqa"), ("piqaa", "piqa")])
+@pytest.mark.parametrize(("wrong", "right"), [("vqllm_piqua", "vqllm_piqa"), slow("piqaa", "piqa")])
 def test_an_unknown_task_gets_near_names(model: Any, wrong: str, right: str) -> None:
     with pytest.raises(EvaluationError, match=rf"'{wrong}'.*Did you mean {right}"):
         lm_eval.run_tasks(model, TOKENIZER, ["vqllm_piqa", wrong])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.support.params import slow_but
 from tests.unit.test_end_to_end import MemoryStates
 from vqllm.codecs import CODECS
 from vqllm.core import rng
@@ -138,7 +139,7 @@ def test_the_objective_falls_at_every_step(name: str) -> None:
     assert told["codes_moved"] == sum(of_round["moved"] for of_round in rounds)
 
 
-@pytest.mark.parametrize("name", CODEC_OPTIONS)
+@pytest.mark.parametrize("name", slow_but(["kmeans", "e8p"], CODEC_OPTIONS))
 def test_it_beats_straight_through_and_scales_alone(name: str) -> None:
     ends = {}
     for stage in (

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.params import slow
 from tests.support.tiny import tiny_model, tiny_tokenizer
 from vqllm.calibration.data import self_samples as samples
 from vqllm.calibration.data.self_samples import generate_samples
@@ -35,7 +36,7 @@ def test_shape_dtype_and_range() -> None:
     assert tokens.max() < 384
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt_neox", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("arch", ["llama", slow("gpt_neox"), slow("gemma2"), "gemma3_text"])
 def test_the_batch_size_changes_nothing(arch: str) -> None:
     """Over 70 tokens, so that the cache grows; gemma2 has eager attention, gemma3 windows."""
     overrides = {"sliding_window": 16} if arch.startswith("gemma") else {}

@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from tests.support.params import slow, slow_but
 from tests.support.tiny import tiny_tokenizer
 from vqllm.calibration.data import cut_sequences as sources
 from vqllm.calibration.data import text_sources as texts
@@ -75,9 +76,11 @@ def test_the_seed_decides(text: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "num_lines"),
     [
-        *(("whole", num) for num in (80, 700, 30_000)),
+        *(("whole", num) for num in (80, 700)),
+        *(("stream", num) for num in (80, 700)),
+        slow("whole", 30_000),
+        slow("stream", 30_000),
         ("far apart", 30_000),  # only texts of several blocks are read in parts
-        *(("stream", num) for num in (80, 700, 30_000)),
     ],
 )
 def test_no_run_calibrates_on_what_another_holds_out(
@@ -106,7 +109,11 @@ def test_no_run_calibrates_on_what_another_holds_out(
 
 
 @pytest.mark.parametrize(
-    "kind", ["a.txt", "line.txt", "a.jsonl", "long.jsonl", "parquet", "folder"]
+    "kind",
+    slow_but(
+        ["line.txt", "long.jsonl"],
+        ["a.txt", "line.txt", "a.jsonl", "long.jsonl", "parquet", "folder"],
+    ),
 )
 def test_nor_does_one_that_reads_in_parts(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch

@@ -15,7 +15,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tests.support.tiny import ARCHITECTURES, save_tiny
+from tests.support.params import slow_but
+from tests.support.tiny import ARCHITECTURES, DIFFERENT, save_tiny
 from vqllm.calibration import passes as passes_module
 from vqllm.calibration.layer_calibrator import LayerCalibrator
 from vqllm.calibration.layer_stream import LayerStream, check_states, layer_names, linears_of
@@ -41,7 +42,7 @@ def states_of(calibrator: LayerCalibrator, model: Model = "quantized") -> Tensor
 
 
 @pytest.mark.parametrize("budget", [1 << 30, 0], ids=["memory", "file"])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", slow_but(DIFFERENT, ARCHITECTURES))
 def test_states_and_hessians_equal_the_whole_model(arch: str, budget: int, tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source", arch, num_hidden_layers=3)
     model = AutoModelForCausalLM.from_pretrained(source)
@@ -207,7 +208,7 @@ def outputs_in(model: nn.Module, names: list[str]) -> list[Tensor]:
     return outputs
 
 
-@pytest.mark.parametrize("arch", OTHER_ARCHITECTURES)
+@pytest.mark.parametrize("arch", slow_but(["bamba", "falcon"], OTHER_ARCHITECTURES))
 def test_whatever_layers_return_beside_their_states(arch: str, tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source", arch, num_hidden_layers=3, **OTHER_ARCHITECTURES[arch])
     stream = stream_of(source)

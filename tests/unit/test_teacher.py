@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.tiny import ARCHITECTURES, save_tiny
+from tests.support.params import slow_but
+from tests.support.tiny import ARCHITECTURES, DIFFERENT, save_tiny
 from vqllm.calibration.layer_stream import LayerStream
 from vqllm.core.distributed import Processes
 from vqllm.distillation.cached_predictions import StreamedPredictions
@@ -33,7 +34,7 @@ def cached(source: Path, folder: Path, **options) -> StreamedPredictions:
     return StreamedPredictions(open_stream, TOKENS, folder, Processes(), **options)
 
 
-@pytest.mark.parametrize("arch", [*ARCHITECTURES, *OTHERS])
+@pytest.mark.parametrize("arch", slow_but([*DIFFERENT, *OTHERS], [*ARCHITECTURES, *OTHERS]))
 def test_it_predicts_as_the_model_does(arch: str, tmp_path: Path, folder: Path) -> None:
     source = save_tiny(tmp_path / "source", arch, num_hidden_layers=3, **OTHERS.get(arch, {}))
     shares: list[float] = []

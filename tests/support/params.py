@@ -1,0 +1,18 @@
+"""Parameters of tests of which some are marked slow."""
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import pytest
+
+
+def slow(*values: Any) -> Any:
+    """One set of parameters, slow."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def slow_but(quick: Collection[Any], values: Iterable[Any]) -> list[Any]:
+    """Values of one parameter, all slow but the `quick` ones."""
+    values = list(values)
+    assert all(value in values for value in quick), "a quick one that is not there"
+    return [value if value in quick else slow(value) for value in values]
