@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.tiny import TEXT, save_tiny
+from tests.support.tiny import TEXT, save_tiny
 from typer.testing import CliRunner
 
 from tests.support.pages import ROOT, Block, blocks, commands, text_of
