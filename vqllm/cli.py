@@ -409,7 +409,9 @@ def dequantize(
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="print this recipe")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="print this recipe with all of its keys")
+    ] = None,
 ) -> None:
     """List the shipped recipes, or print one."""
     from vqllm.recipes import available, available_tuning, load, load_tuning
@@ -418,9 +420,9 @@ def recipes(
         found = load_tuning(name) if name in available_tuning() else load(name)
         out.print(found.to_yaml(), markup=False, highlight=False)
         return
-    table = Table("recipe", "description")
-    for shipped in available():
-        table.add_row(shipped, load(shipped).description)
+    table = Table("recipe", "folder", "description")
+    for shipped, file in sorted(available().items(), key=lambda item: item[1].parent.name):
+        table.add_row(shipped, file.parent.name, load(shipped).description)
     out.print(table)
     table = Table("recipe of vqllm tune", "description")
     for shipped in available_tuning():

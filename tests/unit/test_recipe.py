@@ -8,6 +8,7 @@ import pytest
 
 from vqllm import api, recipes
 from vqllm.allocation.run import needs_gradients
+from vqllm.core import resources
 from vqllm.errors import RecipeError
 from vqllm.plan.costs import code_bits
 from vqllm.recipes import from_dict, tuning_from_dict
@@ -23,6 +24,21 @@ def test_shipped_recipe_loads_and_survives_yaml(name: str, tmp_path: Path) -> No
     assert recipe.description
     (tmp_path / "copy.yaml").write_text(recipe.to_yaml())
     assert recipes.load(tmp_path / "copy.yaml") == recipe
+
+
+def test_shipped_recipes_lie_in_folders_and_have_names_of_their_own() -> None:
+    files = {
+        path
+        for found in (recipes.available(), recipes.available_tuning())
+        for path in found.values()
+    }
+    root = resources.recipes_dir()
+    assert files == set(root.rglob("*.yaml"))
+    folders = {path.parent for path in recipes.available().values()}
+    assert folders == {root / name for name in ("defaults", "papers", "codecs")}
+    assert {path.parent for path in recipes.available_tuning().values()} == {root / "tuning"}
+    presets = [recipes.best(bits, preset) for bits in recipes.BITS for preset in recipes.PRESETS]
+    assert {recipes.available()[name].parent.name for name in presets} == {"defaults"}
 
 
 def test_best_recipes_are_shipped() -> None:

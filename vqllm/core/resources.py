@@ -6,7 +6,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def recipes_dir() -> Path:
-    """The folder of the shipped recipes (`*.yaml`)."""
+    """The folder of the shipped recipes: `*.yaml` in folders by what they are for."""
     return _find("recipes", _PACKAGE.parent / "recipes")
 
 
