@@ -409,7 +409,9 @@ def dequantize(
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="print this recipe, all of it")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="print this recipe with all of its keys")
+    ] = None,
 ) -> None:
     """List the shipped recipes, or print one."""
     from vqllm.recipes import available, available_tuning, load, load_tuning
