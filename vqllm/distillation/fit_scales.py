@@ -57,7 +57,7 @@ def fit(
     if size == 0:
         return 0.0, 0.0
     before = loss = _loss(W_RC - _weights(linear), H_CC)
-    # Codebooks first: they change most, and scales then make up for what is left.
+    # Codebooks first, then scales for what these leave.
     if "codebooks" in kinds and linear.coded is not None and linear.coded.learned:
         coded = linear.coded
         problem = _InBasis(
