@@ -219,6 +219,26 @@ class TestTheory:
         )
 
 
+class TestExample:
+    def test_the_numbers_of_the_ldlq_docstring(self) -> None:
+        W = torch.tensor([[0.4, 0.4, 0.4]], dtype=torch.float64)
+        H = torch.tensor([[4, 2, 2], [2, 3, 2], [2, 2, 3]], dtype=torch.float64)
+        integers = Checkerboard(step=0.5)  # even multiples of the step, for tiles of one weight
+        L, D = linalg.block_ldl(H, 1)
+        torch.testing.assert_close(L, torch.tensor([[1, 0, 0], [0.5, 1, 0], [0.5, 0.5, 1]]).to(W))
+        torch.testing.assert_close(D.flatten(), torch.tensor([4, 2, 1.5]).to(W))
+        errors = {"nearest": [[0.4, 0.4, 0.4]], "ldlq": [[0.4, -0.6, 0.4]]}
+        gaps = {"nearest": [[0.8, 0.6, 0.4]], "ldlq": [[0.3, -0.4, 0.4]]}
+        losses = {"nearest": 3.52, "ldlq": 0.92}
+        for name, loss in losses.items():
+            codes, _ = rule(name)(W, H, integers, {})
+            E = W - reproduce(codes, integers, {}, W)
+            torch.testing.assert_close(E, torch.tensor(errors[name]).double())
+            torch.testing.assert_close(E @ L, torch.tensor(gaps[name]).double())
+            assert float(torch.trace(E @ H @ E.T)) == pytest.approx(loss)
+            assert float(((E @ L) ** 2 * D.flatten()).sum()) == pytest.approx(loss)
+
+
 class TestOrderings:
     @pytest.mark.parametrize("kind", ["mixed", "smooth", "spiked", "thin"])
     @pytest.mark.parametrize("tile", TILES)

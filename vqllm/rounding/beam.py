@@ -1,6 +1,6 @@
-"""Beam search: several ways to code each row are kept until it is clear which is the best.
+"""Beam search: several codings of each row go on until it is clear which is the best.
 
-Rows of tiles do not affect each other's loss, so each is searched by itself, all at the same time.
+Rows of tiles do not affect each other's loss: each has a search of its own, all at the same time.
 Tile columns are visited from last to first, several times:
 
     first      all columns to the right are coded, none to the left. With H = L D Lᵀ the loss so far
@@ -122,7 +122,7 @@ class Beam(Rounding):
 
 @dataclass(frozen=True)
 class _Measure:
-    """What an error E = W − Ŵ in one tile column costs, and what it asks of the others.
+    """The cost of an error E = W − Ŵ in one tile column, and its effect on the other targets.
 
     The target of column k is W_k − E_k + (E A)_k inverse_k, with E_k = 0 while the column is not
     coded. A gap between code and target costs its square in the norm of `norm_k`.
@@ -138,7 +138,7 @@ def feedback(columns: TileColumns, beam: int, stripe: int) -> Tensor:
     """Code all tile columns from last to first; returns W − Ŵ, [R, C].
 
     Args:
-        columns: takes up the codes.
+        columns: stores the codes.
         beam: codings of each row of tiles that go on.
         stripe: columns of W between two products with the whole of L.
     """
@@ -157,7 +157,7 @@ def descend(columns: TileColumns, E_RC: Tensor, beam: int, stripe: int) -> None:
     """One pass over all tile columns, from last to first, that does not raise the loss.
 
     Args:
-        columns: all coded; takes up the new codes.
+        columns: all coded; stores the new codes.
         E_RC: W − Ŵ, updated in place.
         beam: codings of each row of tiles that go on.
         stripe: columns of W between two products with the whole of H.
@@ -208,19 +208,21 @@ def _search(
     """Code a stripe of tile columns, or code it again.
 
     Args:
-        columns: takes up the codes.
+        columns: stores the codes.
         E_RC: W − Ŵ, updated in place.
         pull_RS: E A in the stripe.
         tiles: the stripe's tile columns.
     """
     width, tile_rows = columns.width, columns.codec.tile[0]
     stripe = slice(tiles.start * width, tiles.stop * width)
+    # Every row of tiles starts the stripe with one coding, B = 1, and its loss counts from zero.
     E_IrS = _by_tile_row(E_RC[:, stripe], tile_rows)
     loss_IB = E_IrS.new_zeros(len(E_IrS), 1)
     pull_IrS = _by_tile_row(pull_RS, tile_rows)
     codings = _Codings(loss_IB, E_IrS[:, None], pull_IrS[:, None], ())
     for k in reversed(tiles):
         codings = _visit(columns, codings, k, tiles, beam, measure)
+    # At the end of the stripe the best coding of each row of tiles becomes the result.
     best = codings.chosen(codings.loss_IB.argmin(1, keepdim=True))
     E_RC[:, stripe] = best.E_IBrS.flatten(0, 2)[: len(E_RC)]
     for k, codes_I1M in zip(reversed(tiles), best.codes):
@@ -238,34 +240,39 @@ def _visit(
     norm_TT = measure.norm_KTT[k]
     W_I1rT = _by_tile_row(columns.W_RC[:, own], tile_rows)[:, None]
     old_E_I1rT = codings.E_IBrS[:, :1, :, here]  # not visited: the same in all codings
+    # The target of each coding: X_k = W_k − E_k + (E A)_k inverse_k.
     pull_IBrT = codings.pull_IBrS[..., here]
     if measure.inverse_KTT is not None:
         pull_IBrT = pull_IBrT @ measure.inverse_KTT[k]
     X_IBrT = W_I1rT - old_E_I1rT + pull_IBrT
+    # C candidate codes for each; in a pass the old code is the first, so that the loss cannot rise.
     codes_IBCM = _shortlist(columns, X_IBrT, norm_TT, min(beam, _CODES))
     if measure.inverse_KTT is not None:
-        old_I1M = columns.kept[columns.order[k]]
+        old_I1M = columns.codes[columns.order[k]]
         old_IB1M = old_I1M[:, None].expand(-1, codes_IBCM.shape[1], -1, -1)
         codes_IBCM = torch.cat((old_IB1M, codes_IBCM), 2)
     W_hat_IBCrT = _decoded(columns, codes_IBCM)
     num_used = len(columns.W_RC) - tile_rows * (len(W_I1rT) - 1)
     E_IBCrT = W_I1rT[:, :, None] - W_hat_IBCrT
     E_IBCrT[-1, :, :, num_used:] = 0  # rows below the matrix cost nothing
+    # Cost of a candidate: tr(gap norm gapᵀ), in a pass relative to that of the old code.
     gap_IBCrT = X_IBrT[:, :, None] - W_I1rT[:, :, None] + E_IBCrT
     cost_IBC = ((gap_IBCrT @ norm_TT) * gap_IBCrT).sum((3, 4))
     if measure.inverse_KTT is not None:
         cost_IBC = cost_IBC - cost_IBC[..., :1]
     loss_IBC = codings.loss_IB[..., None] + cost_IBC
     loss_IBC = loss_IBC.masked_fill(_repeated(codes_IBCM), torch.inf)
-    num_kept = min(beam, loss_IBC[0].numel())
-    loss_IB, place_IB = loss_IBC.flatten(1).topk(num_kept, largest=False)
-    kept = codings.chosen(place_IB // loss_IBC.shape[2])
+    # Of all B x C continuations of a row of tiles, the `beam` of least loss go on.
+    num_best = min(beam, loss_IBC[0].numel())
+    loss_IB, place_IB = loss_IBC.flatten(1).topk(num_best, largest=False)
+    best = codings.chosen(place_IB // loss_IBC.shape[2])
     E_IBrT = _taken(E_IBCrT.flatten(1, 2), place_IB)
-    kept.E_IBrS[..., here] = E_IBrT
+    best.E_IBrS[..., here] = E_IBrT
+    # The new errors change the targets of the columns to the left.
     change_IBrT = E_IBrT - old_E_I1rT
-    kept.pull_IBrS[..., : here.start] += change_IBrT @ measure.A_CC[own, start : own.start]
-    codes = (*kept.codes, _taken(codes_IBCM.flatten(1, 2), place_IB))
-    return replace(kept, loss_IB=loss_IB, codes=codes)
+    best.pull_IBrS[..., : here.start] += change_IBrT @ measure.A_CC[own, start : own.start]
+    codes = (*best.codes, _taken(codes_IBCM.flatten(1, 2), place_IB))
+    return replace(best, loss_IB=loss_IB, codes=codes)
 
 
 def _shortlist(columns: TileColumns, X_IBrT: Tensor, norm_TT: Tensor, num: int) -> Tensor:

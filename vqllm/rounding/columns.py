@@ -1,4 +1,4 @@
-"""What rules that code one tile column after another have in common: padding, order, coding."""
+"""Padding, order and coding of tile columns, for the rules that code one after another."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ class TileColumns:
     """W and H padded to whole tile columns, in the order in which the columns are coded.
 
     Column k of the order is column `order[k]` of the grid of tiles. Where the codec that was given
-    stores outliers apart, `codec` and `state` are those of its base, and W is what they leave.
+    stores outliers apart, `codec` and `state` are those of its base, and W is without the outliers.
     """
 
     W_RC: Tensor
@@ -34,9 +34,9 @@ class TileColumns:
     outer: OutlierCodec | None = None
     """the codec that was given, if it stores outliers apart"""
     outliers_RC: Tensor | None = None
-    """what it stores, in the order of the columns"""
-    kept: dict[int, Tensor] = field(default_factory=dict)
-    """Codes [I, 1, M] by column of the grid."""
+    """the outliers that it stores, in the order of the columns"""
+    codes: dict[int, Tensor] = field(default_factory=dict)
+    """Codes [I, 1, M] by column of the grid, of the columns that are coded."""
 
     @classmethod
     def of(
@@ -48,12 +48,15 @@ class TileColumns:
         num_tiles = -(-num_cols // tile_cols)
         if num_tiles * tile_cols > num_cols:
             W_RC, H_CC = _pad(W_RC, H_CC, num_tiles * tile_cols - num_cols)
+        # Rules go from the last column to the first: the largest come last, to be coded first,
+        # while all other columns can still compensate for their errors.
         order_K = torch.arange(num_tiles, device=H_CC.device)
         if order != "natural":
             order_K = torch.argsort(_size(W_RC, H_CC, tile_cols, order), stable=True)
             features = _features(order_K, tile_cols)
             W_RC, H_CC = W_RC[:, features], H_CC[features][:, features]
         columns = cls(W_RC, H_CC, codec, state, order_K.tolist())
+        # The rules code W without its outliers, with the codec of the base.
         if isinstance(codec, OutlierCodec):
             S_RC = from_tiles(codec.outliers(state, num_tiles), codec.tile, *W_RC.shape)
             columns.outer, columns.outliers_RC = codec, S_RC[:, columns._features()]
@@ -62,7 +65,7 @@ class TileColumns:
         return columns
 
     def replace_outliers(self, S_RC: Tensor) -> None:
-        """Take up other outliers, in the order of the columns."""
+        """Store other outliers, in the order of the columns, and subtract them from W instead."""
         assert self.outliers_RC is not None
         self.W_RC = self.W_RC + self.outliers_RC - S_RC
         self.outliers_RC = S_RC
@@ -95,7 +98,7 @@ class TileColumns:
         return self.codec.tile[1]
 
     def code(self, X_RT: Tensor, k: int, D_TT: Tensor) -> tuple[Tensor, Tensor]:
-        """Nearest codes of what is to stand in tile column k of the order.
+        """Nearest codes of a target for tile column k of the order.
 
         Args:
             X_RT: target, [R, tile_cols].
@@ -127,9 +130,9 @@ class TileColumns:
         """Let the codec fit its state to the columns of a group, if it does.
 
         Args:
-            X_RG: targets of the group's columns of W, the coded columns made up for.
-            D_KTT: error weights of all tile columns. Their diagonals weigh the fit: what `code`
-                minimises is the error in the norm of D, not in that of H.
+            X_RG: targets of the group's columns of W, with the feedback of the coded columns.
+            D_KTT: error weights of all tile columns. Their diagonals weigh the fit, because `code`
+                minimises the error in the norm of D, not in that of H.
         """
         if self.codec.refit_cols is None:
             return
@@ -140,27 +143,27 @@ class TileColumns:
         self.state = self.codec.refit(X_IKE, weight_1KE, self.state, group.start)
 
     def keep_all(self, codes_IJM: Tensor) -> Tensor:
-        """Take up codes of the whole grid; returns W − Ŵ, [R, C], in the order of the columns."""
+        """Store codes of the whole grid; returns W − Ŵ, [R, C], in the order of the columns."""
         E_RC = self.W_RC.clone()
         for k, col in enumerate(self.order):
             codes_I1M = codes_IJM[:, col : col + 1]
-            self.kept[col] = codes_I1M
+            self.codes[col] = codes_I1M
             X_hat_I1E = self.codec.decode(codes_I1M, self.state, col)
             own = slice(k * self.width, (k + 1) * self.width)
             E_RC[:, own] -= from_tiles(X_hat_I1E, self.codec.tile, len(E_RC), self.width)
         return E_RC
 
     def keep(self, codes_I1M: Tensor, k: int, rows_I: Tensor | None = None) -> None:
-        """Take up codes of tile column k of the order; only where `rows_I` is true, if given."""
+        """Store codes of tile column k of the order; only where `rows_I` is true, if given."""
         col = self.order[k]
         if rows_I is not None:
-            codes_I1M = torch.where(rows_I[:, None, None], codes_I1M, self.kept[col])
-        self.kept[col] = codes_I1M
+            codes_I1M = torch.where(rows_I[:, None, None], codes_I1M, self.codes[col])
+        self.codes[col] = codes_I1M
 
     @property
     def codes_IJM(self) -> Tensor:
         """All codes, in the order of the grid."""
-        return torch.cat([self.kept[col] for col in range(len(self))], dim=1)
+        return torch.cat([self.codes[col] for col in range(len(self))], dim=1)
 
 
 def _features(order_K: Tensor, tile_cols: int) -> Tensor:
@@ -170,7 +173,7 @@ def _features(order_K: Tensor, tile_cols: int) -> Tensor:
 
 
 def _size(W_RC: Tensor, H_CC: Tensor, tile_cols: int, order: Order) -> Tensor:
-    """By which tile columns are sorted: tr H_kk (hessian), or tr W_k H_kk W_kᵀ (energy), [K]."""
+    """The sort key of tile columns: tr H_kk (hessian) or tr W_k H_kk W_kᵀ (energy), [K]."""
     H_KTT = linalg.diagonal_blocks(H_CC, tile_cols)
     if order == "hessian":
         return torch.diagonal(H_KTT, dim1=1, dim2=2).sum(1)

@@ -39,7 +39,7 @@ def move(columns: TileColumns, E_RC: Tensor) -> None:
     """Choose outliers again; the loss of no row of tiles rises.
 
     Args:
-        columns: all coded, with outliers; takes up the new ones.
+        columns: all coded, with outliers; stores the new ones.
         E_RC: W − S − Ŵ, updated in place.
     """
     assert columns.outer is not None
@@ -48,10 +48,13 @@ def move(columns: TileColumns, E_RC: Tensor) -> None:
     num = columns.outer.num_outliers(len(columns))
     pull_RC = E_RC @ H_CC
     promising_RN, change_RC, codes = _exchange(columns, E_RC, pull_RC, num)
+    # Candidate 1: the columns of outliers and all codes stay, only the values S_T are solved.
     rest_RC = E_RC + S_RC
     stay = _solved(_largest(S_RC.abs(), num), rest_RC, pull_RC + S_RC @ H_CC, H_CC)
+    # Candidate 2: the new columns of outliers and the new codes, with values solved for them.
     rest_RC = rest_RC - change_RC
     exchanged = _solved(promising_RN, rest_RC, rest_RC @ H_CC, H_CC)
+    # Each row of tiles takes what has the least loss; 0 is to change nothing.
     losses = [
         _by_tile_row((pull_RC * E_RC).sum(1), columns.codec.tile[0]),
         _by_tile_row(stay[1], columns.codec.tile[0]),
@@ -60,6 +63,7 @@ def move(columns: TileColumns, E_RC: Tensor) -> None:
     best_I = torch.stack(losses).argmin(0)
     best_R = best_I.repeat_interleave(columns.codec.tile[0])[: len(S_RC), None]
     new_RC = torch.where(best_R == 1, stay[0], torch.where(best_R == 2, exchanged[0], S_RC))
+    # E = W − S − Ŵ follows the change of S, and that of Ŵ where the codes are new.
     E_RC += S_RC - new_RC - torch.where(best_R == 2, change_RC, 0)
     columns.replace_outliers(new_RC)
     for k, (codes_I1M, coded_I) in codes.items():
@@ -80,8 +84,10 @@ def _exchange(
     H_KTT = linalg.diagonal_blocks(columns.H_CC, width)
     inverse_KTT = torch.cholesky_inverse(torch.linalg.cholesky(H_KTT))
     h_C = torch.diagonal(columns.H_CC)
+    # How much a row's loss grows without an outlier in a column: (E H)_j² / H_jj where there is
+    # none, H_jj e_j² where there is one.
     worth_RC = pull_RC**2 / h_C
-    whole_RC = torch.empty_like(S_RC)  # what would stand in each tile column, outliers included
+    whole_RC = torch.empty_like(S_RC)  # target of each tile column plus its outliers
     for k in range(len(columns)):
         own = slice(k * width, (k + 1) * width)
         X_RT = W_RC[:, own] - E_RC[:, own] + pull_RC[:, own] @ inverse_KTT[k]
@@ -90,6 +96,8 @@ def _exchange(
             _, W_hat_RT = columns.code(whole_RC[:, own], k, H_KTT[k])
             off_RT = h_C[own] * (whole_RC[:, own] - W_hat_RT) ** 2
             worth_RC[:, own] = torch.where(S_RC[:, own] != 0, off_RT, worth_RC[:, own])
+    # The `num` columns of most worth get the outliers. Tiles that lose one are coded again, with
+    # the lost value back in the target.
     columns_RN = _largest(worth_RC, num)
     stays_RC = torch.zeros_like(S_RC, dtype=torch.bool).scatter(1, columns_RN, True)
     change_RC, codes = torch.zeros_like(S_RC), {}
@@ -98,8 +106,8 @@ def _exchange(
         lost_RT = (S_RC[:, own] != 0) & ~stays_RC[:, own]
         if not bool(lost_RT.any()):
             continue
-        kept_RT = torch.where(stays_RC[:, own], S_RC[:, own], 0)
-        codes_I1M, W_hat_RT = columns.code(whole_RC[:, own] - kept_RT, k, H_KTT[k])
+        remaining_RT = torch.where(stays_RC[:, own], S_RC[:, own], 0)
+        codes_I1M, W_hat_RT = columns.code(whole_RC[:, own] - remaining_RT, k, H_KTT[k])
         coded_I = _by_tile_row(lost_RT.sum(1), columns.codec.tile[0]) > 0
         coded_R1 = coded_I.repeat_interleave(columns.codec.tile[0])[: len(S_RC), None]
         old_RT = W_RC[:, own] - E_RC[:, own]
@@ -121,11 +129,13 @@ def _solved(
     S_RC, loss_R = torch.zeros_like(rest_RC), (rest_RC * pull_RC).sum(1)
     for start in range(0, len(S_RC), size := max(1, _MAX_NUMBERS // columns_RN.shape[1] ** 2)):
         own = slice(start, start + size)
+        # S_T = (W − Ŵ) H_:T (H_TT)⁻¹: one small system for each row, over its own columns T.
         place_RN = columns_RN[own]
         H_RNN = H_CC[place_RN[:, :, None], place_RN[:, None]]
         pull_RN1 = pull_RC[own].gather(1, place_RN)[..., None]
         values_RN1 = torch.cholesky_solve(pull_RN1, torch.linalg.cholesky(H_RNN))
         values_RN1 = values_RN1.clamp(-_LARGEST, _LARGEST).half().to(H_CC)
+        # Exact for any S, so that float16 rounding counts: 2 S·((W − Ŵ) H)_T − S H_TT Sᵀ.
         loss_R[own] -= ((2 * pull_RN1 - H_RNN @ values_RN1) * values_RN1).sum((1, 2))
         S_RC[own] = S_RC[own].scatter(1, place_RN, values_RN1[..., 0])
     return S_RC, loss_R

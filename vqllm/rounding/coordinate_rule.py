@@ -86,7 +86,7 @@ class Coordinate(Rounding):
 
     def _descend(self, columns: TileColumns, E_RC: Tensor, H_CC: Tensor) -> None:
         loss = float("inf")
-        if columns.kept:
+        if columns.codes:
             loss = _loss(E_RC, columns.H_CC)
         for _ in range(self.passes):
             descend(columns, E_RC, STRIPE)

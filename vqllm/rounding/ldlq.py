@@ -1,12 +1,35 @@
-"""Rounding with linear feedback: the error of coded columns is made up for by the others.
+"""Rounding with linear feedback: later columns compensate for the error of those already coded.
 
 With H = L D Lᵀ in blocks of a tile's width, tile columns are coded from last to first,
 
     X_k = W_k + (W − Ŵ)_{>k} L_{>k,k}        Ŵ_k = nearest code of X_k
 
-which makes the proxy loss Σ_k tr((X_k − Ŵ_k) D_k (X_k − Ŵ_k)ᵀ): what is left to the codec is one
-tile column at a time. Rows of a tile are coded together. GPTQ is the same rule on the reversed
-columns, in another arrangement of the arithmetic.
+Then the proxy loss is Σ_k tr((X_k − Ŵ_k) D_k (X_k − Ŵ_k)ᵀ): a sum over tile columns, each of
+which the codec makes small by itself. Rows of a tile are coded together. GPTQ is the same rule on
+the reversed columns, in another arrangement of the arithmetic.
+
+Example: one row, three columns, tiles of one weight, codes are the integers.
+
+    W = (0.4, 0.4, 0.4)     H = | 4 2 2 |     L = |  1   0   0 |     D = (4, 2, 1.5)
+                                | 2 3 2 |         | 0.5  1   0 |
+                                | 2 2 3 |         | 0.5 0.5  1 |
+
+    column k   target X_k                              code Ŵ_k   error E_k   gap X_k − Ŵ_k
+    2          0.4                                     0           0.4         0.4
+    1          0.4 + 0.4 · 0.5            =  0.6       1          -0.6        -0.4
+    0          0.4 + (0.4 − 0.6) · 0.5    =  0.3       0           0.4         0.3
+
+Column 2 is rounded down and loses 0.4. The factor L_21 = 0.5 adds half of that to the target of
+column 1, which is now rounded up, and its error −0.6 has the opposite sign. Both errors go into the
+target of column 0. H is positive here, so errors of opposite signs cancel in the output:
+
+    to nearest    Ŵ = (0, 0, 0)    E = (0.4, 0.4, 0.4)     tr(E H Eᵀ) = 3.52
+    LDLQ          Ŵ = (0, 1, 0)    E = (0.4, −0.6, 0.4)    tr(E H Eᵀ) = 0.92
+
+The second loss is also Σ_k D_k (X_k − Ŵ_k)² = 4 · 0.3² + 2 · 0.4² + 1.5 · 0.4² = 0.92. Column 1
+alone is worse than with rounding to nearest; the row is better.
+
+The columns of a wide matrix are coded in stripes:
 
       start            end                     E = W − Ŵ is known right of `end`: one product
     ┌───┬──────────────┬─────────────┐         E L brings it into the stripe; inside the stripe
@@ -96,7 +119,7 @@ def feedback(
     """Code all tile columns from last to first; returns W − Ŵ, [R, C].
 
     Args:
-        columns: takes up the codes.
+        columns: stores the codes.
         stripe: columns of W that are coded between two products with the whole of L.
         factors: L and D of the columns' H, if they are known.
     """
@@ -105,9 +128,12 @@ def feedback(
     E_RC = torch.zeros_like(W_RC)
     for group in columns.groups():
         first, last = group.start * width, group.stop * width
+        # X = W + E L has three parts, by where the coded columns are: right of the group, right of
+        # the stripe, in the stripe. The first two are large products, made once for many columns.
         X_RG = W_RC[:, first:last]
         if group.stop < len(columns):
             X_RG = X_RG + E_RC[:, last:] @ L_CC[last:, first:last]
+        # The codebook of the group is fitted to the targets, which the codes must reproduce.
         columns.refit(X_RG, group, D_KTT)
         for start_tile, end_tile in _stripes(group, max(stripe // width, 1)):
             start, end = start_tile * width, end_tile * width
@@ -116,10 +142,12 @@ def feedback(
             for k in reversed(range(start_tile, end_tile)):
                 own = slice(k * width, (k + 1) * width)
                 done = slice(own.stop, end)
+                # X_k = W_k + E_{>k} L_{>k,k}, complete with the third part.
                 X_RT = X_RS[:, own.start - start : own.stop - start]
                 X_RT = X_RT + E_RC[:, done] @ L_CC[done, own]
                 codes_I1M, W_hat_RT = columns.code(X_RT, k, D_KTT[k])
                 columns.keep(codes_I1M, k)
+                # The feedback uses the error W − Ŵ, not the gap X − Ŵ.
                 E_RC[:, own] = W_RC[:, own] - W_hat_RT
     return E_RC
 

@@ -1,4 +1,4 @@
-"""Rounding with feedback on both sides: errors are made up for along rows and down columns.
+"""Rounding with feedback on both sides: errors are compensated along rows and down columns.
 
 The model's loss grows with an error E = W − Ŵ by tr(H_O E H Eᵀ), with H over the inputs and H_O
 [R, R] over the outputs: its curvature as a Kronecker product. With H_O = L_O D_O L_Oᵀ in blocks of
@@ -10,8 +10,8 @@ blocks of rows are coded from last to first,
 
 which leaves Σ_b Σ_k tr(D_O,b G D_k Gᵀ) of the gaps G between targets and codes to the codec.
 
-      rows                          one block at a time, last first; what the rows below
-    ┌──────────────────┐            it lack goes into its target, and LDLQ goes over its
+      rows                          one block at a time, last first; the errors of the rows
+    ┌──────────────────┐            below it go into its target, and LDLQ goes over its
     │   W              │            columns
     ├──────────────────┤ ▲
     │ ◄── block b ──►  │ │
@@ -88,15 +88,20 @@ class TwoSided(OutputRounding):
         codes: list[Tensor] = []
         for start in reversed(range(0, len(W_RC), rows)):
             own, after = slice(start, min(start + rows, len(W_RC))), slice(start + rows, len(W_RC))
+            # A_b = W_b + (L_Oᵀ E)_b over the rows after the block, which are coded already.
             pull_rC = L_RR[after, own].T @ E_RC[after]
-            block = replace(columns, W_RC=W_RC[own] + pull_rC, kept={})
+            block = replace(columns, W_RC=W_RC[own] + pull_rC, codes={})
+            # LDLQ returns A − Ŵ; E is the error against W = A − pull.
             E_RC[own] = feedback(block, STRIPE, factors) - pull_rC
             codes.insert(0, block.codes_IJM)
         return torch.cat(codes), state
 
     def _output_feedback(self, rows: int) -> Tensor:
-        """L of the damped H of the outputs, in blocks of `rows`; with more damping where rounding
-        of its stored entries has left it indefinite."""
+        """L of the damped H of the outputs, in blocks of `rows`.
+
+        The stored entries of H are rounded, which can make it indefinite. Then more damping is
+        added, up to its mean diagonal; NumericalError if that does not suffice.
+        """
         assert self._output_RR is not None
         damping = self.damping
         while True:
