@@ -40,7 +40,7 @@ class Processes:
         return self.rank == 0
 
     def own(self, items: Tensor) -> Tensor:
-        """The share of this process of what is listed along the first axis."""
+        """The share of this process in the items along the first axis."""
         return items[self.rank :: self.size]
 
     def sum(self, values: Tensor) -> Tensor:
@@ -74,9 +74,11 @@ class Processes:
         return made[0] if made else None
 
     def split(self, module: nn.Module, parameters: Collection[nn.Parameter]) -> None:
-        """Let each process hold a part of these parameters of a module, which do not change; the
-        whole of them is there only while the module runs forward or backward. In all processes it
-        must run equally often."""
+        """Let each process hold a part of these parameters of a module, which do not change.
+
+        A process has all of them only while the module runs forward or backward. The module must
+        run equally often in all processes.
+        """
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -91,8 +93,8 @@ class Processes:
             distributed.barrier()
 
     def leave(self) -> None:
-        """Let go of each other when the shared work is done. After an error nobody leaves so: the
-        launcher ends the others, which may be waiting."""
+        """Disconnect when the shared work is done. Not called after an error: the launcher then
+        ends the other processes, which may be waiting."""
         if self.size > 1:
             distributed.barrier()
             distributed.destroy_process_group()

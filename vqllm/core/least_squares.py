@@ -57,6 +57,7 @@ class StateProblem:
         before = self.loss(state)
         if not learned:
             return state, before
+        # Halved steps are only tried where the whole one does not lower the loss of what is stored.
         move = self.least_squares(state, learned, steps)
         for halvings in range(1 + _HALVINGS):
             moved = {name: t + move[name] / 2**halvings for name, t in learned.items()}
@@ -68,6 +69,8 @@ class StateProblem:
 
     def least_squares(self, state: State, learned: State, steps: int) -> State:
         """The change of `learned` of least loss, as far as decoding is linear, after `steps`."""
+        # Conjugate gradients on Jᵀ(J s H) = Jᵀ(E H). The residual is Jᵀ((E − J s) H), and suffix P
+        # marks the numbers that every independent problem has for itself.
         J = _Derivative(self, state, learned)
         num = self._num_problems(learned)
         EH_RC = (self.W_RC - J.W_hat_RC) @ self.H_CC
@@ -88,6 +91,7 @@ class StateProblem:
             move = _plus(move, length_P, direction)
             EH_RC = EH_RC - self._by_row(length_P) * change_H_RC
             residual = J.transposed(EH_RC)
+            # The next direction is conjugate to the ones before: residual plus β times the last.
             previous_P, size_P = size_P, _dot(residual, residual, num)
             direction = _plus(residual, _ratio(size_P, previous_P), direction)
         return move

@@ -18,8 +18,8 @@ def damp(H_CC: Tensor, damping: float) -> Tensor:
     """H + damping · mean(diag H) · I, positive definite for a positive semidefinite H.
 
     A feature that was zero on every calibration token (H_jj <= 0) gets mean(diag H) in place of
-    its diagonal: it is then rounded to nearest by itself, and its weights keep their use for inputs
-    that calibration did not show.
+    its diagonal: it is then rounded to nearest by itself, and its weights still serve inputs that
+    did not occur in calibration.
 
     Args:
         H_CC: symmetric E[x xᵀ], [C, C].
@@ -85,6 +85,7 @@ def block_ldl(H_CC: Tensor, block: int) -> tuple[Tensor, Tensor]:
     num_features = len(H_CC)
     if num_features % block:
         raise ValueError(f"blocks of {block} do not divide {num_features} features")
+    # H = M Mᵀ; with the diagonal blocks M_kk, D_k = M_kk M_kkᵀ and L_:k = M_:k M_kk⁻¹.
     L_CC = cholesky(H_CC)
     M_KGG = diagonal_blocks(L_CC, block)
     D_KGG = M_KGG @ M_KGG.mT
@@ -117,8 +118,8 @@ little more and lose speed of the product."""
 
 
 def add_symmetric(total_CC: Tensor, a_NC: Tensor, b_NC: Tensor) -> None:
-    """Add aᵀ b, known to be symmetric, to `total_CC` in place: blocks on and above the diagonal
-    only. `symmetric` of the sum is the whole of it."""
+    """Add aᵀ b, known to be symmetric, to `total_CC` in place: only the blocks on and above the
+    diagonal. `symmetric` completes the sum."""
     num_features = len(total_CC)
     size = -(-num_features // -(-num_features // BLOCK))
     for start in range(0, num_features, size):

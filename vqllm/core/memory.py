@@ -1,4 +1,4 @@
-"""Resident memory of this process: its peak, and what keeps it from growing with the layers."""
+"""Resident memory of this process: its peak, and a setting so that it does not grow with layers."""
 
 import ctypes
 import resource
@@ -34,9 +34,10 @@ def keep_large_blocks_apart() -> None:
     """From now on, allocations of 4 MB and more get pages of their own, returned when they are
     freed.
 
-    By itself, glibc takes blocks of up to 32 MB from its heap, where what stays comes to lie
-    between what goes, and holes are left that fit nothing: layers of 8 MB had a peak of 833 MB when
-    there were 4 of them, and of 959 MB when there were 16. Does nothing with another C library.
+    By default, glibc takes blocks of up to 32 MB from its heap. Blocks that stay in use come to lie
+    between blocks that are freed, and the gaps are too small for the next ones: layers of 8 MB had
+    a peak of 833 MB when there were 4 of them, and of 959 MB when there were 16. Does nothing with
+    another C library.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")

@@ -24,7 +24,7 @@ def sqnr_db(W_RC: Tensor, W_hat_RC: Tensor) -> float:
 
 
 def gaussian_efficiency(mse: float, bits: float) -> float:
-    """The share of the rate that a code makes use of: −½ log2(mse) / bits.
+    """The share of the rate that a code uses: −½ log2(mse) / bits.
 
     1 is the rate-distortion limit of a Gaussian source; E8P on Gaussian weights is at 0.86.
 
@@ -40,17 +40,18 @@ def gaussian_efficiency(mse: float, bits: float) -> float:
 def code_entropy(codes_IJM: Tensor) -> float:
     """Bits that an ideal lossless coder without memory would still need for all the symbols.
 
-    The empirical entropy of each of the M symbols of a tile, summed over tiles, in bits. What the
-    tables of frequencies would take is not counted, so a table must be small beside the symbols:
-    where they are fewer than 16 for each of its entries, as with symbols of 16 bits in most
-    matrices, their frequencies cannot be told from chance. Such a symbol is cut into bytes that are
-    coded one by one, which no coder needs more than.
+    The empirical entropy of each of the M symbols of a tile, summed over tiles, in bits. The size
+    of the tables of frequencies is not counted, so a table must be small beside the symbols. With
+    fewer than 16 symbols for each of its entries, as with symbols of 16 bits in most matrices, the
+    frequencies are mostly chance. Such a symbol is cut into bytes, and the entropies of these are
+    added up: a coder of single bytes needs no more.
 
     Args:
         codes_IJM: non-negative integers.
     """
     total = 0.0
     for symbols_N in codes_IJM.flatten(0, 1).unbind(1):
+        # 16 symbols for each entry of a table, or bytes, whose table is small in any case.
         if symbols_N.numel() and int(symbols_N.max()) < max(symbols_N.numel() // 16, 256):
             total += _entropy(symbols_N)
             continue
@@ -79,9 +80,10 @@ def _ratio(error: float, signal: float) -> float:
 
 
 def output_error(own: Tensor, wanted: Tensor) -> Tensor:
-    """Squared error of outputs [.., D] relative to the power of what is wanted, mean over tokens.
+    """Squared error of outputs [.., D] relative to the power of the wanted ones, mean over tokens.
 
-    Each token by itself: a few have states a thousand times as large as those of all others.
+    The ratio is taken token by token: a few tokens have states a thousand times as large as those
+    of all others, and would otherwise decide the mean.
     """
     wanted = wanted.float()
     error = (own.float() - wanted).square().sum(-1)

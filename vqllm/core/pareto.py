@@ -1,10 +1,11 @@
-"""Which of several choices are worth having when two costs count."""
+"""Which of several choices no other one beats in both of two costs."""
 
 from collections.abc import Sequence
 
 
 def pareto_front(costs: Sequence[float], losses: Sequence[float]) -> list[bool]:
     """Which points no other one beats: no larger in both, and smaller in one. Equal points stay."""
+    # By rising cost, a point is on the front if its loss is below all before it.
     front = [False] * len(costs)
     best = float("inf")
     order = sorted(range(len(costs)), key=lambda i: (costs[i], losses[i]))

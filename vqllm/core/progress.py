@@ -1,4 +1,4 @@
-"""What a long run tells whoever watches it."""
+"""Progress of a long run: its events, and one line of log for each."""
 
 import logging
 import time
@@ -17,7 +17,7 @@ class Progress(Protocol):
         ...
 
     def share(self, done: float) -> None:
-        """A share of the phase is done, from 0 to 1. Not every phase says so."""
+        """A share of the phase is done, from 0 to 1. Not every phase reports its share."""
         ...
 
     def layers(self, num_layers: int, num_finished: int) -> None:
@@ -29,7 +29,7 @@ class Progress(Protocol):
         ...
 
     def layer(self, index: int, records: list[JSON]) -> None:
-        """A layer is written (or, on resume, passed over)."""
+        """A layer is written (or, on resume, skipped because it was written before)."""
         ...
 
 
@@ -63,18 +63,18 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class Phase:
-    """A phase of a run, and when something was last said of it."""
+    """A phase of a run, with the time of its start and of its last line."""
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self._start = self._said = time.monotonic()
+        self._start = self._last_line = time.monotonic()
 
     def is_due(self, seconds: float) -> bool:
-        """Whether the last yes, or the start, is as long ago."""
+        """Whether the last line is at least `seconds` ago; a yes counts as a line."""
         now = time.monotonic()
-        due = now - self._said >= seconds
+        due = now - self._last_line >= seconds
         if due:
-            self._said = now
+            self._last_line = now
         return due
 
     def line(self, done: float) -> str:

@@ -140,8 +140,8 @@ class Codec(Part, ABC):
         return count(self.spec().layout(rows, cols))
 
     def streams(self, codes_IJM: Tensor) -> list[Tensor]:
-        """The codes in parts [I, J, M] with symbols of one kind each, as a lossless coder would
-        take them; without padding."""
+        """The codes in parts [I, J, M] with symbols of one kind each, as the input of a lossless
+        coder; without padding."""
         return [codes_IJM]
 
     @property
@@ -166,10 +166,10 @@ class Codec(Part, ABC):
     def project(self, state: State) -> State:
         """The nearest state that can be stored.
 
-        For tuning, which moves the floating tensors of a state in whatever floating dtype it likes:
-        they come back in the dtype and among the values that `pack` stores without loss. A state
-        that can be stored is returned as it is. A codec whose state differs from its stored tensors
-        replaces this.
+        Tuning changes the floating tensors of a state, in any floating dtype. Here they get the
+        dtype of the stored tensors and values that `pack` stores without loss. A state that can be
+        stored is returned as it is. A codec whose state differs from its stored tensors overrides
+        this.
         """
         layout = self.spec().layout(*self.tile)
         return {
@@ -186,10 +186,10 @@ class Codec(Part, ABC):
 
     @property
     def refit_cols(self) -> int | None:
-        """Columns of W whose part of the state is fitted anew when a rule comes to them.
+        """Size of a group of columns of W whose part of the state a rule fits anew.
 
-        A rule that compensates errors calls `refit` before it codes the first of them, and hands
-        it the weights as they are by then. None: `fit` is all there is.
+        A rule that compensates errors calls `refit` before it codes the first column of a group,
+        with the targets of the group at that moment. None: the state of `fit` serves all columns.
         """
         return None
 
@@ -197,7 +197,8 @@ class Codec(Part, ABC):
         """The state with the part of one group of `refit_cols` columns fitted to `X_IJE`.
 
         Args:
-            X_IJE: all tiles of the group, with the errors of the columns coded so far made up for.
+            X_IJE: targets of all tiles of the group, which compensate for the errors of the columns
+                coded so far.
             weight_IJE: as for `fit`.
             col: grid column of the group's first tile, a multiple of refit_cols / tile_cols.
         """
@@ -207,9 +208,9 @@ class Codec(Part, ABC):
 class OutlierCodec(Codec, ABC):
     """A codec that stores the same number of weights of every row apart, and codes the rest.
 
-    W is the sum of the sparse outliers and of what `base` reproduces. To choose codes for W is thus
-    to choose codes of `base` for W without the outliers, whatever the rule; a rule that chooses
-    outliers as well asks for them with `outliers` and gives them back with `with_outliers`.
+    W is the sum of the sparse outliers and of the reproduction of `base`. So codes for W are codes
+    of `base` for W without the outliers, whatever the rule. A rule that chooses outliers as well
+    reads them with `outliers` and sets them with `with_outliers`.
     """
 
     base: Codec
@@ -232,7 +233,7 @@ class OutlierCodec(Codec, ABC):
 
 
 def _to_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest values of a stored dtype; what is too large becomes the largest it has."""
+    """The nearest values of a stored dtype; a value beyond its range becomes the largest in it."""
     if tensor.dtype == dtype or not tensor.is_floating_point():
         return tensor
     limit = torch.finfo(dtype).max
@@ -308,7 +309,7 @@ class Rounding(Part, ABC):
 
 
 class OutputRounding(Rounding):
-    """A rule that also asks what errors in each output do to the model's loss."""
+    """A rule that also needs how much errors in each output raise the model's loss."""
 
     @abstractmethod
     def with_outputs(self, output_RR: Tensor) -> Rounding:
@@ -317,7 +318,7 @@ class OutputRounding(Rounding):
 
 
 class Tuning(Part, ABC):
-    """A step after rounding that moves what the codec learned, the codes, or both."""
+    """A step after rounding that changes what the codec learned, the codes, or both."""
 
     @abstractmethod
     def __call__(

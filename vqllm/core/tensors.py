@@ -1,4 +1,4 @@
-"""Small things about tensors."""
+"""Helpers for tensors."""
 
 from torch import Tensor, nn
 

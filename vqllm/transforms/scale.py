@@ -88,7 +88,8 @@ class Scale(Transform):
         return spec.forward(W_RC, state), spec.forward_hessian(H_CC, state), state
 
     def _magnitude(self, W_RC: Tensor, H_CC: Tensor) -> Tensor:
-        """The scale of each feature before normalisation; 0 where there is nothing to scale."""
+        """The scale of each feature before normalisation; 0 for a feature without weights or
+        inputs."""
         axis = 0 if self.side == "in" else 1
         if self.by == "max":
             return W_RC.abs().amax(axis)
@@ -96,6 +97,7 @@ class Scale(Transform):
         if self.by == "rms":
             return rms
         h = torch.diagonal(H_CC)
+        # (‖W_j‖² / H_jj)^(1/4); a feature without input gets no scale.
         return torch.where(h > 0, (rms / h.clamp_min(1e-30).sqrt()).sqrt(), 0)
 
     def _normalise(self, magnitude: Tensor) -> Tensor:
@@ -107,7 +109,7 @@ class Scale(Transform):
         return d.clamp(1 / LARGEST_SCALE, LARGEST_SCALE)
 
     def _stored(self, d: Tensor) -> State:
-        """The tensors that stand for scales."""
+        """The stored tensors of the scales d."""
         if self.bits == 16:
             return {"scale": d.to(torch.float16)}
         log_d = d.cpu().double().log()
@@ -124,6 +126,8 @@ def _lloyd(x_N: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
     ranks = (torch.arange(num_levels, dtype=x_N.dtype) + 0.5) / num_levels
     levels_K = x_N.sort().values[(ranks * len(x_N)).long()]
     for _ in range(LLOYD_PASSES):
+        # The nearest level: the bounds lie half-way between neighbours. A level without numbers
+        # stays where it is.
         codes_N = torch.bucketize(x_N, (levels_K[1:] + levels_K[:-1]) / 2)
         count_K = torch.bincount(codes_N, minlength=num_levels)
         sum_K = torch.zeros_like(levels_K).index_add_(0, codes_N, x_N)

@@ -9,20 +9,20 @@ with a Hadamard matrix Q. In the new basis W' and x' have the same second moment
 is the larger in any direction, and the diagonal is constant, so that a scale of the block suits
 each of its features.
 
-Why it is the best: rounding to nearest with a scale for each block loses c ‖W' ‖² tr H' there. For
+Why it is the best: rounding to nearest with a scale for each block loses c ‖W'‖² tr H' there. For
 any T, ‖B_Wᵀ T⁻¹‖ ‖T B_X‖ is at least the nuclear norm of B_Wᵀ B_X, which is tr S, and T reaches it.
-A Hadamard transform leaves tr M_W tr M_X as it is. With blocks of one feature this is the scale
+A Hadamard transform does not change tr M_W tr M_X. With blocks of one feature this is the scale
 transform with `by: hessian`.
 
-`moments: feedback` is for LDLQ, to which an input counts only as far as feedback does not make up
-for its errors: M_X is the block of D in H = L D Lᵀ.
+`moments: feedback` is for LDLQ. Feedback compensates a part of the errors of an input; what remains
+is the block of D in H = L D Lᵀ, which takes the place of M_X.
 
-The loss above does not change when a block of T is multiplied by a number, which the scale of the
-block takes up. Codes with one scale for the matrix are another matter. `gains: balanced` leaves T
-as above, which makes the sum of the losses of all blocks least, as far as the code's error is
-proportional to the mean square of all it codes: where a Hadamard transform of all features follows.
-`gains: even` gives all blocks of W' the same mean square, for codes that would otherwise meet loud
-and quiet blocks, and for feedback, to which (see `scale`) only the determinants matter.
+The loss above does not change when a block of T is multiplied by a number: the scale of the block
+absorbs it. A code with one scale for the whole matrix has no such scale. `gains: balanced` leaves T
+as above. It makes the sum of the losses of all blocks least if the code's error is proportional to
+the mean square of all that it codes, which holds where a Hadamard transform of all features
+follows. `gains: even` gives all blocks of W' the same mean square. It is for codes whose one scale
+must serve all blocks, and for feedback, where (see `scale`) only the determinants matter.
 
 Source: Chen et al., "WUSH", arXiv 2512.00956; the moments of feedback as in its code for GPTQ.
 """
@@ -102,12 +102,14 @@ class Wush(Transform):
         return spec.forward(W_RC, state), spec.forward_hessian(H_CC, state), state
 
     def _input_moments(self, H_CC: Tensor, spec: BlockDiagonalSpec) -> dict[str, Tensor]:
-        """What the inputs of each block count, [K, G, G] by stored name."""
+        """M_X of each block, [K, G, G] by stored name."""
+        # Where H is zero all inputs count alike.
         if not bool((torch.diagonal(H_CC) > 0).any()):
             return _named_blocks(torch.eye(spec.size), spec)
         H_CC = linalg.damp(H_CC, DAMPING)
         if self.moments == "hessian":
             return _named_blocks(H_CC, spec)
+        # H = L D Lᵀ needs whole blocks: features that are coupled to nothing fill up the last one.
         missing = -spec.size % spec.block
         padded_CC = torch.nn.functional.pad(H_CC, (0, missing, 0, missing))
         torch.diagonal(padded_CC)[spec.size :] = 1
@@ -127,8 +129,10 @@ def _named_blocks(A_CC: Tensor, spec: BlockDiagonalSpec) -> dict[str, Tensor]:
 
 
 def _weight_moments(W_RC: Tensor, spec: BlockDiagonalSpec) -> dict[str, Tensor]:
-    """WᵀW / R of the columns of each block, [K, G, G] by stored name, float64 on the CPU; for a
-    block of zeros what the others have on average."""
+    """WᵀW / R of the columns of each block, [K, G, G] by stored name, float64 on the CPU.
+
+    A block of zeros gets the mean square of all weights times the identity.
+    """
     whole = spec.size - spec.size % spec.block
     W_KRG = W_RC[:, :whole].unflatten(1, (-1, spec.block)).transpose(0, 1)
     energy = float(torch.linalg.vector_norm(W_RC, dtype=torch.float64)) ** 2
@@ -145,6 +149,7 @@ def _weight_moments(W_RC: Tensor, spec: BlockDiagonalSpec) -> dict[str, Tensor]:
 def _wush(M_W: Tensor, M_X: Tensor, even: bool) -> Tensor:
     """T of each block, [K, G, G]; `even` makes 1 the mean square of W' in each."""
     eye = torch.eye(M_W.shape[-1], dtype=torch.float64)
+    # M = B Bᵀ of both, B_Wᵀ B_X = U S Vᵀ, T = Q S^(-1/2) Uᵀ B_Wᵀ.
     B_W, B_X = (torch.linalg.cholesky(M + DAMPING * _mean_diagonal(M) * eye) for M in (M_W, M_X))
     U, S, _ = torch.linalg.svd(B_W.mT @ B_X)
     gain = (S.mean(-1, keepdim=True) / S if even else 1 / S).sqrt()
@@ -152,8 +157,8 @@ def _wush(M_W: Tensor, M_X: Tensor, even: bool) -> Tensor:
 
 
 def _normalised(T: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Blocks times one number each, so that the geometric mean of their gains is 1 and none leaves
-    the range."""
+    """Each block times a number, so that the gains have geometric mean 1 and stay in the range."""
+    # The gain of a block is |det T|^(1/block); the mean counts each feature once.
     log_det = {name: torch.linalg.slogdet(blocks).logabsdet for name, blocks in T.items()}
     size = sum(blocks.shape[0] * blocks.shape[1] for blocks in T.values())
     mean = sum(float(x.sum()) for x in log_det.values()) / size
