@@ -1,4 +1,4 @@
-"""How a tile of weights becomes integer symbols, and back. One file a codec.
+"""Codecs: a tile of weights as integer symbols, and back. One file a codec.
 
 May import: core.
 Start at `base.py`, then a short codec such as `d4.py`; `search/` finds nearest points.

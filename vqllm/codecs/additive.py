@@ -1,15 +1,15 @@
 """Additive quantization: a tile is the sum of one entry from each of several learned codebooks.
 
-The codebooks are learned together. They start as those of residual quantization, each fitted to
-what the ones before it left over; then codes and codebooks are improved in turn:
+The codebooks are learned together. They start as those of residual quantization, where each is
+fitted to the residual of the ones before it. Then codes and codebooks are improved in turn:
 
-    codes       a beam search over the codebooks, kept for a tile where it beats the old code
-    codebooks   the least squares of the weighted errors with the codes as they are
+    codes       a beam search over the codebooks; its code replaces that of a tile if it is better
+    codebooks   the least squares of the weighted errors, with the codes as they are
 
 The normal equations of the second step couple entries of different codebooks by the number of tiles
-that have both. They are solved by sweeps, in which each codebook becomes the means of what the
-others leave over. Apart from constants that move from one codebook to another and change nothing,
-codes of different codebooks are nearly independent: after two sweeps the error is 1e-6 above the
+that have both. They are solved by sweeps: each codebook in turn becomes the means of the residuals
+of all others. Codes of different codebooks are nearly independent, apart from constants that move
+from one codebook to another and change nothing. So after two sweeps the error is 1e-6 above the
 solution's, after one 1e-4, from 2e-2.
 
 Mean squared error of 2^20 unit Gaussian weights in tiles of 8 with 256 entries a codebook, seconds
@@ -21,7 +21,7 @@ to fit and 10^6 weights coded a second, of one core's time; residual is the code
     4           4                0.0117   0.0084                      0.0076  37  0.4
 
 Storage is that of a sum of tables (residual-v1 of lut-v1). A scale for each row, which AQLM has, is
-the work of a transform.
+left to a transform.
 
 Source: Babenko and Lempitsky, "Additive quantization for extreme vector compression", CVPR 2014;
 Martinez et al., "LSQ++", ECCV 2018 (sums of codebooks by least squares); AQLM, arXiv 2401.06118.
@@ -43,10 +43,10 @@ from vqllm_kernels.residual.reference import stage_tensors
 from vqllm_kernels.residual.spec import ResidualSpec
 
 _MOST_SCORES = 1 << 19
-"""Scores of sums held at a time, 2 MB: with 32 MB, which no cache holds, a search takes three times
-as long."""
+"""Scores of sums in memory at a time, 2 MB. With 32 MB, more than a cache has, a search takes three
+times as long."""
 _MOST_SCORES_GPU = 1 << 26
-"""The same on a GPU, 256 MB: a launch costs more than what it does to 2 MB."""
+"""The same on a GPU, 256 MB: a launch costs more than its work on 2 MB."""
 _RUN = 8
 """Scores in a run: the least scores of a row are in the runs of the least minima. Finding 8 of 2048
 this way takes a third of the time that torch.topk does."""
@@ -99,6 +99,7 @@ class Additive(ClusteredCodec):
         x_NE, weight_NE = self._drawn(X_IJE, weight_IJE, generator)
         tables, codes_NM = self._start(x_NE, weight_NE, generator)
         error = _mean(_errors(x_NE, weight_NE, tables, codes_NM))
+        # Codebooks for the codes, then codes for the codebooks; at the end once more codebooks.
         for _ in range(self.rounds):
             tables = _least_squares(x_NE, weight_NE, tables, codes_NM)
             codes_NM = self._improved(x_NE, weight_NE, tables, codes_NM)
@@ -211,8 +212,9 @@ def _least_squares(
 ) -> list[Tensor]:
     """Tables nearer to those of the least (weighted) squared error for given codes.
 
-    Entries that no tile has stay where they are.
+    Entries that no tile has do not change.
     """
+    # Without codebook m the residual is rest + its entries; its best entries are the means of that.
     tables = list(tables)
     rest_NE = x_NE - _sum(tables, codes_NM)
     for m in list(range(len(tables))) * _SWEEPS:
@@ -228,7 +230,7 @@ def _least_squares(
 def _search(
     x_NE: Tensor, tables: list[Tensor], beam: int, num: int, weight_NE: Tensor | None = None
 ) -> Tensor:
-    """The best sums found with `beam` partial sums (B) kept after each table: int64 [N, K, M].
+    """The best sums of a search with `beam` partial sums (B) after each table: int64 [N, K, M].
 
     Args:
         x_NE: vectors.
@@ -253,6 +255,8 @@ def _search(
 def _search_chunk(
     x_NE: Tensor, tables: list[Tensor], beam: int, num: int, weight_NE: Tensor | None
 ) -> Tensor:
+    # `rest` is the vector minus a partial sum. Of all sums that are one entry longer, those of
+    # least error go on, whichever partial sum they continue.
     rest_NBE = x_NE[:, None]
     codes_NBM = torch.empty(len(x_NE), 1, 0, dtype=torch.int64, device=x_NE.device)
     for m, table_KE in enumerate(tables):
@@ -268,6 +272,9 @@ def _search_chunk(
 
 def _scores(rest_NBE: Tensor, table_KE: Tensor, weight_NE: Tensor | None) -> Tensor:
     """(Weighted) squared errors of all sums one entry longer, [N, B, K]."""
+    # w (r − c)² = w r² − 2 (w r) c + w c²: a product of features of the rests and of the entries.
+    # Without weights c² is one number for each entry. With a single partial sum w r² is the same
+    # for all and left out.
     if weight_NE is None:
         norm_K, features_KF, features_NBF = (table_KE**2).sum(1), -2 * table_KE, rest_NBE
         own_NB = (rest_NBE**2).sum(2)

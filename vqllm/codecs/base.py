@@ -1,4 +1,4 @@
-"""What codecs share: the registry, the check of their input, scales, the search for near codes."""
+"""Parts that codecs share: registry, check of their input, scales, search for near codes."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
@@ -15,14 +15,14 @@ from vqllm.errors import NumericalError, RecipeError
 CODECS: Registry[Codec] = Registry("codec")
 
 MAX_DISTANCES = 1 << 21
-"""Distances held at a time in a search through a table: 8 MB."""
+"""Distances in memory at a time in a search through a table: 8 MB."""
 
 MIN_SCALE = 1e-30
 """A matrix of zeros gets this scale, so that it decodes to zeros for every practical purpose."""
 
 
 def build_part(owner: str, role: str, value: Any) -> Codec:
-    """Turn the `{type: name, ...}` that a codec has for one it is made of into that codec.
+    """Turn `{type: name, ...}`, the options of a codec inside another one, into that codec.
 
     Raises:
         RecipeError: there is no `type`, or no codec of that name.
@@ -37,9 +37,9 @@ def build_part(owner: str, role: str, value: Any) -> Codec:
 
 
 class SearchableCodec(Codec, ABC):
-    """A codec that codes a tile in one symbol, the same way wherever the tile stands.
+    """A codec that codes a tile in one symbol, which does not depend on the place of the tile.
 
-    Searches over sums of codecs may therefore regroup tiles, and keep several codes for each.
+    Searches over sums of codecs may therefore regroup tiles, and try several codes for each.
     """
 
     weighs_candidates: ClassVar[bool] = False
@@ -51,8 +51,8 @@ class SearchableCodec(Codec, ABC):
     ) -> Tensor:
         """Up to `num` codes near each tile, int32 [I, J, K], K <= num, the nearest first.
 
-        Where there are fewer, a code may occur more than once. Weights are those of `encode`, but
-        may be disregarded: the search for a sum weighs the sums itself.
+        Where there are fewer, a code may occur more than once. Weights are those of `encode`. A
+        codec may ignore them, because the search for a sum weighs the sums itself.
         """
 
     @property
@@ -100,7 +100,7 @@ def root_mean_square(X_IJE: Tensor, weight_IJE: Tensor | None) -> Tensor:
 
 
 def check_finite(X_IJE: Tensor, codec: Codec) -> None:
-    """Raise NumericalError if there is a NaN or an infinity in what `codec` is given."""
+    """Raise NumericalError if the weights for `codec` have a NaN or an infinity."""
     if not torch.isfinite(X_IJE).all():
         bad = int((~torch.isfinite(X_IJE)).sum())
         raise NumericalError(
@@ -151,8 +151,8 @@ def nearest_entry(x_NE: Tensor, table_KE: Tensor, num: int = 1) -> Tensor:
     for start in range(0, len(x_NE), at_a_time):
         own = slice(start, start + at_a_time)
         cost_NK = torch.addmm(norms_K, x_NE[own] - center_E, table_KE.T, alpha=-2)
-        # Small tensors that outlive a pass would lie in the holes that the large ones leave in the
-        # heap: with 65536 entries 2^16 vectors then took 17 GB.
+        # Into one tensor: small ones that outlive a pass would fill the gaps that the large ones
+        # leave in the heap. With 65536 entries 2^16 vectors then took 17 GB.
         index_NK[own] = cost_NK.argmin(1, keepdim=True) if num == 1 else smallest(cost_NK, num)
     return index_NK
 

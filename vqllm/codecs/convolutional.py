@@ -5,10 +5,10 @@ four shifts, four masks. A row chooses its linear function from a short list by 
 leaves (the "code cluster" of the paper), and has a scale; groups of columns have a scale of 4 bits
 in units of it. The bits are in `vqllm_kernels.convolutional.reference`.
 
-The function decides where the 256 points stand, and that is all the freedom there is: points of
-even density in a cube, 0.1091 at best at 2 bits, against 0.1027 for the 256 points of D4 nearest to
-the origin and 0.0989 for a learned table. Levels that are spaced wider outwards (cubic) reach
-0.1037 for two more multiplications a weight.
+The function decides where the 256 points are, and nothing else can be chosen: points of even
+density in a cube, 0.1091 at best at 2 bits, against 0.1027 for the 256 points of D4 nearest to the
+origin and 0.0989 for a learned table. Levels that are spaced wider outwards (cubic) reach 0.1037
+for two more multiplications a weight.
 
 More bits for the same windows give the rates up to 2.75. The hybrid encodings of the paper's 2.5
 and 2.75 bits spend bits on windows alone: 8 bits on 3 weights, windows of 4 bits at shift 2, 0.0837
@@ -156,6 +156,8 @@ class Convolutional(Codec):
         size_I = X_IJE.abs().amax((1, 2)).clamp(min=MIN_SCALE)
         X_IJE = X_IJE / size_I[:, None, None]  # squares of any weights are in range
         state = self._start(X_IJE, weight_IJE)
+        # For each group the scale by its size, one step lower and one higher are tried; the one of
+        # least error stays.
         steps = []
         for step in _STEPS:
             moved_IG = (state["group_scale"].int() + step).clamp(0, _MAX_SCALE).to(torch.uint8)
@@ -169,6 +171,8 @@ class Convolutional(Codec):
 
     def _start(self, X_IJE: Tensor, weight_IJE: Tensor | None) -> State:
         """The first map, and the scales that are best for Gaussian weights."""
+        # A group's scale is proportional to its root mean square. It is rounded in units of the
+        # super scale, in which the largest one of the row is _FIRST_SCALE.
         known = KNOWN[self._constants]
         weight_IJE = torch.ones_like(X_IJE) if weight_IJE is None else weight_IJE
         square_IG = self._by_group((weight_IJE * X_IJE**2).sum(2))
@@ -193,7 +197,7 @@ class Convolutional(Codec):
             weighted_IJE = hat_IJE if weight_IJE is None else weight_IJE * hat_IJE
             match_I = (weighted_IJE * X_IJE).sum((1, 2))
             energy_I = (weighted_IJE * hat_IJE).sum((1, 2)).clamp(min=MIN_SCALE)
-            # The error of the best multiple of hat is what this leaves of the energy of X.
+            # With the best multiple x·hat / hat² of hat the error is x² − (x·hat)² / hat².
             explained_I = match_I.clamp(min=0) ** 2 / energy_I
             better_I = explained_I > most_I
             factor_I = torch.where(match_I > 0, match_I / energy_I, 1)
@@ -221,6 +225,7 @@ class Convolutional(Codec):
         check_finite(X_IJE, self)
         scale_IJ = self._scales(state, col, X_IJE.shape[1])
         x_IJE = X_IJE / torch.where(scale_IJ > 0, scale_IJ, 1)[..., None]
+        # Rows with the same map have the same table of points, and are searched together.
         map_P2, map_I = _distinct(state["code_map"])
         tables = [_table(*pair, self._constants, x_IJE.device) for pair in map_P2.tolist()]
         if weight_E is not None:

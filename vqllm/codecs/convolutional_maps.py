@@ -2,9 +2,9 @@
 
 For each set of constants the maps were found for unit Gaussian weights at the best scale: 2^16 to
 2^18 random a and c on 2^10 tiles, the best 2.5 % of them again on 2^13, then random steps from the
-best 48 for half a minute, four times over; of the 120 best on 2^17 tiles the best one, then always
-the one that lowers the mean over 96 rows of 4096 weights of the least error of a row the most.
-Different starts end at distortions within 0.5 % of each other: there is little left to find.
+best 48 for half a minute, four times over. Of the 120 best the first map is the best one on 2^17
+tiles; each further one lowers the mean over 96 rows of 4096 weights of the least error of a row the
+most. Different starts end at distortions within 0.5 % of each other: there is little to gain.
 
 Distortion of the first map, and of the best of 2, 4 and 8 maps for each row of 4096 weights:
 
@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 
 class Constants(NamedTuple):
-    """What the decoder of a format knows beforehand."""
+    """The constants of a format, which its decoder has without reading them from a tensor."""
 
     index_bits: int
     tile_cols: int

@@ -1,4 +1,4 @@
-"""Tables whose entries all differ, as readers ask for."""
+"""Tables whose entries all differ, which readers require."""
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ def distinct(entries: Tensor) -> Tensor:
     """Tables in float16 with other entries in place of those that equal an earlier one.
 
     A matrix with fewer distinct tiles than entries leaves some entries without a tile. They get a
-    first element beyond those of all others, 0 elsewhere: near to nothing, they do not crowd the
-    lists of candidates that a search keeps. Without equal entries the tensor itself is returned.
+    first element beyond those of all others, and 0 elsewhere: so they are far from every tile and
+    take no place in a search's lists of candidates. Without equal entries the tensor itself is
+    returned.
 
     Args:
         entries: [.., K, E], finite.
@@ -27,21 +28,23 @@ def distinct(entries: Tensor) -> Tensor:
         places = again_K.nonzero()[:, 0]
         if not len(places):
             continue
+        # With more equal entries than unused numbers, numbers repeat, and the second element counts
+        # the turns.
         unused = _unused(table_KE[:, 0])
         turn = torch.arange(len(places), device=places.device) // len(unused)
         table_KE[places] = 0
         table_KE[places, 0] = unused.repeat(int(turn.max()) + 1)[: len(places)]
-        if table_KE.shape[1] > 1:  # a second round, with more entries than there are numbers
+        if table_KE.shape[1] > 1:
             table_KE[places, 1] = turn.to(table_KE.dtype)
     return tables.view(entries.shape)
 
 
 def apart(entries: Tensor) -> Tensor:
-    """Tables in float16 whose entries differ by as little as can be: one that equals an earlier one
-    gets the nearest first element that no entry of its table has.
+    """Tables in float16 in which equal entries are changed as little as possible: one that equals
+    an earlier one gets the nearest first element that no entry of its table has.
 
-    For tables that moved while tiles had their codes: of 256 numbers that moved by 0.5 % of their
-    root mean square, 2 came to equal another in float16, and what `distinct` puts in their place
+    For tables that changed while tiles kept their codes: of 256 numbers that changed by 0.5 % of
+    their root mean square, 2 became equal to another in float16, and the numbers of `distinct`
     changed the weights by 38 %. Without equal entries the tensor itself is returned.
 
     Args:
@@ -52,6 +55,7 @@ def apart(entries: Tensor) -> Tensor:
         return entries
     tables = entries.reshape(-1, *entries.shape[-2:]).clone()
     for table_KE, again_K in zip(tables, again.view(len(tables), -1)):
+        # One after another, because each takes a number that the next may not have.
         free = _unused(table_KE[:, 0]).sort().values
         if int(again_K.sum()) > len(free):
             return distinct(entries)
@@ -63,7 +67,7 @@ def apart(entries: Tensor) -> Tensor:
 
 
 def _unused(used_K: Tensor) -> Tensor:
-    """Numbers that are not among some others: those above all of them first, ascending."""
+    """All float16 numbers that are not used; those above all used ones first, ascending."""
     positive = _POSITIVE.to(used_K.device)
     above = torch.searchsorted(positive, used_K.abs().max(), right=True)
     numbers = torch.cat([positive[above:], positive[:above].flip(0), -positive[1:]])

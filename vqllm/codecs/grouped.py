@@ -1,9 +1,9 @@
-"""Rows in groups, a codebook for each group, and no tensor that says which row is in which.
+"""Rows in groups, a codebook for each group, and no tensor for the group of a row.
 
-A row has a scale anyway, and a scale has an exponent of which a matrix needs a few values only. The
-rows of a group keep their stored scales in a band of their own, which tells the group
-(`vqllm_kernels.grouped.reference`), so that a row is as free to choose a codebook as if its choice
-were stored. Codebooks, codes and choices are learned in turn:
+A row has a scale anyway, and of the exponents of a scale a matrix needs a few values only. The
+stored scales of a group's rows are in a band of exponents of its own, so that a reader finds the
+group from the scale (`vqllm_kernels.grouped.reference`). A row can choose any codebook, as if its
+choice were stored. Codebooks, codes and choices are learned in turn:
 
     codebooks   every entry becomes the mean of its tiles
     codes       every tile moves to the best of the entries next to its present one
@@ -34,9 +34,9 @@ from vqllm_kernels.grouped import reference
 from vqllm_kernels.grouped.spec import GroupedSpec
 
 _MAX_NUMBERS = 1 << 21
-"""Numbers held at a time while tiles look at their neighbours: 8 MB."""
+"""Numbers in memory at a time while tiles are compared with neighbouring entries: 8 MB."""
 _FEWEST_COLS = 32
-"""Tiles of every row, at least, by which rows choose their codebooks."""
+"""Tiles of every row, at least, that decide its codebook."""
 _START_PASSES = 10
 """Passes of Lloyd's algorithm over each group before codes only move to neighbours."""
 _TINY = 1e-30
@@ -67,9 +67,9 @@ class Grouped(Codec):
 
     weighted: ClassVar[bool] = True
 
-    # On Gaussian weights a codebook for a part of the rows is that of all rows. What it is fitted
-    # to it codes better, by what it learned of chance: 4 x 256 quadruples have 0.0927 on 2^19
-    # weights, 0.0971 on 2^22, and 0.0989 on weights that they have not seen.
+    # On Gaussian weights a codebook for a part of the rows is that of all rows. It codes the
+    # weights that it is fitted to better than others, because it fits their chance too: 4 x 256
+    # quadruples have 0.0927 on 2^19 weights, 0.0971 on 2^22, and 0.0989 on other weights.
     points: ClassVar[tuple[Point, ...]] = (
         _point(1, 2, 0.1175, _MAX),
         _point(2, 4, 0.1086, _PALETTE),
@@ -111,6 +111,7 @@ class Grouped(Codec):
         rows of these (2^19 weights, tiles of 4, 4 codebooks of 256 entries) end at a distortion of
         0.083; from the order of their sizes, or from chance, at 0.089.
         """
+        # The root mean square of each row, and the shape of its distribution, which starts groups.
         check_finite(X_IJE, self)
         X_IJE, weight_IJE = X_IJE.float(), _by_tile(weight_IJE, X_IJE)
         rms_I = _row_mean(X_IJE**2, weight_IJE).sqrt()
@@ -125,6 +126,7 @@ class Grouped(Codec):
         cols_S = self._drawn_cols(X_IJE, generator)
         x_ISE = X_IJE[:, cols_S] / scale_I.float()[:, None, None]
         learned = _Learned(x_ISE, weight_IJE[:, cols_S], _equal_parts(shape_I, self.groups))
+        # In each round rows choose among the codebooks; then codes and codebooks follow in turn.
         learned.start(self.groups, 1 << self.index_bits, generator)
         for chosen in range(self.rounds + 1):
             if chosen:
@@ -208,7 +210,7 @@ class Grouped(Codec):
 
 
 class _Learned:
-    """Codebooks, the codebook of each row and the entry of each tile, on the way to their best.
+    """Codebooks, the codebook of each row and the entry of each tile, while they are learned.
 
     The entries of all codebooks are counted together: place g · K + k of P = G · K.
     """
@@ -233,8 +235,8 @@ class _Learned:
         return (self.group_I == group).repeat_interleave(self.num_cols).nonzero()[:, 0]
 
     def start(self, num_groups: int, num_entries: int, generator: torch.Generator) -> None:
-        """Codebooks by Lloyd's algorithm, each for itself; that of all tiles where a group has
-        none."""
+        """Codebooks by Lloyd's algorithm, each by itself; a group without rows gets the codebook of
+        all tiles."""
         entries = []
         self.place_N = torch.zeros(len(self.x_NE), dtype=torch.int64, device=self.x_NE.device)
         for g in range(num_groups):
@@ -250,14 +252,15 @@ class _Learned:
         self.entries_GKE = torch.cat(entries)
 
     def update_codebooks(self) -> None:
-        """Entries become the means of their tiles; one without takes the place of the tile of its
-        group that is coded worst."""
+        """Entries become the means of their tiles. An entry without tiles becomes the tile of its
+        group that has the largest error."""
         num_groups, num_entries, _ = self.entries_GKE.shape
         mean_1PE, mass_1PE = lloyd.means(
             self.x_NE[None], self.weight_NE[None], self.place_N[None], num_groups * num_entries
         )
         old_PE = self.entries_GKE.flatten(0, 1)
         new_PE = torch.where(mass_1PE[0] > 0, mean_1PE[0], old_PE.double()).float()
+        # W entries without tiles: the W tiles of the group with the largest errors.
         empty_GK = (mass_1PE[0].amax(1) == 0).unflatten(0, (num_groups, num_entries))
         for g in empty_GK.any(1).nonzero()[:, 0].tolist():
             own_N = self._tiles_of(g)
@@ -273,6 +276,8 @@ class _Learned:
 
     def choose_groups(self, num: int) -> None:
         """Rows move to the best codebook, their tiles to the best entries next to their own."""
+        # For each codebook: the entries nearest to every present one, the best of them for each
+        # tile, and the error of each row with these.
         num_entries = self.entries_GKE.shape[1]
         table_PE = self.entries_GKE.flatten(0, 1)
         places, errors = [], []
@@ -286,8 +291,9 @@ class _Learned:
         self.place_N = torch.stack(places)[self.group_I, rows_I].flatten()
 
     def _best(self, near_PV: Tensor) -> tuple[Tensor, Tensor]:
-        """The best for each tile of the places [P, V] that are near its own, and what its weighted
-        squared error there exceeds that of a zero by: [N] each."""
+        """The best place of each tile among the places [P, V] near its own, and its weighted
+        squared error there minus that of a zero: [N] each."""
+        # w (x − c)² − w x² = −2 (w x) c + w c²: a product of features of the tile and of the entry.
         table_PE = self.entries_GKE.flatten(0, 1)
         squares = table_PE**2
         if self.weight_NE.shape[1] == 1:

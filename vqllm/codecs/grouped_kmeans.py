@@ -1,9 +1,9 @@
 """A small learned codebook for every group of rows and columns: the codes of GPTVQ.
 
-Three things are done to make small groups pay. Codebooks may be fitted when a rule that compensates
-errors comes to their columns, to the weights as they are by then (`fit: per_group`). A scale for
-each stretch of a row may be taken off before coding (`scale_cols`). And codebooks may be stored as
-integers. Bits a weight beside the codes, for groups of g weights and K entries of d weights:
+Three options make small groups worth their bits. Codebooks may be fitted when a rule that
+compensates errors comes to their columns, to the targets at that moment (`fit: per_group`). A
+stretch of a row may be divided by a scale before coding (`scale_cols`). And codebooks may be stored
+as integers. Bits a weight beside the codes, for groups of g weights and K entries of d weights:
 
     codebook: float16   16 K d / g
     codebook: int8      (8 K d + 16) / g
@@ -20,8 +20,8 @@ million weights, pairs of weights at 2 bits:
     8 x 256, int8, per_group                  2.13 - 2.18   112   189   711   620
     8 x 256, int8, per_group, scale_cols 64   2.20 - 2.25    98   177   703   608
 
-A code means something else in every group. Searches over sums of codecs, which regroup tiles, take
-kmeans.
+A code has another meaning in every group. Searches over sums of codecs regroup tiles, so they need
+kmeans instead.
 
 Source: van Baalen et al., "GPTVQ", arXiv 2402.15319.
 """
@@ -179,16 +179,17 @@ class GroupedKMeans(ClusteredCodec):
         uint8 [I, B], and `scale_table` as it is stored.
         """
         check_finite(X_IJE, self)
+        # Tiles over their scales; then a codebook for each group: G of rows, H of columns.
         scales = self._fit_scales(X_IJE)
         x_IJE, weight_IJE = self._normalised(X_IJE, weight_IJE, scales, 0)
         parts = self._row_parts(len(X_IJE))
-        books = []
+        columns = []
         for _, own in self._stretches(0, X_IJE.shape[1]):
-            found = [
+            books = [
                 self.cluster(*_of_groups(x_IJE, weight_IJE, own, part), generator) for part in parts
             ]
-            books.append(torch.cat(found))
-        entries_GHKE = torch.stack(books, 1)
+            columns.append(torch.cat(books))
+        entries_GHKE = torch.stack(columns, 1)
         if self._rank is not None:
             return {**_factorised(entries_GHKE, self._rank), **scales}
         return {"codebook": self._storable(entries_GHKE), **scales}
@@ -228,8 +229,8 @@ class GroupedKMeans(ClusteredCodec):
                 entries_GKE = weigh(entries_GKE, weight_E)
             for part in self._row_parts(len(X_IJE)):
                 x_GNE, _ = _of_groups(x_IJE, None, own, part)
-                found_GN = lloyd.assign(x_GNE, None, entries_GKE[part.groups])
-                index_IJ[part.tiles, own] = found_GN.reshape(-1, own.stop - own.start).int()
+                index_GN = lloyd.assign(x_GNE, None, entries_GKE[part.groups])
+                index_IJ[part.tiles, own] = index_GN.reshape(-1, own.stop - own.start).int()
         return index_IJ[..., None]
 
     def decode(self, codes_IJM: Tensor, state: State, col: int = 0) -> Tensor:
@@ -252,7 +253,7 @@ class GroupedKMeans(ClusteredCodec):
         if self.codebook == "int8":
             projected["codebook"] = self._storable(state["codebook"].detach())
             return projected
-        # Integers out of range take their vectors' scale along.
+        # Where integers are out of range, the basis vector grows in their place.
         factors_GHr = state["coefficients"].detach().float()
         excess_r = (factors_GHr.abs().amax((0, 1)) / _LARGEST_INT8).clamp(min=1)
         projected["coefficients"] = (factors_GHr / excess_r).round()
@@ -260,6 +261,7 @@ class GroupedKMeans(ClusteredCodec):
         return projected
 
     def pack(self, codes_IJM: Tensor, state: State) -> dict[str, Tensor]:
+        # The state has codebooks as numbers; int8 ones are divided by their scale again.
         packed = {"codes": pack_bits(codes_IJM[..., 0], self.index_bits)}
         if self.codebook == "svd":
             packed["coefficients"] = state["coefficients"].to(torch.int8)
@@ -323,7 +325,7 @@ class GroupedKMeans(ClusteredCodec):
         return reference.entries({**state, **{name: state[name][:, own] for name in names}})
 
     def _storable(self, entries_GHKE: Tensor) -> Tensor:
-        """The nearest codebooks that can be stored, as they stand in the state."""
+        """The nearest codebooks that can be stored, in the form of the state."""
         if self.codebook == "float16":
             return self.half(entries_GHKE)
         scale_GH11 = _int8_scale(entries_GHKE.float()).bfloat16().float()
@@ -337,6 +339,8 @@ class GroupedKMeans(ClusteredCodec):
         """
         if self.scale_cols is None:
             return {}
+        # The largest weight of each block (I, B). An index counts equal steps of its logarithm from
+        # the least to the largest in the column of blocks; a block of zeros gets the least.
         width = self.scale_cols // self.tile_cols
         peak_IJ = X_IJE.float().abs().amax(2)
         peak_IJ = torch.nn.functional.pad(peak_IJ, (0, -X_IJE.shape[1] % width))
@@ -362,7 +366,7 @@ class GroupedKMeans(ClusteredCodec):
     def _normalised(
         self, X_IJE: Tensor, weight_IJE: Tensor | None, state: State, col: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Tiles over their scales, and weights that measure the errors as before: times scale²."""
+        """Tiles over their scales, and weights times scale², so that errors count as before."""
         x_IJE = X_IJE.float()
         if weight_IJE is not None:
             weight_IJE = narrowed(weight_IJE.float())
@@ -394,7 +398,7 @@ def _of_groups(
 
 
 def _int8_scale(entries_GHKE: Tensor) -> Tensor:
-    """What one integer is worth in each codebook, [G, H, 1, 1].
+    """The scale of the integers of each codebook, [G, H, 1, 1].
 
     In bfloat16 it is at most 0.4 % off, so that the largest entry is 127 of it again: from a
     codebook that is stored the scale comes out as it was.
@@ -404,11 +408,15 @@ def _int8_scale(entries_GHKE: Tensor) -> Tensor:
 
 def _factorised(entries_GHKE: Tensor, rank: int) -> State:
     """`coefficients` [G, H, rank] and `basis` [rank, K] nearest to sorted codebooks of numbers."""
+    # The basis has the `rank` largest eigenvectors of Σ c cᵀ over all codebooks c, which leave the
+    # least squared error.
     sorted_BK = entries_GHKE[..., 0].sort(dim=2).values.flatten(0, 1).double().cpu()
     gram_KK = torch.zeros(2 * (sorted_BK.shape[1],), dtype=torch.float64)
     for block_BK in sorted_BK.split(_GRAM_BLOCK):
         gram_KK += block_BK.T @ block_BK
     vectors_rK = torch.linalg.eigh(gram_KK).eigenvectors.flip(1).T[:rank]
+    # The sign of an eigenvector is arbitrary: its largest element is made positive. Its length is
+    # such that the largest coefficient is the integer 127.
     largest_r1 = vectors_rK.take_along_dim(vectors_rK.abs().argmax(1, keepdim=True), 1)
     vectors_rK = vectors_rK * largest_r1.sign()
     peak_r = (sorted_BK @ vectors_rK.T).abs().amax(0)

@@ -2,10 +2,10 @@
 
 Tiles lie along a row, (1, d) as in GPTVQ, or along a column, (v, 1) as in VPTQ. The codebook
 minimises the squared error, weighted by the importance that `fit` is given (Lloyd's algorithm).
-There is no weight scale: bringing the rows of a matrix to one scale is the work of a transform.
+There is no weight scale: a transform can bring the rows of a matrix to one scale.
 
 A pass over 2^20 tiles of 8 weights with 65536 entries takes 113 s of one core and 220 MB beside the
-tiles, and 72,000 weights a second are coded: on a CPU such a codebook is for patient people.
+tiles, and 72,000 weights a second are coded: such a codebook is slow on a CPU.
 
 Source: VPTQ, arXiv 2409.17066; GPTVQ, arXiv 2402.15319.
 """
@@ -192,6 +192,7 @@ class KMeans(ClusteredCodec, SearchableCodec):
 
 
 def narrowed(weight_IJE: Tensor) -> Tensor:
-    """Weights as [..., 1] where each tile has one, which leaves its distances Euclidean."""
+    """Weights as [..., 1] if the elements of each tile have one weight: its nearest entry is then
+    that of the Euclidean distance."""
     one = bool((weight_IJE == weight_IJE[..., :1]).all())
     return weight_IJE[..., :1] if one else weight_IJE

@@ -4,15 +4,15 @@
 
 G and the curvature mu of the companding F are learned for each group, on all rows of its columns.
 
-With integers (GLVQ) G is the lattice and the shape of its box in one, so that a better lattice
-costs a worse box: the smallest box of a basis of E8 around a ball has 16 times the volume of a
-cube, which is 3 dB, against the 0.65 dB that E8 gains. From whatever start, learning on Gaussian
-weights ends at a rotated cubic grid, and only companding gains anything. With E8 the box stays a
-cube and the lattice is the best in eight dimensions. G is lower triangular: a basis of any lattice
-can be rotated into that form, and then coded one component after another.
+With integers (GLVQ) G is both the lattice and the shape of its box, so that a better lattice has a
+worse box: the smallest box of a basis of E8 around a ball has 16 times the volume of a cube, which
+is 3 dB, against the 0.65 dB that E8 gains. From any start, learning on Gaussian weights ends at a
+rotated cubic grid, and only companding lowers the error. With E8 the box stays a cube and the
+lattice is the best in eight dimensions. G is lower triangular: a basis of any lattice can be
+rotated into that form, and then coded one component after another.
 
-A tile of several integers is no better than single ones either, and in LDLQ 1 % worse, for want of
-feedback within the tile: on rotated weights integers are for dim 1.
+A tile of several integers is no better than single ones either, and in LDLQ 1 % worse, because
+there is no feedback within the tile: on rotated weights use integers with dim 1.
 
 Mean squared error of 2^20 unit Gaussian weights, diagonal G, all columns one group; every component
 by itself (dim 1) or in E8 (dim 8):
@@ -165,7 +165,8 @@ class LearnedLattice(Codec):
 
     @property
     def exact(self) -> bool:  # type: ignore[override]
-        # Where F is much curved, the nearest level of the parity that E8 needs may be a third one.
+        # Where F is strongly curved, the nearest level of the parity that E8 needs may be neither
+        # of the two next to the target.
         straight = self.companding == "none" or self._base == "integers"
         return straight and (self.generator == "diagonal" or self.dim == 1)
 
@@ -223,6 +224,7 @@ class LearnedLattice(Codec):
 
         Where a group has fewer than the others, it is filled up with vectors of weight 0.
         """
+        # P groups of N vectors each, drawn without repetition.
         num_rows, num_cols, _ = X_IJE.shape
         width = num_cols if self.group is None else self.group // self.dim
         sample = self.sample or (1 << (17 if self.group is None else 15))
@@ -238,6 +240,7 @@ class LearnedLattice(Codec):
                 weight_NE = torch.ones_like(x_NE)
             else:
                 weight_NE = weight_IJE.expand(X_IJE.shape)[row_N, col_N].float()
+            # The last group may have fewer columns, so fewer vectors.
             missing = (0, 0, 0, num - len(drawn))
             vectors.append(torch.nn.functional.pad(x_NE, missing))
             weights.append(torch.nn.functional.pad(weight_NE, missing))
@@ -254,6 +257,7 @@ class LearnedLattice(Codec):
             weight_E = weight_E[:, None, None]
         G_PEE = reference.generator_matrices(state["generator"].float(), self.dim)
         mu_P = state["scale"] if self.companding == "none" else state["mu"]
+        # The columns from `col` on, group by group: each has its own lattice and scale.
         group_J = self.spec().groups(col, X_IJE.shape[1], torch.device("cpu"))
         groups, counts = torch.unique_consecutive(group_J, return_counts=True)
         codes = []
@@ -278,8 +282,8 @@ class LearnedLattice(Codec):
 
 
 def _scale(x_EPN: Tensor, weight_EPN: Tensor) -> Tensor:
-    """The standard deviation of Gaussians of the same (weighted) mean absolute value, [P]: less
-    under the sway of outliers than the root mean square."""
+    """The standard deviation of Gaussians of the same (weighted) mean absolute value, [P]. Outliers
+    change it less than the root mean square."""
     total_P = (weight_EPN.double() * x_EPN.abs()).sum((0, 2))
     mean_P = total_P / weight_EPN.double().sum((0, 2)).clamp_min(torch.finfo(torch.float64).tiny)
     return (mean_P / _MEAN_ABSOLUTE).clamp_min(MIN_SCALE).float()

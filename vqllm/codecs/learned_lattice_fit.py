@@ -1,7 +1,7 @@
-"""Learning the G and mu of companded lattices: a start found by trying, then Adam.
+"""Learning the G and mu of companded lattices: the best of some starts, then Adam.
 
-Groups are learned side by side. Sums are in float64 and codes come from elementwise arithmetic, so
-that the result does not depend on the number of threads.
+All groups are learned at the same time. Sums are in float64 and codes come from elementwise
+arithmetic, so that the result does not depend on the number of threads.
 
 Source: GLVQ, arXiv 2510.20984: new codes in every step, G and mu by gradient, G held near a start
 from the covariance.
@@ -27,7 +27,7 @@ _KNEES = (0.35, 0.8, 1.4, 2.1)
 """1 / mu of the start. On E8 with tanh 1.9 is best for Gaussian weights, 1.6 for Laplacian ones;
 with mu 1 to 1.8, and 0.8."""
 _EDGES = (0.65, 0.85, 1.05, 1.4, 2.2)
-"""Where the box of the start ends, over 1.3 + 0.55 bits: best for Gaussian weights on E8."""
+"""Half the width of the box of the start, over 1.3 + 0.55 bits: best for Gaussian weights on E8."""
 _START_WEIGHTS = 1 << 12
 """Weights of a group that a start is chosen on."""
 _RATE = 0.02
@@ -40,9 +40,10 @@ def start(x_EPN: Tensor, weight_EPN: Tensor, shape: Lattice) -> Lattice:
     """The best of some boxes and mu, sheared by the covariance of the components.
 
     Args:
-        weight_EPN: of squared errors; 0 for vectors that are to be disregarded.
-        shape: what is to be learned; its G and mu are not read.
+        weight_EPN: of squared errors; 0 for vectors that do not count.
+        shape: the kind of lattice; its G and mu are not read.
     """
+    # A few mu times a few sizes of the box, each on a part of the vectors.
     num = max(1, _START_WEIGHTS // len(x_EPN))
     x, weight = x_EPN[..., :num], weight_EPN[..., :num]
     best, least_P = shape, torch.full_like(shape.mu_P, torch.inf, dtype=torch.float64)
@@ -64,8 +65,10 @@ def train(
     """The lattices of the least weighted squared error on the way from `first`.
 
     Args:
-        regularization: how many vectors it counts for that G is `first.G_PEE`.
+        regularization: weight of the penalty for leaving `first.G_PEE`, as a number of vectors.
     """
+    # Learned are `move`, in steps of the lattice, and log mu. G = first + step · move has the free
+    # elements of its form: lower triangular or diagonal.
     first_PEE, unit_P = first.G_PEE.double(), _unit(first.mu_P.double(), first.companding)
     diagonal_PE = torch.diagonal(first_PEE, dim1=1, dim2=2)
     low_PE, high_PE = (diagonal_PE * bound for bound in _DIAGONAL_BOUNDS)
@@ -82,6 +85,7 @@ def train(
     )
     best, least_P, scale_P = first, torch.full_like(unit_P, torch.inf), None
     for _ in range(iterations + 1):
+        # G with its diagonal within bounds, times F(1) of the new mu over that of the first.
         mu_P = log_mu_P.clamp(*map(math.log, _MU_BOUNDS)).exp()
         G_PEE = first_PEE + step_P11 * free_EE * move_PEE
         diagonal_PE = torch.diagonal(G_PEE, dim1=1, dim2=2)
@@ -89,10 +93,12 @@ def train(
         G_PEE = G_PEE + torch.diag_embed(bounded_PE - diagonal_PE)
         G_PEE = G_PEE * (_unit(mu_P, first.companding) / unit_P)[:, None, None]
         now = replace(first, G_PEE=G_PEE.detach().float(), mu_P=mu_P.detach().float())
+        # New codes for this G and mu; the error is differentiated with the codes as they are.
         codes_EPN = now.nearest(x_EPN, weight_EPN)
         error_P = error(replace(first, G_PEE=G_PEE, mu_P=mu_P), x_EPN, weight_EPN, codes_EPN)
         best = _choose(error_P.detach() < least_P, now, best)
         least_P = torch.minimum(error_P.detach(), least_P)
+        # Errors count relative to the first ones, so that all groups learn at the same rate.
         if scale_P is None:
             scale_P = least_P.clamp_min(torch.finfo(torch.float64).tiny)
         penalty = regularization / x_EPN.shape[2] * move_PEE.square().sum()
@@ -123,8 +129,7 @@ def _steps(shape: Lattice, mu_P: Tensor, edge: float) -> Tensor:
 def _shear(x_EPN: Tensor, weight_EPN: Tensor, lattice: Lattice) -> Tensor:
     """The Cholesky factor of the covariance of F(x) over its mean diagonal, [P, E, E].
 
-    Correlations of less than twice their standard error are taken for zero. If G is to be diagonal
-    all are.
+    Correlations of less than twice their standard error count as zero; if G is diagonal, all do.
     """
     y_PEN = reference.compress(
         x_EPN.transpose(0, 1), lattice.mu_P[:, None, None], lattice.companding
@@ -137,7 +142,7 @@ def _shear(x_EPN: Tensor, weight_EPN: Tensor, lattice: Lattice) -> Tensor:
     eye_EE = torch.eye(len(x_EPN)).to(r_PEE)
     if lattice.diagonal:
         certain_PEE = torch.zeros_like(certain_PEE)
-    # Not quite the whole of it: a group of equal weights has a singular covariance.
+    # 0.99 of the correlations, because a group of equal weights has a singular covariance.
     L_PEE, info_P = torch.linalg.cholesky_ex(torch.lerp(0.99 * certain_PEE * r_PEE, eye_EE, eye_EE))
     L_PEE = torch.where(info_P[:, None, None] > 0, eye_EE, L_PEE)
     size_PE = size_PE / size_PE.square().mean(1, keepdim=True).sqrt()
@@ -145,7 +150,7 @@ def _shear(x_EPN: Tensor, weight_EPN: Tensor, lattice: Lattice) -> Tensor:
 
 
 def _unit(mu_P: Tensor, companding: str) -> Tensor:
-    """F(1): G is learned over it, lest a change of mu by itself change the size of the box."""
+    """F(1): G is learned relative to it, so that a change of mu alone does not change the box."""
     return reference.compress(torch.ones_like(mu_P), mu_P, companding)
 
 

@@ -12,10 +12,10 @@ Mean squared error of unit Gaussian weights, at 2 bits but for the last line:
     fitted       shells 8..12, each at 2 to 6 gains of its own     0.0735
     fitted       at 1, 1.5, 2.5, 3 bits                            0.2866  0.1489  0.0368  0.0185
 
-The search is exact, so what remains is the choice of gains. A ball of lattice points has the best
-cells, but not the density that a Gaussian wants; spheres of a few radii have it, and hold more
-points where a radius belongs to a shell and not to all: 48 bits number the points of shells 2..13
-once, or those of 12 twice, of 11 three times, of 10 four times ... each time with another gain.
+The search is exact, so only the gains can be chosen. A ball of lattice points has the best cells,
+but not the best density for a Gaussian. Spheres of a few radii have it, and have more points if a
+radius belongs to one shell and not to all: 48 bits number the points of shells 2..13 once, or those
+of 12 twice, of 11 three times, of 10 four times ... each time with another gain.
 
 Source: LLVQ, arXiv 2603.11021 (spherical and shape-gain); the fitted gains are ours.
 """
@@ -82,8 +82,9 @@ _RADII: dict[tuple[str, float], dict[int, tuple[float, ...]]] = {
 }
 """Norms of the points of each shell for Gaussian weights of unit variance, by shape and bits.
 
-Centroids, found by alternately coding 2^20 Gaussian weights and averaging (Lloyd), 20 times. How
-many norms a shell has was tried out, with all points of all shells just fitting the bits."""
+Centroids, found by alternately coding 2^20 Gaussian weights and averaging (Lloyd), 20 times. The
+number of norms of each shell is the best of those tried, where all points of all shells just fit
+the bits."""
 
 
 @CODECS.register("leech")
@@ -176,12 +177,13 @@ class Leech(ScaledCodec):
         from vqllm.codecs.search import leech as leech_nearest
 
         if X_IJE.device.type != "cpu":
-            _tell_once()
+            _warn_once()
         spec, gain_L = self.spec(), state["gains"].cpu().double()
         weight_EE = None
         if weight_E is not None:
             weight_EE = torch.diag(weight_E) if weight_E.dim() == 1 else weight_E
             weight_EE = weight_EE.cpu().double().contiguous().numpy()
+        # The search takes gains without a sign; a negative gain g of a point X is −g of −X.
         points, levels = leech_nearest.nearest(
             X_IJE.flatten(0, 1).float().cpu().contiguous().numpy(),
             gain_L.abs().numpy(),
@@ -210,7 +212,7 @@ class Leech(ScaledCodec):
 
 
 @cache
-def _tell_once() -> None:
+def _warn_once() -> None:
     logger.warning(
         "the search for Leech points runs on the CPU, whatever the device of the weights"
     )

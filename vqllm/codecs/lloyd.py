@@ -50,6 +50,7 @@ def start(
     _, num_vectors, num_elements = x_GNE.shape
     if init == "mahalanobis":
         return _by_mahalanobis_rank(x_GNE, num_entries)
+    # k-means++ of a sample of the vectors, as its time grows with vectors times entries.
     affordable = num_elements > 1 and num_entries <= PLUS_PLUS_ENTRIES
     if init == "kmeans++" or affordable:
         num = min(num_vectors, _PLUS_PLUS_SAMPLE * num_entries)
@@ -64,6 +65,7 @@ def start(
         drawn = torch.randperm(num_vectors, generator=generator)[:num_entries]
         drawn = drawn.repeat(-(-num_entries // len(drawn)))[:num_entries]
         start_GKE = x_GNE[:, drawn.to(x_GNE.device)]
+    # Spread from the mean, so that the variance is (E + 2)/E times that of the vectors.
     mean_G1E = _mean(x_GNE)
     return mean_G1E + (start_GKE - mean_G1E) * ((num_elements + 2) / num_elements) ** 0.5
 
@@ -81,6 +83,7 @@ def lloyd(x_GNE: Tensor, weight_GNE: Tensor | None, entries_GKE: Tensor, passes:
         if previous_GN is not None and torch.equal(index_GN, previous_GN):
             break
         previous_GN = index_GN
+        # An entry without vectors takes the place of one that has a large error.
         mean_GKE, mass_GKE = means(x_GNE, weight_GNE, index_GN, entries_GKE.shape[1])
         moved_GKE = torch.where(mass_GKE > 0, mean_GKE, entries_GKE.double()).float()
         empty_GK = mass_GKE.amax(2) == 0
@@ -92,7 +95,7 @@ def lloyd(x_GNE: Tensor, weight_GNE: Tensor | None, entries_GKE: Tensor, passes:
 
 
 def assign(x_GNE: Tensor, weight_GNE: Tensor | None, entries_GKE: Tensor) -> Tensor:
-    """The nearest entry of each vector, int64 [G, N]; weights by element move the borders."""
+    """The nearest entry of each vector, int64 [G, N]. Only weights by element make a difference."""
     if weight_GNE is not None and weight_GNE.shape[2] == 1:
         weight_GNE = None
     if weight_GNE is None and len(x_GNE) == 1:
@@ -100,6 +103,7 @@ def assign(x_GNE: Tensor, weight_GNE: Tensor | None, entries_GKE: Tensor) -> Ten
     # Distances from a common centre: otherwise the rounding of the squares hides them.
     center_G1E = (entries_GKE.amin(1, keepdim=True) + entries_GKE.amax(1, keepdim=True)) / 2
     entries_GKE = entries_GKE - center_G1E
+    # w (x − c)² without w x², which is the same for all entries: −2 (w x) c + w c², a product.
     squares_GKE = entries_GKE**2
     if weight_GNE is None:
         squares_GKE = squares_GKE.sum(2, keepdim=True)
@@ -119,6 +123,7 @@ def means(
 ) -> tuple[Tensor, Tensor]:
     """Weighted means of the vectors of each entry and their total weights, float64 [G, K, E]."""
     num_groups, _, num_elements = x_GNE.shape
+    # Entries of all groups are numbered together, so that one bincount sums an element for all.
     place_GN = index_GN.cpu() + num_entries * torch.arange(num_groups)[:, None]
     weight = torch.ones_like(x_GNE[..., :1]) if weight_GNE is None else weight_GNE
 
@@ -156,7 +161,8 @@ def _errors(
 
 
 def _reseed(entries_GKE: Tensor, empty_GK: Tensor, x_GNE: Tensor, error_GN: Tensor) -> Tensor:
-    """Every entry without vectors takes the place of a vector that is represented worst."""
+    """Every entry without vectors takes the place of one of the vectors with the largest errors."""
+    # The i-th empty entry of a group takes its i-th worst vector, as far as there are so many.
     num = min(int(empty_GK.sum(1).max()), x_GNE.shape[1])
     worst_GW = error_GN.topk(num).indices
     number_GK = empty_GK.cumsum(1) - 1
@@ -176,6 +182,8 @@ def _plus_plus(
     nearest_GN = torch.full_like(error_GN, torch.inf)
     chosen = []
     for uniform_G in uniform_GK.unbind(1):
+        # Inversion of the cumulative error draws the next entry. For the first one the errors are
+        # the weights alone.
         cumulative_GN = error_GN.double().cumsum(1)
         threshold_G1 = uniform_G[:, None] * cumulative_GN[:, -1:]
         place_G1 = torch.searchsorted(cumulative_GN, threshold_G1, right=True)
@@ -189,6 +197,7 @@ def _plus_plus(
 
 def _by_mahalanobis_rank(x_GNE: Tensor, num_entries: int) -> Tensor:
     """Vectors at evenly spaced ranks of (x − mean)ᵀ Σ⁻¹ (x − mean), Σ the covariance."""
+    # With Σ = M Mᵀ the distance is |M⁻¹ (x − mean)|².
     gap_GNE = (x_GNE - _mean(x_GNE)).double()
     num_groups, _, num_elements = x_GNE.shape
     covariance_GEE = torch.empty(num_groups, num_elements, num_elements, dtype=torch.float64)

@@ -10,7 +10,7 @@ placing of pulses has 0.4 % more distortion at 2 bits, 1 to 2 % more at 3, 2 to 
 errors weighted by a matrix the search is a local one (`pyramid_weighted`).
 
 G need not be a power of two: number and length share one integer, so the part of a bit that the
-number leaves over buys lengths. Distortion of Gaussian weights, and of a power of two:
+number does not need gives more lengths. Distortion of Gaussian weights, and with a power of two:
 
     weights a tile    2 bits             3 bits             4 bits
     8                 0.1066             0.0274  0.0281     0.00677  0.00700
@@ -138,7 +138,7 @@ class Pyramid(ScaledCodec):
         if self.pulses is not None and self.levels is not None:
             return PyramidSpec(dim=self.dim, pulses=self.pulses, levels=self.levels)
         rate = _DEFAULT_RATE if self.rate is None else self.rate
-        # A millionth of a bit makes up for rates like 2.1 that binary fractions fall short of.
+        # A millionth of a bit more, for rates like 2.1 whose binary fraction is a little too small.
         bits = int(rate * self.dim + 1e-6)
         least = reference.tile_bits(self.dim, 1, 1)
         if not least <= bits <= MAX_TILE_BITS:

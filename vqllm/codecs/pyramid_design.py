@@ -1,6 +1,6 @@
-"""The lengths of a pyramid code for Gaussian weights, and how many pulses and lengths a rate buys.
+"""The lengths of a pyramid code for Gaussian weights, and the best pulses and lengths for a rate.
 
-The best length for a tile x in its direction y is x·y/‖y‖ = ‖x‖ cos, the cosine hardly varies and
+The best length for a tile x in its direction y is x·y/‖y‖ = ‖x‖ cos. The cosine hardly varies and
 does not depend on ‖x‖. ‖x‖ has the chi distribution, so the levels are those of Lloyd and Max for
 the chi distribution, times the root mean square of the cosine.
 """
@@ -29,6 +29,8 @@ def choose(dim: int, bits: int) -> tuple[int, int]:
     Levels are as many as the bits leave room for, at most 256; of the numbers of pulses that leave
     the same room, the largest. (0, 0) if not even one pulse fits.
     """
+    # From the largest number of pulses down: more levels, coarser directions. Numbers of pulses
+    # that leave the same levels are worse than the largest of them.
     best, least, before = (0, 0), math.inf, 0
     for pulses in range(reference.most_pulses(dim, 1, bits), 0, -1):
         levels = min((1 << bits) // reference.num_directions(dim, pulses), MAX_LEVELS)
@@ -59,14 +61,15 @@ def direction_error(dim: int, pulses: int) -> float:
     """The mean of 1 − cos² between a Gaussian tile and the nearest direction.
 
     In large tiles the nearest y is floor(t |x| + S) with the t that gives the pulses, and the S
-    that gives the least error; what that comes to is an integral over one Gaussian weight. With few
-    weights, that the pulses are counted is a constraint which costs a factor 1 + 1.1 / dim: from
-    1.115 to 1.14 was measured at dim 8, 1.063 to 1.074 at 16, 1.030 to 1.036 at 32, 1.018 at 64.
+    that gives the least error; the error is then an integral over one Gaussian weight. In small
+    tiles the fixed number of pulses is a constraint that costs a factor 1 + 1.1 / dim: from 1.115
+    to 1.14 was measured at dim 8, 1.063 to 1.074 at 16, 1.030 to 1.036 at 32, 1.018 at 64.
     """
     want = pulses / dim
     if want > _MANY:
         # y is t x but for a rounding error of variance 1/12, and t the pulses over the mean of |x|.
         return 1 / (1 + 12 * (want * math.sqrt(math.pi / 2)) ** 2) * (1 + 1.1 / dim)
+    # For every shift S: bisection for the t at which the mean of y is the wanted one.
     shift_S = torch.tensor(_SHIFTS, dtype=torch.float64)
     low_S, high_S = torch.full_like(shift_S, 1e-2), torch.full_like(shift_S, 2 * want + 4)
     for _ in range(50):
@@ -74,6 +77,7 @@ def direction_error(dim: int, pulses: int) -> float:
         few_S = _moments(scale_S, shift_S)[0] < want
         low_S = torch.where(few_S, scale_S, low_S)
         high_S = torch.where(few_S, high_S, scale_S)
+    # E[x²] = 1, so cos² = E[|x| y]² / E[y²].
     _, product_S, square_S = _moments(low_S, shift_S)
     return float((1 - product_S**2 / square_S).min()) * (1 + 1.1 / dim)
 
@@ -94,12 +98,13 @@ def _moments(scale_S: Tensor, shift_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @cache
 def _chi_levels(dim: int, num: int) -> tuple[Tensor, float]:
     """Lloyd-Max levels of the norm of `dim` Gaussians, float64 [num], and their squared error."""
+    # The density r^(dim − 1) exp(−r²/2) on a grid of P points around its maximum.
     center = math.sqrt(dim - 0.5)
     norm_P = torch.linspace(max(center - 6, 1e-3), center + 6, 1 << 14, dtype=torch.float64)
     log_P = (dim - 1) * norm_P.log() - norm_P**2 / 2
     mass_P = torch.exp(log_P - log_P.max())
     mass_P = mass_P / mass_P.sum()
-    # Sums over the points before each point: of a cell they are then differences.
+    # Sums over all points before each point: the sum over a cell is the difference of two.
     sums_3P = torch.stack((mass_P, mass_P * norm_P, mass_P * norm_P**2)).cumsum(1)
     sums_3P = torch.nn.functional.pad(sums_3P, (1, 0))
     # Dense codes have their levels in proportion to the cube root of the density.

@@ -1,8 +1,8 @@
-"""Sums of codecs: each stage codes what the stages before it left over.
+"""Sums of codecs: each stage codes the residual of the stages before it.
 
-Coding greedily, stage by stage, is not nearest: the best code of the sum often begins with a
-second-best code of the first stage. `encode` therefore keeps a beam of partial sums. With the
-beam the best scales of the stages differ from those of greedy coding, so those of the E8
+Coding greedily, stage by stage, does not find the nearest sum: the best code of the sum often
+begins with a second-best code of the first stage. So `encode` searches with a beam of partial sums.
+With the beam the best scales of the stages differ from those of greedy coding, so those of the E8
 codebooks are chosen for the sum.
 
 Mean squared error of 2^20 unit Gaussian weights, and speed in 10^6 weights a second of time on one
@@ -150,6 +150,7 @@ class Residual(Codec):
         if joint:
             states = [stage.fit(X_IJE, weight_IJE, generator) for stage in joint]
         else:
+            # Each stage is fitted to the residual that the fitted stages before it leave.
             states, rest_IJE = [], X_IJE
             for i, stage in enumerate(self.stages):
                 if i:
@@ -194,8 +195,8 @@ class Residual(Codec):
         self, X_IJE: Tensor, state: State, beam: int, weight_E: Tensor | None, num: int = 1
     ) -> Tensor:
         chunks = X_IJE.flatten(0, 1).split(_CHUNK)
-        found = [self._search(x_NE, state, beam, weight_E, num) for x_NE in chunks]
-        return torch.cat(found).unflatten(0, X_IJE.shape[:2])
+        codes = [self._search(x_NE, state, beam, weight_E, num) for x_NE in chunks]
+        return torch.cat(codes).unflatten(0, X_IJE.shape[:2])
 
     def _encode_greedily(
         self, X_IJE: Tensor, state: State, col: int, weight_E: Tensor | None
@@ -210,7 +211,7 @@ class Residual(Codec):
     def _search(
         self, x_NE: Tensor, state: State, beam: int, weight_E: Tensor | None, num: int
     ) -> Tensor:
-        """Codes of the `num` best of `beam` partial sums (B) kept after each stage, [N, num, M].
+        """Codes of the `num` best sums, [N, num, M], with `beam` partial sums (B) after each stage.
 
         Each partial sum ends in its best code of the last stage.
         """
@@ -218,17 +219,18 @@ class Residual(Codec):
         codes_NBM = torch.empty(len(x_NE), 1, 0, dtype=torch.int32, device=x_NE.device)
         for i, stage in enumerate(self.stages):
             assert isinstance(stage, SearchableCodec)
-            own, last = stage_tensors(state, i), i == len(self.stages) - 1
+            own, is_last = stage_tensors(state, i), i == len(self.stages) - 1
             # Every partial sum goes on with K codes of this stage: C = B · K longer sums.
-            code_NBK = stage.candidates(rest_NBE, own, 1 if last else beam, weight_E)
+            code_NBK = stage.candidates(rest_NBE, own, 1 if is_last else beam, weight_E)
             word_NCE = stage.decode(code_NBK.flatten(1)[..., None], own)
             rest_NCE = rest_NBE.repeat_interleave(code_NBK.shape[2], 1) - word_NCE
             codes_NCM = codes_NBM.repeat_interleave(code_NBK.shape[2], 1)
             codes_NCM = torch.cat((codes_NCM, code_NBK.flatten(1)[..., None]), 2)
+            # Those that leave the least (weighted) residual are the partial sums of the next stage.
             error_NCE = rest_NCE if weight_E is None else weigh(rest_NCE, weight_E)
             error_NC = (error_NCE**2).sum(2)
-            num_kept = min(num if last else beam, error_NC.shape[1])
-            best_NB = error_NC.topk(num_kept, largest=False).indices
+            num_best = min(num if is_last else beam, error_NC.shape[1])
+            best_NB = error_NC.topk(num_best, largest=False).indices
             rest_NBE = rest_NCE.take_along_dim(best_NB[..., None], 1)
             codes_NBM = codes_NCM.take_along_dim(best_NB[..., None], 1)
         return codes_NBM

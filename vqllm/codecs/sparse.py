@@ -1,10 +1,10 @@
 """A few weights of every row stored apart in float16, the rest coded by another codec.
 
-W = S + Ŵ: the outliers S are as many in every row, `share` of its weights, and take 16 bits and
-those of a column each, beside their codes. What the other codec is fitted to and codes is W − S, so
-that a few large weights do not stretch its range: that is worth most where one scale or codebook
-covers many weights as they are. After a Hadamard transform, or on any Gaussian weights, outliers
-are not worth their bits (1 % beside E8P: 2.14 dB above Shannon in place of 1.64).
+W = S + Ŵ: every row has the same number of outliers S, `share` of its weights. Each takes 16 bits
+and those of a column number, beside its code. The other codec is fitted to W − S and codes it, so
+that a few large weights do not stretch its range. That helps most where one scale or codebook
+serves many weights without a transform. After a Hadamard transform, or on any Gaussian weights,
+outliers are not worth their bits (1 % beside E8P: 2.14 dB above Shannon in place of 1.64).
 
 `fit` takes the largest weights of each row. Proxy losses after LDLQ, q_proj and down_proj of layer
 5 of the demo model, 192 rows, 0.5 % outliers (uniform: 3.16 bits in place of 3.02):
@@ -97,6 +97,7 @@ class Sparse(OutlierCodec):
         Also the state of the base codec, fitted to the rest, under `base_` + name.
         """
         check_finite(X_IJE, self)
+        # The base is fitted to the rest after the outliers as float16 has them.
         X_RC = self._rows(X_IJE)
         largest_RN = self._largest(X_IJE.abs())
         S_RC = torch.zeros_like(X_RC).scatter(1, largest_RN, X_RC.gather(1, largest_RN))
@@ -197,5 +198,5 @@ class Sparse(OutlierCodec):
 
 
 def _half(values: Tensor) -> Tensor:
-    """As float16 has them; what is too large becomes the largest it has."""
+    """The nearest float16 numbers; those beyond its range become its largest."""
     return values.clamp(-_LARGEST, _LARGEST).half()

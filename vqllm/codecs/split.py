@@ -1,9 +1,10 @@
 """The first columns of a matrix coded by one codec, the rest by another.
 
 Outlier columns, as in VPTQ: after a permutation of the input features by diag(H), the first columns
-are those whose errors count most, and a codec with more bits takes them. Tiles of different height
-or width are brought together by the smallest tile that whole tiles of both fill; its symbols are
-those of the tiles inside it, row by row, followed by zeros where the other codec has more.
+are those whose errors count most, and a codec with more bits codes them. Where the two codecs have
+tiles of different size, the tile of the whole is the smallest one that whole tiles of both fill.
+Its symbols are those of the tiles inside it, row by row, followed by zeros where the other codec
+has more.
 
 Source: Liu et al., "VPTQ", arXiv 2409.17066.
 """
@@ -25,7 +26,7 @@ _PartCodec = Annotated[SerializeAsAny[Codec], BeforeValidator(partial(build_part
 
 
 class _Inner(NamedTuple):
-    """Tiles of a part inside a tile of the whole, and between the two grids of tiles."""
+    """How tiles of a part lie inside a tile of the whole; converts between the two grids."""
 
     tile: tuple[int, int]
     """rows and columns of W in a tile of the part"""
@@ -158,8 +159,8 @@ class Split(Codec):
         for i, own, part_col in self._stretches(state, col, X_IJE.shape[1]):
             part, inner = self._parts[i], self._inner[i]
             own_state = part_tensors(state, PARTS[i])
-            found = part.encode(inner.inward(X_IJE[:, own]), own_state, part_col, weight_E)
-            codes.append(inner.symbols_outward(found, self.num_symbols))
+            own_codes = part.encode(inner.inward(X_IJE[:, own]), own_state, part_col, weight_E)
+            codes.append(inner.symbols_outward(own_codes, self.num_symbols))
         return torch.cat(codes, 1)
 
     def decode(self, codes_IJM: Tensor, state: State, col: int = 0) -> Tensor:
@@ -173,13 +174,13 @@ class Split(Codec):
 
     def streams(self, codes_IJM: Tensor) -> list[Tensor]:
         first, _ = num_columns(self.share, codes_IJM.shape[1])
-        found = []
+        streams = []
         for part, inner, own in zip(
             self._parts, self._inner, (codes_IJM[:, :first], codes_IJM[:, first:])
         ):
             if own.shape[1]:
-                found += part.streams(inner.symbols_inward(own, part.num_symbols))
-        return found
+                streams += part.streams(inner.symbols_inward(own, part.num_symbols))
+        return streams
 
     def project(self, state: State) -> State:
         projected = dict(state)
@@ -193,6 +194,7 @@ class Split(Codec):
         packed = {}
         for i, own in enumerate((codes_IJM[:, :first], codes_IJM[:, first:])):
             name, part, inner = PARTS[i], self._parts[i], self._inner[i]
+            # A part without a column stores one column of zeros.
             if own.shape[1] == 0:
                 own = torch.zeros_like(codes_IJM[:, :1])
             codes = inner.symbols_inward(own, part.num_symbols)
@@ -206,6 +208,7 @@ class Split(Codec):
         num_tile_rows, _ = self.spec().grid(rows, cols)
         nums = self.spec().num_columns(cols)
         state, codes = {}, []
+        # A part without a column has stored one, which is dropped below.
         for name, part, num in zip(PARTS, self._parts, nums):
             own = unstacked(part_tensors(tensors, name), part.spec())
             size = num_tile_rows * tile_rows, max(num, 1) * tile_cols

@@ -42,7 +42,7 @@ _PAIR_SCALES = (0.878, 0.986, 1.050, 1.112, 1.172, 1.300, 1.300)
 within 1 %. With the scales above they lose 0.1 % at 2 bits, 1 % at 2.5 and 3 % at 3."""
 
 _TABLE_BITS = 9
-"""Of the hybrid code unless given: 512 pairs, 2 KB."""
+"""Default for the hybrid code: 512 pairs, 2 KB."""
 _ROUNDS = 60
 """Passes that train a table. At 2^8 states and 2 bits the distortion is 0.0842 with the computed
 values, 0.0818 after 5 rounds, 0.0798 after 20."""
@@ -249,7 +249,8 @@ def _interpolate(x: float, xs: tuple[float, ...], ys: tuple[float, ...]) -> floa
 
 @cache
 def _trained_table(spec: TrellisSpec) -> Tensor:
-    """A table for unit Gaussian weights, float16: entries become the means of what they code.
+    """A table for unit Gaussian weights, float16: entries become the means of the weights that have
+    their code.
 
     The Lloyd algorithm with fresh Gaussian tiles in every round, the sums of earlier rounds
     counting half as much with each. Trained once in a process; the same for every matrix.
@@ -260,17 +261,20 @@ def _trained_table(spec: TrellisSpec) -> Tensor:
     num_tiles = max(64, min(1024, 4 * entries * spec.step_weights // 16))
     sums_KV, counts_K = torch.zeros_like(table_KV).double(), torch.zeros(entries).double()
     for _ in range(_ROUNDS):
+        # Paths of new weights with the table so far, rounded as it will be stored.
         x_NTV = torch.randn(num_tiles, reference.WEIGHTS, generator=generator)
         x_NTV = x_NTV.unflatten(1, (-1, spec.step_weights))
         values_SV = reference.values(
             spec.code, spec.state_bits, spec.table_bits, table_KV.half(), table_KV.device
         )
         state_N = viterbi.tail_biting(x_NTV, values_SV, _shifts(spec)).flatten().long()
+        # Each step used one entry, with signs: the weights times these signs are its samples.
         entry_N, sign_NV = reference.entries(spec.code, spec.table_bits, state_N)
         x_NV = x_NTV.flatten(0, 1).double() * sign_NV
         counts_K = counts_K / 2 + torch.bincount(entry_N, minlength=entries).double()
         totals = [torch.bincount(entry_N, column, entries) for column in x_NV.unbind(1)]
         sums_KV = sums_KV / 2 + torch.stack(totals, 1)
+        # An entry with two samples or fewer keeps its value; samples of earlier rounds count less.
         trained = counts_K[:, None] > 2
         table_KV = torch.where(trained, sums_KV / counts_K[:, None], table_KV).float()
     return table_KV.half()

@@ -60,6 +60,8 @@ class Uniform(Codec):
     def fit(self, X_IJE: Tensor, weight_IJE: Tensor | None, generator: torch.Generator) -> State:
         """`scale` float16 and `zero` uint8, both [I, G]; the clipping error is weighted."""
         check_finite(X_IJE, self)
+        # B columns of each group G. The range contains zero; `ratio` is the part of it that is left
+        # after clipping.
         X_IGB = self._grouped(X_IJE[..., 0].float())
         low_IG = X_IGB.amin(2).clamp(max=0)
         high_IG = X_IGB.amax(2).clamp(min=0)

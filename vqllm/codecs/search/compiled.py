@@ -1,4 +1,4 @@
-"""Whether numba is there: the searches of several codecs are compiled by it on the CPU."""
+"""Whether numba is installed: it compiles the searches of several codecs on the CPU."""
 
 import logging
 from functools import cache

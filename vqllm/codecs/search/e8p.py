@@ -1,4 +1,4 @@
-"""The nearest points of the E8P codebook, exactly, without looking at all 65536 of them.
+"""The nearest points of the E8P codebook, exactly, without comparing all 65536 of them.
 
 The codebook is two copies of D8 + 1/2, shifted by +1/4 and −1/4 and cut to a ball. Its absolute
 values before the shift are eight shapes up to permutation, each with at least three 1/2. For one
@@ -7,8 +7,8 @@ the largest value where |y| is largest and takes the signs of y; where the parit
 not the one that the lattice demands of the shape, the cheapest repair is to flip the sign at the
 smallest |y|, because a 1/2 stands there. So eight shapes and two shifts give 16 candidates in
 closed form, and the best of them is nearest. The exception is the last shape, of squared norm 12:
-the codebook holds 29 of its 56 permutations. Where it wins with a permutation that is missing (4 %
-of Gaussian vectors), its 29 vectors are looked at one by one.
+the codebook has 29 of its 56 permutations. Where a permutation that is missing would be the nearest
+(4 % of Gaussian vectors), the 29 vectors are compared one by one.
 
 Source: rounding and repairing the parity to decode D_n, Conway and Sloane, IEEE Trans. Inform.
 Theory 28 (1982), 227-232; the codebook of QuIP#, arXiv 2402.04396.
@@ -62,9 +62,11 @@ class _Tables:
 
 @cache
 def _tables(device: torch.device) -> _Tables:
+    # Absolute values times two are the odd integers 1, 3, 5. Sorted, they are one of eight shapes.
     twice = reference.abs_table().to(torch.int64)
     shapes = twice.sort(1, descending=True).values.unique(dim=0)
     shapes = shapes[(shapes**2).sum(1).argsort(stable=True)]
+    # The digits 0, 1, 2 of an absolute vector make a number to base 4, which finds its row.
     powers_of_4 = 4 ** torch.arange(8)
     index_by_key = torch.full((4**8,), -1)
     index_by_key[((twice - 1) // 2 * powers_of_4).sum(1)] = torch.arange(256)
@@ -90,10 +92,10 @@ def _tables(device: torch.device) -> _Tables:
 
 @cache
 def _barred(device: torch.device) -> Tensor:
-    """Those of the 240 lattice neighbours of each codeword that are none: −1e30, the rest 0.
+    """For the 240 lattice neighbours of each codeword: 0 if in the codebook, −1e30 if not.
 
-    float32 [65536, 240], 63 MB and 0.6 seconds to build, when it is first needed. As it is added to
-    errors as it stands: to convert a table of bytes took half the time of a weighted search.
+    float32 [65536, 240], 63 MB and 0.6 seconds to build, when it is first needed. It is added to
+    errors directly: to convert a table of bytes took half the time of a weighted search.
     """
     codes = torch.arange(1 << 16, device=device)
     roots = torch.arange(240, device=device)
@@ -113,6 +115,8 @@ def nearest(x_NE: Tensor) -> Tensor:
 
 
 def _nearest(x_NE: Tensor) -> Tensor:
+    # |y|² + |s|² − 2 |y|·s for the shapes s, both sorted; a repair of the parity flips the sign at
+    # the smallest |y|, beside a 1/2, and costs 2 |y|.
     t = _tables(x_NE.device)
     y_NTE, pattern_NT, sign_NT = _shifted(x_NE, t)
     sorted_NTE, order_NTE = y_NTE.abs().sort(-1, descending=True)
@@ -122,6 +126,8 @@ def _nearest(x_NE: Tensor) -> Tensor:
     cost_NTS -= 2 * (sorted_NTE @ t.shapes_SE.T)
 
     def codes(cost_NTS: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # The shape's values in the order of |y| give the row of the table, −1 if it is missing; the
+        # signs are those of y but for the repair.
         cost, best = cost_NTS.flatten(1).min(1)
         shift, shape = best >> 3, best & 7
         pick = 2 * row + shift
@@ -133,6 +139,7 @@ def _nearest(x_NE: Tensor) -> Tensor:
         return _code(index, pattern_NT.take(pick) ^ flip, shift, t), index, cost
 
     code, index, _ = codes(cost_NTS, torch.arange(len(x_NE), device=x_NE.device))
+    # A missing permutation is of the last shape: the best of other shapes, or of its 29 vectors.
     missing = (index < 0).nonzero()[:, 0]
     if len(missing):
         cost_NTS[missing, :, 7] = torch.inf
@@ -153,6 +160,7 @@ def search(x_NE: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
     t = _tables(x_NE.device)
     abs_AE, norms_A, signs_A = t.abs_AE[first:], t.norms_A[first:], t.signs_A[first:]
     y_NTE, pattern_NT, sign_NT = _shifted(x_NE, t)
+    # The least a flipped sign costs is 4 |y_i| a_i; it is needed where the parities differ.
     magnitude_NTE = y_NTE.abs()
     flip_NTA = magnitude_NTE[..., :1] * abs_AE[:, 0]
     for i in range(1, 8):
@@ -161,6 +169,7 @@ def search(x_NE: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
     cost_NTA += 2 * (1 - sign_NT[..., None] * signs_A) * flip_NTA
     cost_NTA -= 2 * (magnitude_NTE @ abs_AE.T)
     cost, best = cost_NTA.flatten(1).min(1)
+    # Shift and absolute vector of the best one, and the sign to flip for it.
     shift = (best >= len(abs_AE)).to(torch.int64)
     a = best - shift * len(abs_AE)
     row = torch.arange(len(x_NE), device=x_NE.device)
@@ -172,8 +181,8 @@ def search(x_NE: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
 def candidates(x_NE: Tensor, num: int) -> Tensor:
     """Codes of `num` codewords near each vector, int64 [N, num], the nearest first.
 
-    After the nearest codeword come its lattice neighbours in the order of their distance to x, as
-    far as they belong to the codebook; the nearest itself fills up the rest.
+    After the nearest codeword come its lattice neighbours that belong to the codebook, in the order
+    of their distance to x. If there are too few, the nearest codeword is repeated.
     """
     if num == 1:
         return nearest(x_NE)[:, None]
@@ -181,6 +190,7 @@ def candidates(x_NE: Tensor, num: int) -> Tensor:
 
 
 def _candidates(x_NE: Tensor, num: int) -> Tensor:
+    # All roots r have one norm, so neighbours w + r are the nearer, the larger (x − w)·r is.
     code_N = _nearest(x_NE)
     gap_NE = x_NE - reference.codewords(code_N)
     before_ND = _barred(x_NE.device).index_select(0, code_N)
@@ -201,14 +211,15 @@ def weighted_nearest(x_NE: Tensor, weight_EE: Tensor) -> Tensor:
     """
     codes = []
     for chunk in x_NE.split(_CHUNK):
-        # Short chunks only for the errors of all neighbours: `_nearest` takes 2.4 times as long in
-        # them.
+        # Short chunks only for the errors of all neighbours; with them `_nearest` takes 2.4 times
+        # as long.
         parts = zip(_nearest(chunk).split(_CHUNK // 4), chunk.split(_CHUNK // 4))
         codes += [_descend(code_N, x_NE, weight_EE) for code_N, x_NE in parts]
     return torch.cat(codes)
 
 
 def _descend(code_N: Tensor, x_NE: Tensor, weight_EE: Tensor) -> Tensor:
+    # A step by a root r lowers the error by 2 (x − w) weight rᵀ − r weight rᵀ.
     t, barred_CD = _tables(x_NE.device), _barred(x_NE.device)
     own_D = ((t.roots_DE @ weight_EE) * t.roots_DE).sum(1)
     gain_FD = torch.cat((2 * t.roots_DE.T, -own_D[None]))
@@ -235,7 +246,8 @@ def _descend(code_N: Tensor, x_NE: Tensor, weight_EE: Tensor) -> Tensor:
 
 
 def _neighbours(code_N: Tensor, root_NK: Tensor) -> Tensor:
-    """Codes of the lattice points one root away from codewords, int64 [N, K]; −1 outside."""
+    """Codes of the lattice points one root away from codewords, int64 [N, K]; −1 for points that
+    are not in the codebook."""
     t = _tables(code_N.device)
     shift_N = (t.sign_by_pattern[code_N & 0xFF] < 0).to(torch.int64)
     is_half_NK = root_NK >= _NUM_WHOLE_ROOTS
@@ -247,6 +259,7 @@ def _neighbours(code_N: Tensor, root_NK: Tensor) -> Tensor:
     start = starts_NTE.flatten(0, 1).index_select(0, (2 * row_N1 + is_half_NK).flatten())
     twice = start + t.twice_roots_DE.index_select(0, root_NK.flatten())
 
+    # The digit 3, a value above 5/2, finds no row.
     digits = ((twice.abs() - 1) >> 1).clamp(max=3)
     index_NK = t.index_by_key[(digits.float() @ t.powers_of_4).to(torch.int64)].view_as(root_NK)
     pattern_NK = _pattern(twice < 0, t).view_as(root_NK)

@@ -6,12 +6,12 @@ plane). Levels are compared as weights, after F⁻¹, not as lattice points.
 
     integers    one path: the nearer level
     e8          four paths in each block of eight: two cosets times the parity of the sum so far.
-                Two paths lead into each state, each with the level of the parity that is needed,
-                and the better one stays; at the end only even sums count.
+                Two paths lead into each of these states, each with the level of the parity that is
+                needed, and the better one goes on; at the end only even sums count.
 
-For diagonal G this finds the nearest point, also with a weight for each component, unless F is so
-curved that the nearest level of a parity is not one of the two next to the target (at 2 bits and
-the mu that is learned for Gaussian weights: never in 300 vectors).
+For diagonal G this finds the nearest point, also with a weight for each component. The exception is
+an F so curved that the nearest level of a parity is not one of the two next to the target (at 2
+bits and the mu that is learned for Gaussian weights: never in 300 vectors).
 
 With a weight matrix U Uᵀ (U upper triangular) the error is Σ_j U_jj² f_j² with f_j = x̂_j − t_j,
 where the gaps f_i of the components before move the target t_j away from x_j. On blocks of D of an
@@ -21,7 +21,7 @@ without the matrix is 0.5 to 2 % above it.
 Choices are made by arithmetic with masks of 0 and 1, which takes a quarter of the time of
 `torch.where` on a CPU; lerp(a, b, mask) is a or b exactly.
 
-Shapes: components E, of a block B, behind the present one L; P groups, N vectors of each; S coset,
+Shapes: components E, of a block B, after the present one L; P groups, N vectors of each; S coset,
 T parity of a path.
 """
 
@@ -33,7 +33,7 @@ from torch import Tensor
 from vqllm_kernels.learned_lattice import reference
 
 _CHUNK = 1 << 13
-"""Vectors at a time, so that what is kept of them stays in the cache."""
+"""Vectors at a time, so that intermediate results stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class _Search:
         for start in range(0, len(x_EPN), size):
             z_BPN, q_BPN = search(target[:size], offset[:size], start)
             codes.append(z_BPN)
+            # The components that are found change targets and offsets of those to come.
             if start + size < len(x_EPN):
                 for i in range(size):
                     gap_PN = self._level(offset[0], q_BPN[i], start + i) - target[0]
@@ -106,6 +107,7 @@ class _Search:
 
         Of the two levels around a target one has an even n and one an odd one: n = 2 k + R.
         """
+        # The least cost of a path into each coset S and parity T; the empty sum is even.
         cost = target.new_full((2, 2, *target.shape[1:]), torch.inf)
         cost[:, 0] = 0
         q, crossed = cost.new_empty(2, 8, *cost.shape)
@@ -115,6 +117,7 @@ class _Search:
         odd_R = target.new_tensor([0.0, 1.0]).reshape(2, 1, 1, 1, 1)
         for own in range(8):
             i = start + own
+            # The nearest level of either parity R: next to the target, one even and one odd.
             half = (1 << self.lattice.widths[i]) // 2
             first_RS = odd_R + coset_S - half
             y = reference.compress(target[:, :, 0], self._mu_P1, self.lattice.companding)
@@ -124,10 +127,12 @@ class _Search:
             square_R = gap_R.square()
             if self.weight_EPN is not None:
                 square_R *= self.weight_EPN[i]
+            # An even level stays at the parity of the path, an odd one crosses to the other.
             stay, cross = cost + square_R[0], (cost + square_R[1]).flip(1)
             torch.lt(cross, stay, out=crossed[own])
             torch.minimum(cross, stay, out=cost)
             torch.lerp(q_R[0], q_R[1].flip(1), crossed[own], out=q[own])
+            # Targets and offsets belong to paths, so they cross with them.
             gap = None
             if self.feedback_EE is not None:
                 gap = torch.lerp(gap_R[0], gap_R[1].flip(1), crossed[own])
@@ -142,6 +147,7 @@ class _Search:
             q, crossed: of each component, [8, S, T, P, N]: the coordinate that led into a state,
                 and 1 where it came from the state of the other parity.
         """
+        # The better coset of those with an even sum; then back from the last component.
         coset_PN = (cost[1, 0] < cost[0, 0]).float()
         q = torch.lerp(q[:, 0], q[:, 1], coset_PN)
         crossed = torch.lerp(crossed[:, 0], crossed[:, 1], coset_PN)
@@ -151,6 +157,8 @@ class _Search:
             torch.lerp(q[own, 0], q[own, 1], parity_PN, out=q_BPN[own])
             crossed_PN = torch.lerp(crossed[own, 0], crossed[own, 1], parity_PN)
             parity_PN = (parity_PN - crossed_PN).square_()
+        # A coordinate is a symbol plus the lowest one of its coset. The last bit of the eighth
+        # symbol follows from the parity, so it stores the coset.
         half_B = [(1 << width) / 2 for width in self.lattice.widths[start : start + 8]]
         lowest_BPN = 0.5 * coset_PN + (0.25 - q.new_tensor(half_B)[:, None, None])
         z_BPN = (q_BPN - lowest_BPN).to(torch.int32)
@@ -172,7 +180,7 @@ class _Search:
     def _advance(
         self, target: Tensor, offset: Tensor, i: int, q: Tensor, gap: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Targets and offsets of the components behind i, given those from i on."""
+        """Targets and offsets of the components after i, given those from i on."""
         target, offset = target[..., 1:, :, :], offset[..., 1:, :, :]
         later = slice(i + 1, i + 1 + target.shape[-3])
         if target.shape[-3] and gap is not None and self.feedback_EE is not None:

@@ -5,9 +5,10 @@ integers of `vqllm_kernels.leech.reference`). With Y = τ x/|x|, a point on the 
 
     |x − g X|² < e    ⟺    |X − Y|² < 16 s + τ² − (|x|² + 16 s g² − e) τ / (|x| g)
 
-so all lattice points close to Y are listed, and the best e so far says how close they must be. τ
-is where points of the level that promises most are expected to be nearest to the ray; levels that Y
-does not serve get a point of the ray of their own. On average 8 lattice points lie within
+so all lattice points close to Y are listed, and the best e so far bounds how close they must be. τ
+is chosen for one level, that with the least expected error: where its points are expected to be
+nearest to the ray. The list may prove that other levels have no better point. They are called
+served; each of the others gets a Y of its own. On average 8 lattice points lie within
 |X − Y|² = 16, the square of the covering radius.
 
 The list: for m = 0 (even points) and m = 1 (odd points) and every Golay word, coordinate i is in
@@ -20,12 +21,12 @@ list further points, coordinates move to the next best places of their class, ±
 At 2 bits this takes 6 to 9 µs a vector, 3 million weights a second, on one core of an AMD EPYC that
 is busy with other work.
 
-In a norm (x − v) weight (x − v)ᵀ the list is of the points that are nearest to Y in the Euclidean
-norm: the same as without weights, then once more up to a fixed bound, or as far as the least
-eigenvalue of the weight leaves a chance. No code of this quality can go below the geometric mean of
-the eigenvalues (over their mean). For two blocks of LDLQ on the demo model, eigenvalues relative to
-the mean of 0.15 .. 17 and, as in most blocks, 0.7 .. 1.5, the error relative to that of the nearest
-points, and µs a vector on a busy core:
+In a norm (x − v) weight (x − v)ᵀ the list has the points that are nearest to Y in the Euclidean
+norm: first the same as without weights, then a second one up to a fixed bound, or as far as the
+least eigenvalue of the weight allows a better point. No code of this quality can go below the
+geometric mean of the eigenvalues (over their mean). For two blocks of LDLQ on the demo model,
+eigenvalues relative to the mean of 0.15 .. 17 and, as in most blocks, 0.7 .. 1.5, the error
+relative to that of the nearest points, and µs a vector on a busy core:
 
     bound       14           16           18           20           geometric mean
     spiky       0.696   16   0.367   25   0.327   48   0.319  105   0.306
@@ -111,6 +112,7 @@ class _Work(NamedTuple):
 
 
 def _memory(num_levels: int) -> _Work:
+    """Memory that a thread uses again for all its vectors."""
     return _Work(
         x_E=np.empty(24),
         weighted_x_E=np.empty(24),
@@ -143,15 +145,19 @@ def _byte_costs(words_CA, m, w):
         sums_BK[byte, 0] = 0
         for i in range(8):
             e = 8 * byte + i
+            # The nearest coordinate in m + 4Z. A one in the word moves it by 2, to the other side
+            # of Y: (2 − |gap|)² in place of gap², that is 4 − 4 |gap| more.
             target = w.Y_E[e] - m
             near_E[e] = 4 * np.rint(target / 4)
             gap_E[e] = target - near_E[e]
             near_E[e] += m
             base += gap_E[e] * gap_E[e]
+            # Patterns with bit i set are those below 2^i plus this cost.
             more = np.float32(4 - 4 * abs(gap_E[e]))
             half = 1 << i
             for k in range(half):
                 sums_BK[byte, half + k] = sums_BK[byte, k] + more
+    # The costs of the three bytes of all words with each common part c, and the least sum.
     w.base_M[m] = base
     for c in range(16):
         bound = np.float32(base)
@@ -180,11 +186,14 @@ def _moves(gap_E, word, room, w):
     """Moves of one coordinate by ±4 that cost at most `room`, the cheapest first; their number."""
     num = 0
     for e in range(24):
+        # The gap with this word. To the next place and to the one on the other side the square
+        # grows by (4 ∓ |gap|)² − gap² = 16 ∓ 8 |gap|.
         gap = gap_E[e]
         if word >> e & 1:
             gap -= 2 if gap >= 0 else -2
         step = 4 if gap >= 0 else -4
         for extra in (16 - 8 * abs(gap), 16 + 8 * abs(gap)):
+            # Inserted in the order of the costs.
             if extra <= room:
                 f = num
                 while f > 0 and w.extra_F[f - 1] > extra:
@@ -205,12 +214,14 @@ def _compare(best_level, best_error, best_X_E, x_square, code, norm, w):
     Args:
         x_square: x weight xᵀ.
     """
+    # |X|² = 16 s gives the shell, which must have a level.
     shell_square = 0.0
     for e in range(24):
         shell_square += w.X_E[e] * w.X_E[e]
     shell = int(shell_square) >> 4
     if shell >= len(code.first_S) - 1 or code.first_S[shell] == code.first_S[shell + 1]:
         return best_level, best_error
+    # (x − g X) weight (x − g X)ᵀ = x weight xᵀ − 2 g X·(x weight) + g² X weight Xᵀ for all gains.
     product, square = 0.0, shell_square
     for e in range(24):
         product += w.X_E[e] * w.weighted_x_E[e]
@@ -234,6 +245,7 @@ def _compare(best_level, best_error, best_X_E, x_square, code, norm, w):
 @_jit
 def _list_word(m, word, bound, best_level, best_error, best_X_E, x_square, code, norm, w):
     """Compare all points of a word within the bound; returns the best level, error and bound."""
+    # The nearest X with this word, and Σ X_i, which must be 4m mod 8: each move changes it by 4.
     cost, total = 0.0, 0
     for e in range(24):
         gap = w.gap_ME[m, e]
@@ -320,16 +332,18 @@ def _aim(tau, norm_x, code, w):
 
 @_jit
 def _promising(best_error, norm_x, code, w):
-    """The level that is expected to have the nearest point, and how far from the origin on the ray;
-    −1 if no level but those that are served can have a better one. Levels without a chance are
-    marked as served."""
+    """The level that is expected to have the nearest point, and its τ on the ray; −1 if no level
+    that is not served can have a better point. Levels that cannot are marked as served."""
     pick, least, tau = -1, np.inf, 0.0
     for level in range(len(code.gain_L)):
+        # The sphere of a level is at least | |x| − radius | away from x.
         size, cosine = code.size_L[level], code.cosine_L[level]
         radius = code.gain_L[level] * size
         if radius == 0 or (norm_x - radius) ** 2 >= best_error:
             w.served_L[level] = True
         if not w.served_L[level]:
+            # The error expected at the usual angle. If it is above the best one so far, only points
+            # at a smaller angle are of interest, and τ is that of such a point.
             error = norm_x * norm_x - 2 * norm_x * radius * cosine + radius * radius
             if error < least:
                 pick, least = level, error
@@ -353,6 +367,7 @@ def _nearest(x_E, best_X_E, code, plain, norm, w):
     w.served_L[:] = False
     # A literal would be a type of its own: all functions would be compiled twice.
     best_level, best_error = np.int64(-1), square
+    # One point Y on the ray for the most promising level, until all levels are served.
     while True:
         pick, tau = _promising(best_error, norm_x, code, w)
         if pick < 0:
@@ -368,6 +383,7 @@ def _nearest(x_E, best_X_E, code, plain, norm, w):
                 break
             # In small steps: the length of the list grows with the twelfth power of the bound.
             bound = min(wanted, 1.1 * bound, _LARGEST_BOUND)
+        # A level whose own bound is within that of the list has no better point left.
         for level in range(len(code.gain_L)):
             if w.offset_L[level] + w.slope_L[level] * best_error <= bound:
                 w.served_L[level] = True
@@ -380,6 +396,7 @@ def _nearest(x_E, best_X_E, code, plain, norm, w):
 @_jit
 def _nearest_in_norm(best_level, norm_x, best_X_E, code, norm, w):
     """The level of the best point in a norm, beginning with the nearest in the Euclidean norm."""
+    # x weight, x weight xᵀ, and the error of the point that is nearest without weights.
     gain = code.gain_L[best_level] if best_level >= 0 else 0.0
     square, best_error = 0.0, 0.0
     for e in range(24):
@@ -390,6 +407,7 @@ def _nearest_in_norm(best_level, norm_x, best_X_E, code, norm, w):
         w.weighted_x_E[e] = row
         square += row * w.x_E[e]
         best_error += gap_row * (w.x_E[e] - gain * best_X_E[e])
+    # With less weighted error, the Euclidean error is at most that over the least eigenvalue.
     w.served_L[:] = False
     pick, tau = _promising(best_error / norm.floor, norm_x, code, w)
     if pick >= 0:
@@ -419,6 +437,7 @@ def nearest(
         shells: of the levels.
         weight_EE: positive definite; the nearest are those of least (x − v) weight (x − v)ᵀ.
     """
+    # Levels in the order of their shells, so that those of a shell are a range.
     order = np.argsort(shells, kind="stable")
     shell_L = np.array(shells)[order]
     words_CA = np.bitwise_xor.outer(*map(np.array, reversed(reference.hamming_words())))

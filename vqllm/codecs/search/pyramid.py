@@ -7,10 +7,10 @@ therefore a corner of their convex hull, and maximises 2t x·y − y·y for some
 
     t = y·y / x·y                                                                    (1)
 
-for it. From where the right side of (1), which t decides by way of y, is at most 2t on, it grows
-with t; so iterating (1) from below and from above all solutions ends at the least and at the
-greatest of them. Where they differ, for a third of Gaussian tiles, the corners of the hull between
-them are visited.
+for it. The right side of (1) is a function of t, because t decides y. Once it is at most 2t, it
+grows with t. So iterating (1) from below all solutions ends at the least one, and from above at the
+greatest. Where the two differ, for a third of Gaussian tiles, the corners of the hull between them
+are compared too.
 
 Sums are made so that their rounding does not depend on which tiles are searched together.
 """
@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 17
-"""Weights that are searched at a time: what is in between then stays in the cache."""
+"""Weights that are searched at a time: intermediate results then stay in the cache."""
 
 _BISECTIONS = 26
 """To the last bit of a float32 of size 1."""
 _MARGIN = 1e-3
-"""Kept from bounds, for the rounding of what they were computed from."""
+"""Margin of all bounds, for the rounding of the numbers that they are computed from."""
 
 
 def nearest(x_NE: Tensor, pulses: int) -> Tensor:
@@ -91,14 +91,14 @@ def _nearest_positive(x_EN: Tensor, pulses: int) -> Tensor:
 
 
 def _below_all(x_EN: Tensor, pulses: int) -> Tensor:
-    """What no solution of (1) is below: t = ‖y‖ / cosine is at least the least ‖y‖."""
+    """A lower bound of all solutions of (1): t = ‖y‖ / cosine is at least the least ‖y‖."""
     each, more = divmod(pulses, len(x_EN))
     least_square = len(x_EN) * each**2 + more * (2 * each + 1)
     return torch.full_like(x_EN[0], (1 - _MARGIN) * math.sqrt(least_square))
 
 
 def _above_all(x_EN: Tensor, pulses: int, cosine_N: Tensor) -> Tensor:
-    """What no solution of (1) is above whose cosine is at least `cosine_N`.
+    """An upper bound of all solutions of (1) whose cosine is at least `cosine_N`.
 
     The angle between y and the vector of ones is at most that between x and the ones plus that
     between x and y. This bounds ‖y‖ = K / (√E cos), and t = ‖y‖ / cosine. Another bound is the t at
@@ -115,9 +115,10 @@ def _above_all(x_EN: Tensor, pulses: int, cosine_N: Tensor) -> Tensor:
 def _fixed_point(x_EN: Tensor, t_N: Tensor, pulses: int) -> Tensor:
     """y after (1) was iterated from t until nothing changes.
 
-    A tile for which (1) leads to more than 2t is left where it is: the next step might be one
-    beyond a solution.
+    A tile for which (1) leads to more than 2t does not change any more: the next step might pass a
+    solution.
     """
+    # Only tiles whose y still changes are computed again.
     y_EN = _nearest_at(x_EN, t_N, pulses)
     moving_EN = y_EN
     tiles_N = torch.arange(x_EN.shape[1], device=x_EN.device)
@@ -135,19 +136,21 @@ def _fixed_point(x_EN: Tensor, t_N: Tensor, pulses: int) -> Tensor:
 def _visit_between(
     x_EN: Tensor, low_EN: Tensor, high_EN: Tensor, best_EN: Tensor, pulses: int
 ) -> None:
-    """Visit the corners of the hull between two of them; puts the better ones into `best_EN`.
+    """Compare the corners of the hull between two of them; puts the better ones into `best_EN`.
 
-    Beyond the line through two corners lies the corner that is best for the t of that line, or
-    none. If there is one, it makes two lines.
+    The corner that is best for the t of the line through two corners lies beyond that line, or
+    there is none. If there is one, it makes two lines.
     """
     tiles_N = (low_EN != high_EN).any(0).nonzero()[:, 0]
     low_EN, high_EN = low_EN[:, tiles_N], high_EN[:, tiles_N]
     while len(tiles_N):
+        # The line through (y·y, x·y) of both: t is half the inverse of its slope.
         here_EN = x_EN[:, tiles_N]
         low_product_N, low_square_N = _products(here_EN, low_EN)
         high_product_N, high_square_N = _products(here_EN, high_EN)
         rise_N = (high_product_N - low_product_N).clamp(min=1e-9)
         middle_EN = _nearest_at(here_EN, (high_square_N - low_square_N) / (2 * rise_N), pulses)
+        # A corner strictly between the two is new; the search goes on at both sides of it.
         square_N = _sum(middle_EN * middle_EN)
         new = ((square_N > low_square_N) & (square_N < high_square_N)).nonzero()[:, 0]
         tiles_N, middle_EN = tiles_N[new], middle_EN[:, new]
@@ -160,6 +163,7 @@ def _visit_between(
 def _keep_better(x_EN: Tensor, y_EN: Tensor, tiles_N: Tensor, best_EN: Tensor) -> None:
     """Put those y of tiles into `best_EN` that are better; there may be several for a tile."""
     cosine_N = _cosine(x_EN[:, tiles_N], y_EN)
+    # Sorted by tile, and by cosine within a tile: the first one of each tile is its best.
     order_N = cosine_N.argsort(descending=True, stable=True)
     order_N = order_N[tiles_N[order_N].argsort(stable=True)]
     tiles_N = tiles_N[order_N]
@@ -172,22 +176,23 @@ def _nearest_at(x_EN: Tensor, t_N: Tensor, pulses: int) -> Tensor:
     """y >= 0 with Σ y = K that minimises |t x − y|².
 
     It is floor(t x + shift), negative values made 0, for the shift that gives K pulses. Where
-    several coordinates step up at that very shift, the first of them do.
+    several coordinates step up at the same shift, only the first of them do.
     """
+    # Bisection for the shift: `low` gives at most K pulses, `low + width` more than K.
     z_EN = x_EN * t_N
     low_N, width_N = _shifts(z_EN, pulses)
-    found = torch.zeros_like(low_N, dtype=torch.bool)
+    is_exact_N = torch.zeros_like(low_N, dtype=torch.bool)
     y_EN = torch.empty_like(z_EN)
     for _ in range(_BISECTIONS):
         width_N = width_N / 2
         torch.add(z_EN, low_N + width_N, out=y_EN)
         total_N = y_EN.floor_().clamp_(min=0).sum(0)  # of integers: exact in any order
         low_N = low_N + width_N * (total_N <= pulses)
-        found |= total_N == pulses
-        if bool(found.all()):
+        is_exact_N |= total_N == pulses
+        if bool(is_exact_N.all()):
             break
     torch.add(z_EN, low_N, out=y_EN).floor_().clamp_(min=0)
-    tied = (~found).nonzero()[:, 0]
+    tied = (~is_exact_N).nonzero()[:, 0]
     if len(tied):
         z_EN, low_N, below_EN = z_EN[:, tied], low_N[tied], y_EN[:, tied]
         y_EN[:, tied] = _step_up(z_EN, low_N, width_N[tied], below_EN, pulses)
@@ -195,7 +200,9 @@ def _nearest_at(x_EN: Tensor, t_N: Tensor, pulses: int) -> Tensor:
 
 
 def _step_up(z_EN: Tensor, low_N: Tensor, width_N: Tensor, below_EN: Tensor, pulses: int) -> Tensor:
-    """`below_EN` = floor(z + low), with one pulse more on the first of those that get one next."""
+    """`below_EN` = floor(z + low), with one pulse more on the first coordinates that get one as the
+    shift grows."""
+    # The width at which more than K pulses are there; then as many of the steps as are missing.
     while True:
         above_EN = (z_EN + (low_N + width_N)).floor_().clamp_(min=0)
         short_N = above_EN.sum(0) <= pulses

@@ -1,10 +1,10 @@
 """The best closed path of a tile through a bitshift trellis, exact up to where the ring closes.
 
-The Viterbi algorithm finds the best path for given bits before the first step. Which bits, of a
-ring that has no first step, is guessed by searching the steps around the place where it closes
-with both ends free, and taking the bits in the middle (QTIP, arXiv 2406.11235, algorithm 4, does
-the same with a whole turn). Nothing is gained by more than 8 · L / k steps on each side, measured
-at 1 to 4 bits; the search of all paths of small tiles in the tests tells what the guess costs.
+The Viterbi algorithm finds the best path for given bits before the first step. A ring has no first
+step, so these bits are guessed: the steps around the place where the ring closes are searched with
+both ends free, and the bits in the middle are taken (QTIP, arXiv 2406.11235, algorithm 4, does the
+same with a whole turn). More than 8 · L / k steps on each side gain nothing, measured at 1 to 4
+bits. A test compares the guess with a search of all paths of small tiles.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from vqllm.codecs.search.compiled import has_numba
 from vqllm_kernels import gpu
 
 MAX_STATES = 1 << 24
-"""States of all tiles together that the search in torch holds at a time: 64 MB of costs."""
+"""States of all tiles together that the search in torch has in memory: 64 MB of costs."""
 
 
 def tail_biting(x_NTV: Tensor, values_SV: Tensor, shifts: list[int], around: int = 8) -> Tensor:
     """Closed paths of small squared error.
 
     Args:
-        x_NTV: what is coded, float32 [N, steps, V].
+        x_NTV: the values to code, float32 [N, steps, V].
         values_SV: the values of every state, float32 [2^L, V].
         shifts: new bits of every step, 1 to 8.
         around: length of the guess, on each side, in windows of L bits.
@@ -33,6 +33,7 @@ def tail_biting(x_NTV: Tensor, values_SV: Tensor, shifts: list[int], around: int
     """
     state_bits = len(values_SV).bit_length() - 1
     num_around = min(-(-around * state_bits // min(shifts)), len(shifts) // 2)
+    # Compiled by numba on a CPU, a Triton kernel on a GPU, torch where there is neither.
     if x_NTV.device.type == "cpu" and has_numba():
         from vqllm.codecs.search import viterbi_numba
 
@@ -77,21 +78,26 @@ def search(x_NTV: Tensor, values_SV: Tensor, shifts: list[int], context_N: Tenso
     def errors_NS(t: int) -> Tensor:
         return torch.addmm(norm_S, x_NTV[:, t], values_SV.T, alpha=-2)
 
+    # A path may begin in the states whose upper L − k bits are the context.
     allowed_NS = None
     state_S = torch.arange(num_states, device=x_NTV.device)
     cost_NS = errors_NS(0)
     if context_N is not None:
         allowed_NS = (state_S >> shifts[0]) == context_N[:, None]
         cost_NS = torch.where(allowed_NS, cost_NS, torch.inf)
+    # All states g·2^k + b of group g have the same 2^k predecessors f·G + g, of which the cheapest
+    # counts; `before` notes its f.
     before_NG = []
     for t in range(1, len(shifts)):
         cost_NFG = cost_NS.unflatten(1, (1 << shifts[t], -1))
         best = cost_NFG.min(1)
         before_NG.append(best.indices.to(torch.uint8))
         cost_NS = best.values.repeat_interleave(1 << shifts[t], 1) + errors_NS(t)
+    # The ring closes if the last L − k bits are the context. Then back from the best last state.
     if context_N is not None:
-        kept = num_states >> shifts[0]
-        cost_NS = torch.where((state_S & (kept - 1)) == context_N[:, None], cost_NS, torch.inf)
+        num_contexts = num_states >> shifts[0]
+        closes_NS = (state_S & (num_contexts - 1)) == context_N[:, None]
+        cost_NS = torch.where(closes_NS, cost_NS, torch.inf)
     state_N = cost_NS.argmin(1)
     path = [state_N]
     for t in range(len(shifts) - 1, 0, -1):

@@ -32,6 +32,7 @@ def _least_of_2(c0, c1, best_G, from_G):
 @numba.njit(**_JIT)
 def _least_of_4(c0, c1, c2, c3, first, best_G, from_G):
     """The least of four predecessors from number `first` on, and of what is there if first > 0."""
+    # Pairs, then the better of both, without branches, so that the loop runs in vector registers.
     u0, u1, u2, u3 = np.uint8(first), np.uint8(first + 1), np.uint8(first + 2), np.uint8(first + 3)
     if first == 0:
         for g in range(len(best_G)):
@@ -104,6 +105,7 @@ def _search(x_TV, values_VS, shift_T, context, closed, path_T, cost_S, best, spa
 
     `context` >= 0 fixes the bits before the first step; `closed` makes the path end with them.
     """
+    # A path may begin in the states whose upper L − k bits are the context, or in any.
     num_steps, num_weights = x_TV.shape
     num_states = len(cost_S)
     cost_S[:] = 0
@@ -121,6 +123,7 @@ def _search(x_TV, values_VS, shift_T, context, closed, path_T, cost_S, best, spa
                     error += gap * gap
                 cost_S[s] += error
             continue
+        # The cheapest predecessor of each group; its cost is doubled to all states of the group.
         num = num_states >> shift_T[t]
         _least(cost_S, best[:num], from_TG[t, :num], 1 << shift_T[t])
         source, target = best, spare
@@ -133,13 +136,14 @@ def _search(x_TV, values_VS, shift_T, context, closed, path_T, cost_S, best, spa
             _extend2(source[:num], x_TV[t, 0], x_TV[t, 1], values_VS[0], values_VS[1], cost_S)
     if closed:
         # The last L - k bits of the ring are the context of its first step.
-        kept = num_states >> shift_T[0]
+        num_contexts = num_states >> shift_T[0]
         state, least = context, cost_S[context]
-        for s in range(context, num_states, kept):
+        for s in range(context, num_states, num_contexts):
             if cost_S[s] < least:
                 state, least = s, cost_S[s]
     else:
         state = np.argmin(cost_S)
+    # Back from the last state by the predecessors that were noted.
     for t in range(num_steps - 1, 0, -1):
         path_T[t] = state
         group = state >> shift_T[t]
@@ -150,6 +154,7 @@ def _search(x_TV, values_VS, shift_T, context, closed, path_T, cost_S, best, spa
 
 @numba.njit(**_JIT)
 def _tail_biting(x_NTV, values_VS, shift_T, num_around, path_NT):
+    """Two searches for each tile: around the closing place, then of the whole ring."""
     num_tiles, num_steps, num_weights = x_NTV.shape
     num_states = values_VS.shape[1]
     cost_S = np.empty(num_states, np.float32)
