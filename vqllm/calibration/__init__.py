@@ -1,4 +1,4 @@
-"""What is measured on text: the model layer by layer, Hessians, gradients; `data/` is the text.
+"""Measurements on text: the model layer by layer, Hessians, gradients; `data/` is the text.
 
 May import: core, hf.
 Start at `layer_calibrator.py`, H of every input group of a layer.

@@ -9,9 +9,9 @@ from torch import Tensor
 class ActivationStore:
     """A [sequences, length, features] tensor that is read and written batch by batch.
 
-    Within `budget_bytes` it lives in memory. Beyond, it is a memory-mapped file at `path`, whose
-    pages the operating system writes out and drops under pressure, and which is removed by
-    `close`.
+    Within `budget_bytes` it is in memory. Beyond, it is a memory-mapped file at `path`: the
+    operating system writes its pages to disk and frees them when memory is short. `close` removes
+    the file.
     """
 
     def __init__(

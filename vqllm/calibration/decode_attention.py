@@ -25,9 +25,9 @@ GROWTH = 64
 
 @contextlib.contextmanager
 def fast_decoding(model: PreTrainedModel) -> Iterator[Callable[[], Cache | None]]:
-    """Inside, `model` attends by the function below where it would by transformers' "sdpa".
+    """Inside, `model` computes attention by the function below in place of transformers' "sdpa".
 
-    Yields what makes an empty cache for the model; None stands for the model's own choice.
+    Yields a function that makes an empty cache for the model; its None is the model's own choice.
     Nothing changes on a GPU, or for a model with an attention of its own.
     """
     if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
@@ -44,7 +44,7 @@ def fast_decoding(model: PreTrainedModel) -> Iterator[Callable[[], Cache | None]
 
 def _growing_cache(model: PreTrainedModel) -> Cache:
     cache = DynamicCache(config=model.config)
-    # Layers with a window or a state of their own stay what they are.
+    # Layers with a window or a state of their own keep their kind of cache.
     cache.layers = [_GrowingLayer() if type(x) is DynamicLayer else x for x in cache.layers]
     return cache
 
@@ -61,6 +61,7 @@ class _GrowingLayer(DynamicLayer):
             self.dtype, self.device = key_states.dtype, key_states.device
             self.key_buffer, self.value_buffer = key_states[:, :, :0], value_states[:, :, :0]
             self.is_initialized = True
+        # The buffers grow by whole blocks of GROWTH tokens, so that most tokens copy nothing.
         if end > self.key_buffer.shape[-2]:
             room = -(-end // GROWTH) * GROWTH - self.key_buffer.shape[-2]
             self.key_buffer = F.pad(self.key_buffer, (0, 0, 0, room))
@@ -89,6 +90,8 @@ def _attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
+    # Two products for all sequences and key-value heads at once. They run over the zeros at the end
+    # of the buffers too; the scores there are cut off before the softmax.
     keys, values = _with_room(key), _with_room(value)
     scores = torch.bmm(query.reshape(len(keys), -1, size), keys.transpose(1, 2))
     scores = scores[..., : key.shape[-2]].float() * (size**-0.5 if scaling is None else scaling)
@@ -103,6 +106,7 @@ def _with_room(cached: Tensor) -> Tensor:
     torch's bfloat16 products of matrices that do not lie next to each other are up to 7 times as
     slow, so the products run over the zeros at the end too.
     """
+    # The strides show whether `cached` is the front of a larger buffer, and how long that is.
     num_sequences, num_heads, length, size = cached.shape
     room = cached.stride(1) // size
     groups = num_sequences * num_heads

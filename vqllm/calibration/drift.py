@@ -1,15 +1,16 @@
 """How far the model with quantized layers has drifted from the original one, around a linear.
 
-The two models run side by side. At a linear that reads x⁰ there and x here,
+The two models run side by side. For a linear with the input x⁰ in the original model and x in the
+quantized one,
 
-    D = E[(x⁰ − x) xᵀ]      its input has drifted
-    S = E[(r⁰ − r) xᵀ]      the residual stream that it adds its output to has
+    D = E[(x⁰ − x) xᵀ]      drift of its input
+    S = E[(r⁰ − r) xᵀ]      drift of the residual stream to which its output is added
 
-are all that the best weights for the drifted model depend on beside H = E[x xᵀ]
+are all that the best weights for the quantized model depend on, beside H = E[x xᵀ]
 (`vqllm.quantization.target`).
-The second is known for a linear whose output is added to the stream as it is, or times a number:
-whether it is shows when the linear is silenced. The stream before it, r, is what the layer returns
-when it and all linears after it give zeros.
+S is known for a linear whose output is added to the stream as it is, or times a number. To find
+out, the layer runs with the linear and without it, its output replaced by zeros. The stream before
+the linear, r, is the layer's output when it and all linears after it return zeros.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -50,7 +51,7 @@ class Drift:
         self.mass += len(x_NC) if weight_N is None else float(weight_N.sum())
 
     def add_residual(self, gap_NR: Tensor, x_NC: Tensor, weight_N: Tensor | None) -> None:
-        """Add what the stream before the linear lacks, r⁰ − r, for tokens that `add` got."""
+        """Add the drift r⁰ − r of the stream before the linear, for tokens that `add` was given."""
         assert self.residual_RC is not None, "asked for when the drift was begun"
         self.residual_RC.addmm_(_weighted(gap_NR.float(), weight_N).T, x_NC.float())
 
@@ -61,7 +62,7 @@ class Writer:
 
     gain: float
     later: tuple[nn.Linear, ...]
-    """what runs after it in the layer"""
+    """the linears that run after it in the layer"""
 
 
 def writers(
@@ -73,9 +74,9 @@ def writers(
         run: the layer on a few tokens, whose output [S, L, D] it returns.
         linears: of the layer, by full name.
         order: names of the linears that read the same input, in the order in which they run. Those
-            that share it with others are not looked at.
+            that share it with others are not tested.
     """
-    found = {}
+    by_name = {}
     order = list(order)
     width = run().shape[-1]
     for i, names in enumerate(order):
@@ -84,17 +85,19 @@ def writers(
             later = tuple(linears[name] for group in order[i + 1 :] for name in group)
             gain = _gain(run, linear, later)
             if gain is not None:
-                found[names[0]] = Writer(gain, later)
-    return found
+                by_name[names[0]] = Writer(gain, later)
+    return by_name
 
 
 def _gain(run: Callable[[], Tensor], linear: nn.Linear, later: Iterable[nn.Linear]) -> float | None:
-    """How much of an output arrives in what the layer returns, or None if it is not added."""
+    """The factor with which an output is added to the layer's result, or None if it is not."""
     outputs: list[Tensor] = []
 
     def keep(_: nn.Module, args: object, y: Tensor) -> None:
         outputs.append(y)
 
+    # The result with the linear and without it. All later linears return zeros, so that they do not
+    # react to its output.
     with silenced(later):
         handle = linear.register_forward_hook(keep)
         try:
@@ -107,6 +110,7 @@ def _gain(run: Callable[[], Tensor], linear: nn.Linear, later: Iterable[nn.Linea
         return None
     y = outputs[0].float().reshape(with_it.shape)  # some models join the axes of the tokens
     change = with_it.float() - without.float()
+    # The least-squares fit change ≈ gain · y must be exact up to rounding.
     gain = float((change * y).sum() / y.square().sum().clamp_min(1e-30))
     parts = without.float().abs() + (gain * y).abs() + with_it.float().abs()
     tolerance = ROUNDING_ERRORS * torch.finfo(with_it.dtype).eps * parts

@@ -2,7 +2,7 @@
 
 The loss is the cross entropy of labels drawn from the model's own predictions. With these labels
 the mean of the squared gradients is the Fisher information, the curvature of the KL divergence of
-the predictions: it tells what an error in each output would do to them.
+the predictions: it measures how much an error in each output would change them.
 
     forward     layer 0 → 1 → … → n − 1, the input of every layer is stored
     loss        layer n − 1 and what follows it; labels are drawn; back to the input of layer n − 1
@@ -36,19 +36,19 @@ WITHOUT = (
     "than two_sided"
 )
 LOGIT_BYTES = 1 << 28
-"""Of the logits of a batch in float32, unless a single sequence has more. Their gradients and the
-probabilities take as much each."""
+"""Size of the logits of a batch in float32, unless a single sequence has more. Their gradients and
+the probabilities take as much each."""
 FORWARD = 0.1
-"""Share of the forward pass in the time of both, roughly; what visitors do is in the other."""
+"""Rough share of the forward pass in the time of both; the visitors run in the backward pass."""
 
 Choice = Callable[[Mapping[str, nn.Linear]], Mapping[str, nn.Linear]]
 
 Findings = dict[str, Tensor]
-"""About the linears of a layer, by full name."""
+"""The result of a visitor for the linears of a layer, by full name."""
 
 
 class Record(Protocol):
-    """Keeps what is found, and how far the pass has come."""
+    """Stores the findings, and how far the pass has come."""
 
     def last(self) -> tuple[int, Tensor | None] | None:
         """The layer that was finished last, in an earlier run if there was one, and the gradient in
@@ -59,14 +59,14 @@ class Record(Protocol):
         """Layer `index` is done.
 
         Args:
-            found: what the visitors found, by their names.
-            gradient: in the input of that layer, [S, L, C]; None of the first, which ends the pass.
+            found: the findings of the visitors, by their names.
+            gradient: in the input of that layer, [S, L, C]; None for layer 0, which ends the pass.
         """
         ...
 
 
 class Visitor:
-    """Is shown what the pass comes by, layer by layer, the last layer first."""
+    """Receives inputs and gradients of all linears, layer by layer, the last layer first."""
 
     def begin(self, linears: Mapping[str, nn.Linear]) -> None:
         """A layer comes next, with these linears by full name, as the model stores them."""
@@ -82,7 +82,7 @@ class Visitor:
         """
 
     def finish(self) -> Findings:
-        """All batches of the layer have been seen: what there is to keep of it."""
+        """The findings of the layer, after all its batches."""
         return {}
 
 
@@ -117,19 +117,21 @@ class GradientPass:
         record: Record,
         share: Callable[[float], None],
     ) -> None:
-        """Show every call of every linear to the visitors, the last layer first. Layers that the
-        record has are passed over; on the way to the others they are not even read.
+        """Pass every call of every linear to the visitors, the last layer first. Layers that are in
+        the record are skipped: they are not even read.
 
         Args:
-            chosen: which of a layer's linears are wanted.
-            visitors: each with a name for what it finds.
-            share: is told after every layer how much of the work is done, from 0 to 1.
+            chosen: selects the wanted linears of a layer.
+            visitors: by the name for their findings.
+            share: called after every layer with the share of the work that is done, from 0 to 1.
 
         Raises:
             ModelError: the loss has no gradient in the output of some layer.
             NumericalError: a gradient is not finite.
         """
         try:
+            # `done` is the lowest layer that is finished: the inputs of those below it are needed,
+            # and the gradient in its own input to start from.
             done, gradient = record.last() or (None, None)
             if done == 0:
                 return
@@ -153,15 +155,15 @@ class GradientPass:
             self.close()
 
     def close(self) -> None:
-        """Free what is stored."""
+        """Free the stored inputs and gradients."""
         for store in [*self._inputs, self._gradient]:
             if store is not None:
                 store.close()
         self._inputs, self._gradient = [], None
 
     def _forward(self, share: Callable[[float], None], num_layers: int | None) -> LayerStream:
-        """Store the inputs of the first layers, or of all, but for those of the very first, which
-        are the embeddings; the stream for the way back."""
+        """Store the inputs of all layers, or of the first `num_layers`. Those of layer 0 are the
+        embeddings, which are computed again. Returns a stream for the backward pass."""
         stream = self._open_stream()
         for index in range((num_layers or len(stream)) - 1):
             with stream.layer(index) as layer:
@@ -174,6 +176,7 @@ class GradientPass:
                         self._inputs.append(store)
                     self._inputs[index].write(rows, output)
             share(FORWARD * (index + 1) / len(stream))
+        # A layer can be loaded once from a stream, so the way back needs another one.
         back = self._open_stream()
         back.returns_like(stream)
         return back
@@ -186,6 +189,8 @@ class GradientPass:
         visitors: Sequence[Visitor],
         last: bool,
     ) -> None:
+        """Run loaded layer `index` with gradients; store those in its input."""
+        # Behind the last layer are the logits, which limit how many sequences fit in memory.
         per_batch = None
         if last:
             vocabulary = stream.model.config.get_text_config().vocab_size
@@ -207,7 +212,7 @@ class GradientPass:
                     assert output is not None
                     assert self._gradient is not None
                     _check_gradient(output, stream.names[index])
-                    # A copy: what the hooks see may be this very memory, which is written next.
+                    # A copy: the hooks may get this very memory, which is written next.
                     gradient = self._gradient.read(rows, stream.device).clone()
                     output.backward(gradient.to(output.dtype))
             if states is not None:
@@ -231,7 +236,7 @@ class GradientPass:
         return F.nll_loss(log_p_NV, draw(log_p_NV.detach(), generator), reduction="sum")
 
     def _input(self, stream: LayerStream, index: int, rows: slice) -> Tensor | None:
-        """What layer `index` is given; None for the first, whose input are the embeddings."""
+        """The input of layer `index`; None for layer 0, whose input are the embeddings."""
         return self._inputs[index - 1].read(rows, stream.device) if index else None
 
     def _keep_gradient(self, stream: LayerStream, rows: slice, states: Tensor, name: str) -> None:
@@ -264,14 +269,14 @@ class GradientPass:
 def watched(
     linears: Mapping[str, nn.Linear], visit: Callable[[str, Tensor, Tensor], None]
 ) -> ExitStack:
-    """Call `visit(name, x, g)` with the input of each linear and the gradient in its output, when
-    that is known, for every time it runs until closed."""
+    """Call `visit(name, x, g)` with the input of each linear and the gradient in its output, for
+    every time it runs until closed. The call comes in the backward pass."""
     stack = ExitStack()
     for name, linear in linears.items():
 
         def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor, name: str = name) -> None:
             x = args[0].detach()
-            if not y.requires_grad:  # nothing before it does: the first layer
+            if not y.requires_grad:  # in the first layer, where no input needs a gradient
                 y.requires_grad_()
             y.register_hook(lambda g: visit(name, x, g.detach()))
 
@@ -287,6 +292,7 @@ def draw(log_p_NV: Tensor, generator: torch.Generator) -> Tensor:
         log_p_NV: logarithms of probabilities, float32.
         generator: on the CPU.
     """
+    # The label is the first token whose cumulative probability is above u.
     u_N1 = torch.rand(len(log_p_NV), 1, generator=generator, dtype=torch.float64)
     below_NV = log_p_NV.exp().cumsum(-1, dtype=torch.float64)
     u_N1 = u_N1.to(below_NV.device) * below_NV[:, -1:]

@@ -12,10 +12,11 @@ from vqllm.errors import NumericalError
 
 @dataclass
 class Hessian:
-    """The running sum of w x xᵀ over the tokens seen so far, w = 1 unless given.
+    """The running sum of w x xᵀ over all tokens so far, w = 1 unless given.
 
-    `matrix` is the mean, float32 [C, C]; it is not centred: E[x xᵀ] is what the error of a linear
-    map depends on, its mean included. `total_CC` holds it above the diagonal (linalg.symmetric).
+    `matrix` is the mean, float32 [C, C]. It is not centred: the error of a linear map depends on
+    E[x xᵀ], the mean of x included. `total_CC` is the sum, on and above the diagonal only
+    (linalg.symmetric).
     """
 
     total_CC: Tensor

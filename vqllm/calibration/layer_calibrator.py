@@ -1,4 +1,4 @@
-"""What one decoder layer sees during calibration: input groups, their Hessians, the next states."""
+"""Calibration of one decoder layer: its input groups, their Hessians, the states of the next."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ from vqllm.core import metrics
 from vqllm.errors import ModelError
 
 GROUP_TOKENS = 2048
-"""Tokens that show which linears read the same input."""
+"""Tokens that run to find out which linears read the same input."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class InputGroup:
 
 
 @dataclass
-class _Seen:
-    """What a batch showed in a layer: the inputs of linears, one for each time they ran, and the
-    residual stream before the one that is silenced, if one is."""
+class _Observed:
+    """Inputs of a layer's linears for a batch, one for each time they ran, and the residual stream
+    before the linear that is silenced, if one is."""
 
     inputs: dict[str, list[Tensor]]
     residual: Tensor | None = None
@@ -38,7 +38,7 @@ class _Seen:
 
 @dataclass
 class _Layer:
-    """What is known of the layer at work."""
+    """Facts about the loaded layer, found when its groups are."""
 
     repeats: bool = False
     """a linear runs more than once"""
@@ -78,8 +78,8 @@ class LayerCalibrator:
         self._layer = _Layer()
 
     def begin(self, linears: Mapping[str, nn.Linear], vectors: Iterable[nn.Parameter] = ()) -> None:
-        """A layer is loaded, in the compute dtype; these linears of it have their own weights, and
-        its vectors that will change their own values."""
+        """A layer is loaded, in the compute dtype. Its `linears` and those of its `vectors` that
+        will change still have the original values."""
         self._passes.begin([*(linear.weight for linear in linears.values()), *vectors])
         self._layer = _Layer()
 
@@ -89,6 +89,7 @@ class LayerCalibrator:
         A linear that the batch does not reach (an expert that was not routed to) is a group of
         its own, after the others.
         """
+        # Linears share an input if they get the same tensor, or another view of the same memory.
         inputs: list[tuple[Tensor, list[str]]] = []
         num_calls: Counter[str] = Counter()
 
@@ -104,6 +105,7 @@ class LayerCalibrator:
         self._passes.run(index, few, linears, visit)
         self._layer.repeats = max(num_calls.values(), default=0) > 1
         self._layer.unreached = len(num_calls) < len(linears)
+        # A linear that ran more than once belongs to the group of its first input.
         first_input: dict[str, int] = {}
         for i, (_, names) in enumerate(inputs):
             for name in names:
@@ -124,11 +126,12 @@ class LayerCalibrator:
         """The Hessian of each group over all sequences.
 
         The weight of a token is the mean of its weights for the linears of the group. Where a
-        linear sees some tokens only (an expert), all weigh the same and nothing is known of its
-        drift.
+        linear gets only some of the tokens (an expert), all weigh the same and its drift is not
+        measured.
         """
         hessians = {group: self._empty(linears[group.names[0]], group) for group in groups}
-        # What adds to the residual stream is silenced while it is measured: a pass of its own.
+        # A linear that adds to the residual stream is silenced while the stream before it is
+        # measured, so it needs a pass of its own.
         alone = [group for group in groups if group.names[0] in self._layer.writers]
         others = [group for group in groups if group not in alone]
         for together in [others, *([group] for group in alone)]:
@@ -160,8 +163,8 @@ class LayerCalibrator:
         return hessian
 
     def settle(self, layer: nn.Module, unfinished: Iterable[nn.Module]) -> None:
-        """The linears of `layer` have their final weights but for these: what the next passes need
-        of the rest is computed once."""
+        """All linears of `layer` but `unfinished` have their final weights: outputs that depend on
+        finished ones only are computed once for all further passes."""
         # A linear that `groups` did not reach is finished last, wherever it runs.
         if not self._layer.unreached:
             self._passes.settle(layer, unfinished)
@@ -176,9 +179,9 @@ class LayerCalibrator:
         self._passes.aim(index)
 
     def error(self, index: int, rows_N: Tensor) -> Tensor:
-        """How far loaded layer `index` is from its aim on sequences by number: the squared error of
-        a token's output relative to the power of the aim, mean over tokens. With gradients where
-        they are on."""
+        """How far the output of loaded layer `index` is from its aim, for sequences by number: the
+        squared error of a token's output relative to the power of the aim, mean over tokens. With
+        gradients if they are enabled."""
         wanted = self._passes.wanted(rows_N)
         return metrics.output_error(self._passes.output(index, rows_N), wanted)
 
@@ -220,58 +223,64 @@ class LayerCalibrator:
         """Add all tokens to the Hessians of these groups."""
         watched = {group.names[0]: linears[group.names[0]] for group in hessians}
         for batch in self._passes.batches():
-            theirs = None
+            original = None
             if self._target != "weights":
-                theirs = self._see(index, batch, watched, "original")
-            ours = self._see(index, batch, watched, "quantized")
+                original = self._observe(index, batch, watched, "original")
+            quantized = self._observe(index, batch, watched, "quantized")
             for group, hessian in hessians.items():
-                for x in ours.inputs[group.names[0]]:
+                for x in quantized.inputs[group.names[0]]:
                     hessian.add(x.reshape(-1, x.shape[-1]), self._weight(group, batch, x))
-                if hessian.drift is not None and theirs is not None:
-                    hessian.drift = self._with(hessian.drift, group, batch, ours, theirs)
+                if hessian.drift is not None and original is not None:
+                    hessian.drift = self._with(hessian.drift, group, batch, quantized, original)
 
-    def _see(
+    def _observe(
         self, index: int, batch: slice, watched: Mapping[str, nn.Linear], model: Model
-    ) -> _Seen:
+    ) -> _Observed:
         """Run a batch through the layer as far as the watched linears."""
         writer = next((self._layer.writers.get(name) for name in watched), None)
-        seen = _Seen({name: [] for name in watched})
+        observed = _Observed({name: [] for name in watched})
         waiting = set(watched)
 
         def visit(name: str, x: Tensor) -> None:
-            seen.inputs[name].append(x.clone())  # a layer may write into it later
+            observed.inputs[name].append(x.clone())  # a layer may write into it later
             waiting.discard(name)
             # The rest of the layer is of no use here. Four input groups measured one after the
             # other cost 1.4 passes through a Llama layer instead of 4.
             if not waiting and not self._layer.repeats and writer is None:
                 raise LayerDone
 
+        # Without the linear and all after it, the layer returns gain · r, the stream before it.
         with silenced([] if writer is None else [*watched.values(), *writer.later]):
             output = self._passes.run(index, batch, watched, visit, model=model)
         if writer is not None and output is not None:
-            seen.residual = output.float() / writer.gain
-        return seen
+            observed.residual = output.float() / writer.gain
+        return observed
 
     def _with(
-        self, drift: Drift, group: InputGroup, batch: slice, ours: _Seen, theirs: _Seen
+        self,
+        drift: Drift,
+        group: InputGroup,
+        batch: slice,
+        quantized: _Observed,
+        original: _Observed,
     ) -> Drift | None:
         """The drift with a batch added; None where the linear runs on other tokens in the two
         models (an expert), or more than once."""
         num_tokens = self._passes.tokens[batch].numel()
-        inputs = [*theirs.inputs[group.names[0]], *ours.inputs[group.names[0]]]
+        inputs = [*original.inputs[group.names[0]], *quantized.inputs[group.names[0]]]
         if len(inputs) != 2 or any(x.shape[:-1].numel() != num_tokens for x in inputs):
             return None
         weight_N = self._weight(group, batch, inputs[1])
         x0_NC, x_NC = (x.reshape(num_tokens, -1) for x in inputs)
         drift.add(x0_NC, x_NC, weight_N)
-        if theirs.residual is not None and ours.residual is not None:
-            gap_NR = (theirs.residual - ours.residual).reshape(num_tokens, -1)
+        if original.residual is not None and quantized.residual is not None:
+            gap_NR = (original.residual - quantized.residual).reshape(num_tokens, -1)
             drift.add_residual(gap_NR, x_NC, weight_N)
         return drift
 
     def _weight(self, group: InputGroup, batch: slice, x: Tensor) -> Tensor | None:
-        """The weights of a batch's tokens in the Hessian of a group, [N]; None if x is that of some
-        of them only."""
+        """The weights of a batch's tokens in the Hessian of a group, [N]; None if x has only some
+        of them."""
         known = [self._weights[name][batch] for name in group.names if name in self._weights]
         if not known or x.shape[:-1] != known[0].shape:
             return None

@@ -2,9 +2,9 @@
 
 The Hugging Face model itself is used, unchanged: its layers are on disk (accelerate reads the
 original safetensors files), everything outside the layers is in memory. A layer is run by calling
-the whole model: the layers before it pass their input on, the layer itself gets the stored hidden
-states in place of its input, and the call ends there. So a layer sees exactly the masks,
-positions and other arguments that its own model gives it, and no architecture is named.
+the whole model: the layers before it return their input, the layer itself gets the stored hidden
+states in place of its input, and the call ends there. So a layer gets exactly the masks, positions
+and other arguments that its own model computes, and no architecture is named.
 
     model(tokens):  embeddings → 0 ─pass→ 1 ─pass→ … → i: stored states in, new states out, stop
 """
@@ -29,7 +29,7 @@ from vqllm.hf.loading import load_model, skeleton
 
 class LayerDone(Exception):
     """Ends the model's forward: raised when the wanted layer has run, or by a hook inside the
-    layer that has seen all it wanted."""
+    layer that needs no more of it."""
 
 
 class Layers:
@@ -72,6 +72,8 @@ class Layers:
             beyond: go on with what follows the layer, for a hook there that ends the call.
             grad: record what is needed for gradients in `states`.
         """
+        # Two hooks on the layer: one puts the stored states in place of its input, one takes its
+        # output and ends the call. Layers before it cost nothing: their forward returns its input.
         result: list[Tensor] = []
         reached = False
         layer = self.layers[index]
@@ -111,14 +113,15 @@ class Layers:
         return result[0] if result else None
 
     def after(self, tokens: Tensor, states: Tensor) -> Tensor:
-        """The model's logits [S, L, V] where its last layer gives `states`: all that follows the
-        layers is its own. No layer is loaded for it, but each must have run once, in this stream or
-        in one of the same model.
+        """The model's logits [S, L, V] if its last layer returned `states`: only what follows the
+        layers runs. No layer is loaded for it, but each must have run once, in this stream or in
+        one of the same model, so that the form of its output is known.
 
         Args:
             tokens: int64 [S, L], what the model is called with.
             states: [S, L, D].
         """
+        # Layer 0 returns the states, all others their input, which are then the same states.
         first = self._returns[0].like(states.to(self.device))
         self.layers[0].forward = lambda *args, **kwargs: first
         for index in range(1, len(self)):
@@ -132,16 +135,16 @@ class Layers:
 
     @property
     def returned(self) -> list[JSON]:
-        """What layers were seen to return, as JSON values."""
+        """The forms of the outputs of all layers that have run, as JSON values."""
         return [
             {"sequence": own.sequence and own.sequence.__name__, "length": own.length}
             for _, own in sorted(self._returns.items())
         ]
 
     @returned.setter
-    def returned(self, told: list[JSON]) -> None:
+    def returned(self, values: list[JSON]) -> None:
         types = {None: None, "tuple": tuple, "list": list}
-        outputs = [_Output(types[own["sequence"]], own["length"]) for own in told]
+        outputs = [_Output(types[own["sequence"]], own["length"]) for own in values]
         self._returns = dict(enumerate(outputs))
 
     def ready(self, index: int) -> contextlib.AbstractContextManager[nn.Module]:
@@ -149,8 +152,8 @@ class Layers:
         return contextlib.nullcontext(self.layers[index])
 
     def returns_like(self, other: "LayerStream") -> None:
-        """Take over what another stream of the same model has learned about what layers return, to
-        run them in any order."""
+        """Copy the forms of the layers' outputs from another stream of the same model, so that
+        layers can run in any order."""
         self._returns = dict(other._returns)
 
     def _passing_on(self, index: int) -> Callable[..., Any]:
@@ -189,6 +192,7 @@ class LayerStream(Layers):
         compute_dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
     ) -> None:
+        # The skeleton has no weights. It shows which modules can stay on disk before any is loaded.
         empty = skeleton(folder, trust_remote_code=trust_remote_code)
         names = layer_names(empty)
         shared = shared_modules(empty, names)
@@ -202,6 +206,7 @@ class LayerStream(Layers):
         super().__init__(model, names, device)
         self.shared = shared_modules(model, names)
         self.source_dtype: torch.dtype = self.model.dtype
+        # Everything outside the layers is cast now; a layer is cast when it is loaded.
         self.compute_dtype = compute_dtype or _compute_dtype(self.source_dtype, device)
         self._cast_outside_layers()
         if self.compute_dtype != self.source_dtype:
@@ -234,7 +239,7 @@ class LayerStream(Layers):
 
     def _cast_outside_layers(self) -> None:
         inside = {id(module) for layer in self.layers for module in layer.modules()}
-        cast: dict[nn.Parameter, nn.Parameter] = {}  # so that what was tied still is
+        cast: dict[nn.Parameter, nn.Parameter] = {}  # so that tied parameters stay tied
         for module in self.model.modules():
             if id(module) not in inside:
                 for name, value in module.named_parameters(recurse=False):
@@ -244,8 +249,9 @@ class LayerStream(Layers):
                         setattr(module, name, cast[value])
 
     def _cast_buffers(self, like: nn.Module) -> None:
-        """Give buffers outside the layers the dtypes that they have in a model made in the compute
-        dtype: tables of positions are in it (XGLM's), inverse frequencies stay float32."""
+        """Cast buffers outside the layers to the dtypes that they have in `like`, a model made in
+        the compute dtype: tables of positions have it (XGLM's), inverse frequencies stay float32.
+        """
         inside = {id(module) for layer in self.layers for module in layer.modules()}
         for prefix, module in self.model.named_modules():
             if id(module) not in inside:
@@ -264,24 +270,24 @@ class _Output:
 
     @staticmethod
     def of(output: Any, name: str) -> "_Output":
-        found = _Output(None)
+        form = _Output(None)
         if type(output) in (tuple, list):
-            found = _Output(type(output), len(output))
-        states = found.states(output) if found.length else None
+            form = _Output(type(output), len(output))
+        states = form.states(output) if form.length else None
         if not isinstance(states, Tensor) or states.dim() != 3:
             shape = f" {tuple(states.shape)}" if isinstance(states, Tensor) else ""
             raise ModelError(
                 f"{name} returns {type(states).__name__}{shape}; only layers that return states of "
                 "[sequences, tokens, features] can be quantized one by one"
             )
-        return found
+        return form
 
     def states(self, output: Any) -> Any:
         return output[0] if self.sequence else output
 
     def like(self, states: Tensor) -> Any:
-        """The output of a layer whose states are these; without all else (attention weights,
-        caches), which a model does not need where it is not asked for them."""
+        """The output of a layer with these states. All else (attention weights, caches) is None: a
+        model does not use it unless a caller requests it."""
         if self.sequence is None:
             return states
         return self.sequence([states, *[None] * (self.length - 1)])
@@ -332,9 +338,9 @@ def layer_names(model: nn.Module) -> list[str]:
 
 
 def check_states(model: nn.Module, names: list[str]) -> None:
-    """Refuse a model whose layers return something else than states, before they are loaded.
+    """Raise ModelError if the layers return something else than states, before they are loaded.
 
-    Its first layer is run on the meta device, which computes shapes only.
+    The first layer is run on the meta device, which computes shapes only.
 
     Args:
         model: on the meta device.
@@ -346,7 +352,7 @@ def check_states(model: nn.Module, names: list[str]) -> None:
         raise LayerDone
 
     tokens = torch.zeros(2, 4, dtype=torch.long, device="meta")
-    # A mask that is whole: making one looks at values, which the meta device does not have.
+    # A complete mask: the model would read values to make one, and the meta device has none.
     mask = torch.zeros(2, 1, 4, 4, device="meta")
     handle = model.get_submodule(names[0]).register_forward_hook(look)
     try:
@@ -354,7 +360,7 @@ def check_states(model: nn.Module, names: list[str]) -> None:
             model(input_ids=tokens, attention_mask=mask, use_cache=False)
     except ModelError:
         raise
-    except Exception:  # LayerDone, or a model that looks at values: it is seen when it runs
+    except Exception:  # LayerDone, or a model that reads values: it is checked when it runs
         return
     finally:
         handle.remove()
@@ -369,7 +375,7 @@ def _parents(model: nn.Module, name: str) -> Iterator[nn.Module]:
 def _device_map(
     empty: nn.Module, layers: list[str], shared: set[nn.Module], device: torch.device
 ) -> dict[str, str]:
-    """The layers on disk, what they share and everything else on `device`."""
+    """For accelerate: the layers on disk, shared modules and everything else on `device`."""
     on_disk = set(layers)
     for name in layers:
         inside = dict(empty.get_submodule(name).named_modules(prefix=name))
@@ -381,6 +387,8 @@ def _device_map(
                 for n, module in inside.items()
                 if module not in shared and not list(module.children())
             }
+    # Every module that is not on disk needs an entry too, as large a one as possible: children of
+    # the ancestors of what is on disk.
     ancestors = {""}
     for name in on_disk:
         parts = name.split(".")

@@ -1,7 +1,7 @@
 """Batches of calibration sequences through the loaded layer, for the model that is being quantized
-and, where it is asked for, for the original one beside it.
+and, if needed, for the original one beside it.
 
-    quantized   states ─► layer with what is quantized so far ─► states of the next layer
+    quantized   states ─► layer, some linears quantized already ─► states of the next layer
     original    states ─► the same layer with its own weights ─► states of the next layer
 """
 
@@ -34,9 +34,9 @@ Visit = Callable[[str, Tensor], None]
 class Passes:
     """Runs `tokens`, int64 [S, L], through the layers of a stream, one layer after another.
 
-    Half of `budget_bytes` is for the hidden states between layers, which beyond that are in mapped
-    files below `folder`; half is for outputs inside a layer that its next passes need, which beyond
-    that are computed again.
+    Half of `budget_bytes` is for the hidden states between layers; states that exceed it are in
+    mapped files below `folder`. The other half is for outputs inside a layer that further passes
+    need; outputs that exceed it are computed again.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class Passes:
         self._replay = Replay(0)
 
     def begin(self, parameters: Iterable[Tensor]) -> None:
-        """A layer is loaded, in the compute dtype; these parameters of it, all that will change,
-        have their own values."""
+        """A layer is loaded, in the compute dtype. `parameters` are all that will change in it, and
+        still have the original values."""
         self._replay.close()
         self._replay = Replay(self._budget_bytes)
         self._is_next = False
@@ -74,8 +74,8 @@ class Passes:
             self._own = {parameter: parameter.data for parameter in parameters}
 
     def settle(self, layer: nn.Module, unfinished: Iterable[nn.Module]) -> None:
-        """The linears of `layer` have their final weights but for these: what the next passes need
-        of the rest is computed once."""
+        """All linears of `layer` but `unfinished` have their final weights: outputs that depend on
+        finished ones only are computed once for all further passes."""
         self._replay.settle(layer, unfinished)
 
     def batches(self) -> Iterator[slice]:
@@ -110,8 +110,8 @@ class Passes:
             return self.stream.run(index, self.tokens[rows], states, beyond=beyond)
 
     def aim(self, index: int) -> None:
-        """Store what loaded layer `index`, which is still unchanged, is to give for every sequence:
-        its output for the input that it has in one of the models."""
+        """Store the wanted output of loaded layer `index` for every sequence. The layer is still
+        unchanged, and its input is that of the model `aims`."""
         assert self._aims is not None, "said at the start"
         for rows, output in self._outputs(index, self._aims):
             if self._wanted is None:
@@ -121,7 +121,7 @@ class Passes:
         self._is_next = self._aims == "original"
 
     def wanted(self, rows_N: Tensor) -> Tensor:
-        """What `aim` stored, of sequences by number."""
+        """The outputs that `aim` stored, of sequences by number."""
         assert self._wanted is not None, "aimed before"
         return self._wanted.read(rows_N, self.stream.device)
 
@@ -182,7 +182,7 @@ class Passes:
 
     @contextmanager
     def _weights_of(self, model: Model) -> Iterator[None]:
-        """The layer's own weights and vectors while the original model runs."""
+        """Within, the layer has the weights and vectors of this model."""
         if model == "quantized":
             yield
             return

@@ -1,12 +1,12 @@
-"""Outputs of a layer's children that will not change any more, kept for the passes to come.
+"""Outputs of a layer's children that will not change any more, stored for further passes.
 
 A layer runs once for each of its input groups and once more for its output. When the last linear of
-its attention is quantized, attention gives the same output in all passes that follow: the first of
-them keeps it, the others take it from here. In a Llama layer, which runs four times and a bit, that
-saves two of four attentions.
+its attention is quantized, attention has the same output in all passes that follow: the first of
+them stores it, the others read it from here. In a Llama layer, which runs four times and a bit,
+that saves two of four attentions.
 
-    pass      o_proj    gate, up    down      output
-    self_attn runs      runs, kept  replayed  replayed
+    pass      o_proj    gate, up       down      output
+    self_attn runs      runs, stored   replayed  replayed
 """
 
 from collections.abc import Callable, Hashable, Iterable
@@ -19,7 +19,7 @@ from vqllm.hf.linears import is_linear
 
 
 class Replay:
-    """Keeps the outputs of settled children of one layer, up to `budget_bytes`.
+    """Stores the outputs of settled children of one layer, up to `budget_bytes`.
 
     Batches that do not fit, and children that return something else than a tensor or a tuple of
     tensors, are computed again.
@@ -31,11 +31,11 @@ class Replay:
         self._children: dict[str, _Child] = {}
 
     def settle(self, layer: nn.Module, unfinished: Iterable[nn.Module]) -> None:
-        """Keep from now on the outputs of children of `layer` that hold linears, none of them
-        in `unfinished`.
+        """Store from now on the outputs of children of `layer` that have linears, none of them in
+        `unfinished`.
 
-        What runs before a child must be settled too. It is where linears are finished in the order
-        in which they run.
+        All that runs before such a child must be settled too. That holds if linears are finished in
+        the order in which they run.
         """
         waiting = set(unfinished)
         for name, module in layer.named_children():
@@ -54,20 +54,20 @@ class Replay:
         return self._batch
 
     def take(self, num_bytes: int) -> bool:
-        """Whether so many bytes more may be kept; they are then taken as kept."""
+        """Reserve so many bytes of the budget; False if they do not fit."""
         fits = num_bytes <= self._left
         self._left -= num_bytes if fits else 0
         return fits
 
     def close(self) -> None:
-        """Forget everything; the children run by themselves again."""
+        """Free all outputs; the children run by themselves again."""
         for child in self._children.values():
             child.release()
         self._children = {}
 
 
 class _Child:
-    """A module whose forward looks for a kept output first."""
+    """A module whose forward returns the stored output if there is one."""
 
     def __init__(self, module: nn.Module, replay: Replay) -> None:
         self.module = module
@@ -89,7 +89,7 @@ class _Child:
         self.num_calls += 1
         batch = self._replay.batch
         if self.num_calls > 1 and not self._called_twice:
-            # Two different outputs in one pass: keeping neither is simpler than telling them apart.
+            # Two different outputs in one pass: to store neither is simpler than to store both.
             self._called_twice = True
             self._outputs = {}
         if batch in self._outputs:

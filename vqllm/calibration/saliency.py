@@ -1,4 +1,4 @@
-"""What the gradients of the model's loss say about the outputs of its linears.
+"""Token weights and Hessians of outputs, from the gradients of the model's loss.
 
 Token weights: the mean square of the gradients at each token. E[w x xᵀ] is then the block of the
 Fisher information that belongs to a row of W, averaged over the rows (Kim et al., "GuidedQuant",
@@ -6,14 +6,14 @@ arXiv 2505.07004, with one group of rows).
 
 H_O = E[g gᵀ]: with H = E[x xᵀ] it makes the Kronecker product H_O ⊗ H, the Fisher information of W
 where inputs and gradients of a token are independent (Martens and Grosse, "K-FAC",
-arXiv 1503.05671; for rounding, Tseng et al., "YAQA", arXiv 2505.22988). What is kept of a linear
-of R outputs: blocks of at most `BLOCK` of them, neighbours, without what couples one block to
-another; of each block the lower triangle, over the mean of the diagonal, in float16. That is
+arXiv 1503.05671; for rounding, Tseng et al., "YAQA", arXiv 2505.22988). Of the matrix of a linear
+with R outputs only the blocks on the diagonal are stored, each of at most `BLOCK` neighbouring
+outputs; of each block the lower triangle, divided by the mean of the diagonal, in float16. That is
 R · min(R, 4096) bytes: 0.17 GB for the demo model, 5 GB for 32 layers of 4096 and 14336, 27 GB for
 80 layers of 8192 and 28672.
 
-The squares have heavy tails (largest 100 to 1000 times the mean), so that few tokens make up
-either. A power below 1 of them lets more tokens count.
+The squares have heavy tails (largest 100 to 1000 times the mean), so that a few tokens decide both
+sums. A power below 1 of the squares lets more tokens count.
 """
 
 from collections.abc import Mapping
@@ -29,10 +29,11 @@ BLOCK = 4096
 
 
 class TokenWeights(Visitor):
-    """Collects what each token of `tokens`, [S, L], weighs in the Hessian of each linear: its mean
-    square over the mean of all, to a power.
+    """Collects the weight of each token of `tokens`, [S, L], in the Hessian of each linear: its
+    mean square divided by the mean of all, to a power.
 
-    Found are float32 [S, L] with mean 1, and empty tensors for linears that see some tokens only.
+    Findings are float32 [S, L] with mean 1, and empty tensors for linears whose input has only some
+    of the tokens.
     """
 
     def __init__(self, tokens: Tensor, power: float) -> None:
@@ -51,18 +52,18 @@ class TokenWeights(Visitor):
 
     def finish(self) -> Findings:
         """The weights of the layer's linears."""
-        found = {name: torch.empty(0) for name in self._partial}
+        findings = {name: torch.empty(0) for name in self._partial}
         for name in self._squares.keys() - self._partial:
             mean = self._squares[name].mean()
             _check_mean(mean, name)
             powers_SL = (self._squares[name] / mean) ** self._power
-            found[name] = powers_SL / powers_SL.mean()
+            findings[name] = powers_SL / powers_SL.mean()
         self._squares, self._partial = {}, set()
-        return found
+        return findings
 
 
 class OutputHessians(Visitor):
-    """Sums g gᵀ of the linears of a layer; found are packed blocks, for `unpack`.
+    """Sums g gᵀ of the linears of a layer; findings are packed blocks, for `unpack`.
 
     A token weighs |g|^(2 power − 2): with power 1 this is the Fisher information.
     """
@@ -75,6 +76,7 @@ class OutputHessians(Visitor):
     def visit(self, name: str, rows: slice, x: Tensor, g: Tensor) -> None:
         """Add the gradients of a batch in the outputs of a linear, [.., R]."""
         self._num_rows[name] = g.shape[-1]
+        # g |g|^(power − 1), so that g gᵀ has the weight |g|^(2 power − 2).
         g_NR = g.flatten(0, -2).float()
         if self._power < 1:
             norm_N1 = g_NR.norm(dim=1, keepdim=True)
@@ -97,14 +99,15 @@ class OutputHessians(Visitor):
 
 
 def unpack(packed: Mapping[str, Tensor], name: str, num_rows: int) -> Tensor | None:
-    """H_O of a linear, float32 [R, R], its mean diagonal 1; None for one that was not seen.
+    """H_O of a linear, float32 [R, R], its mean diagonal 1; None for one that no token reached.
 
     Args:
-        packed: what `OutputHessians` found for its layer.
+        packed: the findings of `OutputHessians` for its layer.
         num_rows: R.
     """
     if name not in packed:
         return None
+    # The stored lower triangles, mirrored; entries between blocks are zero.
     num_blocks, size = _block_sizes(num_rows)
     lower = torch.ones(size, size, dtype=torch.bool).tril()
     H_KBB = torch.zeros(num_blocks, size, size)

@@ -1,4 +1,4 @@
-"""The token sequences of a run: those that Hessians are measured on, and a few held out."""
+"""The token sequences of a run: those for the Hessians, and a few held out."""
 
 import logging
 from pathlib import Path
@@ -36,6 +36,7 @@ def calibration_sequences(
     """
     check_length(load_config(folder, trust_remote_code=trust_remote_code), length)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    # `self` and each file name of `source` have the same share; "own" are samples of the model.
     num_held_out = max(MIN_HELD_OUT, min(HELD_OUT_TOKENS // length, num_sequences // 4))
     files = tuple(name for name in source if name != SELF)
     num_own, num_own_held_out = (
@@ -51,6 +52,7 @@ def calibration_sequences(
         model = load_model(
             folder, trust_remote_code=trust_remote_code, dtype=dtype, device_map=str(device)
         )
+        # As many sequences at once as their caches fit; the samples do not depend on it.
         most = _sequences_in_cache(model.config.get_text_config(), length)
         tokens_SL = generate_samples(
             model,

@@ -7,9 +7,9 @@ and measured on other sequences than it was rounded with.
 
     |---------- calibration ----------|held out|---------- calibration ----------|held out|--- …
 
-Of a source that a run may read in parts, of more than `WHOLE_BYTES`, it is the bytes of the source
-that count (`TextSource.placed`): they are the same wherever reading begins. A sequence goes on in
-the next part of its kind where its own one ends.
+A source of more than `WHOLE_BYTES` may be read in parts. Its blocks are counted in bytes of the
+source (`TextSource.placed`), which are the same wherever reading begins. Where a calibration or
+held-out part ends, a sequence goes on in the next part of the same kind.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,10 +35,10 @@ FRONT_BYTES = BLOCK_BYTES - HELD_OUT_BYTES
 # Up to here a source is tokenized whole: 6 s of one core (0.77 s per MB). Beyond, only what the
 # sequences need is read.
 WHOLE_BYTES = 8 << 20
-# Text that yields a token with much to spare: WikiText takes 4.3 bytes a token with SmolLM2's
-# tokenizer, whose longest token, a run of spaces or signs, is 81.
+# More bytes than a token takes on average, by far: WikiText has 4.3 bytes a token with SmolLM2's
+# tokenizer, whose longest token, a run of spaces or signs, has 81.
 BYTES_PER_TOKEN = 64
-# Room that a sequence gets before the end of its part of a block where only it is read.
+# Bytes for each token of a sequence before the end of its part, where only the sequence is read.
 ROOM_PER_TOKEN = 8
 # Of a data set that can only be read from its start, this many times the needed text is read, and
 # at least one sequence to hold out.
@@ -48,8 +48,8 @@ PIECE_CHARACTERS = 1 << 14
 
 @dataclass(frozen=True)
 class Sequences:
-    """int64 [S, L] to calibrate on, and as long ones of the same sources, from other places, to
-    measure on."""
+    """int64 [S, L] to calibrate on, and sequences of the same length from other places of the same
+    sources to measure on."""
 
     calibration: Tensor
     held_out: Tensor
@@ -74,8 +74,9 @@ def load_tokens(
     Args:
         sources: what `vqllm.calibration.data.text_sources.open_source` takes, one or several.
         seed: decides, with the place of a source among the `sources`, where in its part of the
-            text each sequence starts. The name of a file and its folder have no say.
-        num_held_out: sequences to hold out; fewer where a source has no more of them, but one.
+            text each sequence starts. The name of a file and its folder do not matter.
+        num_held_out: sequences to hold out; fewer where a source has no more of them, but at least
+            one.
 
     Returns:
         sequences of `sequence_length`, source by source, in the order of the text.
@@ -86,7 +87,7 @@ def load_tokens(
     names = [sources] if isinstance(sources, str | Path) else list(sources)
     first = leading_token(tokenizer)
     length = sequence_length - (first is not None)
-    kept, held_out = [], []
+    calibration, held_out = [], []
     for index, name in enumerate(names):
         places = []
         for total, purpose in ((num_sequences, "windows"), (num_held_out, "held out")):
@@ -95,10 +96,10 @@ def load_tokens(
             generator = rng.generator(seed, f"source {index}", purpose)
             places.append(torch.rand(share, generator=generator, dtype=torch.float64))
         if any(len(places_S) for places_S in places):
-            found = _cut(open_source(name), tokenizer, length, *places)
-            kept.append(found.calibration)
-            held_out.append(found.held_out)
-    return Sequences(_with_first(kept, first), _with_first(held_out, first))
+            own = _cut(open_source(name), tokenizer, length, *places)
+            calibration.append(own.calibration)
+            held_out.append(own.held_out)
+    return Sequences(_with_first(calibration, first), _with_first(held_out, first))
 
 
 def _with_first(parts: Sequence[Tensor], first: int | None) -> Tensor:
@@ -111,9 +112,9 @@ def _with_first(parts: Sequence[Tensor], first: int | None) -> Tensor:
 def _cut(
     source: TextSource, tokenizer: Any, length: int, places_S: Tensor, held_out_S: Tensor
 ) -> Sequences:
-    """Sequences of one source; place u in [0, 1) is where in its part a sequence is."""
+    """Sequences of one source; a place u in [0, 1) says where in its part a sequence starts."""
     num, num_held_out = len(places_S), len(held_out_S)
-    # In a source of this length each sequence has room, one held out in its share of the text.
+    # In a source of so many tokens every sequence has room; a sixteenth of a source is held out.
     needed = max(num, num_held_out * BLOCK_BYTES // HELD_OUT_BYTES) * length
     enough = None
     if source.num_bytes is None:
@@ -171,12 +172,12 @@ def _cut_far_apart(
 
 def _first_tokens(pieces: Iterator[tuple[bool, str]], tokenizer: Any, num: int) -> list[int]:
     """At least the first `num` tokens of a text that has so many."""
-    found: list[int] = []
+    tokens: list[int] = []
     for _, text in _joined(pieces):
-        found += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        if len(found) >= num:
+        tokens += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        if len(tokens) >= num:
             break
-    return found
+    return tokens
 
 
 def _tokens(
@@ -184,22 +185,22 @@ def _tokens(
 ) -> tuple[Tensor, Tensor]:
     """The tokens of a text, int64 [T] each: those to calibrate on and those held out; all of them,
     or a few more than `enough` of both."""
-    found: tuple[list[int], list[int]] = ([], [])
+    both: tuple[list[int], list[int]] = ([], [])
     for is_held_out, text in _joined(_marked(source)):
-        found[is_held_out].extend(
-            tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        )
-        if enough and all(len(tokens) >= num for tokens, num in zip(found, enough)):
+        both[is_held_out].extend(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        if enough and all(len(tokens) >= num for tokens, num in zip(both, enough)):
             break
-    calibration, held_out = (torch.tensor(tokens, dtype=torch.long) for tokens in found)
+    calibration, held_out = (torch.tensor(tokens, dtype=torch.long) for tokens in both)
     return calibration, held_out
 
 
 def _marked(source: TextSource, start: int = 0) -> Iterator[tuple[bool, str]]:
-    """The text from a place on, cut where held-out parts begin and end, and whether each piece is
-    of one. Only of sources of more than `WHOLE_BYTES` has it a `start`."""
+    """The text from a place on, cut where held-out parts begin and end; each piece with whether it
+    is of a held-out part. `start` is 0 for sources of at most `WHOLE_BYTES`."""
     if source.num_bytes is not None and source.num_bytes > WHOLE_BYTES:
         return _divided(source.placed(start), start, FRONT_BYTES, BLOCK_BYTES)
+    # A text shorter than a block holds out its last quarter at most, so its length must be known:
+    # up to a block of it is read in advance.
     pieces = source.pieces()
     first, size = [], 0
     for piece in pieces:
@@ -224,9 +225,10 @@ def _counted(pieces: Iterable[str]) -> Iterator[tuple[int, str]]:
 def _divided(
     placed: Iterable[tuple[int, str]], start: int, front: int, end: int
 ) -> Iterator[tuple[bool, str]]:
-    """A text from the place `start` on, of every `end` bytes of which those from `front` on are
-    held out."""
+    """A text from the place `start` on, cut into pieces with a mark: of every `end` bytes those
+    from `front` on are held out."""
     for place, piece in placed:
+        # `at` counts bytes of the source; each turn cuts off the rest up to the next edge.
         at = max(place, start)
         rest = piece.encode()[at - place :]
         while rest:
@@ -239,8 +241,8 @@ def _divided(
 
 
 def _joined(pieces: Iterable[tuple[bool, str]]) -> Iterator[tuple[bool, str]]:
-    """Short pieces of one mark joined to at least `PIECE_CHARACTERS`, so that few are tokenized
-    apart."""
+    """Short pieces of one mark joined to at least `PIECE_CHARACTERS`, so that the tokenizer is
+    called for few texts."""
     for mark, same in groupby(pieces, key=itemgetter(0)):
         waiting: list[str] = []
         size = 0

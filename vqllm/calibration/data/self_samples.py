@@ -3,12 +3,12 @@
 Source: LLM-QAT, arXiv 2305.17888, section 2.1: text that the model generates from a random first
 token calibrates better than real text of another distribution. It takes 3 to 5 greedy tokens
 before it samples; here all are sampled at temperature 1 from the whole distribution, so that
-tokens of the sequence follow the model's own law from the second on.
+tokens of the sequence have the model's own distribution from the second on.
 
     [BOS]  random token  sample  sample  …  EOS  random token  sample  …
 
-BOS stands where the tokenizer adds one by itself. After an end-of-text token the sequence goes on
-with a new random token, as at its start, until it has its full length.
+A sequence starts with BOS if the tokenizer adds one by itself. After an end-of-text token it goes
+on with a new random token, as at its start, until it has its full length.
 """
 
 import logging
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 128
 LOGITS_BYTES = 1 << 30
-"""Room for the logits of all tokens of a batch, which a model without a cache computes."""
+"""Size of the logits of all tokens of a batch, which a model without a cache computes."""
 
 
 def generate_samples(
@@ -52,8 +52,8 @@ def generate_samples(
     Args:
         model: an ordinary transformers model, in evaluation mode. On a CPU pass it in bfloat16:
             float16 is 10 times as slow there without AMX.
-        num_held_out: as many more sequences, of other random numbers: whatever the length and the
-            number of sequences, no call without them gives any of these.
+        num_held_out: so many sequences more, of other random numbers. They never occur among the
+            `num_sequences` of any call, whatever its length and number of sequences.
         batch_size: sequences sampled at once; their key-value caches must fit in memory.
         progress: called with the tokens that are done and the tokens in all.
 
@@ -63,6 +63,7 @@ def generate_samples(
     Raises:
         NumericalError: logits that are not finite.
     """
+    # A uniform number for each token. Held-out sequences have a generator of their own.
     U_SL = torch.cat(
         [
             torch.rand(
@@ -85,6 +86,7 @@ def generate_samples(
                 "before it, which is slow; a text as --calibration needs no sampling",
                 type(model).__name__,
             )
+            # Each step then computes the logits of all tokens so far, in float32.
             per_sequence = 4 * sequence_length * model.config.get_text_config().vocab_size
             batch_size = min(batch_size, max(1, LOGITS_BYTES // per_sequence))
         for begin in range(0, len(U_SL), batch_size):
@@ -102,8 +104,9 @@ def generate_samples(
 def _working_cache(
     model: PreTrainedModel, fast_cache: Callable[[], Cache | None]
 ) -> Callable[[], Cache | None] | None:
-    """What makes a cache that the model takes and gives back: the fast one, or its own (made from
-    None). None for a model that has neither, such as most with a recurrent state."""
+    """A function that makes a cache which the model accepts and returns: the fast one, or its own
+    (made from None). None for a model that has neither, such as most with a recurrent state."""
+    # Tried with two calls: the second one gets the cache that the first one returned.
     tokens_BT = torch.zeros(2, 2, dtype=torch.long, device=model.device)
     for make in (fast_cache, lambda: None):
         try:
@@ -118,8 +121,8 @@ def _working_cache(
 
 
 class _Restart:
-    """Which token follows where the model's distribution does not apply: at the start and after
-    the end of a text."""
+    """The tokens at the start of a sequence and after the end of a text, where the model's
+    distribution does not apply."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
         self.bos = leading_token(tokenizer)
@@ -148,6 +151,7 @@ def _sample_batch(
     if restart.bos is not None:
         tokens_BL[:, 0] = restart.bos
         first = 1
+    # [BOS] and a random token; the model then gives one token a step for all sequences.
     tokens_BL[:, first : first + 1] = restart.random_token(U_BL[:, first : first + 1])
     fresh_BT = tokens_BL[:, : first + 1]
     cache = new_cache() if new_cache else None
@@ -160,6 +164,7 @@ def _sample_batch(
         # Embeddings are often padded beyond the tokenizer's vocabulary.
         logits_BV = output.logits[:, -1, : restart.num_tokens].float()
         sampled_B = _invert(logits_BV, U_BL[:, step])
+        # After an end of text the same uniform number picks a random token in place of the sample.
         ended_B = torch.isin(tokens_BL[:, step - 1], restart.end_E)
         tokens_BL[:, step] = torch.where(ended_B, restart.random_token(U_BL[:, step]), sampled_B)
         fresh_BT = tokens_BL[:, step : step + 1]

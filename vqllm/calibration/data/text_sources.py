@@ -1,9 +1,9 @@
 """Text for calibration and evaluation: files, folders of files, and data sets of the hub.
 
-A source is read as pieces that joined together are its text. A plain file's pieces are cut after
-line ends; the documents of a structured file, and the files of a folder, have a blank line between
+A source is read as pieces; joined together, they are its text. A plain file's pieces are cut after
+line ends. The documents of a structured file, and the files of a folder, have a blank line between
 them, as papers join the rows of WikiText. `placed(start)` begins with the document at the byte
-`start` without reading what is before it, so a few sequences spread over 50 GB cost a few reads.
+`start` and does not read the bytes before it, so a few sequences out of 50 GB cost a few reads.
 """
 
 import codecs
@@ -32,19 +32,19 @@ class TextSource(ABC):
     @property
     @abstractmethod
     def num_bytes(self) -> int | None:
-        """Bytes of the source, about those of its text; None where only reading tells, and `start`
-        must then be 0."""
+        """Bytes of the source, about those of its text. None if they are not known before all is
+        read; `start` must then be 0."""
 
     @abstractmethod
     def placed(self, start: int = 0) -> Iterator[tuple[int, str]]:
-        """The text from the document at the byte `start` < `num_bytes` of the source on, a plain
-        text from that byte itself; to be joined without anything.
+        """The text from the document at the byte `start` < `num_bytes` of the source on; a plain
+        text from that byte itself. Pieces are joined without a separator.
 
-        Each piece has the byte of the source at which it begins, whatever `start` is.
+        Each piece comes with the byte of the source at which it begins, whatever `start` is.
         """
 
     def pieces(self) -> Iterator[str]:
-        """All of the text, to be joined without anything."""
+        """All of the text, to be joined without a separator."""
         return (text for _, text in self.placed())
 
 
@@ -67,6 +67,7 @@ def open_source(source: str | Path) -> TextSource:
             "the name of a text is empty: pass a file, a folder (. is the current one) or a data "
             "set's id."
         )
+    # A file whose own name has a "#" goes before a column.
     if not Path(name).expanduser().exists() and "#" in name:
         name, column = name.rsplit("#", 1)
     path = Path(name).expanduser()
@@ -74,6 +75,7 @@ def open_source(source: str | Path) -> TextSource:
         return _folder(path, column)
     if path.is_file():
         return _file(path, column)
+    # What looks like a path is never taken for a data set of the hub.
     if path.is_absolute() or name.startswith((".", "~")) or path.suffix in STRUCTURED + PLAIN:
         raise CalibrationError(f"there is no file or folder {name}.")
     return HubDataset(name, column)
@@ -145,6 +147,7 @@ class PlainText(_File):
                     )
                 if not block:
                     break
+                # Up to the last line end; a block without one is a piece as it is.
                 cut = rest.rfind("\n") + 1 or len(rest)
                 yield place, rest[:cut]
                 place += len(rest[:cut].encode())
@@ -187,9 +190,9 @@ def _begin_of_line(file: BinaryIO, place: int) -> int:
     while end:
         begin = max(0, end - BLOCK_BYTES)
         file.seek(begin)
-        found = file.read(end - begin).rfind(b"\n")
-        if found >= 0:
-            return begin + found + 1
+        line_end = file.read(end - begin).rfind(b"\n")
+        if line_end >= 0:
+            return begin + line_end + 1
         end = begin
     return 0
 
@@ -212,7 +215,7 @@ class Parquet(_File):
         file = self._open()
         if self.column not in file.schema_arrow.names:
             raise CalibrationError(no_column(self.name, self.column, file.schema_arrow.names))
-        # Rows stand at equal distances: how many bytes each has, the file does not say.
+        # Rows count as equally long, because the file does not say how many bytes each has.
         num_rows, num_bytes = file.metadata.num_rows, self.num_bytes
         first = start * num_rows // max(1, num_bytes)
         with _reading(self.path, pyarrow.ArrowException):
@@ -222,6 +225,7 @@ class Parquet(_File):
             )
 
     def _documents(self, file: Any, skip: int) -> Iterator[str]:
+        # Whole row groups before the first row are skipped without reading them.
         for group in range(file.metadata.num_row_groups):
             num_rows = file.metadata.row_group(group).num_rows
             if skip >= num_rows:
@@ -288,6 +292,7 @@ class HubDataset(TextSource):
         import datasets
         from datasets import config as settings
 
+        # Streaming needs the network; offline the data set must be in the local cache.
         identifier, configuration, split = (*self.name.split(":"), "", "")[:3]
         streaming = not (settings.HF_HUB_OFFLINE or settings.HF_DATASETS_OFFLINE)
         try:
@@ -309,7 +314,7 @@ class HubDataset(TextSource):
 
 @contextmanager
 def _reading(path: Path, *others: type[Exception]) -> Iterator[None]:
-    """Turn what goes wrong while a file is read, and `others`, into CalibrationError."""
+    """Turn errors of reading a file, and `others`, into CalibrationError."""
     try:
         yield
     except (OSError, UnicodeDecodeError, *others) as error:
@@ -317,8 +322,8 @@ def _reading(path: Path, *others: type[Exception]) -> Iterator[None]:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be encoded: halves of surrogate pairs, which JSON and the command line
-    can bring in, cannot, and no tokenizer takes them."""
+    """Whether a text can be encoded. Halves of surrogate pairs, which can come from JSON and the
+    command line, cannot, and no tokenizer accepts them."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -334,7 +339,7 @@ def _with_blank_lines(documents: Iterator[tuple[int, str]]) -> Iterator[tuple[in
 
 
 def text_of(row: Any, column: str, name: str) -> str:
-    """The text of a document, or CalibrationError saying what is there instead."""
+    """The text of a document. CalibrationError with what is there if it is no text."""
     if not isinstance(row, dict) or column not in row:
         raise CalibrationError(no_column(name, column, list(row) if isinstance(row, dict) else []))
     value = row[column]

@@ -1,4 +1,4 @@
-"""What a tokenizer says about the tokens that a sequence may or must hold."""
+"""The tokens that a sequence must begin with or may be drawn from, by its tokenizer."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from torch import Tensor
 def leading_token(tokenizer: Any) -> int | None:
     """The id that the tokenizer itself puts before every text (its BOS), or None.
 
-    Models trained with such a tokenizer park their attention on that token, and give unusual
-    activations without it; so every calibration sequence starts with it.
+    Models trained with such a tokenizer give much of their attention to that token, and have
+    unusual activations without it; so every calibration sequence starts with it.
     """
     bos = tokenizer.bos_token_id
     if bos is None or tokenizer("a", add_special_tokens=False).input_ids[:1] == [bos]:
