@@ -1,9 +1,10 @@
 """Choose one option for every item: least total loss within a budget.
 
-Each item's options are points (cost, loss). From the cheapest of each item on, the step along the
-lower convex hull of some item that lowers the loss most for its cost is taken, as long as one fits
-the budget. Without the budget's last bits this is the optimum: steps are taken in the order of one
-Lagrange multiplier, and what the optimum could gain is less than one step.
+Each item's options are points (cost, loss). Every item starts with its cheapest option. A step
+moves one item to its next option along the lower convex hull of its points. The step that lowers
+the loss most for its cost comes first, and steps go on as long as one fits the budget. Up to the
+last bits of the budget this is the optimum: steps are taken in the order of one Lagrange
+multiplier, and the optimum is better by less than one step.
 
     loss │ ●
          │   ╲             ● on the hull: can be chosen
@@ -40,6 +41,7 @@ def allocate(items: Sequence[Item], budget: float) -> list[int]:
     Raises:
         ValueError: the cheapest options together cost more than the budget.
     """
+    # Every item starts at the cheapest option of its hull; place[i] is how far item i has come.
     hulls = [_hull(item) for item in items]
     place = [0] * len(items)
     spent = sum(item.costs[hull[0]] for item, hull in zip(items, hulls))
@@ -53,6 +55,8 @@ def allocate(items: Sequence[Item], budget: float) -> list[int]:
         if len(hull) == 2:
             heapq.heappush(steps, (-_gain(items[i], *hull), i))
 
+    # The heap holds the next step of each item, the largest gain first. A step that does not fit
+    # the budget ends its item; smaller steps of other items may still fit.
     for i in range(len(items)):
         offer(i)
     while steps:
@@ -73,6 +77,7 @@ def _hull(item: Item) -> list[int]:
     for option in options:
         if hull and item.losses[option] >= item.losses[hull[-1]]:
             continue
+        # An option above the line between its neighbours is not on the hull.
         while len(hull) > 1 and _gain(item, *hull[-2:]) <= _gain(item, hull[-1], option):
             hull.pop()
         hull.append(option)

@@ -1,4 +1,4 @@
-"""What a codec loses of Gaussian weights."""
+"""The mean squared error of a codec on Gaussian weights."""
 
 import torch
 
@@ -6,8 +6,8 @@ from vqllm.core.protocols import Codec
 from vqllm.core.tiles import to_tiles
 
 ROWS, COLS = 512, 256
-"""Of the weights that are measured on: 2^17, whose own mean square is off by 0.4 %. A codec with a
-learned codebook of many entries fits them better than a larger matrix."""
+"""Size of the matrix of weights that is coded: 2^17 weights, whose own mean square is off by 0.4 %.
+A codec with a learned codebook of many entries fits them better than a larger matrix."""
 SEED = 1
 
 

@@ -1,4 +1,4 @@
-"""What rounding is expected to leave of a linear, before anything is rounded."""
+"""The loss that rounding a linear is expected to cause, before anything is rounded."""
 
 from collections.abc import Sequence
 
@@ -32,12 +32,13 @@ def expected_losses(
     Args:
         name: of the linear, for seeds and errors.
         W_RC: as the model stores it.
-        hessians: H and H_F, [C, C], neither damped; what rounding takes for its loss, and what the
-            loss is.
+        hessians: H and H_F, [C, C], neither damped: rounding makes the loss by H small, and the
+            result is the loss by H_F.
     """
     H_CC, H_F = hessians
     if linalg.is_zero(H_CC):
         return [0.0] * len(mse)
+    # Rounding works on transformed weights, so W, H and H_F are taken to that basis.
     W_RC = W_RC.to(H_CC)
     linears, H_prime = transformed({name: W_RC}, H_CC, recipe)
     W_prime, states = linears[name].W_RC, linears[name].states
@@ -51,12 +52,15 @@ def expected_losses(
         inverse_CC = _inverse_of_feedback(H_damped, recipe)
     except NumericalError as error:
         raise NumericalError(f"{name}, gradients in its outputs: {error}") from error
+    # (L⁻¹ H_F L⁻ᵀ)_jj: the loss per unit of variance of the gap in column j.
     cost_C = ((inverse_CC @ H_F) * inverse_CC).sum(1)
+    # S has the entries of I − L⁻¹ squared: those of L⁻¹ without its diagonal of ones.
     S_CC = inverse_CC.square_()
     torch.diagonal(S_CC).zero_()
     sigma_C1 = W_prime.square().mean().expand(len(S_CC), 1)
     losses = []
     for error in mse:
+        # (I − mse Sᵀ) var(A) = σ², a triangular system.
         var_C1 = torch.linalg.solve_triangular(
             S_CC.T * -error, sigma_C1, upper=True, unitriangular=True
         )
@@ -70,6 +74,7 @@ def _inverse_of_feedback(H_CC: Tensor, recipe: Recipe) -> Tensor:
     if isinstance(recipe.rounding, Nearest):
         return one_CC
     width = recipe.codec.tile[1]
+    # Features that are coupled to nothing fill up the last tile; their part of L is dropped again.
     missing = -len(H_CC) % width
     if missing:
         H_CC = torch.block_diag(H_CC, torch.eye(missing, device=H_CC.device))

@@ -1,8 +1,9 @@
-"""What is found out about the whole model before its first layer is quantized.
+"""Measurements with gradients on the whole model, before its first layer is quantized.
 
-One pass with gradients through the unquantized model tells what each token weighs in the Hessians,
-what errors in each output do, and what errors in each linear do, from which a budget of bits is
-spread. All of it is kept with the run, and read back when it goes on.
+One pass with gradients through the unquantized model gives up to three things: the weight of each
+token in the Hessians, the curvature of the loss in the outputs of each linear, and the loss that
+errors in each linear are expected to cause. From the last one a budget of bits is shared out among
+the linears. All of it is stored in the run's folder, and read back when the run goes on.
 """
 
 import logging
@@ -28,7 +29,7 @@ from vqllm.recipes import Recipe
 logger = logging.getLogger(__name__)
 
 STATE = "gradients"
-"""How far the pass has come, and the gradient with which it goes on."""
+"""Name of the stored state of the pass: the layer it has come to, and the gradient there."""
 
 
 def needs_gradients(recipe: Recipe) -> bool:
@@ -42,7 +43,7 @@ def needs_gradients(recipe: Recipe) -> bool:
 
 @dataclass(frozen=True)
 class Allocated:
-    """What a linear got of a budget."""
+    """The codec that a linear got from a budget."""
 
     codec: Codec
     expected_kl: float
@@ -50,7 +51,9 @@ class Allocated:
 
 
 class Foresight:
-    """The findings of a run, each made when it is first asked for.
+    """The results of the pass with gradients, for the quantization of the layers.
+
+    The pass itself runs when an object is made, unless the run's folder has its results.
 
     `tokens` are the calibration sequences, int64 [S, L].
     """
@@ -67,22 +70,23 @@ class Foresight:
                 self._gradients()
 
     def token_weights(self) -> dict[str, Tensor]:
-        """What each calibration token weighs in the Hessians of each linear, float32 [S, L] by
+        """The weight of each calibration token in the Hessians of each linear, float32 [S, L] by
         full name; empty if all weigh the same."""
         if self._job.recipe.hessian.weights != "output":
             return {}
-        found = self._of_all_layers("weights")
-        partial = [name for name, weight_SL in found.items() if not weight_SL.numel()]
+        weights = self._of_all_layers("weights")
+        # No weights where a linear does not read whole sequences, such as an expert.
+        partial = [name for name, weight_SL in weights.items() if not weight_SL.numel()]
         if partial:
             logger.warning(
                 "%d linears see only some tokens (%s, ...): all weigh the same in their Hessians",
                 len(partial),
                 min(partial),
             )
-        return {name: found[name] for name in sorted(found.keys() - partial)}
+        return {name: weights[name] for name in sorted(weights.keys() - partial)}
 
     def outputs(self, index: int) -> dict[str, Tensor]:
-        """The packed Hessians of a layer's outputs; empty if the rounding rule asks for none."""
+        """The packed Hessians of a layer's outputs; empty if the rounding rule needs none."""
         if not isinstance(self._job.recipe.rounding, OutputRounding):
             return {}
         return self._of_layer("outputs", index)
@@ -118,6 +122,7 @@ class Foresight:
         return found
 
     def _gradients(self) -> None:
+        """Run the pass, from the layer that the record has come to."""
         job, recipe = self._job, self._job.recipe
         scratch = self._run.scratch
         gradients = GradientPass(
@@ -127,6 +132,8 @@ class Foresight:
             job.activation_budget,
             scratch / "gradients",
         )
+        # A visitor for each kind of result that the recipe needs; its results are stored under its
+        # name here.
         visitors: dict[str, Visitor] = {}
         if recipe.hessian.weights == "output":
             visitors["weights"] = TokenWeights(self._tokens, recipe.hessian.power)
@@ -151,12 +158,15 @@ class Foresight:
         divergence in nats a token that its errors cause."""
         allocation = self._job.recipe.allocation
         assert allocation is not None, "asked for"
+        # Options of a linear: the bits that each codec takes, and the loss expected with it. For a
+        # linear that no token reached the loss is 0 with each codec, so it gets the cheapest.
         losses = self._of_all_layers("loss")
         num = len(allocation.codecs)
         items = [
             Item(option_costs(shape, self._job.recipe), tuple(losses[name].tolist() or [0.0] * num))
             for name, shape in shapes.items()
         ]
+        # A budget below the cheapest codecs is raised to them.
         numel = sum(rows * cols for rows, cols in shapes.values())
         least = sum(min(item.costs) for item in items)
         picks = allocate(items, max(allocation.bits * numel, least))
@@ -175,7 +185,10 @@ class Foresight:
 
 
 class _Record:
-    """What a pass with gradients found, kept with the run layer by layer."""
+    """The results of a pass with gradients, stored in the run's folder layer by layer.
+
+    The pass goes from the last layer to layer 0, so it is complete when layer 0 is done.
+    """
 
     def __init__(self, run: CheckpointRun, anew: bool = False) -> None:
         self._run = run
@@ -191,7 +204,8 @@ class _Record:
         return (int(state["last"][0]), state.get("gradient")) if state else None
 
     def finish(self, index: int, found: Mapping[str, Findings], gradient: Tensor | None) -> None:
-        """Layer `index` is done: of a run that is stopped before `STATE` is written, not yet."""
+        """Store the results of layer `index`. `STATE` is written last: if the run is stopped before
+        that, the layer counts as not done."""
         self.num_layers = self.num_layers or index + 1
         for kind, findings in found.items():
             self._run.save(f"{kind}-{index}", findings)
@@ -200,5 +214,5 @@ class _Record:
         self.is_complete = index == 0
 
     def found(self, kind: str, index: int) -> Findings | None:
-        """What was found of a layer; None if it cannot be read."""
+        """The results of a layer; None if they cannot be read."""
         return self._run.load(f"{kind}-{index}")

@@ -1,4 +1,4 @@
-"""How much the model's predictions suffer from errors in the weights of each linear."""
+"""How much errors in the weights of each linear change the model's predictions."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -13,8 +13,8 @@ logger = logging.getLogger(__name__)
 
 FEWEST_TOKENS = 1 << 14
 TOKENS_PER_FEATURE = 8
-"""H of as many tokens is taken for that of all: with 8 tokens a feature, rounding loses about an
-eighth less by the tokens it was fitted to than by others."""
+"""H and H_F come from a sample of the tokens, of at least this size. With 8 tokens a feature, the
+loss of rounding on these tokens is about an eighth less than on others."""
 
 Judge = Callable[[str, Tensor, tuple[Tensor, Tensor]], list[float]]
 """Called with the full name of a linear, its weights W [R, C] as the model stores them, and H and
@@ -22,7 +22,7 @@ H_F; returns its expected losses."""
 
 
 class Sensitivity(Visitor):
-    """Collects the curvature of the loss in the weights of each linear, and has it judged.
+    """Collects the curvature of the loss in the weights of each linear, and passes it to the judge.
 
     The KL divergence of the predictions for a sequence from the original ones grows with an error E
     of W by
@@ -34,13 +34,13 @@ class Sensitivity(Visitor):
     but not the tokens: attention reads many of them at once, so that errors they have in common
     add up. Of the demo model's linears at 2 bits, tokens that count as independent (g gᵀ diagonal)
     give 1/1.6 to 1/1.8 of the measured divergence for o_proj, 1/1.0 to 1/1.1 for down_proj.
-    Where a linear does not see sequences as they are (experts), they do count as independent.
+    Where the input of a linear is not whole sequences (experts), tokens do count as independent.
     H_F is divided by the tokens of a sequence: losses are in nats a token.
 
-    H is what rounding will be done with: tokens weigh (|g|²/R)^power in it.
+    H is the Hessian that rounding will use: tokens weigh (|g|²/R)^power in it.
 
-    Held are H and H_F of one layer, 8 C² bytes for each of its linears. Every k-th sequence counts,
-    so that they take about as long as the gradients themselves.
+    In memory are H and H_F of one layer, 8 C² bytes for each of its linears. Only every k-th
+    sequence is used, so that they take about as long as the gradients themselves.
     """
 
     def __init__(self, judge: Judge, num_tokens: int, power: float) -> None:
@@ -57,6 +57,8 @@ class Sensitivity(Visitor):
     def visit(self, name: str, rows: slice, x: Tensor, g: Tensor) -> None:
         """Add a batch: the input [.., C] of a linear and the gradients in its outputs, [.., R]."""
         step = max(1, self._num_tokens // max(FEWEST_TOKENS, TOKENS_PER_FEATURE * x.shape[-1]))
+        # Every step-th sequence of the whole data, wherever the batches begin; of an input without
+        # sequences every step-th token, each one a sequence by itself.
         if x.dim() == 3 and len(x) == rows.stop - rows.start:
             own = slice(-rows.start % step, None, step)
             x_SLC, g_SLR = x[own].float(), g[own].float()
@@ -68,17 +70,19 @@ class Sensitivity(Visitor):
             self._sums[name] = (H_CC, torch.zeros_like(H_CC))
         H_CC, H_F = self._sums[name]
         x_NC = x_SLC.flatten(0, 1)
+        # Σ Xᵀ (g gᵀ / R) X, times the step for the sequences that are left out.
         gg_SLL = g_SLR @ g_SLR.mT * (step / g_SLR.shape[-1])
         linalg.add_symmetric(H_F, (gg_SLL @ x_SLC).flatten(0, 1), x_NC)
         if self._power > 0:
+            # The diagonal of g gᵀ / R is |g|² / R of each token.
             weight_SL = torch.diagonal(gg_SLL, dim1=1, dim2=2) ** self._power
             linalg.add_symmetric(H_CC, x_NC * weight_SL.reshape(-1, 1), x_NC)
         else:
             linalg.add_symmetric(H_CC, x_NC, x_NC)
 
     def finish(self) -> Findings:
-        """What the judge says of the layer's linears, float64; empty where no token came."""
-        found = {}
+        """The expected losses of the layer's linears, float64; empty where no token came."""
+        findings: Findings = {}
         for name, W_RC in self._weights.items():
             losses: list[float] = []
             if name in self._sums:
@@ -87,6 +91,6 @@ class Sensitivity(Visitor):
                 losses = self._judge(name, W_RC, hessians)
             else:
                 logger.warning("%s: no token reached it, so errors in it count nothing", name)
-            found[name] = torch.tensor(losses, dtype=torch.float64)
+            findings[name] = torch.tensor(losses, dtype=torch.float64)
         self._weights, self._sums = {}, {}
-        return found
+        return findings
