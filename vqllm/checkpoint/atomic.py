@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and what happens when the disk is full.
+"""Files that appear whole or not at all, also when the disk is full.
 
 A file is written under a temporary name in a staging folder of the same file system, brought to
 the disk, and renamed. A process killed at any moment leaves the old file or the new one.

@@ -52,11 +52,13 @@ def dequantize_checkpoint(folder: str | Path, output: str | Path, dtype: str = "
         )
     sizes = _sizes(checkpoint, DTYPES[name])
     atomic.check_space(output, sum(sizes.values()))
+    # Written to a folder beside the output, whose renaming at the end makes it appear complete.
     partial = _new_folder_beside(output.absolute())
     staging = partial / ".staging"
     staging.mkdir()
     try:
         _write(checkpoint, sizes, DTYPES[name], partial, staging)
+        # The configuration is that of the source, with the new dtype under the keys that it uses.
         config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
         dtype_keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
         config |= dict.fromkeys(dtype_keys, name)
@@ -127,6 +129,7 @@ def _write(
 
 
 def _split(sizes: dict[str, int]) -> Iterator[list[str]]:
+    """Names of the tensors of each shard: as many in order as fit, at least one."""
     names: list[str] = []
     total = 0
     for name, size in sizes.items():
@@ -139,11 +142,13 @@ def _split(sizes: dict[str, int]) -> Iterator[list[str]]:
 
 
 def _dense_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
+    """A tensor of the result. CheckpointError where `dtype` cannot hold a finite value of it."""
     module = name.removesuffix(".weight")
     if module in checkpoint.linears:
         dense = checkpoint.dense(module, dtype)
         if bool(torch.isfinite(dense).all()):
             return dense
+        # Decoded once more, in float32: the value that did not fit belongs in the message.
         stored = checkpoint.dense(module)
     else:
         stored = checkpoint.read(name)

@@ -143,7 +143,7 @@ class QuantizationConfig:
         """Describe quantized modules. Ids depend on the specifications only, not on their order."""
         texts = {name: _canonical(spec) for name, spec in linears.items()}
         ids = {text: str(i) for i, text in enumerate(sorted(set(texts.values())))}
-        told = {
+        optional = {
             "recipe": recipe,
             "not_quantized": not_quantized,
             "producer": producer,
@@ -155,7 +155,7 @@ class QuantizationConfig:
             tied=dict(tied or {}),
             outside_layers=tuple(sorted(outside_layers)),
             format_version=2 if outside_layers else 1,
-            extra={key: value for key, value in told.items() if value is not None},
+            extra={key: value for key, value in optional.items() if value is not None},
         )
 
     @classmethod
@@ -169,6 +169,7 @@ class QuantizationConfig:
         Raises:
             CheckpointError: another method, a newer format, or contents that do not fit together.
         """
+        # Each key that is known is taken out of `rest`; what is left over goes to `extra`.
         rest = dict(values)
         method = rest.pop("quant_method", None)
         if method != QUANT_METHOD:
@@ -187,6 +188,7 @@ class QuantizationConfig:
                 f"{origin} has format version {version}; this vqllm reads versions up to "
                 f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade vqllm"
             )
+        # From here on the format is one that this version knows: anything wrong is damage.
         specs, modules = rest.pop("specs", None), rest.pop("modules", None)
         if not isinstance(specs, dict) or not isinstance(modules, dict):
             raise CheckpointError(
@@ -247,7 +249,7 @@ def spec_from_dict(values: JSON) -> LinearSpec:
 
 
 def _check_outside(tied: Any, outside: Any, modules: JSON, origin: str) -> None:
-    """Raise CheckpointError unless what version 2 adds fits the quantized modules."""
+    """Raise CheckpointError unless the keys of version 2 fit the quantized modules."""
     right = (
         isinstance(tied, dict)
         and isinstance(outside, list)

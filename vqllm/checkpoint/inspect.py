@@ -1,4 +1,4 @@
-"""What is in a checkpoint: recipe, layer specifications, exact sizes from the stored tensors."""
+"""The contents of a checkpoint: recipe, specifications, exact sizes from the stored tensors."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,18 +25,18 @@ def inspect_checkpoint(folder: str | Path, verify: bool = True) -> JSON:
         CheckpointError: not a vqllm checkpoint, a newer format, or damaged.
     """
     checkpoint = Checkpoint.open(folder, verify)
-    told = checkpoint.quantization.extra
+    extra = checkpoint.quantization.extra
     bits = {name: checkpoint.bits(name) for name in checkpoint.linears}
-    recipe = told.get("recipe") or {}
+    recipe = extra.get("recipe") or {}
     return {
         "folder": str(folder),
         "format_version": checkpoint.quantization.format_version,
-        "producer": told.get("producer") or {},
+        "producer": extra.get("producer") or {},
         "recipe": recipe,
         "recipe_yaml": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         "linears": _linears(checkpoint, bits),
         "tied": checkpoint.quantization.tied,
-        "not_quantized": told.get("not_quantized") or {},
+        "not_quantized": extra.get("not_quantized") or {},
         "bits_per_weight": bits_per_weight(checkpoint),
         "num_bytes": checkpoint.num_bytes,
     }
@@ -49,6 +49,7 @@ def bits_per_weight(checkpoint: Checkpoint) -> dict[str, float]:
     tables count them, whatever embedding and head are stored as. The third is over the parameters
     of the whole model, tied ones once, and counts every stored tensor.
     """
+    # Codes and all of a linear are counted in the decoder layers only, embedding and head left out.
     outside = checkpoint.quantization.outside_layers
     inside = [name for name in checkpoint.linears if name not in outside]
     bits = sum((checkpoint.bits(name) for name in inside), BitCount())

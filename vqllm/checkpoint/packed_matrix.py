@@ -1,4 +1,4 @@
-"""A quantized matrix on its way to the file, and its line of the report."""
+"""A quantized matrix in memory, as it will be stored, and its line of the report."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -31,7 +31,7 @@ class LinearRecord:
     code_entropy: float
     """bits a weight that a lossless coder would need for the codes"""
     proxy_loss: float
-    """tr((T − Ŵ) H (T − Ŵ)ᵀ) / tr(T H Tᵀ), T what was aimed at"""
+    """tr((T − Ŵ) H (T − Ŵ)ᵀ) / tr(T H Tᵀ), T the matrix that was rounded"""
     sqnr_db: float
     gaussian_efficiency: float
     group: tuple[str, ...]
@@ -43,18 +43,18 @@ class LinearRecord:
     layer: int | None = None
     """None outside the decoder layers"""
     target: str | None = None
-    """what was aimed at, where that is not the weights: `vqllm.quantization.target`"""
+    """name of the rounded matrix, where it is not the weights: `vqllm.quantization.target`"""
     target_change: float | None = None
     """distance of the target from the weights, as a proxy loss"""
     fragile: JSON | None = None
     """codec and proxy loss before it was coded again with more bits"""
     training: JSON | None = None
-    """what came of the training after its rounding"""
+    """record of the training after its rounding"""
     expected_kl: float | None = None
     """nats a token that errors in this linear alone add to the KL divergence"""
 
     def to_dict(self) -> JSON:
-        """JSON values; what does not apply is left out."""
+        """JSON values; fields that do not apply are left out."""
         values = {key: value for key, value in asdict(self).items() if value is not None}
         return {**values, "group": list(self.group), "layer": self.layer}
 
@@ -85,7 +85,7 @@ class PackedMatrix:
 
 
 def bit_fields(spec: LinearSpec) -> dict[str, Any]:
-    """The fields of a record that say what a matrix takes."""
+    """The fields of a record about the size of a matrix."""
     bits = count(spec.layout())
     return {
         "bits_codes": bits.codes,

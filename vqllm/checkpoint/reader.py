@@ -72,6 +72,7 @@ class Checkpoint:
         Raises:
             CheckpointError: not a vqllm checkpoint, a newer format, or damaged; names the file.
         """
+        # First the files by themselves; then whether they fit the specifications.
         folder = Path(folder)
         config = _read_config(folder)
         quantization = QuantizationConfig.parse(config["quantization_config"], str(folder / CONFIG))
@@ -82,6 +83,7 @@ class Checkpoint:
         tensors: dict[str, StoredTensor] = {}
         for shard in shards:
             tensors |= read_header(folder / shard)
+        # Index and headers must name the same tensors.
         missing = sorted(index.files.keys() - tensors.keys())
         if missing:
             raise CheckpointError(
@@ -99,6 +101,8 @@ class Checkpoint:
         return checkpoint
 
     def _check_linears(self) -> None:
+        """Raise CheckpointError unless each quantized module has the tensors of its specification,
+        in shape and dtype."""
         for module, spec in self.linears.items():
             for name, expected in spec.layout().items():
                 stored = self.tensors.get(f"{module}.{name}")
@@ -124,10 +128,10 @@ class Checkpoint:
 
     def shards(self) -> dict[str, list[str]]:
         """Names of the tensors of every file that has any."""
-        found: dict[str, list[str]] = {}
+        names: dict[str, list[str]] = {}
         for name in sorted(self._files):
-            found.setdefault(self._files[name], []).append(name)
-        return found
+            names.setdefault(self._files[name], []).append(name)
+        return names
 
     def packed(self, module: str) -> dict[str, Tensor]:
         """The stored tensors of a quantized module under their own names, bias excluded.
@@ -181,6 +185,7 @@ class Checkpoint:
 
 
 def _read_config(folder: Path) -> JSON:
+    """config.json of a checkpoint. CheckpointError says what else the folder seems to be."""
     path = folder / CONFIG
     if not path.is_file():
         if is_unfinished(folder):
@@ -202,6 +207,7 @@ def _read_config(folder: Path) -> JSON:
 
 
 def _verify(folder: Path, checksums: dict[str, str]) -> None:
+    """Raise CheckpointError for the first shard that does not have its sha256."""
     for shard, expected in sorted(checksums.items()):
         path = folder / shard
         if not path.is_file():

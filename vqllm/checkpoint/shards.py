@@ -1,4 +1,4 @@
-"""Safetensors files from the outside: headers, checksums, and which tensor is in which file."""
+"""Safetensors files without their tensors: headers, checksums, which tensor is in which file."""
 
 import hashlib
 import json
@@ -50,6 +50,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: the file is missing, truncated, or not safetensors.
     """
+    # A safetensors file is 8 bytes of header length, the header in JSON, then the bytes of all
+    # tensors without gaps: so the header gives the size that the file must have.
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -104,6 +106,7 @@ def read_index(folder: Path) -> ShardIndex:
     Raises:
         CheckpointError: neither is there, or the index is damaged.
     """
+    # Without an index there is a single file, and no checksum of it.
     path = folder / INDEX
     if not path.is_file():
         if not (folder / SINGLE).is_file():
@@ -118,6 +121,7 @@ def read_index(folder: Path) -> ShardIndex:
         checksums = {str(file): str(digest) for file, digest in recorded.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}. {DAMAGED}") from error
+    # A name with a folder in it could make a reader open any file of the machine.
     outside = sorted(file for file in {*files.values(), *checksums} if Path(file).name != file)
     if outside:
         raise CheckpointError(f"{path} names files outside its folder: {', '.join(outside)}.")

@@ -18,8 +18,8 @@ SINGLE = "model.safetensors"
 class SourceTensors:
     """Tensors of a model folder by the name that they have in the model.
 
-    Some checkpoints leave out the prefix of the base model ("model.", "transformer."); names are
-    completed here, so that everything written carries full names.
+    Some checkpoints leave out the prefix of the base model ("model.", "transformer."). Names are
+    completed here, so that all written tensors have full names.
     """
 
     def __init__(self, folder: Path, model: nn.Module) -> None:
@@ -71,7 +71,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         ModelError: a file is missing or damaged, or the index does not fit the files.
     """
     headers: dict[Path, dict[str, StoredTensor]] = {}
-    found = {}
+    tensors = {}
     for key, path in weight_map(folder).items():
         if path not in headers:
             headers[path] = _header(path)
@@ -80,8 +80,8 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                 f"{folder / INDEX} says that {key} is in {path.name}, which has no such tensor. "
                 "Get an undamaged copy."
             )
-        found[key] = headers[path][key]
-    return found
+        tensors[key] = headers[path][key]
+    return tensors
 
 
 def weight_map(folder: Path) -> dict[str, Path]:
@@ -100,6 +100,7 @@ def weight_map(folder: Path) -> dict[str, Path]:
             f"{folder} holds no {SINGLE} and no {INDEX}. Weights must be safetensors files: "
             "convert the model once with save_pretrained."
         )
+    # The index must be an object of file names, and all these files must be there.
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         right = isinstance(names, dict) and all(map(_is_file_name, names.values()))

@@ -1,4 +1,4 @@
-"""What makes a folder of shards a checkpoint: index, config.json, the source's other files."""
+"""The files of a checkpoint beside its shards: index, config.json, the source's other files."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""How a run goes on after it was stopped: the journal, the folder, what is written layer by layer.
+"""How a stopped run goes on: its journal, its folder, and the layers that it has written.
 
 Start at `journal.py`.
 """

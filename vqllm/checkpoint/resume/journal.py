@@ -1,4 +1,4 @@
-"""The journal of a run: what makes a killed run go on, and refuses to go on with another run.
+"""The journal of a run: with it a killed run goes on, and a different run is refused.
 
 OUT/.vqllm/journal.jsonl has one JSON object a line. The first is the identity of the run:
 everything that could change a byte of the result. Each further line is a finished layer, written
@@ -34,8 +34,9 @@ ROUNDED = "rounded"
 
 NUM_SAMPLES = 64
 SAMPLE_BYTES = 4096
-"""Of each weight file, besides its header: 256 KB spread over a file of any size tell a retrained
-copy of a model, whose header and size are equal, in milliseconds."""
+"""Samples of each weight file, besides its header: 256 KB in all, spread over a file of any size.
+They differ in a retrained copy of a model, whose header and size are equal, and take milliseconds.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, identity: JSON) -> None:
-        """Begin a run in `folder`, or go on with the one that stands there.
+        """Begin a run in `folder`, or go on with the unfinished one there.
 
         Raises:
             CheckpointError: something else is in the folder, another process is at work in it, or
@@ -123,9 +124,11 @@ class Journal:
         self.staging = folder / WORK
         self._path = self.staging / JOURNAL
         self.finished: list[FinishedLayer] = []
+        # Without a journal this is a new run, which needs an empty folder.
         if WORK not in atomic.names_in(folder) or not self._path.is_file():
             _check_empty(folder)
         atomic.make_folder(self.staging)
+        # The lock goes with the process, also with a killed one.
         self._lock = FileLock(self.staging / LOCK)
         try:
             self._lock.acquire(timeout=0)
@@ -145,7 +148,8 @@ class Journal:
             atomic.write_bytes(self._path, _line(identity), self.staging)
             return
         lines = _whole_lines(self._path)
-        if lines and self._kept_nothing(lines[0], identity):
+        # The first line says which run this is: it must be the same, or have computed nothing yet.
+        if lines and self._is_replaceable(lines[0], identity):
             lines = [json.loads(_line(identity))]
         if lines:
             _check_identity(lines[0], identity, self._folder)
@@ -154,6 +158,7 @@ class Journal:
                 f"{self._path} is empty, but {self._folder} holds {', '.join(found[:3])}. Delete "
                 "the folder and start again."
             )
+        # Finished layers count up to the first one whose shard is missing or changed.
         for number, values in enumerate(lines[1:]):
             try:
                 layer = FinishedLayer(**values)
@@ -165,20 +170,22 @@ class Journal:
                 break
             self.finished.append(layer)
         # Without the torn line of a killed process, and without layers that cannot be trusted.
-        kept = [_line(identity), *(_line(asdict(layer)) for layer in self.finished)]
-        atomic.write_bytes(self._path, b"".join(kept), self.staging)
+        trusted = [_line(identity), *(_line(asdict(layer)) for layer in self.finished)]
+        atomic.write_bytes(self._path, b"".join(trusted), self.staging)
 
-    def _kept_nothing(self, old: JSON, new: JSON) -> bool:
-        """Whether the run that stands here has computed nothing, so that another may take its
-        place: a mistake that is found at once (a text that is too short) leaves such a folder.
+    def _is_replaceable(self, old: JSON, new: JSON) -> bool:
+        """Whether the unfinished run here has computed nothing, so that another may take its place:
+        a mistake that is noticed at once (a text that is too short) leaves such a folder.
 
-        What is rounded belongs to another run, and stays with those that tune it.
+        A rounded checkpoint in `ROUNDED` has a journal of its own; it stays for a run that tunes
+        the same model.
         """
-        found = {*atomic.names_in(self._folder), *atomic.names_in(self.staging)}
-        found -= {WORK, JOURNAL, LOCK}
-        return not found or (found == {ROUNDED} and old.get("model") == new.get("model"))
+        names = {*atomic.names_in(self._folder), *atomic.names_in(self.staging)}
+        names -= {WORK, JOURNAL, LOCK}
+        return not names or (names == {ROUNDED} and old.get("model") == new.get("model"))
 
     def _problem(self, number: int, layer: FinishedLayer) -> str | None:
+        """Why a line of the journal cannot be trusted; None if it can."""
         path = self._folder / layer.shard
         if layer.layer != number:
             return f"{self._path} has layer {layer.layer} where layer {number} is due"
@@ -207,8 +214,8 @@ class Journal:
     def complete(self) -> None:
         """The checkpoint is whole: remove everything that only a running run needs.
 
-        The journal goes first: a run that is killed in here is finished, and what it left is
-        removed by who is told so.
+        The journal is removed first: a run that is killed in here counts as finished. The next
+        command that is refused because of the finished checkpoint removes the rest.
         """
         self._path.unlink()
         atomic.sync_folder(self.staging)
@@ -228,7 +235,7 @@ def check_free(folder: Path) -> None:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether a run stands in `folder` that can go on."""
+    """Whether `folder` has an unfinished run, which can go on."""
     return (folder / WORK / JOURNAL).is_file()
 
 
@@ -261,8 +268,9 @@ def _damaged(path: Path, number: int, error: Exception) -> CheckpointError:
 
 
 def _check_empty(folder: Path) -> None:
-    found = [name for name in atomic.names_in(folder) if name != WORK]
-    if not found:
+    """Raise CheckpointError if `folder` holds anything but the working files of a run."""
+    names = [name for name in atomic.names_in(folder) if name != WORK]
+    if not names:
         return
     if _is_finished(folder):
         shutil.rmtree(folder / WORK, ignore_errors=True)  # of a run killed in `complete`
@@ -270,9 +278,9 @@ def _check_empty(folder: Path) -> None:
             f"{folder} holds a finished checkpoint. Use it, or delete it or choose another output "
             "folder to make a new one."
         )
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     raise CheckpointError(
-        f"{folder} is not empty: {', '.join(found[:3])}{more}. The output must be a new or empty "
+        f"{folder} is not empty: {', '.join(names[:3])}{more}. The output must be a new or empty "
         "folder, or one in which this run was begun."
     )
 
@@ -283,12 +291,13 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _check_identity(old: JSON, new: JSON, folder: Path) -> None:
+    """Raise CheckpointError with all differences between the unfinished run and this one."""
     lines = differences(old, new)
     if lines:
         rounded = folder / WORK / ROUNDED
-        kept = ""
+        advice = ""
         if _is_finished(rounded) and not is_unfinished(rounded):
-            kept = (
+            advice = (
                 f" Its linears are all rounded: vqllm tune {rounded} --output OTHER tunes them in "
                 "another way."
             )
@@ -296,7 +305,7 @@ def _check_identity(old: JSON, new: JSON, folder: Path) -> None:
             f"{folder} holds an unfinished run that differs (there → here):\n"
             + "\n".join(lines)
             + "\nTo go on with it, repeat the command that began it. To start over, delete the "
-            f"folder or choose another one.{kept}"
+            f"folder or choose another one.{advice}"
         )
 
 
@@ -311,6 +320,7 @@ def differences(old: JSON, new: JSON) -> list[str]:
 
 
 def _flatten(values: object, prefix: str = "") -> dict[str, object]:
+    """The values inside JSON objects and lists by their dotted place: `recipe.codec.type`."""
     if isinstance(values, list):
         values = dict(enumerate(values))
     if not isinstance(values, dict):

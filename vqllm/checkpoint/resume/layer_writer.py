@@ -1,4 +1,4 @@
-"""The output folder of a run: finished layers, what is to do, and how it becomes a checkpoint."""
+"""The output folder of a quantization: finished layers, and how they become a checkpoint."""
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -46,9 +46,9 @@ class CheckpointRun(RunFolder):
 
         Args:
             source: the folder of the model.
-            model: what its user called it.
-            settings: what else could change the result: device, dtype.
-            origin: what the checkpoint says it was made from.
+            model: the name that its user gave it.
+            settings: all else that could change the result: device, dtype.
+            origin: the name of the original model that the checkpoint records.
 
         Raises:
             CheckpointError: something else is in the folder; a difference to the earlier run is
@@ -87,7 +87,7 @@ class CheckpointRun(RunFolder):
         }
 
     def save_packed(self, name: str, made: PackedMatrix) -> PackedMatrix:
-        """Keep a quantized matrix until the run is finished; it comes back as it is read."""
+        """Store a quantized matrix until the run is finished; returns it as read from the file."""
         record = {
             "name": made.name,
             "spec": spec_to_dict(made.spec),
@@ -100,10 +100,10 @@ class CheckpointRun(RunFolder):
 
     def load_packed(self, name: str) -> PackedMatrix | None:
         """What `save_packed` wrote; None if there is nothing, or it is damaged."""
-        found = self.load_record(name)
-        if found is None:
+        stored = self.load_record(name)
+        if stored is None:
             return None
-        values, tensors = found
+        values, tensors = stored
         return PackedMatrix(
             values["name"],
             spec_from_dict(values["spec"]),
@@ -118,7 +118,7 @@ class CheckpointRun(RunFolder):
         planned: Mapping[str, LinearSpec],
         tied: Collection[str] = (),
     ) -> None:
-        """Learn the model's layers, and check that its tensors are found and the disk has room.
+        """Set the model's layers, and check that its tensors are there and the disk has room.
 
         Args:
             model: on the meta device or elsewhere; only names and shapes are read.
@@ -151,18 +151,21 @@ class CheckpointRun(RunFolder):
         Raises:
             NumericalError: a changed value is beyond what that dtype holds.
         """
+        # The packed tensors of each quantized linear, without its dense weight.
         changed = changed or {}
         tensors: dict[str, Tensor] = {}
         replaced = set()
         for result in results:
             replaced.add(f"{result.name}.weight")
             tensors |= {f"{result.name}.{key}": t.cpu() for key, t in result.tensors.items()}
+        # All other tensors of the layer, as they are in the source or changed.
         prefix = f"{self._layer_names[index]}."
         for name in self._tensors:
             if name.startswith(prefix) and name not in replaced:
                 tensors[name] = self._tensors.read(name)
                 if name in changed:
                     tensors[name] = _as_stored(name, changed[name], tensors[name].dtype)
+        # The journal comes last: a layer without its line is done again.
         shard = self._shard(index)
         digest = atomic.write_shard(self._output / shard, tensors, self.scratch)
         self._journal.append(
@@ -221,6 +224,8 @@ class CheckpointRun(RunFolder):
             outside: quantized matrices outside the layers.
             tied: modules that use the tensors of one of them, which is the value.
         """
+        # The last shard: all of the source that no layer has, with packed tensors in place of the
+        # weights of quantized and tied modules.
         tied = tied or {}
         inside = tuple(f"{name}." for name in self._layer_names)
         replaced = {f"{name}.weight" for name in (*tied, *(result.name for result in outside))}
@@ -243,6 +248,7 @@ class CheckpointRun(RunFolder):
             producer={"vqllm": __version__},
             source={"model": self._origin},
         )
+        # config.json comes last: with its quantization_config the folder is a checkpoint.
         records = [*self.all_records(), *(result.record.to_dict() for result in outside)]
         lines = [json.dumps(record, sort_keys=True) + "\n" for record in records]
         atomic.write_bytes(self._output / RECORDS, "".join(lines).encode(), self.scratch)
@@ -259,6 +265,7 @@ class CheckpointRun(RunFolder):
 
 
 def _as_stored(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values in the dtype of the source. NumericalError if one is beyond its range."""
     stored = values.to("cpu", dtype)
     if not bool(stored.isfinite().all()):
         raise NumericalError(

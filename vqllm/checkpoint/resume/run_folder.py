@@ -1,4 +1,4 @@
-"""The output folder of a run, open for one process, and what is kept in it while the run lasts."""
+"""The output folder of a run, open for one process, and the files in it that only a run needs."""
 
 import json
 import logging
@@ -18,17 +18,18 @@ from vqllm.checkpoint.resume.journal import Journal
 
 logger = logging.getLogger(__name__)
 
-TOLD = "told"
-"""In a file of `save_record`, beside its tensors: all else, JSON in UTF-8."""
+RECORD = "told"
+"""The tensor of a file of `save_record` that holds the JSON values, in UTF-8."""
 
 
 class RunFolder:
     """A folder with a journal; entering one with an unfinished run goes on with it.
 
-    A context manager: leaving it in any way lets go of the folder and keeps what was kept.
+    A context manager: at its end, with or without an error, another process may open the folder,
+    and the saved files stay in it.
 
     Attributes:
-        scratch: an existing folder for what only the run needs.
+        scratch: an existing folder for files that only the run needs.
     """
 
     def __init__(self, output: Path, identity: JSON) -> None:
@@ -49,7 +50,7 @@ class RunFolder:
         self._journal.close()
 
     def save(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Keep tensors for later in the run, or for when it goes on."""
+        """Store tensors for later in the run, or for when it goes on."""
         atomic.write_shard(self._state_path(name), tensors, self.scratch)
 
     def load(self, name: str) -> dict[str, Tensor] | None:
@@ -63,16 +64,17 @@ class RunFolder:
 
     def load_or_make(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors that are made once a run and read back when it goes on."""
-        found = self.load(name)
-        if found is not None:
-            return found
+        stored = self.load(name)
+        if stored is not None:
+            return stored
+        # Read from the file, as in a run that goes on.
         self.save(name, make())
         return load_file(self._state_path(name))
 
     def save_record(self, name: str, record: JSON, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors, and JSON values with them."""
+        """Store tensors, and JSON values with them."""
         text = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
-        self.save(name, {TOLD: text, **{key: tensor.cpu() for key, tensor in tensors.items()}})
+        self.save(name, {RECORD: text, **{key: tensor.cpu() for key, tensor in tensors.items()}})
 
     def load_record(self, name: str) -> tuple[JSON, dict[str, Tensor]] | None:
         """What `save_record` wrote; None if there is nothing, or it is damaged."""
@@ -80,13 +82,13 @@ class RunFolder:
         if tensors is None:
             return None
         try:
-            return json.loads(bytes(tensors.pop(TOLD).tolist())), tensors
+            return json.loads(bytes(tensors.pop(RECORD).tolist())), tensors
         except (KeyError, ValueError) as error:
             self._warn(self._state_path(name), error)
             return None
 
     def complete(self, pages: Mapping[str, bytes]) -> None:
-        """The run is over: write the pages about it, by file name, and remove what only a run
+        """The run is over: write the pages about it, by file name, and remove all that only a run
         needs."""
         for name, contents in pages.items():
             atomic.write_bytes(self._output / name, contents, self.scratch)

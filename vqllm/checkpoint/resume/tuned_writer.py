@@ -23,8 +23,8 @@ class TunedRun(RunFolder):
         """Begin or go on.
 
         Args:
-            checkpoint: what is tuned.
-            settings: what else could change the result: teacher, device.
+            checkpoint: the one that is tuned.
+            settings: all else that could change the result: teacher, device.
 
         Raises:
             CheckpointError: something else is in the folder; a difference to the earlier run is
@@ -55,7 +55,8 @@ class TunedRun(RunFolder):
         """
         checkpoint = self._checkpoint
         linears = checkpoint.linears | dict(specs)
-        homes = {
+        # The shards stay those of the checkpoint: each tensor goes into the file where it was.
+        modules = {
             f"{module}.{name}": module
             for module, spec in checkpoint.linears.items()
             for name in spec.layout()
@@ -65,7 +66,7 @@ class TunedRun(RunFolder):
         for shard, names in checkpoint.shards().items():
             tensors: dict[str, Tensor] = {}
             for name in names:
-                module = homes.get(name)
+                module = modules.get(name)
                 if module is not None and module in packed:
                     own = packed[module]
                     # Where a module's tensors are spread over shards, the first one gets all.
