@@ -1,4 +1,4 @@
-"""What is known of transformers: loading configs, tokenizers and models, and telling linears.
+"""All knowledge of transformers: loading configs, tokenizers and models, recognising linears.
 
 May import: nothing.
 Start at `linears.py`, which modules can be quantized.

@@ -14,8 +14,8 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module computes x·Wᵀ + b and nothing else.
 
     A subclass of `nn.Linear` with a forward of its own (Falcon's computes the same in two steps,
-    BitNet's rounds) is tried: a copy of the module with a weight of 2 x 3 must give what a linear
-    gives. Double precision, where two orders of addition differ by 1e-16.
+    BitNet's rounds) is tested: a copy of the module with a weight of 2 x 3 must give the result of
+    a linear. Double precision, where two orders of addition differ by 1e-16.
     """
     if type(module) is nn.Linear or not isinstance(module, nn.Linear):
         return type(module) is nn.Linear
@@ -26,6 +26,7 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
+    # A copy that shares all but the parameters, which are small random ones.
     weight, x = random(2, 3), random(4, 3)
     bias = None if module.bias is None else random(2)
     probe = copy.copy(module)
@@ -47,7 +48,7 @@ def why_not_embedding(module: nn.Module) -> str | None:
     """Why a module cannot be replaced by packed rows that are decoded on look-up; None if it can.
 
     It can if it looks up a row of its weight for every token, and does nothing else or something to
-    the looked-up rows alone (Gemma's scales them). Tried on a copy with 5 random rows.
+    the looked-up rows alone (Gemma's scales them). Tested on a copy with 5 random rows.
     """
     kind = type(module).__name__
     if not isinstance(module, nn.Embedding):
@@ -91,10 +92,10 @@ def _looks_up_rows(module: nn.Embedding) -> bool:
 
 
 class AfterLookup(nn.Embedding):
-    """Stands between a subclass of `nn.Embedding` and `nn.Embedding`: what the subclass takes for
-    looked-up rows is its input.
+    """A base class between a subclass of `nn.Embedding` and `nn.Embedding` itself: its look-up
+    returns its input, so that the subclass works on rows that were looked up elsewhere.
 
-    It has no weight; code that asks for one gets an empty stand-in of the right dtype.
+    It has no weight. Code that reads `weight` gets an empty tensor of the right dtype.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -114,8 +115,8 @@ class AfterLookup(nn.Embedding):
 
 
 def after_lookup(module: nn.Embedding) -> AfterLookup | None:
-    """What an embedding of a subclass does to the rows that it has looked up, as a module that
-    takes rows; None for `nn.Embedding` itself.
+    """The work of an embedding's subclass on the rows that it has looked up, as a module that takes
+    rows; None for `nn.Embedding` itself.
 
     It is a copy of the module without its weight, of the same class, so that whatever recognises
     that class (transformers sets the scale of Gemma's) still does.
@@ -145,10 +146,12 @@ def _after_lookup_of(cls: Any) -> AfterLookup:
 
 
 def shared_modules(model: nn.Module, layers: Collection[str]) -> set[nn.Module]:
-    """The modules with tensors that several layers hold, or a layer and something outside.
+    """The modules with tensors that several layers use, or a layer and a part outside the layers.
 
-    They are not quantized: what a later layer feeds them is not known when the first one is.
+    They are not quantized: when the first layer is quantized, their inputs in a later layer are not
+    known yet.
     """
+    # With remove_duplicate=False a shared module comes once for each place where it is used.
     homes: dict[nn.Module, set[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         home = next((layer for layer in layers if name.startswith(f"{layer}.")), "")

@@ -1,8 +1,8 @@
-"""transformers' loaders, made to say what is wrong with a model instead of hiding or crashing.
+"""transformers' loaders, with one clear error for a model that is wrong.
 
-transformers fills tensors that a checkpoint lacks with random values and logs a warning, and a
-damaged file or a value in config.json that it does not understand is an exception of any type.
-Every model and tokenizer of this package is loaded here; both become one `ModelError`.
+transformers fills tensors that a checkpoint lacks with random values and only logs a warning. A
+damaged file, or a value in config.json that it does not understand, is an exception of any type.
+Every model and tokenizer of this package is loaded here, and both cases become a `ModelError`.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def skeleton(folder: Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
-    """The model that `folder` configures, on the meta device; its weights are not looked at.
+    """The model that `folder` configures, on the meta device; its weights are not read.
 
     Args:
         options: more arguments for `AutoModelForCausalLM.from_config`.
@@ -114,19 +114,20 @@ def max_length(config: Any) -> int | None:
 
 def runs_beyond(config: Any) -> bool:
     """Whether the model runs on sequences longer than `max_length`: with rotary positions it does
-    (and is worse there), a table of positions just ends."""
+    (and is worse there); a table of positions has no entries for them."""
     text = config.get_text_config()
     return any(getattr(text, key, None) for key in ("rope_parameters", "rope_theta"))
 
 
 @contextlib.contextmanager
 def explained(folder: Path, what: str = "cannot be loaded by transformers {}") -> Iterator[None]:
-    """Whatever transformers raises inside is a `ModelError` about `folder`."""
+    """Turn any exception of transformers inside into a `ModelError` about `folder`."""
     try:
         yield
     except (VqllmError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        # Two lines of transformers' message, which may be pages, and advice for the known cause.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = " ".join([f"{type(error).__name__}:", *lines[:2]])[:MAX_REASON].rstrip(".: ")
         advice = "Its files must be complete, undamaged and of one model; weights as safetensors."
@@ -146,6 +147,11 @@ def listed(names: Collection[str], shown: int = SHOWN) -> str:
 
 
 def _refuse_wrong_tensors(folder: Path, model: nn.Module, info: Mapping[str, Any]) -> None:
+    """Raise ModelError for missing tensors, other shapes, or weights of layers beyond the model's.
+
+    `info` is what transformers returns as loading info. Other unexpected tensors are ignored, as
+    transformers does.
+    """
     advice = "Its files must be those of one complete model: get an undamaged copy."
     if missing := _without_other_names(model, info["missing_keys"]):
         raise ModelError(
@@ -166,19 +172,20 @@ def _refuse_wrong_tensors(folder: Path, model: nn.Module, info: Mapping[str, Any
 
 
 def _without_other_names(model: nn.Module, missing: Collection[str]) -> set[str]:
-    """`missing` without the further names of tensors that are there under one: a module that
-    several layers share is stored once."""
-    found = {
+    """`missing` without names of tensors that were loaded under another name: a module that several
+    layers share is stored once."""
+    loaded = {
         id(tensor)
         for tensors in (model.named_parameters, model.named_buffers)
         for name, tensor in tensors(remove_duplicate=False)
         if name not in missing
     }
     tensors = dict(model.named_parameters(remove_duplicate=False))
-    return {name for name in missing if id(tensors.get(name)) not in found}
+    return {name for name in missing if id(tensors.get(name)) not in loaded}
 
 
 def _is_of_further_layer(name: str, model: nn.Module) -> bool:
+    """Whether a tensor's name has an index beyond the end of a list of the model's modules."""
     for match in re.finditer(r"\.(\d+)\.", name):
         with contextlib.suppress(AttributeError):
             parent = model.get_submodule(name[: match.start()])

@@ -44,7 +44,7 @@ def run_tasks(
         limit: use the first documents of each task only.
         batch_size: requests at once; whole-document tasks go one at a time.
         max_length: longer requests lose their beginning.
-        manager: what `task_manager` returned for the same tasks; None looks them up.
+        manager: the result of `task_manager` for the same tasks; None makes it.
 
     Returns:
         For each task (and each part of a group): its metrics by name, `NAME_stderr` where there is
@@ -53,6 +53,7 @@ def run_tasks(
     Raises:
         EvaluationError: lm-eval is not installed, an unknown task, or data that cannot be found.
     """
+    # Tasks are checked before the model is wrapped. An OSError below is about their data.
     manager = manager or task_manager(tasks, data=data, limit=limit)
     try:
         results = _module("lm_eval").simple_evaluate(
@@ -82,7 +83,7 @@ def _module(name: str) -> Any:
 def task_manager(
     tasks: Sequence[str], *, data: str | Path | None = None, limit: int | None = None
 ) -> Any:
-    """lm-eval's index of these tasks: what can be wrong with them before there is a model.
+    """lm-eval's index of these tasks; finds mistakes in their names before a model is loaded.
 
     Arguments and errors as `run_tasks`.
     """

@@ -1,9 +1,9 @@
 """Loading and saving quantized models through transformers (5.15 and newer).
 
 `register()` makes `AutoModelForCausalLM.from_pretrained` understand checkpoints whose config.json
-says `quant_method: vqllm`. On the way, before the weights are read, every quantized `nn.Linear` of
-the model, which is on the meta device, gives way to an empty `VQLinear`, a quantized `nn.Embedding`
-to a `VQEmbedding`. Their parameters carry the names of the stored tensors, so that the ordinary
+says `quant_method: vqllm`. Before the weights are read, the model is on the meta device. At that
+point every quantized `nn.Linear` is replaced by an empty `VQLinear`, and a quantized `nn.Embedding`
+by a `VQEmbedding`. Their parameters have the names of the stored tensors, so that the ordinary
 loader fills them and the ordinary `save_pretrained` writes them back. The packed tensors of a tied
 head are tied to those of the embedding in the way in which transformers ties weights.
 """
@@ -38,7 +38,7 @@ LOADING_KEYS = ("dequantize",)
 class VqllmConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint as transformers passes it around.
 
-    The values of config.json are kept as they are, unknown keys included, and written back so.
+    The values of config.json stay as they are, unknown keys included, and are written back so.
 
     Args:
         dequantize: expand all weights to dense ones when loading; the model is then an ordinary
@@ -68,7 +68,8 @@ class VqllmQuantizer(HfQuantizer):
     requires_calibration = True  # a dense model cannot be quantized by passing a config to load it
     quantization_config: VqllmConfig
     _declared_ties: dict[str, dict[str, str]]
-    """What the model and models inside it declare to be tied, by name, where that was changed."""
+    """The ties that the model, and models inside it, declared before `_tie_packed` changed them, by
+    the name of the model."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         self.quantization_config.parse()
@@ -90,6 +91,7 @@ class VqllmQuantizer(HfQuantizer):
             module.requires_grad_(False)  # the loader wraps float tensors anew, with gradient
         if self.pre_quantized and self.quantization_config.dequantize:
             return self._dequantize(model)
+        # Linears with one input share work; all others that are in memory own their tensors alone.
         groups = [group.members for group in group_inputs(model)]
         grouped = {id(member) for members in groups for member in members}
         alone = [m for m in packed.values() if id(m) not in grouped and not m.is_offloaded()]
@@ -105,6 +107,7 @@ class VqllmQuantizer(HfQuantizer):
                 f"{len(offloaded)} quantized linears are offloaded, so their dense weights have no "
                 "place to be. Load without device_map, or write a dense folder: vqllm dequantize."
             )
+        # Modules of their own first, so that a tied one finds the dense weight that it shares.
         tied = self.quantization_config.parse().tied
         for name, module in packed.items():
             if name not in tied:
@@ -112,6 +115,7 @@ class VqllmQuantizer(HfQuantizer):
                 model.set_submodule(name, _dense(module, weight))
         for name, source in tied.items():
             model.set_submodule(name, _dense(packed[name], model.get_submodule(source).weight))
+        # The model is an ordinary one again: it declares the ties that it had in the beginning.
         for name, declared in self._declared_ties.items():
             model.get_submodule(name)._tied_weights_keys = declared
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -176,9 +180,9 @@ def _dense_embedding(embedding: VQEmbedding, weight: nn.Parameter) -> nn.Embeddi
 def _tie_packed(
     model: Any, quantized: set[str], tied: Mapping[str, str]
 ) -> dict[str, dict[str, str]]:
-    """Tell transformers which tensors are tied: packed ones, in place of weights that are gone.
+    """Declare to transformers which packed tensors are tied, in place of the dense weights.
 
-    Without, it would look for the weights while it loads, and write tied tensors twice.
+    Otherwise it would look for the dense weights while it loads, and write tied tensors twice.
 
     Args:
         quantized: full names of all quantized modules.
@@ -190,6 +194,7 @@ def _tie_packed(
     # This file is imported in the middle of the import of this class.
     from transformers import PreTrainedModel
 
+    # `weights` are gone; `pairs` are the packed tensors of a tied module and those of its source.
     weights = {f"{name}.weight" for name in quantized}
     pairs = {
         f"{name}.{tensor}": f"{source}.{tensor}"
@@ -200,6 +205,7 @@ def _tie_packed(
     for prefix, module in model.named_modules():
         if not isinstance(module, PreTrainedModel):
             continue
+        # What a model declares without the entries about weights that are gone.
         declared: dict[str, str] = module._tied_weights_keys or {}
         own = {name.removeprefix(f"{prefix}.") for name in weights}
         now = {
@@ -212,21 +218,23 @@ def _tie_packed(
         if now != declared:
             before[prefix] = declared
             module._tied_weights_keys = now  # of the instance, not of its class
-    kept = {
+    # The same for the list of all ties, which has full names.
+    unchanged = {
         target: source
         for target, source in model.all_tied_weights_keys.items()
         if not {target, source} & weights
     }
-    model.all_tied_weights_keys = kept | pairs
+    model.all_tied_weights_keys = unchanged | pairs
     return before
 
 
 def _check_loaded(model: nn.Module, packed: dict[str, PackedModule]) -> None:
     """Refuse a model with packed tensors that the checkpoint lacks or that cannot be decoded.
 
-    transformers fills missing parameters with whatever is in memory and only logs it. Those that it
-    did load carry its mark; parameters on the meta device are offloaded.
+    transformers leaves missing parameters uninitialised and only logs it. The parameters that it
+    did load have its mark; parameters on the meta device are offloaded.
     """
+    # Without a mark on any parameter, a missing mark does not mean a missing tensor.
     marked = any(hasattr(parameter, "_is_hf_initialized") for parameter in model.parameters())
     for name, module in packed.items():
         loaded = {key: tensor for key, tensor in module.packed.items() if not tensor.is_meta}

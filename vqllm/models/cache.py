@@ -28,6 +28,7 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """
     if target.is_dir():
         return target
+    # One process builds, the others wait at the lock.
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(target.with_name(f"{target.name}.lock"))
@@ -37,6 +38,7 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
             f"the cache {target.parent} cannot be written: {error}. Set VQLLM_CACHE to a folder "
             "that can."
         ) from error
+    # The rename makes the folder appear complete. Whoever waited finds it there.
     partial = target.with_name(f"{target.name}.partial")
     try:
         if not target.is_dir():

