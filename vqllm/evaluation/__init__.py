@@ -1,4 +1,4 @@
-"""What came out: perplexity and divergence, speed, distortion of codecs.
+"""Measurements of a result: perplexity and divergence, speed, distortion of codecs.
 
 May import: core, hf, codecs, calibration, runtime.
 Start at `perplexity.py`.

@@ -50,17 +50,18 @@ def measure(codec: Codec, point: Point, device: torch.device) -> JSON:
     """
     W_RC = gaussian(point, device)
     X_IJE = tiles.to_tiles(W_RC, codec.tile)
-    fitted = _seconds(device)
+    fit_clock = _seconds(device)
     state = codec.fit(X_IJE, None, torch.Generator().manual_seed(SEED + 1))
-    fit_seconds = next(fitted)
+    fit_seconds = next(fit_clock)
+    # The first call, with few weights, compiles what is compiled on first use.
     codec.decode(codec.encode(X_IJE[:, :2], state), state)
-    encoded = _seconds(device)
+    encode_clock = _seconds(device)
     codes_IJM = codec.encode(X_IJE, state)
-    encode_seconds = next(encoded)
-    decoded = _seconds(device)
+    encode_seconds = next(encode_clock)
+    decode_clock = _seconds(device)
     X_hat_IJE = codec.decode(codes_IJM, state)
-    decode_seconds = next(decoded)
-    # Over the mean square of these very weights: it is 1 only up to chance (0.4 % for 2^17).
+    decode_seconds = next(decode_clock)
+    # Relative to the mean square of these weights, which is 1 only up to chance (0.4 % for 2^17).
     mse = float((X_hat_IJE - X_IJE).double().square().sum() / X_IJE.double().square().sum())
     bits = codec.bits(*W_RC.shape).codes / W_RC.numel()
     return {

@@ -23,7 +23,7 @@ from vqllm.hf.loading import max_length, runs_beyond
 WINDOW_LENGTH = 2048
 # Positions whose logits are in float32 at once: 256 x 49152 are 50 MB.
 CHUNK_POSITIONS = 256
-# A text longer than needed is cut at a line end; tokens this far from the cut do not see it.
+# A text longer than needed is cut at a line end; tokens this far from the cut do not depend on it.
 CUT_MARGIN_TOKENS = 64
 
 Progress = Callable[[int, int], None]
@@ -70,22 +70,23 @@ def text_windows(
         EvaluationError: a source that cannot be read or has fewer windows.
     """
     check_windows(num_windows, window_length)
+    # The text is tokenized as one string, so that windows do not depend on how it is cut in files.
     try:
         pieces = open_source(source).pieces()
         if num_windows is None:
-            found = _encode(tokenizer, "".join(pieces))
+            tokens = _encode(tokenizer, "".join(pieces))
         else:
-            found = _encode_prefix(tokenizer, pieces, num_windows * window_length)
+            tokens = _encode_prefix(tokenizer, pieces, num_windows * window_length)
     except CalibrationError as error:
         raise EvaluationError(str(error)) from error
-    available = len(found) // window_length
+    available = len(tokens) // window_length
     if available < max(1, num_windows or 1):
         raise EvaluationError(
-            f"{source} has {len(found)} tokens, that is {available} windows of {window_length}; "
+            f"{source} has {len(tokens)} tokens, that is {available} windows of {window_length}; "
             f"needed are {num_windows or 1}. Pass a longer text, or fewer or shorter windows."
         )
     used = num_windows or available
-    return torch.tensor(found[: used * window_length]).view(used, window_length)
+    return torch.tensor(tokens[: used * window_length]).view(used, window_length)
 
 
 def check_windows(num_windows: int | None, window_length: int) -> None:
@@ -127,15 +128,16 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 def _encode_prefix(tokenizer: Any, pieces: Iterator[str], needed: int) -> list[int]:
     """At least `needed` tokens of the joined pieces if there are as many, without reading on."""
+    # A guess of 4 characters a token. Where that is too little, twice the text is read.
     text, exhausted, wanted = "", False, 4 * needed
     while True:
         while not exhausted and len(text) < wanted:
             piece = next(pieces, None)
             exhausted = piece is None
             text += piece or ""
-        found = _encode(tokenizer, text)
-        if exhausted or len(found) >= needed + CUT_MARGIN_TOKENS:
-            return found
+        tokens = _encode(tokenizer, text)
+        if exhausted or len(tokens) >= needed + CUT_MARGIN_TOKENS:
+            return tokens
         wanted = 2 * len(text)
 
 
@@ -158,6 +160,7 @@ def perplexity(
     _check(tokens_SL, model)
     nll = 0.0
     for done, tokens_L in enumerate(tokens_SL):
+        # −Σ log p(token) over the window. In float32 are only the logits of a chunk of positions.
         logits_TV = _logits(model, tokens_L)
         nll += sum(
             F.cross_entropy(logits.float(), targets, reduction="sum").item()
@@ -194,6 +197,7 @@ def compare(
                 f"the models have vocabularies of {own_TV.shape[-1]} and {base_TV.shape[-1]} "
                 "tokens; compare a model with the one it was made from"
             )
+        # p are the predictions of the baseline, q those of the model; sums over the positions.
         targets_T = tokens_L[1:].to(own_TV.device)
         for own_CV, base_CV, targets_C in _chunks(own_TV, base_TV, targets_T):
             log_p_CV = F.log_softmax(base_CV.to(own_CV.device).float(), -1)

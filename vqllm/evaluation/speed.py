@@ -1,7 +1,7 @@
 """How fast a model runs beside its original: prefill, decoding, every kind of linear, memory.
 
-Everything is measured in turns, round by round in one process, and medians are compared: on a
-machine that others use too, only what was measured at the same time can be divided.
+Everything is measured in turns, round by round in one process, and medians are compared. On a
+machine with other users, only times that were measured together can be divided by each other.
 """
 
 import statistics
@@ -54,6 +54,7 @@ def bench(model: Any, original: Any | None, load: Load) -> JSON:
     Raises:
         EvaluationError: more tokens than a model takes.
     """
+    # In every round each model runs once, so that both meet the same load of the machine.
     contenders = {"model": model} | ({} if original is None else {"original": original})
     prompts = {name: _prompt(contender, load) for name, contender in contenders.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
@@ -66,6 +67,7 @@ def bench(model: Any, original: Any | None, load: Load) -> JSON:
         name: _figures(times[name], load) | {"weight_bytes": _weight_bytes(contender)}
         for name, contender in contenders.items()
     }
+    # Ratios are taken round by round, and their median after that.
     ratios = {}
     if original is not None:
         for i, key in enumerate(("prefill", "decode")):
@@ -140,7 +142,7 @@ def _figures(times: list[tuple[float, float]], load: Load) -> JSON:
 
 
 def _weight_bytes(model: nn.Module) -> JSON:
-    """Bytes of the stored tensors, and of what is kept beside them to be fast."""
+    """Bytes of the stored tensors, and of further copies that the runtime holds to be fast."""
     stored = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in (*model.parameters(), *model.buffers())
@@ -150,6 +152,7 @@ def _weight_bytes(model: nn.Module) -> JSON:
 
 
 def _linears(model: nn.Module, load: Load) -> list[JSON]:
+    """A row for every kind of quantized linear: the same specification on the same device."""
     kinds: dict[Any, list[VQLinear]] = {}
     names: dict[Any, str] = {}
     for name, module in model.named_modules():
@@ -191,20 +194,21 @@ def _in_turns(
     calls: Iterable[Callable[[], object]], device: torch.device, rounds: int
 ) -> list[float]:
     """Median seconds of each call."""
+    # The first call compiles; the second one says how many calls take MIN_SECONDS.
     plans = []
     for call in calls:
         call()
         plans.append((call, max(1, int(MIN_SECONDS / max(_seconds(call, device), 1e-7)))))
     times: list[list[float]] = [[] for _ in plans]
     for _ in range(rounds):
-        for found, (call, repeats) in zip(times, plans):
+        for seconds, (call, repeats) in zip(times, plans):
 
             def repeated(call=call, repeats=repeats) -> None:
                 for _ in range(repeats):
                     call()
 
-            found.append(_seconds(repeated, device) / repeats)
-    return [statistics.median(found) for found in times]
+            seconds.append(_seconds(repeated, device) / repeats)
+    return [statistics.median(seconds) for seconds in times]
 
 
 def _device(model: nn.Module) -> torch.device:

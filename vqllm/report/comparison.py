@@ -50,7 +50,7 @@ def comparison_rows(result: JSON) -> list[tuple[str, ...]]:
 
 
 def comparison_notes(result: JSON) -> list[str]:
-    """What a reader of the table has to know."""
+    """The sentences below the table: what was measured, how, and what failed."""
     notes = [f"Measured on {result['text']}."] if result["text"] else []
     notes += [result["rule"]]
     if not all(row["cost"]["whole"] for row in result["rows"]):
@@ -67,6 +67,7 @@ def _name(row: JSON) -> str:
 
 def _figures(row: JSON) -> tuple[str, ...]:
     measured, cost, standing = row["evaluation"], row["cost"], row["standing"]
+    # What it takes to make the model; its evaluation is not counted.
     seconds = sum(cost["seconds"].get(phase, 0) for phase in ("quantization", "tuning"))
     front = [word for word in ("bits", "file") if standing[f"front_{word}"]]
     peak = cost["peak_memory_bytes"]

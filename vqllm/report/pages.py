@@ -21,6 +21,8 @@ def report_pages(records: Sequence[JSON], summary: Summary, recipe_yaml: str) ->
 
 
 def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
+    """report.md: first the rows of each table, then the page with them in its order."""
+    # The kind of a linear is the last part of its name, such as q_proj.
     kinds: dict[str, list[JSON]] = {}
     for record in records:
         kinds.setdefault(record["name"].rsplit(".", 1)[-1], []).append(record)
@@ -39,6 +41,7 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
         (r["name"], f"{r['proxy_loss']:.4g}", f"{r['sqnr_db']:.2f}", str(r["num_tokens"]))
         for r in worst(records)
     ]
+    # Linears that were coded again with more bits, because their loss was too large.
     fragile_rows = [
         (
             r["name"],
@@ -49,6 +52,7 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
         for r in records
         if "fragile" in r
     ]
+    # What a budget of bits chose: the linears that got as many bits of codes a weight.
     by_bits: dict[str, list[JSON]] = {}
     for record in records:
         if "expected_kl" in record:
@@ -64,15 +68,17 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
         )
         for bits, group in sorted(by_bits.items(), key=lambda item: float(item[0]))
     ]
+    # There is one training after the rounding of an input group: one row for all its linears.
     trained: dict[tuple[int, str], JSON] = {}
     for record in records:
         if "training" in record:
             group = ", ".join(name.rsplit(".", 1)[-1] for name in record["group"])
             trained[record["layer"], group] = record["training"]
     trained_rows = [
-        (str(layer), group, *_training_cells(told)) for (layer, group), told in trained.items()
+        (str(layer), group, *_training_cells(training))
+        for (layer, group), training in trained.items()
     ]
-    kept = [(name, reason) for name, reason in summary.not_quantized.items()]
+    dense_rows = [(name, reason) for name, reason in summary.not_quantized.items()]
     return "\n".join(
         [
             f"# {summary.model}, {summary.recipe}",
@@ -108,7 +114,7 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
             *_tuned(summary.tuning),
             "## Not quantized",
             "",
-            markdown_table(("module", "reason"), kept),
+            markdown_table(("module", "reason"), dense_rows),
             "## Recipe",
             "",
             f"```yaml\n{recipe_yaml}```",
@@ -120,27 +126,28 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
 TRAINING = ("before", "after", "best step", "times not finite")
 
 
-def _training_cells(told: JSON) -> tuple[str, ...]:
-    """What the training of a layer says, under `TRAINING`."""
-    errors = f"{told['before']:.4g}", f"{told['after']:.4g}"
-    return (*errors, str(told["best_step"]), str(told["faults"] or ""))
+def _training_cells(training: JSON) -> tuple[str, ...]:
+    """The cells of the columns `TRAINING`, from the record of the training of a layer or group."""
+    errors = f"{training['before']:.4g}", f"{training['after']:.4g}"
+    return (*errors, str(training["best_step"]), str(training["faults"] or ""))
 
 
 def _tuned(stages: Sequence[JSON]) -> list[str]:
     """The course of every stage of a tuning."""
     lines = []
-    for told in stages:
-        if "linears" in told:
+    for stage in stages:
+        # A stage tunes each linear by itself, or layers, or the whole model.
+        if "linears" in stage:
             rows = [
                 (own["name"], f"{own['before']:.4g}", f"{own['after']:.4g}")
-                for own in told["linears"]
+                for own in stage["linears"]
             ]
-            title = f"Tuning: {told['stage']}, proxy loss"
+            title = f"Tuning: {stage['stage']}, proxy loss"
             lines += _section(title, ("linear", "before", "after"), rows)
             continue
-        if "layers" in told:
-            rows = [(str(own["layer"]), *_training_cells(own)) for own in told["layers"]]
-            title = f"Tuning: {told['stage']}, held-out error of each layer's output"
+        if "layers" in stage:
+            rows = [(str(own["layer"]), *_training_cells(own)) for own in stage["layers"]]
+            title = f"Tuning: {stage['stage']}, held-out error of each layer's output"
             lines += _section(title, ("layer", *TRAINING), rows)
             continue
         rows = [
@@ -149,19 +156,20 @@ def _tuned(stages: Sequence[JSON]) -> list[str]:
                 "" if look["train_kl"] is None else f"{look['train_kl']:.4f}",
                 f"{look['held_out_kl']:.4f}",
             )
-            for look in told["history"]
+            for look in stage["history"]
         ]
-        title = f"Tuning: {told['stage']}, best after {told['best_step']} steps"
+        title = f"Tuning: {stage['stage']}, best after {stage['best_step']} steps"
         lines += _section(title, ("step", "KL of the last batches", "held-out KL"), rows)
-        if moved := [own for own in told.get("rounds", []) if own["moved"]]:
+        # Rounds in which the stage also changed codes, with the KL divergence before and after.
+        if moved := [own for own in stage.get("rounds", []) if own["moved"]]:
             rows = [
                 (str(own["step"]), str(own["moved"]), *(f"{kl:.4f}" for kl in own["kl"]))
                 for own in moved
             ]
-            title = f"Codes that moved, in {len(moved)} of {len(told['rounds'])} rounds"
+            title = f"Codes that moved, in {len(moved)} of {len(stage['rounds'])} rounds"
             lines += _section(title, ("step", "tiles", "KL before", "KL after"), rows)
-        if told["faults"]:
-            lines += [f"Not finite, and back with half the rates: {told['faults']} times.", ""]
+        if stage["faults"]:
+            lines += [f"Not finite, and back with half the rates: {stage['faults']} times.", ""]
     return lines
 
 

@@ -14,6 +14,7 @@ def speed_rows(results: JSON) -> list[tuple[str, str]]:
             f"{results['threads']} threads",
         )
     ]
+    # "kept" are the copies that the runtime holds beside the stored tensors to be fast.
     for name, figures in results["models"].items():
         stored, kept = figures["weight_bytes"]["stored"], figures["weight_bytes"]["kept"]
         spread = figures["spread"]

@@ -36,7 +36,7 @@ class Summary:
     evaluation: JSON | None = None
     not_quantized: dict[str, str] = field(default_factory=dict)
     tuning: list[JSON] = field(default_factory=list)
-    """what each stage of a tuning says about itself"""
+    """the record of each stage of a tuning"""
 
     def rows(self) -> list[tuple[str, str]]:
         """The closing table: label and value."""
@@ -47,7 +47,7 @@ class Summary:
         ]
 
     def lasting_rows(self) -> list[tuple[str, str]]:
-        """What is the same whenever and wherever the run is repeated."""
+        """The rows that are the same whenever and wherever the run is repeated."""
         rows = [
             ("model", self.model),
             ("recipe", self.recipe),
@@ -57,20 +57,23 @@ class Summary:
             (f"bits per weight, {label}", f"{value:.3f}")
             for label, value in self.bits_per_weight.items()
         ]
-        for told in self.tuning:
-            if "linears" in told:
-                before, after = (_mean(told["linears"], key) for key in ("before", "after"))
-                rows.append((f"{told['stage']}, mean proxy loss", f"{before:.4g} → {after:.4g}"))
+        for stage in self.tuning:
+            # A stage tunes each linear by itself, or layers, or the whole model.
+            name = stage["stage"]
+            if "linears" in stage:
+                before, after = (_mean(stage["linears"], key) for key in ("before", "after"))
+                rows.append((f"{name}, mean proxy loss", f"{before:.4g} → {after:.4g}"))
                 continue
-            if "layers" in told:
-                before, after = (_mean(told["layers"], key) for key in ("before", "after"))
+            if "layers" in stage:
+                before, after = (_mean(stage["layers"], key) for key in ("before", "after"))
                 shown = f"mean error of a layer's output {before:.4g} → {after:.4g}"
-                rows.append((f"{told['stage']}, held-out sequences", shown))
+                rows.append((f"{name}, held-out sequences", shown))
                 continue
-            first, best = told["history"][0], told["best_step"]
-            last = min(look["held_out_kl"] for look in told["history"])
-            shown = f"KL {first['held_out_kl']:.4f} → {last:.4f} after {best} steps"
-            rows.append((f"{told['stage']}, held-out sequences", shown))
+            # The result is the state of the least held-out KL, not that of the last step.
+            first, best = stage["history"][0], stage["best_step"]
+            least = min(look["held_out_kl"] for look in stage["history"])
+            shown = f"KL {first['held_out_kl']:.4f} → {least:.4f} after {best} steps"
+            rows.append((f"{name}, held-out sequences", shown))
         rows += evaluation_rows(self.evaluation) if self.evaluation else []
         return rows
 
@@ -114,7 +117,7 @@ def worst(records: Sequence[JSON], num: int = NUM_WORST) -> list[JSON]:
 
 
 def _mean(records: Sequence[JSON], key: str) -> float:
-    return sum(told[key] for told in records) / len(records)
+    return sum(record[key] for record in records) / len(records)
 
 
 def _mb(num_bytes: int) -> str:
