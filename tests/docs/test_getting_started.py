@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.support.tiny import TEXT, save_tiny
 from typer.testing import CliRunner
 
 from tests.support.pages import ROOT, Block, blocks, commands, text_of
+from tests.support.tiny import TEXT, save_tiny
 from vqllm import cli
 
 PAGE = ROOT / "docs" / "getting_started.md"
