@@ -13,8 +13,8 @@ import vqllm
 from tests.support.params import slow_but
 from tests.support.tiny import TEXT, save_tiny
 from vqllm import api, cli, recipes
-from vqllm.checkpoint.resume.layer_writer import CheckpointRun
-from vqllm.checkpoint.resume.tuned_writer import TunedRun
+from vqllm.checkpoint.resume.layer_writer import LayerWriter
+from vqllm.checkpoint.resume.tuned_writer import TunedWriter
 from vqllm.errors import CheckpointError, EvaluationError, ModelError, OutOfSpaceError
 from vqllm.recipes import Recipe
 from vqllm.runs import quantize as quantization
@@ -178,7 +178,7 @@ def test_a_member_stopped_after_its_measurement_is_closed_and_not_measured_again
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(CheckpointRun, "complete", killed)
+        patched.setattr(LayerWriter, "complete", killed)
         with pytest.raises(Killed):
             compare(place, tmp_path / "out", recipe="e8p-2bit")
     kept = tmp_path / "out" / ".vqllm" / "results" / "e8p-2bit.json"
@@ -362,7 +362,7 @@ def test_a_tuned_member_stopped_after_its_measurement_is_closed_and_not_measured
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(TunedRun, "complete", killed)
+        patched.setattr(TunedWriter, "complete", killed)
         with pytest.raises(Killed):
             compare_tuned(place, tmp_path / "out")
     kept = tmp_path / "out" / ".vqllm" / "results" / "tuned.json"

@@ -13,7 +13,7 @@ import vqllm
 from tests.support.params import slow_but
 from tests.support.tiny import ARCHITECTURES, DIFFERENT, TEXT, save_tiny
 from vqllm import api
-from vqllm.allocation import run as foresight
+from vqllm.allocation import gradient_statistics
 from vqllm.calibration.saliency import TokenWeights
 from vqllm.checkpoint import atomic
 from vqllm.checkpoint.reader import Checkpoint
@@ -310,8 +310,8 @@ def test_a_finished_pass_with_gradients_is_not_begun_again(
     changed = recipe(**changes)
     with pytest.raises(Killed):
         run(source, tmp_path / "out", recipe=changed, progress=KillAt(12))
-    monkeypatch.setattr(foresight, "GradientPass", None)
-    monkeypatch.setattr(foresight, "gaussian_mse", None)
+    monkeypatch.setattr(gradient_statistics, "GradientPass", None)
+    monkeypatch.setattr(gradient_statistics, "gaussian_mse", None)
     run(source, tmp_path / "out", recipe=changed)
 
 

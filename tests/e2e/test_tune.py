@@ -183,7 +183,7 @@ def test_a_run_goes_on_with_the_teacher_in_memory(finished, root, rounded, text,
     def stopping(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuned.TunedRun, "write", stopping)
+    monkeypatch.setattr(tuned.TunedWriter, "write", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(rounded, output, text)
     assert (output / ".vqllm" / "teacher-0.bin").stat().st_size == 56 * 32 * 64 * 2
@@ -197,7 +197,7 @@ def test_a_run_goes_on_with_the_teacher_in_memory(finished, root, rounded, text,
 @pytest.mark.parametrize("stop", [1, 5])
 def test_an_interrupted_run_goes_on(finished, root, rounded, text, stop, monkeypatch) -> None:
     output = root / f"stopped-{stop}"
-    keep, calls = tuned.TunedRun.save_record, []
+    keep, calls = tuned.TunedWriter.save_record, []
 
     def stopping(self, name, told, tensors) -> None:
         keep(self, name, told, tensors)
@@ -205,7 +205,7 @@ def test_an_interrupted_run_goes_on(finished, root, rounded, text, stop, monkeyp
         if len(calls) == stop:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuned.TunedRun, "save_record", stopping)
+    monkeypatch.setattr(tuned.TunedWriter, "save_record", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(rounded, output, text)
     assert not (output / "config.json").exists()
@@ -222,7 +222,7 @@ def test_a_run_with_other_settings_is_refused(root, rounded, text, monkeypatch) 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuned.TunedRun, "write", killed)
+    monkeypatch.setattr(tuned.TunedWriter, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         run(rounded, output, text, recipe=recipe(steps=2))
     monkeypatch.undo()
@@ -236,7 +236,7 @@ def test_a_run_does_not_go_on_with_another_teacher(root, source, rounded, text, 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuned.TunedRun, "write", killed)
+    monkeypatch.setattr(tuned.TunedWriter, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         run(rounded, output, text, recipe=recipe(steps=2), teacher=teacher)
     monkeypatch.undo()
@@ -412,7 +412,7 @@ def test_such_a_recipe_goes_on_where_it_was(root, source, text, monkeypatch) -> 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuned.TunedRun, "write", killed)
+    monkeypatch.setattr(tuned.TunedWriter, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         api.quantize(source, root / "halfway", recipe=whole(steps=3), **given)
     monkeypatch.undo()
@@ -440,7 +440,7 @@ def test_a_mistake_in_what_follows_leaves_what_is_rounded(root, source, text, mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr("vqllm.runs.quantize.run_pipeline", killed)  # it is not quantized again
-    monkeypatch.setattr(tuned.TunedRun, "write", killed)
+    monkeypatch.setattr(tuned.TunedWriter, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         api.quantize(source, output, recipe=short, **given)
     with pytest.raises(CheckpointError, match=r"vqllm tune \S+rounded --output OTHER tunes them"):
@@ -471,7 +471,7 @@ def test_runs_with_and_without_tuning_keep_apart(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vqllm.checkpoint.resume.layer_writer.CheckpointRun.finish", killed)
+    monkeypatch.setattr("vqllm.checkpoint.resume.layer_writer.LayerWriter.finish", killed)
     with pytest.raises(KeyboardInterrupt):
         api.quantize(source, output, recipe=first, **given)
     monkeypatch.undo()

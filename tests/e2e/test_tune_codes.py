@@ -105,7 +105,7 @@ def test_an_interrupted_run_ends_as_a_straight_one(root, source, text, stage, mo
         quantized(source, text, "kmeans")
     straight = run(folder, root / f"straight-{stage}", text, stage)
     assert codes_changed(Checkpoint.open(folder), Checkpoint.open(straight.output)) > 0
-    keep, calls = tuned.TunedRun.save_record, []
+    keep, calls = tuned.TunedWriter.save_record, []
 
     def stopping(self, name, told, tensors) -> None:
         keep(self, name, told, tensors)
@@ -114,7 +114,7 @@ def test_an_interrupted_run_ends_as_a_straight_one(root, source, text, stage, mo
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuned.TunedRun, "save_record", stopping)
+    monkeypatch.setattr(tuned.TunedWriter, "save_record", stopping)
     output = root / f"stopped-{stage}"
     with pytest.raises(KeyboardInterrupt):
         run(folder, output, text, stage)

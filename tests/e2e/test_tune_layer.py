@@ -109,7 +109,7 @@ def test_the_same_bytes_again_and_after_a_stop(
     finished, root, rounded, text, stop, monkeypatch
 ) -> None:
     output = root / f"stopped-{stop}"
-    keep, calls = tuned.TunedRun.save_record, []
+    keep, calls = tuned.TunedWriter.save_record, []
 
     def stopping(self, name, told, tensors) -> None:
         keep(self, name, told, tensors)
@@ -118,7 +118,7 @@ def test_the_same_bytes_again_and_after_a_stop(
         if len(calls) == stop:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuned.TunedRun, "save_record", stopping)
+    monkeypatch.setattr(tuned.TunedWriter, "save_record", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(rounded, output, text)
     monkeypatch.undo()

@@ -164,14 +164,14 @@ def test_a_second_fit_finds_nothing_more(finished, root, text) -> None:
 
 
 def test_the_same_bytes_after_a_stop(finished, root, rounded, text, monkeypatch) -> None:
-    keep = tuned.TunedRun.save_record
+    keep = tuned.TunedWriter.save_record
 
     def stopping(self, name, told, tensors) -> None:
         keep(self, name, told, tensors)
         if name.startswith("stage"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuned.TunedRun, "save_record", stopping)
+    monkeypatch.setattr(tuned.TunedWriter, "save_record", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(rounded, root / "stopped", text)
     monkeypatch.undo()

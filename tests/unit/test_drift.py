@@ -12,7 +12,6 @@ from tests.support.tiny import ARCHITECTURES, DIFFERENT, save_tiny
 from vqllm import recipes
 from vqllm.calibration import passes as passes_module
 from vqllm.calibration.drift import Drift, silenced
-from vqllm.calibration.hessian import Hessian
 from vqllm.calibration.layer_calibrator import LayerCalibrator
 from vqllm.calibration.layer_stream import LayerStream, linears_of
 from vqllm.quantization import linear as group
@@ -39,7 +38,7 @@ def _batches_of_two_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def calibrate(
     folder: Path, scratch: Path, damage: float, weights: dict[str, Tensor] | None = None
-) -> dict[str, Hessian]:
+) -> dict[str, InputHessian]:
     """The Hessians of the second layer, when the first has weights that are wrong by `damage`."""
     stream = LayerStream(folder, torch.device("cpu"), scratch / "offload")
     calibrator = LayerCalibrator(stream, TOKENS, 1 << 30, scratch, weights, "residual")
@@ -140,7 +139,7 @@ def test_a_model_without_errors_has_no_drift(tmp_path: Path) -> None:
 
 def test_experts_have_no_drift(tmp_path: Path) -> None:
     """What they see depends on the routing, which is another one in the two models."""
-    hessian = Hessian.empty(4, torch.device("cpu"))
+    hessian = InputHessian.empty(4, torch.device("cpu"))
     assert hessian.drift is None
     W = {"expert": torch.randn(6, 4, generator=torch.Generator().manual_seed(0))}
     wanted = recipes.from_dict(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from vqllm import recipes
-from vqllm.allocation.run import needs_gradients
+from vqllm.allocation.gradient_statistics import needs_gradients
 from vqllm.core import resources
 from vqllm.errors import RecipeError
 from vqllm.plan.costs import code_bits

@@ -11,7 +11,7 @@ from vqllm.errors import NumericalError
 
 
 @dataclass
-class Hessian:
+class InputHessian:
     """The running sum of w x xᵀ over all tokens so far, w = 1 unless given.
 
     `matrix` is the mean, float32 [C, C]. It is not centred: the error of a linear map depends on
@@ -27,7 +27,7 @@ class Hessian:
     """how far the input is from that of the original model, where it was measured"""
 
     @classmethod
-    def empty(cls, num_features: int, device: torch.device) -> "Hessian":
+    def empty(cls, num_features: int, device: torch.device) -> "InputHessian":
         return cls(torch.zeros(num_features, num_features, dtype=torch.float32, device=device))
 
     def add(self, x_NC: Tensor, weight_N: Tensor | None = None) -> None:

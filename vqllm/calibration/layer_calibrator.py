@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vqllm.calibration.drift import Drift, Writer, silenced, writers
-from vqllm.calibration.hessian import Hessian
+from vqllm.calibration.hessian import InputHessian
 from vqllm.calibration.layer_stream import LayerDone, LayerStream
 from vqllm.calibration.passes import Model, Passes
 from vqllm.core import metrics
@@ -122,7 +122,7 @@ class LayerCalibrator:
 
     def hessians(
         self, index: int, linears: Mapping[str, nn.Linear], groups: list[InputGroup]
-    ) -> list[Hessian]:
+    ) -> list[InputHessian]:
         """The Hessian of each group over all sequences.
 
         The weight of a token is the mean of its weights for the linears of the group. Where a
@@ -139,14 +139,14 @@ class LayerCalibrator:
                 self._measure(index, linears, {group: hessians[group] for group in together})
         return list(hessians.values())
 
-    def hessian_beyond(self, index: int, name: str, linear: nn.Linear) -> Hessian:
+    def hessian_beyond(self, index: int, name: str, linear: nn.Linear) -> InputHessian:
         """The Hessian of a linear that runs after loaded layer `index`, the last one, such as the
         output head, over all sequences.
 
         Raises:
             ModelError: the model does not call it.
         """
-        hessian = Hessian.empty(linear.in_features, self._stream.device)
+        hessian = InputHessian.empty(linear.in_features, self._stream.device)
 
         def visit(_: str, x: Tensor) -> None:
             hessian.add(x.reshape(-1, x.shape[-1]))
@@ -207,8 +207,8 @@ class LayerCalibrator:
 
         self._layer.writers = writers(run, linears, [group.names for group in groups])
 
-    def _empty(self, linear: nn.Linear, group: InputGroup) -> Hessian:
-        hessian = Hessian.empty(linear.in_features, self._stream.device)
+    def _empty(self, linear: nn.Linear, group: InputGroup) -> InputHessian:
+        hessian = InputHessian.empty(linear.in_features, self._stream.device)
         if self._target != "weights":
             adds = group.names[0] in self._layer.writers
             hessian.drift = Drift.empty(linear, adds, self._stream.device)
@@ -218,7 +218,7 @@ class LayerCalibrator:
         self,
         index: int,
         linears: Mapping[str, nn.Linear],
-        hessians: Mapping[InputGroup, Hessian],
+        hessians: Mapping[InputGroup, InputHessian],
     ) -> None:
         """Add all tokens to the Hessians of these groups."""
         watched = {group.names[0]: linears[group.names[0]] for group in hessians}

@@ -11,7 +11,7 @@ from vqllm.core.protocols import Codec, State
 from vqllm.core.tiles import from_tiles, to_tiles
 from vqllm.errors import CheckpointError, RecipeError
 from vqllm.recipes import Recipe, from_dict
-from vqllm.tuning.relative_parameter import Moved
+from vqllm.tuning.relative_parameter import RelativeParameter
 from vqllm_kernels.linear import LinearSpec
 
 
@@ -19,8 +19,8 @@ class CodedWeights(nn.Module):
     """Ŵ [R, C] = transforms⁻¹(decode(codes, state)), with codes that can be exchanged.
 
     Attributes:
-        learned: a `Moved` for each tensor of the codec's state that can be trained: codebooks,
-            tables, scales of groups. A single scale of the whole matrix is not among them: scales
+        learned: a `RelativeParameter` for each tensor of the codec's state that can be trained:
+            codebooks, tables, scales of groups. A single scale of the whole matrix is not among them: scales
             of rows have it in them.
         records_gradients: whether gradients of the weights are added up.
         version: grows when codes are exchanged.
@@ -42,7 +42,9 @@ class CodedWeights(nn.Module):
         floating = {n: t for n, t in self._state.items() if t.is_floating_point()}
         if sum(t.numel() for t in floating.values()) == 1:
             floating = {}
-        self.learned = {n: Moved(t, torch.float32, least=1e-9) for n, t in floating.items()}
+        self.learned = {
+            n: RelativeParameter(t, torch.float32, least=1e-9) for n, t in floating.items()
+        }
         self._learned = nn.ModuleList(self.learned.values())  # what moves to other devices
         # Where each tile stands is of no matter if all it takes to decode one is shared by all.
         small, large = (codec.spec().layout(*_times(codec.tile, n)) for n in (1, 4096))

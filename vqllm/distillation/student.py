@@ -28,7 +28,7 @@ from vqllm.distillation.coded_weights import CodedWeights, codecs_of
 from vqllm.distillation.fit_scales import fit
 from vqllm.plan.packed_spec import as_stored, scaled
 from vqllm.runtime import PackedModule, VQLinear
-from vqllm.tuning.relative_parameter import Moved
+from vqllm.tuning.relative_parameter import RelativeParameter
 from vqllm_kernels.linear import LinearSpec
 
 
@@ -50,7 +50,7 @@ class ScaledLinear(nn.Module):
         self.coded, self._version = coded, 0
         self.rows = frozen(torch.zeros(self.out_features, device=W_RC.device))
         self.columns = frozen(torch.zeros(self.in_features, device=W_RC.device))
-        self.bias = None if bias is None else Moved(bias, W_RC.dtype)
+        self.bias = None if bias is None else RelativeParameter(bias, W_RC.dtype)
 
     def split(self, processes: Processes) -> None:
         """From now on each process holds a part of Ŵ, and all of it only while it is computed with.
@@ -208,7 +208,7 @@ class Student:
         # Linears are done; embedding and head may share one matrix, which then moves once.
         ends = {self.model.get_input_embeddings(), self.model.get_output_embeddings()}
         ours = {module for linear in self.linears.values() for module in linear.modules()}
-        tied: dict[int, Moved] = {}
+        tied: dict[int, RelativeParameter] = {}
         for prefix, module in list(self.model.named_modules()):
             if module in ours or isinstance(module, PackedModule):
                 continue
@@ -226,7 +226,7 @@ class Student:
                 if moved is None:
                     # As stored: the loaded one may be rounded to a narrower dtype.
                     old = self._checkpoint.read(name).to(parameter.device)
-                    moved = tied[id(parameter)] = Moved(old, parameter.dtype)
+                    moved = tied[id(parameter)] = RelativeParameter(old, parameter.dtype)
                     self._moved.setdefault(kind, {})[name] = moved
                 module.register_parameter(key, moved.delta)
                 parametrize.register_parametrization(module, key, moved, unsafe=True)

@@ -23,7 +23,7 @@ from vqllm.plan.packed_spec import scaled
 from vqllm.quantization.loaded_layer import LoadedLayer, Place
 from vqllm.recipes.schema import LayerTraining
 from vqllm.tuning.descent import batch, descend
-from vqllm.tuning.relative_parameter import Moved
+from vqllm.tuning.relative_parameter import RelativeParameter
 
 
 class LayerTrainer:
@@ -36,10 +36,10 @@ class LayerTrainer:
         self._layer, self._calibrator = layer, calibrator
         self._dtype = next(iter(layer.linears.values())).weight.dtype
         self._rows: dict[str, _Rows] = {}
-        self._vectors = {n: Moved(v, self._dtype) for n, v in layer.vectors.items()}
-        self._weights: dict[str, Moved] = {}
+        self._vectors = {n: RelativeParameter(v, self._dtype) for n, v in layer.vectors.items()}
+        self._weights: dict[str, RelativeParameter] = {}
         if "weights" in settings.train:
-            self._weights = {n: Moved(W, self._dtype) for n, W in layer.weights.items()}
+            self._weights = {n: RelativeParameter(W, self._dtype) for n, W in layer.weights.items()}
         num = len(calibrator.tokens)
         num_held_out = max(1, round(settings.held_out * num))
         # Spread evenly: sequences of one source follow each other.

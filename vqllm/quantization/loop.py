@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vqllm.allocation.run import Foresight
+from vqllm.allocation.gradient_statistics import GradientStatistics
 from vqllm.calibration.data.calibration_set import calibration_sequences
 from vqllm.calibration.layer_calibrator import LayerCalibrator
 from vqllm.calibration.layer_stream import linears_of
 from vqllm.calibration.passes import Model
-from vqllm.checkpoint.resume.layer_writer import CheckpointRun
+from vqllm.checkpoint.resume.layer_writer import LayerWriter
 from vqllm.core import memory
 from vqllm.core.progress import Progress
 from vqllm.core.protocols import JSON
@@ -24,7 +24,7 @@ from vqllm.plan.not_quantized import nothing_to_quantize, why_not_quantized
 from vqllm.plan.packed_spec import stored_spec
 from vqllm.plan.selection import chosen, shapes_of
 from vqllm.quantization.checks import check_finite, check_model
-from vqllm.quantization.embeddings import Outside
+from vqllm.quantization.embeddings import EmbeddingAndHead
 from vqllm.quantization.layer import LayerTask, quantize_layer
 from vqllm.quantization.layer_training import LayerTrainer
 from vqllm.quantization.loaded_layer import LoadedLayer, Place, install, vectors_of
@@ -43,7 +43,7 @@ class Outcome:
     """int64 [S, L], sequences that nothing was calibrated on"""
 
 
-def open_run(job: Job) -> CheckpointRun:
+def open_run(job: Job) -> LayerWriter:
     """The job's output folder, new or with the finished layers of an earlier run of the same job.
 
     Raises:
@@ -52,7 +52,7 @@ def open_run(job: Job) -> CheckpointRun:
     """
     check_model(job.source, job.model, job.recipe, job.trust_remote_code)
     settings = {"device": job.device.type, "compute_dtype": str(job.compute_dtype or "auto")}
-    return CheckpointRun(
+    return LayerWriter(
         job.output,
         job.source,
         job.model,
@@ -63,7 +63,7 @@ def open_run(job: Job) -> CheckpointRun:
     )
 
 
-def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
+def quantize(job: Job, run: LayerWriter, progress: Progress) -> Outcome:
     """Quantize a model into the checkpoint folder of `run`, from its first unfinished layer on.
 
     Every finished layer is on disk before the next one begins; a run that is killed at any moment
@@ -101,14 +101,14 @@ def quantize(job: Job, run: CheckpointRun, progress: Progress) -> Outcome:
 class _Loop:
     """The steps of a run. Making it measures gradients, if the recipe needs them, and plans."""
 
-    def __init__(self, job: Job, run: CheckpointRun, tokens_SL: Tensor, progress: Progress) -> None:
+    def __init__(self, job: Job, run: LayerWriter, tokens_SL: Tensor, progress: Progress) -> None:
         self._job, self._recipe, self._run, self._progress = job, job.recipe, run, progress
         self._tokens_SL = tokens_SL
         # The pass with gradients opens the model by itself, so it comes before the stream.
-        self._findings = Foresight(job, run, tokens_SL, progress)
+        self._findings = GradientStatistics(job, run, tokens_SL, progress)
         self._stream = job.open_stream(run.scratch)
         check_finite(self._stream.model, "the model outside its layers")
-        self._ends = Outside(self._stream, run, self._recipe)
+        self._ends = EmbeddingAndHead(self._stream, run, self._recipe)
         self._allocation = self._findings.allocation(shapes_of(self._stream, self._recipe))
         planned = self._planned_specs() | self._ends.specs
         run.begin(self._stream.model, self._stream.names, planned, self._ends.tied)

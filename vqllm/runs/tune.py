@@ -16,7 +16,7 @@ from vqllm.calibration.layer_stream import Layers, LayerStream
 from vqllm.checkpoint.inspect import bits_per_weight
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.checkpoint.resume.journal import WORK
-from vqllm.checkpoint.resume.tuned_writer import TunedRun
+from vqllm.checkpoint.resume.tuned_writer import TunedWriter
 from vqllm.core import memory
 from vqllm.core.distributed import Processes
 from vqllm.core.progress import Progress
@@ -83,7 +83,7 @@ class _TuningRun:
     """A run in its folder, which only the first process has."""
 
     def __init__(
-        self, job: TuningJob, folder: TunedRun | None, processes: Processes, progress: Progress
+        self, job: TuningJob, folder: TunedWriter | None, processes: Processes, progress: Progress
     ) -> None:
         self._job, self._folder = job, folder
         self._processes, self._progress = processes, progress
@@ -240,7 +240,7 @@ class _TuningRun:
 class _FolderStates:
     """The states of one stage in the folder of a run."""
 
-    def __init__(self, folder: TunedRun | None, processes: Processes, name: str) -> None:
+    def __init__(self, folder: TunedWriter | None, processes: Processes, name: str) -> None:
         self._folder, self._processes, self._name = folder, processes, name
 
     def load(self) -> tuple[JSON, dict[str, Tensor]] | None:

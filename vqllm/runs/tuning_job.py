@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.checkpoint.resume.journal import fingerprint
-from vqllm.checkpoint.resume.tuned_writer import TunedRun
+from vqllm.checkpoint.resume.tuned_writer import TunedWriter
 from vqllm.core.distributed import Processes
 from vqllm.core.protocols import JSON
 from vqllm.errors import CheckpointError, RecipeError
@@ -44,7 +44,7 @@ def check_shard(recipe: Stages, processes: Processes, within: str) -> None:
         )
 
 
-def open_tuned_run(job: TuningJob, processes: Processes) -> TunedRun:
+def open_tuned_run(job: TuningJob, processes: Processes) -> TunedWriter:
     """The output folder, new or with an unfinished run of the same job.
 
     Raises:
@@ -61,7 +61,7 @@ def open_tuned_run(job: TuningJob, processes: Processes) -> TunedRun:
         "device": job.device.type,
         "processes": processes.size,
     }
-    return TunedRun(job.output, job.checkpoint, _identity(job.recipe), settings)
+    return TunedWriter(job.output, job.checkpoint, _identity(job.recipe), settings)
 
 
 def _identity(recipe: TuningRecipe) -> JSON:

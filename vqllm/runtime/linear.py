@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from vqllm.core.tensors import frozen
 from vqllm.runtime.cache import weight_cache
-from vqllm.runtime.input_group import InputGroup
+from vqllm.runtime.joined_linears import JoinedLinears
 from vqllm.runtime.packed import PackedModule
 from vqllm_kernels import dispatch
 from vqllm_kernels.linear import LinearSpec
@@ -40,7 +40,7 @@ class VQLinear(PackedModule):
         """
         super().__init__(spec, dtype, device)
         self.in_features, self.out_features = spec.cols, spec.rows
-        self._group: InputGroup | None = None
+        self._group: JoinedLinears | None = None
         self.register_parameter(
             "bias", frozen(torch.empty(spec.rows, dtype=dtype, device=device)) if bias else None
         )
@@ -76,12 +76,12 @@ class VQLinear(PackedModule):
                 return F.linear(x, W_RC, bias)
         return self.packed_product(x)
 
-    def join(self, group: InputGroup | None) -> None:
+    def join(self, group: JoinedLinears | None) -> None:
         """Be multiplied together with the linears of this group, or alone."""
         self._group = group
 
     @property
-    def group(self) -> InputGroup | None:
+    def group(self) -> JoinedLinears | None:
         """The linears of its input that it is multiplied with."""
         return self._group
 

@@ -10,7 +10,7 @@ from vqllm.errors import CheckpointError
 from vqllm.hf.linears import is_linear, why_not_embedding
 from vqllm.runtime import cache
 from vqllm.runtime.embedding import VQEmbedding
-from vqllm.runtime.input_group import InputGroup, input_key
+from vqllm.runtime.joined_linears import JoinedLinears, input_key
 from vqllm.runtime.linear import VQLinear
 from vqllm.runtime.packed import PackedModule
 from vqllm_kernels import dispatch
@@ -105,7 +105,7 @@ def _find(model: nn.Module, name: str, spec: LinearSpec) -> nn.Linear | nn.Embed
     return module
 
 
-def group_inputs(model: nn.Module) -> list[InputGroup]:
+def group_inputs(model: nn.Module) -> list[JoinedLinears]:
     """Join the loaded linears of a model that read the same input.
 
     They are siblings with equal transforms of the input, random signs among them, which every input
@@ -123,14 +123,14 @@ def group_inputs(model: nn.Module) -> list[InputGroup]:
                     by_input.setdefault(key, []).append(child)
         for members in by_input.values():
             if len({id(member) for member in members}) > 1:
-                groups.append(InputGroup(members))
+                groups.append(JoinedLinears(members))
                 for member in members:
                     member.join(groups[-1])
     return groups
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class ChosenImplementation:
     """What a quantized module runs on. `num_rows` of x, or tokens, are those of one call."""
 
     name: str
@@ -143,7 +143,7 @@ class Run:
     """the linears of the same input that are multiplied together with it, itself included"""
 
 
-def describe(model: nn.Module, num_rows: tuple[int, ...] = (1, 2048)) -> list[Run]:
+def describe(model: nn.Module, num_rows: tuple[int, ...] = (1, 2048)) -> list[ChosenImplementation]:
     """Which implementation each quantized linear or embedding of a model uses, and why.
 
     Args:
@@ -164,7 +164,7 @@ def describe(model: nn.Module, num_rows: tuple[int, ...] = (1, 2048)) -> list[Ru
 
 def _describe(
     name: str, module: PackedModule, num_rows: int, groups: Mapping[int, list[str]]
-) -> Run:
+) -> ChosenImplementation:
     device = module.device
     faster_packed = isinstance(module, VQLinear) and module.is_faster_packed(device, num_rows)
     if module.keeps_weights() and not faster_packed:
@@ -178,7 +178,7 @@ def _describe(
         assert isinstance(module, VQLinear)
         choice = _choice(module, num_rows)
         implementation, reason = choice.implementation, choice.reason
-    return Run(
+    return ChosenImplementation(
         name=name,
         spec=module.spec,
         device=device,

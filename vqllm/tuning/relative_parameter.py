@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from vqllm.core.tensors import frozen
 
 
-class Moved(nn.Module):
+class RelativeParameter(nn.Module):
     """v + s δ in the dtype of the model, v the old value of a vector or a matrix.
 
     s = max(|v|, a tenth of the root mean square of v), so that large entries move more than small

@@ -28,7 +28,7 @@ from vqllm.errors import CheckpointError, NumericalError
 from vqllm_kernels.linear import LinearSpec
 
 
-class CheckpointRun(RunFolder):
+class LayerWriter(RunFolder):
     """Writes a checkpoint layer by layer."""
 
     def __init__(

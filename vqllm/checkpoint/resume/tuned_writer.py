@@ -16,7 +16,7 @@ from vqllm.checkpoint.resume.run_folder import RunFolder
 from vqllm_kernels.linear import LinearSpec
 
 
-class TunedRun(RunFolder):
+class TunedWriter(RunFolder):
     """Writes a tuned checkpoint."""
 
     def __init__(self, output: Path, checkpoint: Checkpoint, recipe: JSON, settings: JSON) -> None:

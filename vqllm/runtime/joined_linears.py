@@ -37,7 +37,7 @@ def _state(x: Tensor) -> tuple[int, bool, bool]:
     return version(x), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
-class InputGroup:
+class JoinedLinears:
     """Two or more linears whose input, and what is done to it before the product, is the same."""
 
     def __init__(self, members: Sequence["VQLinear"]) -> None:

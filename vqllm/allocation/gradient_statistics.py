@@ -18,7 +18,7 @@ from vqllm.allocation.expected_loss import expected_losses
 from vqllm.allocation.sensitivity import Sensitivity
 from vqllm.calibration.gradients import Findings, GradientPass, Visitor
 from vqllm.calibration.saliency import OutputHessians, TokenWeights
-from vqllm.checkpoint.resume.layer_writer import CheckpointRun
+from vqllm.checkpoint.resume.layer_writer import LayerWriter
 from vqllm.core.progress import Progress
 from vqllm.core.protocols import Codec, OutputRounding
 from vqllm.plan.costs import option_costs
@@ -50,7 +50,7 @@ class Allocated:
     """nats a token that errors in this linear alone add to the KL divergence of the predictions"""
 
 
-class Foresight:
+class GradientStatistics:
     """The results of the pass with gradients, for the quantization of the layers.
 
     The pass itself runs when an object is made, unless the run's folder has its results.
@@ -58,7 +58,7 @@ class Foresight:
     `tokens` are the calibration sequences, int64 [S, L].
     """
 
-    def __init__(self, job: Job, run: CheckpointRun, tokens: Tensor, progress: Progress) -> None:
+    def __init__(self, job: Job, run: LayerWriter, tokens: Tensor, progress: Progress) -> None:
         self._job = job
         self._run = run
         self._tokens = tokens
@@ -190,7 +190,7 @@ class _Record:
     The pass goes from the last layer to layer 0, so it is complete when layer 0 is done.
     """
 
-    def __init__(self, run: CheckpointRun, anew: bool = False) -> None:
+    def __init__(self, run: LayerWriter, anew: bool = False) -> None:
         self._run = run
         if anew:
             run.save(STATE, {})
