@@ -8,8 +8,6 @@ from vqllm import api
 from vqllm.recipes import from_dict
 from vqllm.runtime import describe, set_weight_cache
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 RECIPE = from_dict(
     {
         "version": 1,

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import vqllm
 from tests.support.fake_checkpoint import FORMATS, RECIPE, FakeCheckpoint, fake_checkpoint
+from tests.support.params import slow
 from vqllm import runtime
 from vqllm.errors import CheckpointError
 from vqllm.integrations.transformers import VqllmConfig, register
@@ -268,10 +269,12 @@ def test_registering_twice_changes_nothing() -> None:
 @pytest.mark.parametrize(
     "imports",
     [
-        "import vqllm; from transformers import AutoModelForCausalLM",
+        slow("import vqllm; from transformers import AutoModelForCausalLM"),
         "from transformers import AutoModelForCausalLM; import vqllm",
-        "import transformers.quantizers.auto; import vqllm, importlib; importlib.reload(vqllm); "
-        "from transformers import AutoModelForCausalLM",
+        slow(
+            "import transformers.quantizers.auto; import vqllm, importlib; "
+            "importlib.reload(vqllm); from transformers import AutoModelForCausalLM"
+        ),
     ],
 )
 def test_either_order_of_import(imports: str, fake: FakeCheckpoint) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.e2e.test_pipeline import KillAt, Killed, same_files
+from tests.support.params import slow
 from vqllm import api
 from vqllm.calibration.data.calibration_set import calibration_sequences
 from vqllm.checkpoint.reader import Checkpoint
@@ -136,11 +137,11 @@ def test_states_in_mapped_files_give_the_same_bytes(
 @pytest.mark.parametrize(
     ("layer", "changes"),
     [
-        ({"train": ["weights"]}, {}),
-        ({"aim": "own"}, {}),
+        slow({"train": ["weights"]}, {}),
+        slow({"aim": "own"}, {}),
         ({"train": ["rows", "vectors"]}, {"target": {"of": "residual"}}),
         ({}, SPREAD),
-        ({}, {"hessian": {"refresh": "layer"}}),
+        slow({}, {"hessian": {"refresh": "layer"}}),
         ({}, {"skip": ["k_proj", r"layers\.1\.mlp"]}),
     ],
     ids=["weights", "own", "residual", "spread", "refresh", "skip"],

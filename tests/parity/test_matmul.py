@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.support.kernels import assert_no_worse, plain_product, random_activations, random_tensors
+from tests.support.params import each_with_one_of, slow_but
 from vqllm_kernels import activations, dispatch, formats, gpu
 from vqllm_kernels.e8p import triton as e8p
 from vqllm_kernels.formats import FormatSpec
@@ -44,9 +45,7 @@ SHAPES = [(37, 40, 3), (16, 344, 17), (8, 576, 1)]
 """(rows, cols, tokens): codes that are aligned to nothing, to a code, to 16 bytes."""
 
 
-@pytest.fixture(params=FORMATS.values(), ids=FORMATS.keys())
-def spec(request: pytest.FixtureRequest) -> FormatSpec:
-    return formats.from_dict(request.param)
+ONE_OF_A_KIND = ("e8p", "lut 1x8 8 bit", "e8p + e81b")
 
 
 def check_matmul(
@@ -61,22 +60,22 @@ def check_matmul(
     assert_no_worse(y_NR, plain_product(x_NC, W_RC), x_NC.double() @ W_RC.double().T)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matmul_is_as_exact_as_torch(spec, shape, dtype, device):
-    check_matmul(spec, shape, dtype, device)
+@pytest.mark.parametrize(("name", "shape"), each_with_one_of(FORMATS, SHAPES))
+def test_matmul_is_as_exact_as_torch(name, shape, dtype, device):
+    check_matmul(formats.from_dict(FORMATS[name]), shape, dtype, device)
 
 
-@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+@pytest.mark.parametrize(("name", "shape"), each_with_one_of(FORMATS, SHAPES[:2]))
 @pytest.mark.parametrize("out", [torch.float32, torch.float16], ids=str)
-def test_decode_equals_the_reference(spec, shape, out, device):
-    rows, cols, _ = shape
+def test_decode_equals_the_reference(name, shape, out, device):
+    spec, (rows, cols, _) = formats.from_dict(FORMATS[name]), shape
     tensors = random_tensors(spec, rows, cols, device)
     with dispatch.force("triton"):
         W_RC = dispatch.decode(tensors, spec, rows, cols, out)
     assert torch.equal(W_RC, spec.decode(tensors, rows, cols).to(out))
 
 
-@pytest.mark.parametrize("num_tokens", [*range(1, 18), 33, 64])
+@pytest.mark.parametrize("num_tokens", slow_but([1, 4, 5, 9, 17], [*range(1, 18), 33, 64]))
 @pytest.mark.parametrize("values", [E8P, E81B], ids=str)
 def test_matmul_at_every_batch_size(values, num_tokens, device):
     check_matmul(formats.from_dict(values), (24, 64, num_tokens), torch.float16, device)
@@ -201,14 +200,18 @@ def test_activations_that_are_not_contiguous(device):
     assert torch.equal(y_NR, same)
 
 
-def test_no_tokens_give_no_outputs(spec, device):
+@pytest.mark.parametrize("name", ONE_OF_A_KIND)
+def test_no_tokens_give_no_outputs(name, device):
+    spec = formats.from_dict(FORMATS[name])
     tensors = random_tensors(spec, 8, 64, device)
     x_NC = torch.zeros(2, 0, 64, dtype=torch.float16, device=device)
     with dispatch.force("triton"):
         assert dispatch.matmul(x_NC, tensors, spec, 8, 64).shape == (2, 0, 8)
 
 
-def test_results_repeat_bit_for_bit(spec, device):
+@pytest.mark.parametrize("name", slow_but(ONE_OF_A_KIND, FORMATS))
+def test_results_repeat_bit_for_bit(name, device):
+    spec = formats.from_dict(FORMATS[name])
     tensors = random_tensors(spec, 48, 512, device)
     x_NC = random_activations(2, 512, torch.float16, device)
     with dispatch.force("triton"):

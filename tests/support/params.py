@@ -1,6 +1,6 @@
 """Parameters of tests of which some are marked slow."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -9,6 +9,16 @@ import pytest
 def slow(*values: Any) -> Any:
     """One set of parameters, slow."""
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def each_with_one_of(names: Iterable[str], others: Sequence[Any]) -> list[Any]:
+    """Every name with every one of `others`, slow but for one of them for each name, in turn."""
+    return [
+        pytest.param(name, other, id=f"{name}-{other}", marks=marks)
+        for i, name in enumerate(names)
+        for j, other in enumerate(others)
+        for marks in [() if j == i % len(others) else pytest.mark.slow]
+    ]
 
 
 def slow_but(quick: Collection[Any], values: Iterable[Any]) -> list[Any]:

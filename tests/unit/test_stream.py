@@ -278,6 +278,8 @@ AutoConfig.register(BlocksConfig.model_type, BlocksConfig)
 AutoModelForCausalLM.register(BlocksConfig, BlocksForCausalLM)
 
 
+# Accelerate notes that a shared child has no second place.
+@pytest.mark.filterwarnings("ignore:The following device_map keys do not match:UserWarning")
 @pytest.mark.parametrize("keyword", [False, True])
 @pytest.mark.parametrize("share", [False, True])
 def test_layers_of_any_code(share: bool, keyword: bool, tmp_path: Path) -> None:
