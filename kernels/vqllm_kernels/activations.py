@@ -6,51 +6,17 @@ leaves, a root mean square of 4·10⁻⁵, a quarter of float16's. float32 activ
 s = max |x| / (127 · 2²⁴); with three, the rounding error is that of torch's product.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqllm_kernels.kernels import Quantized, Wanted
+
 PARTS = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4}
 """Bytes of an activation by its type."""
 LEVELS = {2: 127 << 8, 4: 127 << 24}
 """The largest integer by the number of bytes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What the product of a format takes in place of x."""
-
-    padded_cols: int
-    """Integers of a token, a multiple of 4: those behind x are 0."""
-    bit: int = 1
-    """Columns are of two kinds, by this bit of their number."""
-    factors: tuple[float, float] = (1.0, 1.0)
-    """What x is multiplied by first, in columns of either kind."""
-    offsets: tuple[float, float] = (0.0, 0.0)
-    """What every weight of a column of either kind is to be increased by."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quantized:
-    """Activations in bytes."""
-
-    words: Tensor
-    """int32 [N, parts, padded_cols / 4]: 4 int8 a word, the highest bytes of a token first."""
-    step: Tensor
-    """float32 [N, 2]: s, and s times the sum of the integers times their offsets."""
-    dtype: torch.dtype
-    """That of x."""
-
-    @property
-    def num_tokens(self) -> int:
-        return self.words.shape[0]
-
-    @property
-    def parts(self) -> int:
-        return self.words.shape[1]
 
 
 @triton.jit

@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from vqllm_kernels import plugins
+from vqllm_kernels.kernels import Kernels, Kind, NoKernels
 from vqllm_kernels.layout import TensorLayout, not_finite
 
 SpecClass = TypeVar("SpecClass", bound="type[FormatSpec]")
 
 _FORMATS: dict[str, type["FormatSpec"]] = {}
+
+_WITHOUT: dict[Kind, str] = {
+    "triton": "has no kernel",
+    "lookup": "is no table of at most 256 entries",
+}
+"""What is said of a format without kernels of a kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +73,13 @@ class FormatSpec(ABC):
                 matters.
         """
         return self.decode(tensors, len(tile_row_N) * self.tile[0], cols)
+
+    def kernels(self, kind: Kind) -> Kernels:
+        """The kernels of one kind; those of a format without any decline every call.
+
+        A format that has kernels overrides this, and imports them inside, on first use.
+        """
+        return NoKernels(f"{self.format_id} {_WITHOUT[kind]}")
 
     def problem(self, tensors: dict[str, Tensor], rows: int, cols: int) -> str | None:
         """What is wrong with the values of tensors that are those of the layout, or None.

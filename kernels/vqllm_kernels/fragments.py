@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vqllm_kernels.choice import bucket
+from vqllm_kernels.kernels import bucket
 
 COL_UNIT = 8
 WORD_UNIT = 4

@@ -1,32 +1,12 @@
-"""Where the Triton kernels are, and when none of them can run."""
+"""When no Triton kernel can run, and what a launch has to know about the device."""
 
 import importlib.util
 from functools import cache
-from importlib import import_module
-from types import ModuleType
 
 import torch
 
-from vqllm_kernels.formats import FormatSpec
-from vqllm_kernels.transforms import TransformSpec
-
 MIN_CAPABILITY = (8, 0)
 """Oldest NVIDIA compute capability that the kernels are compiled for in the tests."""
-
-_MODULES = {
-    "e8p-v1": "vqllm_kernels.e8p.triton",
-    "e81b-v1": "vqllm_kernels.e8p.triton",
-    "lut-v1": "vqllm_kernels.lut.triton",
-    "residual-v1": "vqllm_kernels.residual.triton",
-    "trellis-v1": "vqllm_kernels.trellis.triton",
-    "hadamard": "vqllm_kernels.hadamard.triton",
-}
-
-
-def module(spec: FormatSpec | TransformSpec) -> ModuleType | None:
-    """The kernels of a format or transform, imported on first use; None if it has none."""
-    name = _MODULES.get(spec.format_id if isinstance(spec, FormatSpec) else spec.kind)
-    return import_module(name) if name else None
 
 
 @cache

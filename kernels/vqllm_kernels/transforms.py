@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from vqllm_kernels.bitpack import pack_bits, packed_bytes, unpack_bits
 from vqllm_kernels.hadamard import reference as hadamard
 from vqllm_kernels.layout import TensorLayout, not_finite
 from vqllm_kernels.transform_spec import Tensors, TransformSpec
+
+if TYPE_CHECKING:
+    from vqllm_kernels.kernels import TransformKernels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,12 @@ class HadamardSpec(TransformSpec):
     def apply_inverse(self, v: Tensor, tensors: Tensors) -> Tensor:
         Qt_v = hadamard.transform(v, self.order, transpose=True)
         return Qt_v * self._signs(tensors, v.dtype)
+
+    def kernels(self) -> "TransformKernels":
+        """The Triton kernels of the transform."""
+        from vqllm_kernels.hadamard.kernels import HadamardKernels
+
+        return HadamardKernels()
 
     # A is orthogonal, so A⁻ᵀ = A and Aᵀ = A⁻¹.
     apply_inverse_transpose = apply

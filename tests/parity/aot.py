@@ -24,8 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vqllm_kernels import activations, formats, gpu, transforms
+from vqllm_kernels.e8p import kernels as e8p_kernels
 from vqllm_kernels.e8p import triton as e8p
 from vqllm_kernels.hadamard import triton as hadamard
+from vqllm_kernels.lut import kernels as lut_kernels
 from vqllm_kernels.lut import triton as lut
 from vqllm_kernels.trellis import triton as trellis
 from vqllm_kernels.trellis import viterbi
@@ -149,31 +151,31 @@ def matmul_case(
 ) -> Case:
     """A matmul; the weights of a step are rows of the program times columns, over its lanes."""
     spec = formats.from_dict(values)
+    kernels = spec.kernels("triton")
     x = torch.zeros(tokens, cols, dtype=DTYPES[dtype])
     tensors = [packed(spec, own, cols) for own in rows]
 
     def launch() -> None:
-        module.matmuls(x, tensors, spec, rows, cols, x.dtype)
+        kernels.matmuls(x, tensors, rows, cols, x.dtype)
 
     kernel = "matmul_kernel"
     if module is lut:
-        tile = lut.tiling(x, spec, sum(rows))
-    elif e8p.wanted(spec, x):
-        tile, kernel = e8p.bytes_tiling(tokens, sum(rows), x.device), "bytes_matmul_kernel"
+        tile = lut_kernels.tiling(x, spec, sum(rows))
+    elif kernels.wanted(x):
+        tile, kernel = e8p_kernels.bytes_tiling(tokens, sum(rows), x.device), "bytes_matmul_kernel"
     else:
-        tile = e8p.tiling(x, sum(rows))
-    groups = tile["ROW_GROUPS"] if "ROW_GROUPS" in tile else tile["TILE_GROUPS"]
+        tile = e8p_kernels.tiling(x, sum(rows))
     bits = {"e8p-v1": 16, "e81b-v1": 8}.get(spec.format_id) or values["index_bits"]
     codes_per_lane = 8 if bits not in (8, 12, 16) else (32 if bits == 12 else 128 // bits)
-    return launch, kernel, groups * codes_per_lane * spec.tile[0] * spec.tile[1]
+    return launch, kernel, tile.row_groups * codes_per_lane * spec.tile[0] * spec.tile[1]
 
 
-def decode_case(module: ModuleType, values: dict, dtype: str) -> Case:
+def decode_case(values: dict, dtype: str) -> Case:
     spec = formats.from_dict(values)
     tensors = packed(spec, 4096, 4096)
 
     def launch() -> None:
-        module.decode(tensors, spec, 4096, 4096, DTYPES[dtype])
+        spec.kernels("triton").decode(tensors, 4096, 4096, DTYPES[dtype])
 
     codes = 4 * 64 // (4 * 32)
     return launch, "decode_kernel", codes * spec.tile[0] * spec.tile[1]
@@ -187,7 +189,7 @@ def hadamard_case(size: int, dtype: str, block: int | None = None, members: int 
     direction = "input" if members == 1 else "output"
 
     def launch() -> None:
-        hadamard.transforms(every, [spec] * members, signs, direction, [()] * members)
+        spec.kernels().transforms(every, [spec] * members, signs, direction, [()] * members)
 
     return launch, "dense_kernel" if block else "pass_kernel", 0
 
@@ -196,10 +198,10 @@ def quantize_case(size: int, dtype: str, block: int | None = None) -> Case:
     spec = transforms.HadamardSpec(side="in", size=size, block=block)
     x = torch.zeros(1, size, dtype=DTYPES[dtype])
     signs = spec.pack_signs(torch.ones(size))
-    wanted = trellis.wanted(formats.from_dict(BYTES2), x)
+    wanted = formats.from_dict(BYTES2).kernels("triton").wanted(x)
 
     def launch() -> None:
-        hadamard.quantize(x, spec, signs, (), wanted)
+        spec.kernels().quantize(x, spec, signs, (), wanted)
 
     return launch, "quantized_pass_kernel", 0
 
@@ -241,7 +243,7 @@ def trellis_case(
     tensors = [packed(spec, own, cols) for own in rows]
 
     def launch() -> None:
-        trellis.matmuls(x, tensors, spec, rows, cols, x.dtype)
+        spec.kernels("triton").matmuls(x, tensors, rows, cols, x.dtype)
 
     return launch, "matmul_kernel", 256 * min(32, values["tile_rows"]) // values["tile_rows"]
 
@@ -251,7 +253,7 @@ def trellis_decode_case(values: dict, dtype: str, rows: int = 4096, cols: int = 
     tensors = packed(spec, rows, cols)
 
     def launch() -> None:
-        trellis.decode(tensors, spec, rows, cols, DTYPES[dtype])
+        spec.kernels("triton").decode(tensors, rows, cols, DTYPES[dtype])
 
     return launch, "decode_kernel", 256 * min(32, values["tile_rows"]) // values["tile_rows"]
 
@@ -304,8 +306,8 @@ CASES: dict[str, tuple[ModuleType, Case]] = {
     "lut 8x1, 16 bit, fp16": (lut, matmul_case(lut, lut_values(8, 1, 16), 1, "fp16")),
     "lut 6x1, 12 bit, fp16": (lut, matmul_case(lut, lut_values(6, 1, 12), 1, "fp16")),
     "lut 8x1, 8 bit, fp16, 32 tokens": (lut, matmul_case(lut, lut_values(8, 1, 8), 32, "fp16")),
-    "e8p decode": (e8p, decode_case(e8p, E8P, "fp16")),
-    "lut 1x8, 8 bit, decode": (lut, decode_case(lut, lut_values(1, 8, 8), "fp16")),
+    "e8p decode": (e8p, decode_case(E8P, "fp16")),
+    "lut 1x8, 8 bit, decode": (lut, decode_case(lut_values(1, 8, 8), "fp16")),
     "hadamard 4096, fp16": (hadamard, hadamard_case(4096, "fp16")),
     "hadamard 11008, bf16": (hadamard, hadamard_case(11008, "bf16")),
     "hadamard 11008, bf16, gate, up": (hadamard, hadamard_case(11008, "bf16", members=2)),

@@ -6,7 +6,7 @@ import torch
 from tests.support.kernels import assert_no_worse, plain_product, random_activations
 from tests.support.params import slow
 from vqllm_kernels import dispatch
-from vqllm_kernels.hadamard import triton as kernels
+from vqllm_kernels.hadamard import kernels
 from vqllm_kernels.transforms import HadamardSpec, ScaleSpec
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -130,7 +130,7 @@ def test_a_transform_in_bytes(size, block, num_tokens, device, monkeypatch):
         padded_cols=-(-size // 32) * 32, factors=(0.5, 0.3), offsets=(1.5, -0.5)
     )
     v = random_activations(num_tokens, size, torch.float16, device)
-    out = kernels.quantize(v, spec, tensors, [(scale, own)], wanted)
+    out = kernels.HadamardKernels().quantize(v, spec, tensors, [(scale, own)], wanted)
     hi, lo = out.words.view(torch.int8).double().unbind(1)
     integers = 256 * hi + lo
     assert bool((integers.abs().amax(-1) == activations.LEVELS[2]).all())
@@ -146,7 +146,9 @@ def test_a_transform_in_bytes(size, block, num_tokens, device, monkeypatch):
 
 def test_what_is_transformed_to_bytes():
     def takes(size: int, block: int | None = None, dtype: torch.dtype = torch.bfloat16) -> bool:
-        return kernels.quantizes(HadamardSpec(side="in", size=size, block=block), dtype)
+        return kernels.HadamardKernels().quantizes(
+            HadamardSpec(side="in", size=size, block=block), dtype
+        )
 
     assert takes(4096)
     assert takes(8192)
@@ -165,6 +167,6 @@ def test_what_is_not_finite_stays_so_in_bytes(bad, device):
     v = random_activations(2, 64, torch.float16, device)
     v[1, 7] = bad
     wanted = activations.Wanted(padded_cols=64)
-    out = kernels.quantize(v, spec, random_signs(64, device), (), wanted)
+    out = kernels.HadamardKernels().quantize(v, spec, random_signs(64, device), (), wanted)
     assert bool(out.step[0].isfinite().all())
     assert bool(out.step[1].isnan().all())

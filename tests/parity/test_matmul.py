@@ -6,7 +6,6 @@ import torch
 from tests.support.kernels import assert_no_worse, plain_product, random_activations, random_tensors
 from tests.support.params import each_with_one_of, slow_but
 from vqllm_kernels import activations, dispatch, formats, gpu
-from vqllm_kernels.e8p import triton as e8p
 from vqllm_kernels.formats import FormatSpec
 
 pytestmark = [
@@ -87,7 +86,7 @@ def test_matmul_at_every_batch_size(values, num_tokens, device):
 def test_matmul_in_bytes(values, shape, multiprocessors, device, monkeypatch):
     monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: multiprocessors)
     spec = formats.from_dict(values)
-    assert e8p.wanted(spec, torch.zeros(shape[2], shape[1], dtype=torch.float16))
+    assert spec.kernels("triton").wanted(torch.zeros(shape[2], shape[1], dtype=torch.float16))
     check_matmul(spec, shape, torch.float16, device)
 
 
@@ -98,8 +97,9 @@ def test_sums_in_bytes_are_exact(values, device):
     tensors = random_tensors(spec, 48, 192, device)
     x_NC = random_activations(3, 192, torch.float16, device)
     x_NC[1] += 8  # what is left when a large mean is taken away
-    quantized = activations.quantized(x_NC, e8p.wanted(spec, x_NC))
-    [y_NR] = e8p.matmuls(quantized, [tensors], spec, [48], 192, torch.float32)
+    kernels = spec.kernels("triton")
+    quantized = activations.quantized(x_NC, kernels.wanted(x_NC))
+    [y_NR] = kernels.matmuls(quantized, [tensors], [48], 192, torch.float32)
     hi, lo = quantized.words.view(torch.int8).double().unbind(1)
     W_RC = spec.decode(tensors, 48, 192).double()
     exact = (256 * hi + lo) @ W_RC.T * quantized.step[:, :1]
@@ -109,10 +109,10 @@ def test_sums_in_bytes_are_exact(values, device):
 
 
 def test_what_is_not_taken_in_bytes():
-    spec = formats.from_dict(E8P)
+    kernels = formats.from_dict(E8P).kernels("triton")
 
     def takes(num_tokens: int, cols: int, dtype: torch.dtype = torch.bfloat16) -> bool:
-        return e8p.wanted(spec, torch.zeros(num_tokens, cols, dtype=dtype)) is not None
+        return kernels.wanted(torch.zeros(num_tokens, cols, dtype=dtype)) is not None
 
     assert takes(8, 4096)
     assert not takes(9, 4096)
@@ -155,10 +155,10 @@ def test_members_get_what_they_get_alone(name, num_tokens, device, monkeypatch):
     spec, rows = formats.from_dict(FORMATS[name]), (19, 8, 33)
     tensors = [random_tensors(spec, own, 64, device) for own in rows]
     x_NC = random_activations(num_tokens, 64, torch.float16, device)
-    kernels = gpu.module(spec)
-    together = kernels.matmuls(x_NC, tensors, spec, rows, 64, torch.float32)
+    kernels = spec.kernels("triton")
+    together = kernels.matmuls(x_NC, tensors, rows, 64, torch.float32)
     for y_NR, own, num_rows in zip(together, tensors, rows, strict=True):
-        [alone] = kernels.matmuls(x_NC, [own], spec, [num_rows], 64, torch.float32)
+        [alone] = kernels.matmuls(x_NC, [own], [num_rows], 64, torch.float32)
         assert torch.equal(y_NR, alone)
 
 

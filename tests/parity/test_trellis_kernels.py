@@ -7,6 +7,7 @@ from tests.support.kernels import assert_no_worse, plain_product, random_activat
 from tests.support.params import each_with_one_of, slow_but
 from vqllm_kernels import activations, dispatch, formats, gpu
 from vqllm_kernels.trellis import reference
+from vqllm_kernels.trellis.kernels import moments_of
 from vqllm_kernels.trellis.spec import TrellisSpec
 
 pytestmark = [
@@ -54,7 +55,7 @@ SHAPES = [(37, 40, 3), (130, 72, 1), (64, 600, 9)]
 
 def in_bytes(x_NC: torch.Tensor, spec: TrellisSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """The bytes int8 [N, parts, padded] of the activations, and their steps."""
-    out = activations.quantized(x_NC, gpu.module(spec).wanted(spec, x_NC))
+    out = activations.quantized(x_NC, spec.kernels("triton").wanted(x_NC))
     return out.words.view(torch.int8), out.step
 
 
@@ -99,7 +100,7 @@ def test_matmul_at_every_batch_size(code, rows, num_tokens, device):
     spec, cols = trellis(code, tile_rows=16), 48
     tensors = [random_tensors(spec, own, cols, device) for own in rows]
     x_NC = random_activations(num_tokens, cols, torch.float16, device)
-    ys = gpu.module(spec).matmuls(x_NC, tensors, spec, rows, cols, torch.float16)
+    ys = spec.kernels("triton").matmuls(x_NC, tensors, rows, cols, torch.float16)
     for y_NR, own, num_rows in zip(ys, tensors, rows, strict=True):
         W_RC = spec.decode(own, num_rows, cols)
         assert_no_worse(y_NR, plain_product(x_NC, W_RC), x_NC.double() @ W_RC.double().T)
@@ -119,10 +120,10 @@ def test_members_get_what_they_get_alone(code, device, monkeypatch):
     spec, rows, cols = trellis(code, tile_rows=16), (37, 133, 1), 260
     tensors = [random_tensors(spec, own, cols, device) for own in rows]
     x_NC = random_activations(3, cols, torch.float16, device)
-    kernels = gpu.module(spec)
-    together = kernels.matmuls(x_NC, tensors, spec, rows, cols, torch.float32)
+    kernels = spec.kernels("triton")
+    together = kernels.matmuls(x_NC, tensors, rows, cols, torch.float32)
     for y_NR, own, num_rows in zip(together, tensors, rows, strict=True):
-        [alone] = kernels.matmuls(x_NC, [own], spec, [num_rows], cols, torch.float32)
+        [alone] = kernels.matmuls(x_NC, [own], [num_rows], cols, torch.float32)
         assert torch.equal(y_NR, alone)
 
 
@@ -152,7 +153,7 @@ def test_float32_activations_keep_thirty_two_bits(device):
     parts = q.double()
     integers = ((parts[:, 0] * 256 + parts[:, 1]) * 256 + parts[:, 2]) * 256 + parts[:, 3]
     assert float(integers.abs().max()) == activations.LEVELS[4]
-    deviation = gpu.module(spec)._moments("bytes4", 12).deviations[0]
+    deviation = moments_of("bytes4", 12).deviations[0]
     back = integers[:, :100] * step_N2[:, :1].double() * deviation
     torch.testing.assert_close(back, x_NC.double(), rtol=4e-7, atol=1e-8)
 
@@ -166,7 +167,7 @@ def test_activations_keep_sixteen_bits(device):
     assert float(integers.abs().max()) == activations.LEVELS[2]
     assert integers.shape == (3, 100)
     assert not bool(integers[:, 98:].any())
-    deviation = gpu.module(spec)._moments("bytes4", 12).deviations[0]
+    deviation = moments_of("bytes4", 12).deviations[0]
     error = (integers[:, :98] * step_N2[:, :1] * deviation - x_NC.float()).abs()
     assert bool((error <= 0.501 * step_N2[:, :1] * deviation).all())
 

@@ -1,15 +1,17 @@
 """The choice of an implementation, and the operators that the run-time layer calls."""
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import nn
 
-from vqllm_kernels import choice, dispatch, formats, gpu
+from vqllm_kernels import dispatch, formats, gpu, kernels, ops, select
 from vqllm_kernels.dispatch import Call
 from vqllm_kernels.linear import LinearSpec
+from vqllm_kernels.ops import text_of
+from vqllm_kernels.reference import ReferenceKernels
 from vqllm_kernels.transforms import CodedScaleSpec, HadamardSpec, PermutationSpec, ScaleSpec
 
 E8P = {"format": "e8p-v1"}
@@ -193,7 +195,7 @@ def test_a_large_linear_is_multiplied_in_blocks_of_rows(monkeypatch):
     spec = replace(spec, transforms=tuple(t for t in spec.transforms if t.side == "in"))
     whole = dispatch.linear(random_input(3, COLS), tensors, spec)
     monkeypatch.setattr(LinearSpec, "row_blocks", lambda self: [(0, 16), (16, ROWS)])
-    dispatch._linear.cache_clear()
+    ops.linear_of.cache_clear()
     x = random_input(3, COLS).requires_grad_()
     y = dispatch.linear(x, tensors, spec)
     torch.testing.assert_close(y, whole)
@@ -201,7 +203,7 @@ def test_a_large_linear_is_multiplied_in_blocks_of_rows(monkeypatch):
     torch.testing.assert_close(
         x.grad, spec.dequantize(tensors).sum(0).expand(3, -1), rtol=1e-4, atol=1e-3
     )
-    dispatch._linear.cache_clear()
+    ops.linear_of.cache_clear()
 
 
 def test_operators_pass_opcheck():
@@ -210,15 +212,15 @@ def test_operators_pass_opcheck():
     packed = [tensors[name] for name in sorted(tensors)]
     x = random_input(3, COLS).requires_grad_()
     ops = torch.ops.vqllm_kernels
-    torch.library.opcheck(ops.matmul.default, (x, packed, dispatch._text(spec), ROWS, COLS))
-    args = (packed, dispatch._text(spec), ROWS, COLS, torch.float16)
+    torch.library.opcheck(ops.matmul.default, (x, packed, text_of(spec), ROWS, COLS))
+    args = (packed, text_of(spec), ROWS, COLS, torch.float16)
     torch.library.opcheck(ops.decode.default, args)
     hadamard = HadamardSpec(side="in", size=COLS)
     signs = [hadamard.pack_signs(random_input(COLS))["signs"]]
-    args = (x, signs, dispatch._text(hadamard), COLS, "input")
+    args = (x, signs, text_of(hadamard), COLS, "input")
     torch.library.opcheck(ops.transform.default, args)
     whole, tensors, bias = whole_linear()
-    packed, text = [tensors[name] for name in sorted(tensors)], dispatch._text(whole)
+    packed, text = [tensors[name] for name in sorted(tensors)], text_of(whole)
     torch.library.opcheck(ops.linear.default, (x, packed, bias, text, ROWS, COLS))
     grad = random_input(3, ROWS)
     torch.library.opcheck(ops.linear_transpose.default, (grad, packed, text, ROWS, COLS))
@@ -242,7 +244,7 @@ def test_a_choice_is_made_once_and_logged_once(caplog):
     ("num_rows", "bucket"), [(0, 8), (1, 8), (8, 8), (9, 16), (64, 64), (65, 65), (4096, 65)]
 )
 def test_buckets(num_rows, bucket):
-    assert choice.bucket(num_rows) == bucket
+    assert kernels.bucket(num_rows) == bucket
 
 
 def call(values: dict, **changes) -> Call:
@@ -275,9 +277,11 @@ def call(values: dict, **changes) -> Call:
 def test_choice_on_a_cuda_device(asked, implementation, reason, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(gpu, "declines", lambda device: None)
-    table = dispatch._MATMULS if asked.operation == "matmul" else dispatch._DECODES
-    chosen = choice.choose(asked, table, dispatch._order(asked.device, asked.operation))
-    assert chosen is table[implementation]
+    selection = select.MATMUL if asked.operation == "matmul" else select.DECODE
+    chosen = selection.take(asked, asked.spec)
+    assert type(chosen) is type(selection.implementations[implementation](asked.spec))
+    assert selection.take(asked, asked.spec) is chosen
+    assert dispatch.choices()[-1].implementation == implementation
     assert reason in dispatch.choices()[-1].reason
 
 
@@ -309,3 +313,58 @@ def test_wrong_tensors_are_refused():
     tensors = random_tensors(spec)
     with pytest.raises(ValueError, match=r"1 tensors, expected \['codes', 'scale'\]"):
         dispatch.matmul(random_input(1, COLS), {"codes": tensors["codes"]}, spec, ROWS, COLS)
+
+
+@pytest.mark.parametrize("name", ["reference", "dense"])
+def test_members_and_what_is_added_to_them(name):
+    spec = formats.from_dict(E8P)
+    tensors = random_tensors(spec)
+    x = random_input(3, COLS)
+    taken = select.MATMUL.implementations[name](spec)
+    add = random_input(3, ROWS)
+    plain = taken.matmuls(x, [tensors] * 2, [ROWS] * 2, COLS, torch.float32)
+    added = taken.matmuls(x, [tensors] * 2, [ROWS] * 2, COLS, torch.bfloat16, [add, -add])
+    assert torch.equal(plain[0], plain[1])
+    assert torch.equal(added[0], (plain[0] + add).bfloat16())
+    assert torch.equal(added[1], (plain[1] - add).bfloat16())
+    W_RC = taken.decode(tensors, ROWS, COLS, torch.float16, torch.ones(ROWS, COLS))
+    assert torch.equal(W_RC, (spec.decode(tensors, ROWS, COLS) + 1).half())
+
+
+def test_bytes_are_for_kernels_that_want_them():
+    empty = torch.empty(1, 2, COLS // 4, dtype=torch.int32)
+    x = kernels.Quantized(words=empty, step=torch.empty(1, 2), dtype=torch.float16)
+    spec = formats.from_dict(UNIFORM)
+    with pytest.raises(TypeError, match="these kernels take it as a tensor"):
+        select.MATMUL.implementations["reference"](spec).matmuls(x, [{}], [1], COLS, torch.float16)
+
+
+def test_a_format_without_kernels_says_so():
+    spec = formats.from_dict(UNIFORM)
+    for kind, reason in (
+        ("triton", "uniform-v1 has no kernel"),
+        ("lookup", "uniform-v1 is no table of at most 256 entries"),
+    ):
+        none = spec.kernels(kind)
+        assert none.declines(call(UNIFORM)) == reason
+        assert none.wanted(random_input(1, COLS)) is None
+        with pytest.raises(NotImplementedError, match=reason):
+            none.matmuls(random_input(1, COLS), [{}], [ROWS], COLS, torch.float32)
+
+
+def test_the_kernels_that_a_spec_names_are_taken():
+    spec = formats.from_dict(UNIFORM)
+
+    class Own(ReferenceKernels):
+        pass
+
+    @dataclass(frozen=True, kw_only=True)
+    class Named(type(spec)):
+        def kernels(self, kind):
+            return Own(spec=self) if kind == "lookup" else super().kernels(kind)
+
+    named = Named(bits=3, group=8)
+    assert type(select.matmul(random_input(1, COLS), named)) is Own
+    assert dispatch.choices()[-1].implementation == "lookup"
+    assert type(select.matmul(random_input(9, COLS), named)) is ReferenceKernels
+    assert "lookup declines: more than 8 rows" in dispatch.choices()[-1].reason

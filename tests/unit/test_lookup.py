@@ -16,7 +16,7 @@ from tests.support.kernels import (
     relative_rms,
 )
 from vqllm.runtime import VQLinear, describe, set_weight_cache
-from vqllm_kernels import dispatch, formats
+from vqllm_kernels import dispatch, formats, ops, select
 from vqllm_kernels import linear as linear_module
 from vqllm_kernels.linear import LinearSpec
 from vqllm_kernels.lut import cpu
@@ -223,14 +223,17 @@ def test_what_is_not_looked_up_is_said(values, dtype, rows, reason):
 
 
 def test_without_numba_the_reference_serves(monkeypatch):
+    spec = formats.from_dict(lut(1, 4, 8))
+    packed = random_tensors(spec, 16, 64, "cpu")
     monkeypatch.setitem(sys.modules, "numba", None)
-    for cached in (cpu._has_numba, dispatch._looked_up):
+    for cached in (cpu._has_numba, select.looked_up):
         cached.cache_clear()
     try:
-        assert cpu.declines(formats.from_dict(lut(1, 4, 8))) == "numba is not installed"
+        assert dispatch.matmul(torch.ones(1, 64), packed, spec, 16, 64).shape == (1, 16)
+        assert "numba is not installed" in dispatch.choices()[-1].reason
         assert linear(lut(1, 4, 8))(torch.ones(1, 64)).shape == (1, 48)
     finally:
-        for cached in (cpu._has_numba, dispatch._looked_up):
+        for cached in (cpu._has_numba, select.looked_up):
             cached.cache_clear()
 
 
@@ -272,7 +275,7 @@ def test_a_large_matrix_is_prepared_once(monkeypatch):
     spec = LinearSpec(rows=96, cols=64, format=formats.from_dict(SERVED["4 columns, 8 bits"]))
     tensors = random_tensors(spec.format, 96, 64, "cpu")
     x = random_activations(1, 64, torch.float32, "cpu")
-    dispatch._linear.cache_clear()
+    ops.linear_of.cache_clear()
     assert len(spec.row_blocks()) == 3
     with dispatch.force("reference"):
         wanted = dispatch.linear(x, tensors, spec)
@@ -285,4 +288,4 @@ def test_a_large_matrix_is_prepared_once(monkeypatch):
         torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
     assert len(unpacked) == 1
     assert cpu.kept_bytes(tensors["codes"]) > 0
-    dispatch._linear.cache_clear()
+    ops.linear_of.cache_clear()

@@ -11,7 +11,7 @@ from vqllm.errors import EvaluationError
 from vqllm.evaluation import speed
 from vqllm.recipes import from_dict
 from vqllm.runtime import set_weight_cache
-from vqllm_kernels import dispatch
+from vqllm_kernels.lut import cpu as lookup
 
 RECIPE = from_dict(
     {
@@ -36,7 +36,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch):
-    monkeypatch.setattr(dispatch.lookup, "fewest_weights", lambda cols: 0)
+    monkeypatch.setattr(lookup, "fewest_weights", lambda cols: 0)
     yield
     set_weight_cache("auto")
 

@@ -20,8 +20,8 @@ class CodedWeights(nn.Module):
 
     Attributes:
         learned: a `RelativeParameter` for each tensor of the codec's state that can be trained:
-            codebooks, tables, scales of groups. A single scale of the whole matrix is not among them: scales
-            of rows have it in them.
+            codebooks, tables, scales of groups. A single scale of the whole matrix is not among
+            them: scales of rows have it in them.
         records_gradients: whether gradients of the weights are added up.
         version: grows when codes are exchanged.
     """

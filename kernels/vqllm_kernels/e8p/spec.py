@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vqllm_kernels.e8p import reference
 from vqllm_kernels.formats import FormatSpec, register
+from vqllm_kernels.kernels import Kernels, Kind
 from vqllm_kernels.layout import TensorLayout
 
 
@@ -31,6 +32,13 @@ class E8PSpec(FormatSpec):
     def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Tensor:
         return reference.decode(tensors, rows, cols)
 
+    def kernels(self, kind: Kind) -> Kernels:
+        if kind == "triton":
+            from vqllm_kernels.e8p.kernels import E8PKernels
+
+            return E8PKernels(is_e8p=True)
+        return super().kernels(kind)
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -51,3 +59,19 @@ class E81BSpec(FormatSpec):
 
     def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Tensor:
         return reference.decode_e81b(tensors, rows, cols)
+
+    def kernels(self, kind: Kind) -> Kernels:
+        if kind == "triton":
+            from vqllm_kernels.e8p.kernels import E8PKernels
+
+            return E8PKernels(is_e8p=False)
+        if kind == "lookup":
+            from vqllm_kernels.lut.cpu import LookupKernels
+
+            return LookupKernels(spec=self, index_bits=8, entries=self._entries)
+        return super().kernels(kind)
+
+    def _entries(self, tensors: dict[str, Tensor]) -> Tensor:
+        """All 256 entries, float32 [256, 8], scaled."""
+        every = torch.arange(256, dtype=torch.uint8)[:, None]
+        return self.decode({**tensors, "codes": every}, 256, 8)

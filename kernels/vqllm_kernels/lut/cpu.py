@@ -13,7 +13,9 @@ Source: the idea is that of AQLM's CPU kernel, arXiv 2401.06118, section 3.4.
 """
 
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -21,11 +23,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vqllm_kernels.bitpack import unpack_bits
-from vqllm_kernels.e8p.spec import E81BSpec
-from vqllm_kernels.formats import FormatSpec
-from vqllm_kernels.lut.spec import LutSpec
-from vqllm_kernels.residual.reference import stage_tensors
-from vqllm_kernels.residual.spec import ResidualSpec
+from vqllm_kernels.kernels import Call, Operand, Tensors, as_tensor
+from vqllm_kernels.reference import ReferenceKernels, sums
 
 MAX_BITS = 8
 PARTS = 8
@@ -45,21 +44,80 @@ _prepared = WeakTensorKeyDictionary()
 """Codes as stored -> (addresses and versions of what went in, codes by piece, entries)."""
 
 
-def declines(spec: FormatSpec) -> str | None:
-    """Why a format cannot be served, or None."""
-    if not _has_numba():
-        return "numba is not installed"
-    for stage in _stages(spec):
-        if isinstance(stage, E81BSpec):
-            continue
-        if not isinstance(stage, LutSpec):
-            return f"{stage.format_id} is no table of at most {1 << MAX_BITS} entries"
-        if stage.tile_rows != 1 or stage.index_bits > MAX_BITS:
+@dataclass(frozen=True, kw_only=True)
+class LookupKernels(ReferenceKernels):
+    """Look-ups of one format: a code of `index_bits` bits for each piece of a row.
+
+    The codes by piece, one byte each, are kept beside the stored ones for as long as those live.
+    """
+
+    index_bits: int
+    entries: Callable[[Tensors], Tensor]
+    """The entries of all codes in their order, float32 [2^index_bits, d], from stored tensors."""
+
+    @property
+    def takes_blocks(self) -> bool:
+        # Nothing is decoded, and the codes that are kept belong to the whole matrix.
+        return False
+
+    def declines(self, call: Call) -> str | None:
+        if not _has_numba():
+            return "numba is not installed"
+        tile_rows = self.spec.tile[0]
+        if tile_rows != 1 or self.index_bits > MAX_BITS:
             return (
-                f"entries of {stage.tile_rows} rows, {stage.index_bits} bits; look-ups take one "
-                f"row and at most {MAX_BITS} bits"
+                f"entries of {tile_rows} rows, {self.index_bits} bits; look-ups take one row and "
+                f"at most {MAX_BITS} bits"
             )
-    return None
+        return None
+
+    def matmuls(
+        self,
+        x: Operand,
+        tensors: Sequence[Tensors],
+        rows: Sequence[int],
+        cols: int,
+        dtype: torch.dtype,
+        adds: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        x_NC = as_tensor(x)
+        if len(x_NC) == 0:
+            return [x_NC.new_empty(0, own, dtype=dtype) for own in rows]
+        # Pieces of d columns, the last one filled up with zeros.
+        x_NC = x_NC.to(torch.float32).contiguous()
+        missing = -cols % self.spec.tile[1]
+        padded = torch.nn.functional.pad(x_NC, (0, missing)) if missing else x_NC
+        x_NGD = padded.view(len(x_NC), -1, self.spec.tile[1])
+        ys = [
+            self._matmul(x_NGD, own, num_rows, cols)
+            for own, num_rows in zip(tensors, rows, strict=True)
+        ]
+        return sums(ys, adds, dtype)
+
+    def _matmul(self, x_NGD: Tensor, tensors: Tensors, rows: int, cols: int) -> Tensor:
+        codes, entries_DE = self._prepare(tensors, cols)
+        return torch.stack([_product(x_GD, entries_DE, codes, rows) for x_GD in x_NGD.unbind()])
+
+    def _prepare(self, tensors: Tensors, cols: int) -> tuple[Tensor, Tensor]:
+        """Codes as they are read, uint8 [pieces, rows] or, for registers, [pieces · padded rows],
+        and all entries of the table, float32 [d, 2^bits or more]."""
+        codes = tensors["codes"]
+        key = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors.values()]
+        kept = _prepared.get(codes)
+        if kept is None or kept[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                index_RG = unpack_bits(codes, self.index_bits, -(-cols // self.spec.tile[1]))
+                codes_GR = index_RG.to(torch.uint8).T.contiguous()
+                entries_ED = self.entries(tensors)
+                if _in_registers(cols):
+                    from vqllm_kernels.lut.permute_numba import arrange
+
+                    missing = max(128 - len(entries_ED), 0)
+                    entries_ED = torch.nn.functional.pad(entries_ED, (0, 0, 0, missing))
+                    codes_GR = arrange(codes_GR)
+                kept = (key, codes_GR, entries_ED.T.contiguous())
+            _prepared[codes] = kept
+        return kept[1], kept[2]
 
 
 def fewest_weights(cols: int) -> int:
@@ -71,64 +129,10 @@ def fewest_weights(cols: int) -> int:
     return 1 << 21 if fast else 1 << 22
 
 
-def matmul(
-    x_NC: Tensor, tensors: dict[str, Tensor], spec: FormatSpec, rows: int, cols: int
-) -> Tensor:
-    """x Wᵀ in the dtype of x; sums in float32.
-
-    The codes by piece, one byte each, are kept beside the stored ones for as long as those live.
-    """
-    if len(x_NC) == 0:
-        return x_NC.new_empty(0, rows)
-    x = x_NC.to(torch.float32).contiguous()
-    y_NR: Tensor | None = None
-    for i, stage in enumerate(_stages(spec)):
-        own = stage_tensors(tensors, i) if isinstance(spec, ResidualSpec) else tensors
-        codes, entries_DE = _prepare(stage, own, cols)
-        missing = -cols % len(entries_DE)
-        padded = torch.nn.functional.pad(x, (0, missing)) if missing else x
-        x_NGD = padded.view(len(x), -1, len(entries_DE))
-        y = torch.stack([_product(x_GD, entries_DE, codes, rows) for x_GD in x_NGD.unbind()])
-        y_NR = y if y_NR is None else y_NR + y
-    assert y_NR is not None, "a format has a stage"
-    return y_NR.to(x_NC.dtype)
-
-
 def kept_bytes(codes: Tensor) -> int:
     """Bytes of the copy that is kept of these codes."""
     kept = _prepared.get(codes)
     return 0 if kept is None else kept[1].nbytes
-
-
-def _stages(spec: FormatSpec) -> tuple[FormatSpec, ...]:
-    return spec.stages if isinstance(spec, ResidualSpec) else (spec,)
-
-
-def _prepare(stage: FormatSpec, tensors: dict[str, Tensor], cols: int) -> tuple[Tensor, Tensor]:
-    """Codes as they are read, uint8 [pieces, rows] or, for registers, [pieces · padded rows], and
-    all entries of the table, float32 [d, 2^bits or more]."""
-    codes = tensors["codes"]
-    key = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors.values()]
-    kept = _prepared.get(codes)
-    if kept is None or kept[0] != key:
-        with torch.inference_mode(False), torch.no_grad():
-            bits = stage.index_bits if isinstance(stage, LutSpec) else MAX_BITS
-            index_RG = unpack_bits(codes, bits, -(-cols // stage.tile[1]))
-            codes_GR = index_RG.to(torch.uint8).T.contiguous()
-            if isinstance(stage, LutSpec):
-                entries_ED = tensors["codebook"].float()
-            else:
-                every = torch.arange(256, dtype=torch.uint8)[:, None]
-                entries_ED = stage.decode({**tensors, "codes": every}, 256, stage.tile[1])
-            if _in_registers(cols):
-                from vqllm_kernels.lut.permute_numba import arrange
-
-                missing = max(128 - len(entries_ED), 0)
-                entries_ED = torch.nn.functional.pad(entries_ED, (0, 0, 0, missing))
-                codes_GR = arrange(codes_GR)
-            kept = (key, codes_GR, entries_ED.T.contiguous())
-        _prepared[codes] = kept
-    return kept[1], kept[2]
 
 
 def _product(x_GD: Tensor, entries_DE: Tensor, codes: Tensor, rows: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vqllm_kernels.bitpack import MAX_WIDTH, packed_bytes
 from vqllm_kernels.formats import FormatSpec, register
+from vqllm_kernels.kernels import Kernels, Kind
 from vqllm_kernels.layout import TensorLayout
 from vqllm_kernels.lut import reference, reference_v2
 from vqllm_kernels.tables import equal_entries
@@ -49,6 +50,17 @@ class LutSpec(FormatSpec):
 
     def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Tensor:
         return reference.decode(tensors, self.tile, self.index_bits, rows, cols)
+
+    def kernels(self, kind: Kind) -> Kernels:
+        if kind == "triton":
+            from vqllm_kernels.lut.kernels import LutKernels
+
+            return LutKernels(self)
+        if kind == "lookup":
+            from vqllm_kernels.lut.cpu import LookupKernels
+
+            return LookupKernels(spec=self, index_bits=self.index_bits, entries=_codebook)
+        return super().kernels(kind)
 
     def problem(self, tensors: dict[str, Tensor], rows: int, cols: int) -> str | None:
         problem = super().problem(tensors, rows, cols)
@@ -166,6 +178,10 @@ class GroupedLutSpec(FormatSpec):
             group_I,
             cols,
         )
+
+
+def _codebook(tensors: dict[str, Tensor]) -> Tensor:
+    return tensors["codebook"].float()
 
 
 def _check_tile(spec: LutSpec | GroupedLutSpec) -> None:

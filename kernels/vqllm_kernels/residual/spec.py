@@ -7,8 +7,10 @@ from torch import Tensor
 
 from vqllm_kernels import formats
 from vqllm_kernels.formats import FormatSpec, register
+from vqllm_kernels.kernels import Kernels, Kind
 from vqllm_kernels.layout import TensorLayout
 from vqllm_kernels.residual import reference
+from vqllm_kernels.residual.kernels import ResidualKernels
 
 
 @register
@@ -44,6 +46,9 @@ class ResidualSpec(FormatSpec):
 
     def decode_rows(self, tensors: dict[str, Tensor], index_N: Tensor, cols: int) -> Tensor:
         return reference.decode_rows(tensors, self.stages, index_N, cols)
+
+    def kernels(self, kind: Kind) -> Kernels:
+        return ResidualKernels(self, tuple(stage.kernels(kind) for stage in self.stages))
 
     def problem(self, tensors: dict[str, Tensor], rows: int, cols: int) -> str | None:
         for i, stage in enumerate(self.stages):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vqllm_kernels.formats import FormatSpec, register
+from vqllm_kernels.kernels import Kernels, Kind
 from vqllm_kernels.layout import TensorLayout
 from vqllm_kernels.trellis import reference
 
@@ -90,3 +91,10 @@ class TrellisSpec(FormatSpec):
             rows,
             cols,
         )
+
+    def kernels(self, kind: Kind) -> Kernels:
+        if kind == "triton":
+            from vqllm_kernels.trellis.kernels import TrellisKernels
+
+            return TrellisKernels(self)
+        return super().kernels(kind)
