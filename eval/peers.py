@@ -32,13 +32,13 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from results_table import TEXTS, WINDOWS
 from torch import Tensor, nn
+from vqllm.runs.compare.original import Remembering
 
 from vqllm.calibration.data.calibration_set import calibration_sequences
 from vqllm.core.protocols import JSON
 from vqllm.evaluation import perplexity as evaluation
 from vqllm.models import resolve as models
 from vqllm.models.load import load_to_run
-from vqllm.runs.compare.original import Remembering
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results" / "peers.json"

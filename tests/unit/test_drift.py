@@ -11,8 +11,8 @@ from tests.support.params import slow_but
 from tests.support.tiny import ARCHITECTURES, DIFFERENT, save_tiny
 from vqllm import recipes
 from vqllm.calibration import passes as passes_module
-from vqllm.calibration.hessian import InputHessian
 from vqllm.calibration.drift import Drift, silenced
+from vqllm.calibration.hessian import InputHessian
 from vqllm.calibration.layer_calibrator import LayerCalibrator
 from vqllm.calibration.layer_stream import LayerStream, linears_of
 from vqllm.quantization import linear as group
