@@ -13,7 +13,6 @@ from vqllm.checkpoint.reader import Checkpoint
 from vqllm.checkpoint.resume import tuned_writer as tuned
 from vqllm.errors import NumericalError, RecipeError
 from vqllm.recipes import Recipe, TuningRecipe, from_dict, tuning_from_dict
-from vqllm.tuning import refit
 
 KMEANS = {"type": "kmeans", "tile_rows": 1, "tile_cols": 2, "index_bits": 4}
 CALIBRATION = {"sequences": 16, "length": 32}
@@ -86,13 +85,13 @@ def test_what_is_written_has_the_loss_that_is_told(
     finished, rounded, source, text, layer, monkeypatch, root
 ) -> None:
     seen = []
-    stage = refit.Refit.__call__
+    stage = codebook_stage.Refit.__call__
 
     def keep(self, task):
         seen.append(task.sequences)
         return stage(self, task)
 
-    monkeypatch.setattr(refit.Refit, "__call__", keep)
+    monkeypatch.setattr(codebook_stage.Refit, "__call__", keep)
     run(rounded, root / f"seen-{layer}", text, recipe=recipe(steps=1))
     name = f"model.layers.{layer}.self_attn.q_proj"
     # Its inputs are behind the layers before it, which are fitted already.
@@ -176,13 +175,13 @@ def test_the_same_bytes_after_a_stop(finished, root, rounded, text, monkeypatch)
         run(rounded, root / "stopped", text)
     monkeypatch.undo()
     fitted = []
-    train = refit._Run._train
+    train = codebook_stage._Run._train
 
     def counted(self, index, parameters) -> None:
         fitted.append(index)
         train(self, index, parameters)
 
-    monkeypatch.setattr(refit._Run, "_train", counted)
+    monkeypatch.setattr(codebook_stage._Run, "_train", counted)
     run(rounded, root / "stopped", text, evaluate=True)
     assert fitted == [1]
     one, other = files(finished.output), files(root / "stopped")
@@ -202,12 +201,12 @@ def test_it_goes_before_the_end_to_end_stage(root, rounded, text) -> None:
 
 
 def test_inputs_that_are_not_finite_are_refused(root, rounded, text, monkeypatch) -> None:
-    hessians = refit._Run._hessians
+    hessians = codebook_stage._Run._hessians
 
     def broken(self, index):
         return {name: H_CC / 0 for name, H_CC in hessians(self, index).items()}
 
-    monkeypatch.setattr(refit._Run, "_hessians", broken)
+    monkeypatch.setattr(codebook_stage._Run, "_hessians", broken)
     with pytest.raises(NumericalError, match=r"layers\.0\..*: its inputs .* are not finite"):
         run(rounded, root / "broken", text)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from accelerate.utils import set_module_tensor_to_device
-from tests.unit.test_input_group import COLS, SIZES, Attention, inputs
+from tests.unit.test_joined_linears import COLS, SIZES, Attention, inputs
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -8,20 +8,19 @@ the linears. All of it is stored in the run's folder, and read back when the run
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vqllm.allocation import Item, allocate, gaussian_mse
+from vqllm.allocation.allocate import Allocated, choose_codecs
+from vqllm.allocation.distortion import gaussian_mse
 from vqllm.allocation.expected_loss import expected_losses
 from vqllm.allocation.sensitivity import Sensitivity
 from vqllm.calibration.gradients import Findings, GradientPass, Visitor
 from vqllm.calibration.saliency import OutputHessians, TokenWeights
 from vqllm.checkpoint.resume.layer_writer import LayerWriter
 from vqllm.core.progress import Progress
-from vqllm.core.protocols import Codec, OutputRounding
-from vqllm.plan.costs import option_costs
+from vqllm.core.protocols import OutputRounding
 from vqllm.plan.job import Job
 from vqllm.plan.selection import Shape, chosen
 from vqllm.recipes import Recipe
@@ -39,15 +38,6 @@ def needs_gradients(recipe: Recipe) -> bool:
         or recipe.allocation is not None
         or isinstance(recipe.rounding, OutputRounding)
     )
-
-
-@dataclass(frozen=True)
-class Allocated:
-    """The codec that a linear got from a budget."""
-
-    codec: Codec
-    expected_kl: float
-    """nats a token that errors in this linear alone add to the KL divergence of the predictions"""
 
 
 class GradientStatistics:
@@ -100,7 +90,9 @@ class GradientStatistics:
         recipe = self._job.recipe
         if recipe.allocation is None:
             return {}
-        chosen = self._run.load_or_make("allocation", lambda: self._allocate(shapes))
+        chosen = self._run.load_or_make(
+            "allocation", lambda: choose_codecs(shapes, self._of_all_layers("loss"), recipe)
+        )
         codecs = recipe.allocation.codecs
         return {
             name: Allocated(codecs[int(number)], float(kl)) for name, (number, kl) in chosen.items()
@@ -152,36 +144,6 @@ class GradientStatistics:
             self._tokens.numel(),
             recipe.hessian.power if recipe.hessian.weights == "output" else 0.0,
         )
-
-    def _allocate(self, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
-        """By full name the number of the codec in the recipe's list, and the expected KL
-        divergence in nats a token that its errors cause."""
-        allocation = self._job.recipe.allocation
-        assert allocation is not None, "asked for"
-        # Options of a linear: the bits that each codec takes, and the loss expected with it. For a
-        # linear that no token reached the loss is 0 with each codec, so it gets the cheapest.
-        losses = self._of_all_layers("loss")
-        num = len(allocation.codecs)
-        items = [
-            Item(option_costs(shape, self._job.recipe), tuple(losses[name].tolist() or [0.0] * num))
-            for name, shape in shapes.items()
-        ]
-        # A budget below the cheapest codecs is raised to them.
-        numel = sum(rows * cols for rows, cols in shapes.values())
-        least = sum(min(item.costs) for item in items)
-        picks = allocate(items, max(allocation.bits * numel, least))
-        spent = sum(item.costs[pick] for item, pick in zip(items, picks))
-        expected = sum(item.losses[pick] for item, pick in zip(items, picks))
-        logger.info(
-            "%d linears share %.4f bits a weight; expected KL divergence %.3g",
-            len(items),
-            spent / numel,
-            expected,
-        )
-        return {
-            name: torch.tensor([pick, item.losses[pick]], dtype=torch.float64)
-            for name, item, pick in zip(shapes, items, picks)
-        }
 
 
 class _Record:

@@ -5,16 +5,16 @@ May import: core, hf.
 Start at `base.py`, what a step and a stage are given.
 """
 
-from vqllm.tuning import codebook, end_to_end, layer, pv, refit, straight_through
+from vqllm.tuning import codebook, codebook_stage, end_to_end, layer, pv, straight_through
 from vqllm.tuning.base import MODEL_TUNINGS, TUNINGS
 
 __all__ = [
     "MODEL_TUNINGS",
     "TUNINGS",
     "codebook",
+    "codebook_stage",
     "end_to_end",
     "layer",
     "pv",
-    "refit",
     "straight_through",
 ]
