@@ -56,7 +56,7 @@ def chart(demo: JSON, tuning: JSON, peers: JSON) -> bytes:
         axes.plot([x], [y], linestyle="none", marker=mark, markersize=7, color=color, zorder=3)
     every = [*others, *drawn, *points.values()]
     plain_log_scale(axes, max(y for _, y in every) / min(y for _, y in every))
-    axes.margins(x=0.1, y=0.06)
+    axes.margins(x=0.16, y=0.06)
     axes.set_xlabel("bits a weight of the linears, scales and tables included")
     axes.set_ylabel("KL divergence from the original's predictions, nats a token")
     axes.grid(alpha=0.25)

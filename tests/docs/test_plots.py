@@ -64,3 +64,20 @@ def test_the_same_rows_give_the_same_picture_and_none_give_one() -> None:
     assert plot_tuning({}).startswith(b"\x89PNG")
     curves = json.loads((ROOT / "eval" / "results" / "tuning-curve.json").read_text())["curves"]
     assert plot_tuning(curves).startswith(b"\x89PNG")
+
+
+def test_the_chart_of_the_readme_has_every_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "eval")
+    import quality_chart
+
+    results = ROOT / "eval" / "results"
+    read = {
+        name: json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("demo", "tuning", "peers")
+    }
+    named: list[str] = []
+    monkeypatch.setattr(quality_chart, "name_points", lambda _, names, *a, **k: named.extend(names))
+    assert quality_chart.chart(**read).startswith(b"\x89PNG")
+    assert {*quality_chart.LINES.values(), quality_chart.TUNED_NAME} <= set(named)
+    assert set(read["peers"]["rows"]) <= set(named)
+    assert all(row["source"] for row in read["peers"]["rows"].values())
