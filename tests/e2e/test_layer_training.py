@@ -12,6 +12,7 @@ from tests.e2e.test_pipeline import KillAt, Killed, same_files
 from tests.support.params import slow
 from vqllm import api
 from vqllm.calibration.data.calibration_set import calibration_sequences
+from vqllm.checkpoint.packed_matrix import PackedMatrix
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.core import metrics
 from vqllm.core.protocols import JSON
@@ -171,9 +172,10 @@ def test_each_kind_alone_moves_and_is_what_the_layer_runs_with(
 ) -> None:
     train, seen = layer_training.LayerTrainer.train, []
 
-    def looking(self, names, rounded) -> None:
-        train(self, names, rounded)
+    def looking(self, names, rounded) -> list[PackedMatrix]:
+        done = train(self, names, rounded)
         seen.extend(torch.equal(at.parameter, value) for at, value in self._values().items())
+        return done
 
     monkeypatch.setattr(layer_training.LayerTrainer, "train", looking)
     run(source, root / f"only-{kind}", text, recipe=recipe({**LAYER, "train": [kind]}))

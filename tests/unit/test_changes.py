@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from accelerate.utils import set_module_tensor_to_device
-from tests.unit.test_joined_linears import COLS, SIZES, Attention, inputs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.support.fake_checkpoint import FORMATS, fake_checkpoint, linear_spec, random_packed
+from tests.unit.test_joined_linears import COLS, SIZES, Attention, inputs
 from vqllm import api
 from vqllm.runtime import PackedModule, VQLinear, set_weight_cache
 from vqllm.runtime.packed import own_tensors

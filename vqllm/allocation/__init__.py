@@ -1,7 +1,7 @@
 """A budget of bits, and which codec each linear gets for it.
 
 May import: core, recipes, calibration, plan, checkpoint, rounding.
-Start at `allocate.py`; `gradient_statistics.py` runs the pass with gradients that it needs.
+Start at `choose_codecs.py`; `gradient_statistics.py` runs the pass with gradients that it needs.
 """
 
 from vqllm.allocation.budget import Item, allocate

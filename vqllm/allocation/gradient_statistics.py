@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vqllm.allocation.allocate import Allocated, choose_codecs
+from vqllm.allocation.choose_codecs import Allocated, choose_codecs
 from vqllm.allocation.distortion import gaussian_mse
 from vqllm.allocation.expected_loss import expected_losses
 from vqllm.allocation.sensitivity import Sensitivity

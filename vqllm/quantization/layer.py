@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from vqllm.allocation.allocate import Allocated
+from vqllm.allocation.choose_codecs import Allocated
 from vqllm.calibration.layer_calibrator import InputGroup, LayerCalibrator
 from vqllm.checkpoint.packed_matrix import PackedMatrix
 from vqllm.core.progress import Progress

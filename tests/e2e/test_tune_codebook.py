@@ -13,6 +13,7 @@ from vqllm.checkpoint.reader import Checkpoint
 from vqllm.checkpoint.resume import tuned_writer as tuned
 from vqllm.errors import NumericalError, RecipeError
 from vqllm.recipes import Recipe, TuningRecipe, from_dict, tuning_from_dict
+from vqllm.tuning import codebook_stage
 
 KMEANS = {"type": "kmeans", "tile_rows": 1, "tile_cols": 2, "index_bits": 4}
 CALIBRATION = {"sequences": 16, "length": 32}
