@@ -13,13 +13,7 @@ MODULE = re.compile(r"(?<![\w./-])vqllm(?:\.\w+)+")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#([^)]*))?\)")
 MADE_UP = ("hexagonal", "mycodec")
 """In names of what a tutorial adds."""
-GROUPS = (
-    "vqllm.codecs",
-    "vqllm.transforms",
-    "vqllm.roundings",
-    "vqllm.formats",
-    "vqllm.transform_kinds",
-)
+GROUPS = {"vqllm.roundings", "vqllm.formats", "vqllm.transform_kinds"}
 """Of entry points, which are no modules."""
 PLACEHOLDERS = "<*{"
 """Characters after which the rest of a path stands for any."""
