@@ -75,7 +75,7 @@ class LayerTrainer:
         for parameter, _ in parameters:
             parameter.requires_grad_(True)
         training = descend(
-            parameters, self._settings.steps, self._loss, self._look, self._layer.name
+            parameters, self._settings.steps, self._loss, self._held_out_error, self._layer.name
         )
         for parameter, _ in parameters:
             parameter.requires_grad_(False)
@@ -109,7 +109,7 @@ class LayerTrainer:
         with _in_place(self._values()):
             return [self._calibrator.error(self._layer.index, self._training[rows])]
 
-    def _look(self) -> float:
+    def _held_out_error(self) -> float:
         total = 0.0
         with _in_place(self._values()):
             for rows in self._held_out.split(self._settings.batch):

@@ -21,63 +21,7 @@ def report_pages(records: Sequence[JSON], summary: Summary, recipe_yaml: str) ->
 
 
 def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
-    """report.md: first the rows of each table, then the page with them in its order."""
-    # The kind of a linear is the last part of its name, such as q_proj.
-    kinds: dict[str, list[JSON]] = {}
-    for record in records:
-        kinds.setdefault(record["name"].rsplit(".", 1)[-1], []).append(record)
-    by_kind = [
-        (
-            kind,
-            str(len(group)),
-            f"{_bits_per_weight(group):.3f}",
-            f"{_mean_entropy(group):.3f}",
-            f"{sum(r['proxy_loss'] for r in group) / len(group):.4g}",
-            f"{max(r['proxy_loss'] for r in group):.4g}",
-        )
-        for kind, group in kinds.items()
-    ]
-    worst_rows = [
-        (r["name"], f"{r['proxy_loss']:.4g}", f"{r['sqnr_db']:.2f}", str(r["num_tokens"]))
-        for r in worst(records)
-    ]
-    # Linears that were coded again with more bits, because their loss was too large.
-    fragile_rows = [
-        (
-            r["name"],
-            f"{r['fragile']['proxy_loss']:.4g}",
-            f"{r['proxy_loss']:.4g}",
-            f"{r['bits_per_weight']:.3f}",
-        )
-        for r in records
-        if "fragile" in r
-    ]
-    # What a budget of bits chose: the linears that got as many bits of codes a weight.
-    by_bits: dict[str, list[JSON]] = {}
-    for record in records:
-        if "expected_kl" in record:
-            bits = record["bits_codes"] / (record["rows"] * record["cols"])
-            by_bits.setdefault(f"{bits:.3f}", []).append(record)
-    allocated_rows = [
-        (
-            bits,
-            str(len(group)),
-            f"{100 * _numel(group) / _numel(records):.1f} %",
-            ", ".join(_kinds(group)),
-            f"{sum(r['expected_kl'] for r in group):.3g}",
-        )
-        for bits, group in sorted(by_bits.items(), key=lambda item: float(item[0]))
-    ]
-    # There is one training after the rounding of an input group: one row for all its linears.
-    trained: dict[tuple[int, str], JSON] = {}
-    for record in records:
-        if "training" in record:
-            group = ", ".join(name.rsplit(".", 1)[-1] for name in record["group"])
-            trained[record["layer"], group] = record["training"]
-    trained_rows = [
-        (str(layer), group, *_training_cells(training))
-        for (layer, group), training in trained.items()
-    ]
+    """report.md."""
     dense_rows = [(name, reason) for name, reason in summary.not_quantized.items()]
     return "\n".join(
         [
@@ -91,25 +35,26 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
             "## By kind of linear",
             "",
             markdown_table(
-                ("kind", "linears", "bits", "entropy of codes", "mean proxy loss", "worst"), by_kind
+                ("kind", "linears", "bits", "entropy of codes", "mean proxy loss", "worst"),
+                _rows_by_kind(records),
             ),
             "## Worst linears",
             "",
-            markdown_table(("linear", "proxy loss", "SQNR dB", "tokens"), worst_rows),
+            markdown_table(("linear", "proxy loss", "SQNR dB", "tokens"), _worst_rows(records)),
             *_section(
                 "Bits that linears got",
                 ("bits of codes", "linears", "weights", "which", "expected KL"),
-                allocated_rows,
+                _allocated_rows(records),
             ),
             *_section(
                 "Fragile linears, coded with more bits",
                 ("linear", "proxy loss before", "after", "bits"),
-                fragile_rows,
+                _fragile_rows(records),
             ),
             *_section(
                 "Training after each input group was rounded: held-out error of the layer's output",
                 ("layer", "group", *TRAINING),
-                trained_rows,
+                _trained_rows(records),
             ),
             *_tuned(summary.tuning),
             "## Not quantized",
@@ -121,6 +66,80 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
             "",
         ]
     )
+
+
+Rows = list[tuple[str, ...]]
+
+
+def _rows_by_kind(records: Sequence[JSON]) -> Rows:
+    """The kind of a linear is the last part of its name, such as q_proj."""
+    kinds: dict[str, list[JSON]] = {}
+    for record in records:
+        kinds.setdefault(record["name"].rsplit(".", 1)[-1], []).append(record)
+    return [
+        (
+            kind,
+            str(len(group)),
+            f"{_bits_per_weight(group):.3f}",
+            f"{_mean_entropy(group):.3f}",
+            f"{sum(r['proxy_loss'] for r in group) / len(group):.4g}",
+            f"{max(r['proxy_loss'] for r in group):.4g}",
+        )
+        for kind, group in kinds.items()
+    ]
+
+
+def _worst_rows(records: Sequence[JSON]) -> Rows:
+    return [
+        (r["name"], f"{r['proxy_loss']:.4g}", f"{r['sqnr_db']:.2f}", str(r["num_tokens"]))
+        for r in worst(records)
+    ]
+
+
+def _fragile_rows(records: Sequence[JSON]) -> Rows:
+    """Linears that were coded again with more bits, because their loss was too large."""
+    return [
+        (
+            r["name"],
+            f"{r['fragile']['proxy_loss']:.4g}",
+            f"{r['proxy_loss']:.4g}",
+            f"{r['bits_per_weight']:.3f}",
+        )
+        for r in records
+        if "fragile" in r
+    ]
+
+
+def _allocated_rows(records: Sequence[JSON]) -> Rows:
+    """What a budget of bits chose: the linears that got as many bits of codes a weight."""
+    by_bits: dict[str, list[JSON]] = {}
+    for record in records:
+        if "expected_kl" in record:
+            bits = record["bits_codes"] / (record["rows"] * record["cols"])
+            by_bits.setdefault(f"{bits:.3f}", []).append(record)
+    return [
+        (
+            bits,
+            str(len(group)),
+            f"{100 * _numel(group) / _numel(records):.1f} %",
+            ", ".join(_kinds(group)),
+            f"{sum(r['expected_kl'] for r in group):.3g}",
+        )
+        for bits, group in sorted(by_bits.items(), key=lambda item: float(item[0]))
+    ]
+
+
+def _trained_rows(records: Sequence[JSON]) -> Rows:
+    """There is one training after the rounding of an input group: one row for all its linears."""
+    trained: dict[tuple[int, str], JSON] = {}
+    for record in records:
+        if "training" in record:
+            group = ", ".join(name.rsplit(".", 1)[-1] for name in record["group"])
+            trained[record["layer"], group] = record["training"]
+    return [
+        (str(layer), group, *_training_cells(training))
+        for (layer, group), training in trained.items()
+    ]
 
 
 TRAINING = ("before", "after", "best step", "times not finite")
