@@ -1,7 +1,7 @@
 """The quantization loop: one decoder layer at a time, from calibration to a written shard."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from vqllm.errors import ModelError
 from vqllm.plan.job import Job
 from vqllm.plan.not_quantized import nothing_to_quantize, why_not_quantized
 from vqllm.plan.packed_spec import stored_spec
-from vqllm.plan.selection import chosen, shapes_of
+from vqllm.plan.selection import Shape, chosen, shapes_of
 from vqllm.quantization.checks import check_finite, check_model
 from vqllm.quantization.embeddings import EmbeddingAndHead
 from vqllm.quantization.layer import LayerTask, quantize_layer
@@ -80,6 +80,7 @@ def quantize(job: Job, run: LayerWriter, progress: Progress) -> Outcome:
 
     loop = _Loop(job, run, sequences["calibration"], progress)
     loop.quantize_embedding()
+    loop.begin_layers()
     for index in loop.layers_to_load():
         with loop.loaded(index) as layer:
             if index < run.num_finished:
@@ -109,14 +110,15 @@ class _Loop:
         self._stream = job.open_stream(run.scratch)
         check_finite(self._stream.model, "the model outside its layers")
         self._ends = EmbeddingAndHead(self._stream, run, self._recipe)
-        self._allocation = self._findings.allocation(shapes_of(self._stream, self._recipe))
-        planned = self._planned_specs() | self._ends.specs
+        shapes = shapes_of(self._stream, self._recipe)
+        self._allocation = self._findings.allocation(shapes)
+        planned = self._planned_specs(shapes) | self._ends.specs
         run.begin(self._stream.model, self._stream.names, planned, self._ends.tied)
 
-    def _planned_specs(self) -> dict[str, LinearSpec]:
+    def _planned_specs(self, shapes: Mapping[str, Shape]) -> dict[str, LinearSpec]:
         """How each linear of the layers will be stored."""
         specs = {}
-        for name, (rows, cols) in shapes_of(self._stream, self._recipe).items():
+        for name, (rows, cols) in shapes.items():
             allocated = self._allocation.get(name)
             codec = self._recipe.codec if allocated is None else allocated.codec
             specs[name] = stored_spec(rows, cols, self._recipe.with_codec(codec))
@@ -126,10 +128,8 @@ class _Loop:
         """An embedding that is not tied comes first: the layers see its decoded rows."""
         self._ends.quantize_embedding(self._tokens_SL, self._progress)
 
-    def layers_to_load(self) -> range:
-        """All of them, since the inputs of a layer are outputs of those before it; none if
-        everything is finished."""
-        num, num_finished = len(self._stream), self._run.num_finished
+    def begin_layers(self) -> None:
+        """Make ready what runs the calibration sequences through the layers."""
         self._calibrator = LayerCalibrator(
             self._stream,
             self._tokens_SL,
@@ -139,8 +139,13 @@ class _Loop:
             self._recipe.target.of,
             _aims(self._recipe),
         )
-        self._progress.layers(num, num_finished)
-        return range(num if num_finished < num or self._ends.head_is_due else 0)
+        self._progress.layers(len(self._stream), self._run.num_finished)
+
+    def layers_to_load(self) -> range:
+        """All of them, since the inputs of a layer are outputs of those before it; none if
+        everything is finished."""
+        num = len(self._stream)
+        return range(num if self._run.num_finished < num or self._ends.head_is_due else 0)
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[LoadedLayer]:
