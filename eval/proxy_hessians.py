@@ -64,7 +64,7 @@ def _measure(folder: Path, tokens: Tensor, layers: list[int], target: Path) -> N
     tensors: dict[str, Tensor] = {}
     for i, half in enumerate(HALVES):
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            stream = LayerStream(folder, torch.device("cpu"), Path(scratch) / "offload")
+            stream = LayerStream(folder, torch.device("cpu"))
             own = tokens[i :: len(HALVES)]
             calibrator = LayerCalibrator(stream, own, ACTIVATIONS, Path(scratch))
             for index in range(max(layers) + 1):

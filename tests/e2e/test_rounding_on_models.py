@@ -34,7 +34,7 @@ def losses(
         },
         "test recipe",
     )
-    stream = LayerStream(source, torch.device("cpu"), scratch / "offload")
+    stream = LayerStream(source, torch.device("cpu"))
     calibrator = LayerCalibrator(stream, tokens, 1 << 30, scratch)
     found = {}
     for index, layer_name in enumerate(stream.names[:2]):

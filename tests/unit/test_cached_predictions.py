@@ -28,8 +28,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def cached(source: Path, folder: Path, **options) -> StreamedPredictions:
-    def open_stream(offload: Path) -> LayerStream:
-        return LayerStream(source, torch.device("cpu"), offload, torch.bfloat16)
+    def open_stream() -> LayerStream:
+        return LayerStream(source, torch.device("cpu"), torch.bfloat16)
 
     return StreamedPredictions(open_stream, TOKENS, folder, Processes(), **options)
 

@@ -75,8 +75,8 @@ def test_config_describes_each_distinct_specification_once() -> None:
     ("change", "message"),
     [
         ({"quant_method": "gptq"}, "quantized by 'gptq', not by 'vqllm'"),
-        ({"format_version": 7}, "format version 7; this vqllm reads versions up to 2. Upgrade"),
-        ({"format_version": "one"}, "format_version is 'one', expected a number from 1 to 2"),
+        ({"format_version": 7}, "format version 7; this vqllm reads versions up to 3. Upgrade"),
+        ({"format_version": "one"}, "format_version is 'one', expected a number from 1 to 3"),
         ({"format_version": True}, "format_version is True"),
         ({"specs": None}, "must be JSON objects, found NoneType and dict"),
         ({"modules": {"a": "9"}}, "name the specifications 9, which `specs` does not have"),

@@ -41,7 +41,7 @@ def calibrate(
     folder: Path, scratch: Path, damage: float, weights: dict[str, Tensor] | None = None
 ) -> dict[str, InputHessian]:
     """The Hessians of the second layer, when the first has weights that are wrong by `damage`."""
-    stream = LayerStream(folder, torch.device("cpu"), scratch / "offload")
+    stream = LayerStream(folder, torch.device("cpu"))
     calibrator = LayerCalibrator(stream, TOKENS, 1 << 30, scratch, weights, "residual")
     found = {}
     for index, name in enumerate(stream.names):
@@ -80,7 +80,7 @@ def whole_model(folder: Path, damaged: dict[str, float]) -> dict[str, Tensor]:
 
 def test_drift_equals_the_difference_of_two_whole_models(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source", num_hidden_layers=2)
-    stream = LayerStream(source, torch.device("cpu"), tmp_path / "x")
+    stream = LayerStream(source, torch.device("cpu"))
     first = dict.fromkeys(linears_of_layer(stream, 0), 0.1)
     weight_SL = torch.rand(TOKENS.shape, generator=torch.Generator().manual_seed(1))
     found = calibrate(source, tmp_path, 0.1, dict.fromkeys(linears_of_layer(stream, 1), weight_SL))

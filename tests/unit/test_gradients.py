@@ -30,7 +30,7 @@ def _batches_of_two_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def gradient_pass(folder: Path, budget: int = 1 << 30) -> GradientPass:
     def open_stream() -> LayerStream:
-        return LayerStream(folder, torch.device("cpu"), folder.parent / "offload")
+        return LayerStream(folder, torch.device("cpu"))
 
     return GradientPass(open_stream, TOKENS, 3, budget, folder.parent / "stored")
 
@@ -232,9 +232,7 @@ def test_linears_that_see_some_tokens_only_have_no_weights(tmp_path: Path) -> No
 
 
 def test_hessians_weigh_tokens(tmp_path: Path) -> None:
-    stream = LayerStream(
-        save_tiny(tmp_path / "source", "llama"), torch.device("cpu"), tmp_path / "offload"
-    )
+    stream = LayerStream(save_tiny(tmp_path / "source", "llama"), torch.device("cpu"))
     weights = {
         f"model.layers.0.self_attn.{kind}_proj": torch.rand(TOKENS.shape) for kind in ("q", "k")
     }

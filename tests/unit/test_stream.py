@@ -33,7 +33,7 @@ def _batches_of_two_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stream_of(folder: Path) -> LayerStream:
-    return LayerStream(folder, torch.device("cpu"), folder.parent / "offload")
+    return LayerStream(folder, torch.device("cpu"))
 
 
 def states_of(calibrator: LayerCalibrator, model: Model = "quantized") -> Tensor:

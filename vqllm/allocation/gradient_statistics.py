@@ -118,7 +118,7 @@ class GradientStatistics:
         job, recipe = self._job, self._job.recipe
         scratch = self._run.scratch
         gradients = GradientPass(
-            lambda: job.open_stream(scratch),
+            job.open_stream,
             self._tokens,
             recipe.seed,
             job.activation_budget,

@@ -89,7 +89,7 @@ class Visitor:
 class GradientPass:
     """The forward and the backward pass over all calibration sequences.
 
-    `open_stream` opens the unquantized model anew, which each direction does once. `tokens` is
+    `open_stream` opens the unquantized model. `tokens` is
     int64 [S, L]. Within `budget_bytes` the stored inputs are in memory, beyond in files below
     `folder`.
     """
@@ -163,7 +163,7 @@ class GradientPass:
 
     def _forward(self, share: Callable[[float], None], num_layers: int | None) -> LayerStream:
         """Store the inputs of all layers, or of the first `num_layers`. Those of layer 0 are the
-        embeddings, which are computed again. Returns a stream for the backward pass."""
+        embeddings, which are computed again."""
         stream = self._open_stream()
         for index in range((num_layers or len(stream)) - 1):
             with stream.layer(index) as layer:
@@ -176,10 +176,7 @@ class GradientPass:
                         self._inputs.append(store)
                     self._inputs[index].write(rows, output)
             share(FORWARD * (index + 1) / len(stream))
-        # A layer can be loaded once from a stream, so the way back needs another one.
-        back = self._open_stream()
-        back.returns_like(stream)
-        return back
+        return stream
 
     def _backward(
         self,

@@ -1,30 +1,29 @@
 """A causal language model, one decoder layer in memory at a time.
 
-The Hugging Face model itself is used, unchanged: its layers are on disk (accelerate reads the
-original safetensors files), everything outside the layers is in memory. A layer is run by calling
-the whole model: the layers before it return their input, the layer itself gets the stored hidden
-states in place of its input, and the call ends there. So a layer gets exactly the masks, positions
-and other arguments that its own model computes, and no architecture is named.
+The Hugging Face model itself is used, with its experts in linear form: its layers are on disk, in
+the original safetensors files, everything outside the layers is in memory. A layer is run by
+calling the whole model: the layers before it return their input, the layer itself gets the stored
+hidden states in place of its input, and the call ends there. So a layer gets exactly the masks,
+positions and other arguments that its own model computes, and no architecture is named.
 
     model(tokens):  embeddings → 0 ─pass→ 1 ─pass→ … → i: stored states in, new states out, stop
 """
 
 import contextlib
 import gc
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.hooks import remove_hook_from_module
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from vqllm.checkpoint.source import SourceTensors
 from vqllm.core.protocols import JSON
 from vqllm.errors import ModelError
-from vqllm.hf.linears import is_linear, shared_modules
-from vqllm.hf.loading import load_model, skeleton
+from vqllm.hf.linears import decoder_name, is_linear, shared_modules
+from vqllm.hf.loading import make_buffers, skeleton
 
 
 class LayerDone(Exception):
@@ -195,13 +194,14 @@ class Layers:
 
 
 class LayerStream(Layers):
-    """The layers of the model in `folder`, loaded one at a time.
+    """The layers of the model in `folder`, in linear form, loaded one at a time.
 
     Attributes:
         model: the model; its layers' weights are on the meta device unless loaded.
         names: full module name of each layer.
+        tensors: the stored tensors by their names in the model.
         shared: modules that several layers, or a layer and the rest of the model, have in common;
-            they stay in memory from the first layer on.
+            they stay in memory from the beginning.
         source_dtype: the dtype of the stored weights.
         compute_dtype: the dtype in which layers run.
     """
@@ -210,26 +210,18 @@ class LayerStream(Layers):
         self,
         folder: Path,
         device: torch.device,
-        offload_folder: Path,
         compute_dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        # The skeleton has no weights. It shows which modules can stay on disk before any is loaded.
-        empty = skeleton(folder, trust_remote_code=trust_remote_code)
-        names = layer_names(empty)
-        shared = shared_modules(empty, names)
-        model: Any = load_model(
-            folder,
-            trust_remote_code=trust_remote_code,
-            dtype="auto",
-            device_map=_device_map(empty, names, shared, device),
-            offload_folder=offload_folder,
-        )
-        super().__init__(model, names, device)
-        self.shared = shared_modules(model, names)
-        self.source_dtype: torch.dtype = self.model.dtype
+        # The skeleton has no weights. It shows which modules can stay on disk.
+        self.tensors = SourceTensors.open(folder, trust_remote_code)
+        model = self.tensors.blueprint.model.eval()
+        super().__init__(model, layer_names(model), device)
+        self.shared = shared_modules(model, self.names)
+        self.source_dtype: torch.dtype = model.dtype
         # Everything outside the layers is cast now; a layer is cast when it is loaded.
         self.compute_dtype = compute_dtype or _compute_dtype(self.source_dtype, device)
+        self._load_outside_layers()
         self._cast_outside_layers()
         if self.compute_dtype != self.source_dtype:
             self._cast_buffers(
@@ -238,21 +230,47 @@ class LayerStream(Layers):
 
     @contextlib.contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """Layer `index` with its weights in memory, in the source dtype; freed on leaving.
-
-        A layer can be loaded once: it loses its connection to the files when it is.
-        """
-        layer = self.layers[index]
+        """Layer `index` with its weights in memory, in the source dtype; freed on leaving."""
+        layer, name = self.layers[index], self.names[index]
         self._restore_forward(index)
-        for module in layer.modules():
-            _materialize(module, self.device)
+        modules = {n: m for n, m in layer.named_modules(prefix=name) if m not in self.shared}
+        self._fill(modules)
         try:
             yield layer
         finally:
-            for module in layer.modules():
-                if module not in self.shared:
-                    module._apply(lambda tensor: tensor.to("meta"), recurse=False)
+            for module in modules.values():
+                module._apply(lambda tensor: tensor.to("meta"), recurse=False)
             gc.collect()
+
+    def _load_outside_layers(self) -> None:
+        """Read everything that is not in a layer or that layers share, and make all buffers that
+        are computed, those in layers too."""
+        model = self.model
+        inside = {id(module) for layer in self.layers for module in layer.modules()}
+        inside -= {id(module) for module in self.shared}
+        modules = {n: m for n, m in model.named_modules() if id(m) not in inside}
+        missing = self._fill(modules)
+        model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        make_buffers(model, self.device)
+
+    def _fill(self, modules: Mapping[str, nn.Module]) -> set[str]:
+        """Read the stored tensors of these modules, by full name; the names of those that are not
+        stored."""
+        places = {
+            f"{prefix}.{key}" if prefix else key: (module, key, value)
+            for prefix, module in modules.items()
+            for key, value in module.state_dict(keep_vars=True).items()
+            if "." not in key
+        }
+        stored = [name for name in places if name in self.tensors]
+        for name, values in self.tensors.read_many(stored):
+            module, key, old = places[name]
+            values = values.to(self.device, old.dtype)
+            if key in module._buffers:
+                module._buffers[key] = values
+            else:
+                setattr(module, key, _frozen(values))
+        return places.keys() - set(stored)
 
     @contextlib.contextmanager
     def ready(self, index: int) -> Iterator[nn.Module]:
@@ -341,15 +359,10 @@ def linears_of(
 
 
 def layer_names(model: nn.Module) -> list[str]:
-    """Full names of the decoder layers: of the list of modules with most parameters."""
-    best, best_size = "", 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(
-            isinstance(parent, nn.ModuleList) for parent in _parents(model, name)
-        ):
-            size = sum(p.numel() for p in module.parameters())
-            if size > best_size:
-                best, best_size = name, size
+    """Full names of the decoder layers: of the list of modules with most parameters in the
+    model's text decoder, or in the model where it has no decoder with such a list."""
+    inside = decoder_name(model)
+    best = _largest_list(model, inside) or _largest_list(model, "")
     if not best:
         raise ModelError(
             f"{type(model).__name__} has no list of layers (torch.nn.ModuleList) with weights, so "
@@ -357,6 +370,20 @@ def layer_names(model: nn.Module) -> list[str]:
         )
     layers: nn.ModuleList = model.get_submodule(best)  # type: ignore[assignment]
     return [f"{best}.{i}" for i in range(len(layers))]
+
+
+def _largest_list(model: nn.Module, inside: str) -> str:
+    """Full name of the list of modules with most parameters below a module, not itself in a list;
+    "" where there is none."""
+    best, best_size = "", 0
+    for name, module in model.get_submodule(inside).named_modules(prefix=inside):
+        if isinstance(module, nn.ModuleList) and not any(
+            isinstance(parent, nn.ModuleList) for parent in _parents(model, name)
+        ):
+            size = sum(p.numel() for p in module.parameters())
+            if size > best_size:
+                best, best_size = name, size
+    return best
 
 
 def check_states(model: nn.Module, names: list[str]) -> None:
@@ -392,50 +419,6 @@ def _parents(model: nn.Module, name: str) -> Iterator[nn.Module]:
     parts = name.split(".")[:-1]
     for i in range(1, len(parts) + 1):
         yield model.get_submodule(".".join(parts[:i]))
-
-
-def _device_map(
-    empty: nn.Module, layers: list[str], shared: set[nn.Module], device: torch.device
-) -> dict[str, str]:
-    """For accelerate: the layers on disk, shared modules and everything else on `device`."""
-    on_disk = set(layers)
-    for name in layers:
-        inside = dict(empty.get_submodule(name).named_modules(prefix=name))
-        if shared & set(inside.values()):
-            # accelerate takes whole modules to the disk, so these go in smaller pieces.
-            on_disk.remove(name)
-            on_disk |= {
-                n
-                for n, module in inside.items()
-                if module not in shared and not list(module.children())
-            }
-    # Every module that is not on disk needs an entry too, as large a one as possible: children of
-    # the ancestors of what is on disk.
-    ancestors = {""}
-    for name in on_disk:
-        parts = name.split(".")
-        ancestors |= {".".join(parts[:i]) for i in range(1, len(parts))}
-    device_map = dict.fromkeys(on_disk, "disk")
-    for name in ancestors:
-        module, dot = empty.get_submodule(name), f"{name}." if name else ""
-        inside = [*module.named_children(), *module.named_parameters(recurse=False)]
-        for own, _ in inside:
-            full = f"{dot}{own}"
-            if full not in ancestors:
-                device_map.setdefault(full, str(device))
-    return device_map
-
-
-def _materialize(module: nn.Module, device: torch.device) -> None:
-    """Replace a module's own offloaded tensors by real ones, and drop accelerate's hook."""
-    with align_module_device(module, device):
-        parameters = {n: p.detach() for n, p in module.named_parameters(recurse=False)}
-        buffers = dict(module.named_buffers(recurse=False))
-    remove_hook_from_module(module)
-    for name, value in parameters.items():
-        setattr(module, name, _frozen(value))
-    for name, value in buffers.items():
-        module._buffers[name] = value
 
 
 def _frozen(value: Tensor) -> nn.Parameter:

@@ -2,16 +2,15 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from vqllm.checkpoint import atomic
+from vqllm.checkpoint.dense_tensors import Made, dense_tensors
 from vqllm.checkpoint.format import CONFIG, INDEX, RECORDS, shard_name
 from vqllm.checkpoint.reader import Checkpoint
-from vqllm.checkpoint.shards import natural_order
 from vqllm.checkpoint.writer import copy_files, write_json
 from vqllm.errors import CheckpointError, OutOfSpaceError
 
@@ -27,8 +26,9 @@ REPORT_FILES = (RECORDS, "report.md", "proxy_loss.png")
 def dequantize_checkpoint(folder: str | Path, output: str | Path, dtype: str = "auto") -> Path:
     """Write the dense weights of a checkpoint as a folder that any tool reads.
 
-    The weights are decoded in float32 and rounded once to `dtype`. One shard is in memory at a
-    time. The result appears whole, or not at all.
+    The weights are decoded in float32 and rounded once to `dtype`. Other tensors get it too if they
+    have the dtype of the source model; what it stored in another one stays so. One shard is in
+    memory at a time. The result appears whole, or not at all.
 
     Args:
         folder: a vqllm checkpoint.
@@ -50,14 +50,15 @@ def dequantize_checkpoint(folder: str | Path, output: str | Path, dtype: str = "
         raise CheckpointError(
             f"{output} is not empty; the output must be a new or an empty folder."
         )
-    sizes = _sizes(checkpoint, DTYPES[name])
-    atomic.check_space(output, sum(sizes.values()))
+    source = DTYPES[_dtype_name("auto", checkpoint.config)]
+    made = dense_tensors(checkpoint, DTYPES[name], source)
+    atomic.check_space(output, _num_bytes(made))
     # Written to a folder beside the output, whose renaming at the end makes it appear complete.
     partial = _new_folder_beside(output.absolute())
     staging = partial / ".staging"
     staging.mkdir()
     try:
-        _write(checkpoint, sizes, DTYPES[name], partial, staging)
+        _write(made, partial, staging)
         # The configuration is that of the source, with the new dtype under the keys that it uses.
         config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
         dtype_keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
@@ -70,7 +71,7 @@ def dequantize_checkpoint(folder: str | Path, output: str | Path, dtype: str = "
         partial.replace(output)
     except OutOfSpaceError as error:
         raise OutOfSpaceError(
-            f"no space left for {output}: the dense model has {sum(sizes.values()) / 1e6:.1f} MB. "
+            f"no space left for {output}: the dense model has {_num_bytes(made) / 1e6:.1f} MB. "
             "Nothing was left there. Free some space or choose another output folder."
         ) from error
     finally:
@@ -101,63 +102,31 @@ def _dtype_name(dtype: str, config: dict[str, object]) -> str:
     return dtype
 
 
-def _sizes(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of every tensor of the result, in the order in which they are written."""
-    sizes = {
-        f"{module}.weight": spec.rows * spec.cols * dtype.itemsize
-        for module, spec in checkpoint.linears.items()
-    }
-    for name in checkpoint.other_tensors():
-        stored = checkpoint.tensors[name]
-        is_float = stored.dtype in ("F64", "F32", "F16", "BF16")
-        sizes[name] = stored.numel * dtype.itemsize if is_float else stored.num_bytes
-    return {name: sizes[name] for name in sorted(sizes, key=natural_order)}
-
-
-def _write(
-    checkpoint: Checkpoint, sizes: dict[str, int], dtype: torch.dtype, folder: Path, staging: Path
-) -> None:
-    shards = list(_split(sizes))
-    weight_map = {}
-    for number, names in enumerate(shards, start=1):
+def _write(made: Sequence[Made], folder: Path, staging: Path) -> None:
+    shards = list(_split(made))
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(shards, start=1):
         file = shard_name(number, len(shards))
-        tensors = {name: _dense_tensor(checkpoint, name, dtype) for name in names}
+        tensors = {name: tensor for own in group for name, tensor in own.make().items()}
         atomic.write_shard(folder / file, tensors, staging)
-        weight_map |= dict.fromkeys(names, file)
-    metadata = {"total_size": sum(sizes.values())}
+        weight_map |= dict.fromkeys(tensors, file)
+    metadata = {"total_size": _num_bytes(made)}
     write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map}, staging)
 
 
-def _split(sizes: dict[str, int]) -> Iterator[list[str]]:
-    """Names of the tensors of each shard: as many in order as fit, at least one."""
-    names: list[str] = []
+def _split(made: Sequence[Made]) -> Iterator[list[Made]]:
+    """The tensors of each shard: as many in order as fit, at least one."""
+    group: list[Made] = []
     total = 0
-    for name, size in sizes.items():
-        if names and total + size > MAX_SHARD_BYTES:
-            yield names
-            names, total = [], 0
-        names.append(name)
+    for own in made:
+        size = sum(own.sizes.values())
+        if group and total + size > MAX_SHARD_BYTES:
+            yield group
+            group, total = [], 0
+        group.append(own)
         total += size
-    yield names
+    yield group
 
 
-def _dense_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
-    """A tensor of the result. CheckpointError where `dtype` cannot hold a finite value of it."""
-    module = name.removesuffix(".weight")
-    if module in checkpoint.linears:
-        dense = checkpoint.dense(module, dtype)
-        if bool(torch.isfinite(dense).all()):
-            return dense
-        # Decoded once more, in float32: the value that did not fit belongs in the message.
-        stored = checkpoint.dense(module)
-    else:
-        stored = checkpoint.read(name)
-        if not stored.is_floating_point():
-            return stored
-        dense = stored.to(dtype)
-    if not bool(torch.isfinite(dense).all()) and bool(torch.isfinite(stored).all()):
-        raise CheckpointError(
-            f"{name} has values up to {float(stored.abs().max()):.4g}, beyond the range of "
-            f"{dtype}. Use bfloat16."
-        )
-    return dense
+def _num_bytes(made: Sequence[Made]) -> int:
+    return sum(size for own in made for size in own.sizes.values())

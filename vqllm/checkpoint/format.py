@@ -97,7 +97,7 @@ from vqllm_kernels.linear import LinearSpec
 
 JSON = dict[str, Any]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """The newest one. Without an embedding or a head among the quantized modules, 1 is written."""
 QUANT_METHOD = "vqllm"
 
@@ -125,6 +125,7 @@ class QuantizationConfig:
     modules: dict[str, str]
     tied: dict[str, str] = field(default_factory=dict)
     outside_layers: tuple[str, ...] = ()
+    linear_form: bool = False
     format_version: int = 1
     extra: JSON = field(default_factory=dict)
 
@@ -135,6 +136,7 @@ class QuantizationConfig:
         *,
         outside_layers: Collection[str] = (),
         tied: Mapping[str, str] | None = None,
+        linear_form: bool = False,
         recipe: JSON | None = None,
         not_quantized: Mapping[str, str] | None = None,
         producer: JSON | None = None,
@@ -154,7 +156,8 @@ class QuantizationConfig:
             modules={name: ids[text] for name, text in texts.items()},
             tied=dict(tied or {}),
             outside_layers=tuple(sorted(outside_layers)),
-            format_version=2 if outside_layers else 1,
+            linear_form=linear_form,
+            format_version=3 if linear_form else 2 if outside_layers else 1,
             extra={key: value for key, value in optional.items() if value is not None},
         )
 
@@ -212,6 +215,7 @@ class QuantizationConfig:
             modules=modules,
             tied=tied,
             outside_layers=tuple(outside),
+            linear_form=version > 2,
             format_version=version,
             extra=rest,
         )

@@ -1,14 +1,17 @@
 """The tensors of an ordinary checkpoint folder, read one by one from its safetensors files."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqllm.checkpoint.shards import StoredTensor, read_header
 from vqllm.errors import CheckpointError, ModelError
+from vqllm.hf.blueprint import Blueprint
 from vqllm.hf.loading import listed
 
 INDEX = "model.safetensors.index.json"
@@ -16,52 +19,121 @@ SINGLE = "model.safetensors"
 
 
 class SourceTensors:
-    """Tensors of a model folder by the name that they have in the model.
+    """Tensors of a model folder by the name that they have in the model in linear form.
 
-    Some checkpoints leave out the prefix of the base model ("model.", "transformer."). Names are
-    completed here, so that all written tensors have full names.
+    Attributes:
+        folder: where they are.
+        blueprint: of the model.
     """
 
-    def __init__(self, folder: Path, model: nn.Module) -> None:
-        self.folder = folder
-        known = set(model.state_dict())
-        prefix = getattr(model, "base_model_prefix", "")
-        stored, files = stored_tensors(folder), weight_map(folder)
-        self._files: dict[str, tuple[Path, str]] = {}
-        self._bytes: dict[str, int] = {}
-        for key, path in files.items():
-            full = f"{prefix}.{key}"
-            name = full if key not in known and full in known else key
-            self._files[name] = (path, key)
-            self._bytes[name] = stored[key].num_bytes
+    def __init__(self, folder: Path, blueprint: Blueprint) -> None:
+        self.folder, self.blueprint = folder, blueprint
+        self._stored, self._files = stored_tensors(folder), weight_map(folder)
+        self._origins = blueprint.conversions.origins
+        names: dict[str, list[str]] = {}
+        for name, part in blueprint.parts.items():
+            names.setdefault(part.tensor, []).append(name)
+        self._names = {tensor: names.get(tensor, [tensor]) for tensor in self._origins}
+        """the parameters of the linear form that each tensor of transformers' own model holds"""
+        self._last: tuple[str, Tensor] | None = None
+
+    @classmethod
+    def open(cls, folder: Path, trust_remote_code: bool = False) -> "SourceTensors":
+        """ModelError when the folder is damaged, or transformers does not know the model."""
+        stored = stored_tensors(folder)
+        return cls(folder, Blueprint.of(folder, stored, trust_remote_code))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._files
+        return isinstance(name, str) and self.blueprint.origin(name) in self._origins
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._files))
+        return iter(sorted(name for names in self._names.values() for name in names))
+
+    def files_of(self, name: str) -> tuple[str, ...]:
+        """Names in the files of the stored tensors that a parameter is made of."""
+        return self._origins[self.blueprint.origin(name)].keys
+
+    def unused(self) -> list[str]:
+        """Names in the files of tensors that the model has no place for."""
+        return self.blueprint.conversions.unused
+
+    def siblings(self, name: str) -> list[str]:
+        """All parameters that are made of the same stored tensors as this one."""
+        return self._names[self.blueprint.origin(name)]
 
     def read(self, name: str) -> Tensor:
-        """One tensor as stored. ModelError when the file is damaged."""
-        path, key = self._files[name]
-        try:
-            with safe_open(path, "pt") as file:
-                return file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} cannot be read: {error} Get an undamaged copy.") from error
+        """A parameter of the model, in the dtype of its stored tensors. ModelError when a file is
+        damaged."""
+        part = self.blueprint.parts.get(name)
+        if part is None:
+            return self._whole(name)
+        if part.expert is None:
+            return part.of(self._whole(part.tensor)).contiguous()
+        one = replace(part, expert=None)
+        return one.of(self._expert(part.tensor, part.expert)).contiguous()
+
+    def read_many(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Several parameters, in an order in which every stored tensor is read once."""
+        for name in sorted(names, key=self.blueprint.origin):
+            yield name, self.read(name)
+        self._last = None
+
+    def read_stored(self, key: str) -> Tensor:
+        """A tensor by its name in the files, as stored. ModelError when the file is damaged."""
+        return self._read(key, lambda file: file.get_tensor(key))
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of a matrix as stored. ModelError when the file is damaged."""
-        path, key = self._files[name]
-        try:
-            with safe_open(path, "pt") as file:
-                return file.get_slice(key)[start:stop]
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} cannot be read: {error} Get an undamaged copy.") from error
+        """Rows `start` to `stop` of a matrix. ModelError when the file is damaged."""
+        origin = self._origins[self.blueprint.origin(name)]
+        if name in self.blueprint.parts or origin.patterns:
+            return self.read(name)[start:stop]
+        key = origin.keys[0]
+        return self._read(key, lambda file: file.get_slice(key)[start:stop])
 
     def num_bytes(self, names: Iterable[str] | None = None) -> int:
-        """Bytes of these tensors, or of all; names that are not here count nothing."""
-        return sum(self._bytes.get(name, 0) for name in (self._bytes if names is None else names))
+        """Bytes of the stored tensors, or the share of them that these parameters have; names that
+        are not here count nothing."""
+        if names is None:
+            return sum(tensor.num_bytes for tensor in self._stored.values())
+        return sum(map(self._bytes_of, names))
+
+    def _bytes_of(self, name: str) -> int:
+        if name not in self:
+            return 0
+        origin = self.blueprint.origin(name)
+        stored = sum(self._stored[key].num_bytes for key in self._origins[origin].keys)
+        if name not in self.blueprint.parts:
+            return stored
+        own = self.blueprint.model.get_parameter(name).numel()
+        return stored * own // max(1, self.blueprint.shapes[origin].numel())
+
+    def _whole(self, tensor: str) -> Tensor:
+        """A tensor of transformers' own model; the last one that was converted is kept."""
+        if not self._origins[tensor].patterns:
+            return self.read_stored(self._origins[tensor].keys[0])
+        if self._last is None or self._last[0] != tensor:
+            self._last = None
+            made = self.blueprint.conversions.convert(tensor, self.read_stored)
+            self._last = tensor, made
+        return self._last[1]
+
+    def _expert(self, tensor: str, index: int) -> Tensor:
+        """What one expert has of a tensor of transformers' own model, read alone if it can be."""
+        if not self._origins[tensor].patterns:
+            key = self._origins[tensor].keys[0]
+            return self._read(key, lambda file: file.get_slice(key)[index])
+        conversions = self.blueprint.conversions
+        if conversions.merges_experts(tensor, self.blueprint.shapes[tensor][0]):
+            return conversions.convert(tensor, self.read_stored, only=index)[0]
+        return self._whole(tensor)[index]
+
+    def _read(self, key: str, take: Callable[[Any], Tensor]) -> Tensor:
+        path = self._files[key]
+        try:
+            with safe_open(path, "pt") as file:
+                return take(file)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} cannot be read: {error} Get an undamaged copy.") from error
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -196,7 +196,7 @@ class StreamedPredictions:
 
     def __init__(
         self,
-        open_stream: Callable[[Path], LayerStream],
+        open_stream: Callable[[], LayerStream],
         tokens_SL: Tensor,
         folder: Path,
         processes: Processes,
@@ -206,8 +206,7 @@ class StreamedPredictions:
         """Run the model, unless its states are there.
 
         Args:
-            open_stream: opens the model, in the dtype in which it is to predict; is given a folder
-                for what does not fit in memory.
+            open_stream: opens the model, in the dtype in which it is to predict.
             tokens_SL: int64, all sequences that will be asked for.
             folder: of what only the run needs, the same in all processes.
             report_progress: is called with the share that is done, from 0 to 1.
@@ -218,7 +217,7 @@ class StreamedPredictions:
             NumericalError: the model gives something that is not finite.
             OutOfSpaceError: the states do not fit on the disk.
         """
-        self._stream = open_stream(folder / f"offload-{processes.rank}")
+        self._stream = open_stream()
         self.config, self.device = self._stream.model.config, self._stream.device
         dtype = self._stream.compute_dtype
         self._states = StoredStates(folder, name, tokens_SL, dtype, processes)

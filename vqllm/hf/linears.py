@@ -174,3 +174,9 @@ def capture_inputs(
 
         stack.callback(linear.register_forward_pre_hook(hook).remove)
     return stack
+
+
+def decoder_name(model: nn.Module) -> str:
+    """Full name of the text decoder inside a model, "" for the model itself."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore
+    return next((name for name, module in model.named_modules() if module is decoder), "")

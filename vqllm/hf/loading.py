@@ -106,6 +106,32 @@ def check_tensors(
     _refuse_wrong_tensors(folder, *loaded)
 
 
+@torch.no_grad()
+def make_buffers(model: nn.Module, device: torch.device) -> None:
+    """Compute the buffers that no file stores (frequencies of positions, masks), wherever they are
+    on the meta device; nothing else of the model changes.
+
+    A model of transformers makes them anew in the initialization of its modules, because it is
+    itself always made on the meta device. Parameters there stay there: what initializes them has
+    no effect.
+    """
+    stored = set(model.state_dict())
+    waiting = []
+    for prefix, module in model.named_modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta and (f"{prefix}.{key}" if prefix else key) not in stored:
+                module._buffers[key] = torch.empty_like(buffer, device=device)
+                waiting.append((module, key))
+    # What is there already must not be initialized; the marks are transformers' own.
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor._is_hf_initialized = not tensor.is_meta  # type: ignore[attr-defined]
+    for module, key in waiting:
+        module._buffers[key]._is_hf_initialized = False  # type: ignore[union-attr]
+    for module in model.modules():
+        module._is_hf_initialized = False  # type: ignore[assignment]
+    model.initialize_weights()  # type: ignore[operator]
+
+
 def max_length(config: Any) -> int | None:
     """The longest sequence that a model is made for, in tokens, where its configuration says."""
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -9,7 +9,7 @@ head are tied to those of the embedding in the way in which transformers ties we
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,10 @@ from vqllm.checkpoint.format import QUANT_METHOD, QuantizationConfig
 from vqllm.checkpoint.shards import DAMAGED, read_header
 from vqllm.core.tensors import frozen
 from vqllm.errors import CheckpointError
+from vqllm.hf.conversions import without_merged
+from vqllm.hf.linear_form import from_linear_form
 from vqllm.hf.linears import before_lookup
+from vqllm.integrations.module_names import found_in
 from vqllm.runtime.embedding import VQEmbedding
 from vqllm.runtime.linear import VQLinear
 from vqllm.runtime.packed import PackedModule, own_tensors
@@ -70,6 +73,12 @@ class VqllmQuantizer(HfQuantizer):
     _declared_ties: dict[str, dict[str, str]]
     """The ties that the model, and models inside it, declared before `_tie_packed` changed them, by
     the name of the model."""
+    _tied: dict[str, str]
+    """modules that use the tensors of another one, by full name"""
+    _gone: Collection[str] = ()
+    """tensors that the model has no more, because their parts are linears"""
+    _originals: Mapping[str, nn.Module]
+    """modules of transformers in whose place there are linears"""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         self.quantization_config.parse()
@@ -79,10 +88,16 @@ class VqllmQuantizer(HfQuantizer):
             if str(path).endswith(".safetensors"):
                 read_header(Path(path))  # names a truncated file, which the loader does not
         quantization = self.quantization_config.parse()
-        specs = quantization.linears()
         with torch.device("meta"):
-            replace_modules(model, specs, quantization.tied)
-        self._declared_ties = _tie_packed(model, {*specs, *quantization.tied}, quantization.tied)
+            found = found_in(model, quantization)
+            self._gone, self._originals = found.gone, found.originals
+            replace_modules(model, found.specs, found.tied)
+        self._declared_ties = _tie_packed(model, {*found.specs, *found.tied}, found.tied)
+        self._tied = found.tied
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Without those that merge experts, which are linears of their own here."""
+        return without_merged(weight_conversions, self._gone)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         packed = _packed_modules(model)
@@ -108,13 +123,14 @@ class VqllmQuantizer(HfQuantizer):
                 "place to be. Load without device_map, or write a dense folder: vqllm dequantize."
             )
         # Modules of their own first, so that a tied one finds the dense weight that it shares.
-        tied = self.quantization_config.parse().tied
+        tied = self._tied
         for name, module in packed.items():
             if name not in tied:
                 weight = frozen(module.dequantize(wanted))
                 model.set_submodule(name, _dense(module, weight))
         for name, source in tied.items():
             model.set_submodule(name, _dense(packed[name], model.get_submodule(source).weight))
+        from_linear_form(model, self._originals)
         # The model is an ordinary one again: it declares the ties that it had in the beginning.
         for name, declared in self._declared_ties.items():
             model.get_submodule(name)._tied_weights_keys = declared

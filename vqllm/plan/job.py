@@ -28,12 +28,6 @@ class Job:
     activation_budget: int = 4 << 30
     """bytes of activations in memory; beyond, hidden states are in a file in the output folder"""
 
-    def open_stream(self, scratch: Path) -> LayerStream:
-        """The unquantized model, layer by layer; `scratch` is for what does not fit in memory."""
-        return LayerStream(
-            self.source,
-            self.device,
-            scratch / "offload",
-            self.compute_dtype,
-            self.trust_remote_code,
-        )
+    def open_stream(self) -> LayerStream:
+        """The unquantized model, layer by layer."""
+        return LayerStream(self.source, self.device, self.compute_dtype, self.trust_remote_code)

@@ -37,10 +37,12 @@ def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool
         RecipeError: the codes of no codec fit its budget of bits.
     """
     read_dense_config(source)
-    model = loading.skeleton(source, trust_remote_code=trust_remote_code)
     stored = {name: tensor.shape for name, tensor in stored_tensors(source).items()}
-    loading.check_tensors(source, model, stored)
+    own = loading.skeleton(source, trust_remote_code=trust_remote_code)
+    loading.check_tensors(source, own, stored)
     loading.load_tokenizer(source, trust_remote_code=trust_remote_code)
+    tensors = SourceTensors.open(source, trust_remote_code)
+    model = tensors.blueprint.model
     names = layer_names(model)
     shared = shared_modules(model, names)
     shapes: dict[str, Shape] = {}
@@ -52,24 +54,9 @@ def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool
             f"{name} has nothing to quantize: {kinds}. Quantized are the torch.nn.Linear "
             "modules of the decoder layers that no `skip` pattern of the recipe leaves out."
         )
-    _check_names(source, model, shapes)
     _check_budget(name, shapes, recipe)
     check_states(model, names)
-    _check_outside(source, model, recipe)
-
-
-def _check_names(source: Path, model: PreTrainedModel, shapes: Mapping[str, Shape]) -> None:
-    """Refuse linears that are stored under other names, which transformers renames when it loads:
-    what is written has the names of the files."""
-    tensors = SourceTensors(source, model)
-    renamed = [name for name in shapes if f"{name}.weight" not in tensors]
-    if renamed:
-        raise ModelError(
-            f"{source} stores no tensor {renamed[0]}.weight, and so with {len(renamed)} of "
-            f"{len(shapes)} linears: its names differ from the model's. Leave them as they are by "
-            "patterns for their names, --set skip=[PATTERN], or write the model with the names "
-            "that it has in memory."
-        )
+    _check_outside(tensors, model, recipe)
 
 
 def _check_budget(model: str, shapes: Mapping[str, Shape], recipe: Recipe) -> None:
@@ -101,18 +88,17 @@ def _check_budget(model: str, shapes: Mapping[str, Shape], recipe: Recipe) -> No
         )
 
 
-def _check_outside(source: Path, model: PreTrainedModel, recipe: Recipe) -> None:
+def _check_outside(tensors: SourceTensors, model: PreTrainedModel, recipe: Recipe) -> None:
     """Refuse an embedding or a head that the recipe has and that cannot be stored so."""
     matrices = outside.plan(model, recipe)
     if not matrices:
         return
-    tensors = SourceTensors(source, model)
     for matrix in matrices:
         if not any(f"{name}.weight" in tensors for name in matrix.names):
             changes = " ".join(f"--set {key}=null" for key in matrix.keys)
             raise ModelError(
-                f"{source} stores no tensor {matrix.names[0]}.weight: its names differ from the "
-                f"model's, so this matrix must stay as it is: {changes}."
+                f"{tensors.folder} stores no tensor {matrix.names[0]}.weight: its names differ "
+                f"from the model's, so this matrix must stay as it is: {changes}."
             )
     outside.check_called(model, matrices)
 

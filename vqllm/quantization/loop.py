@@ -107,13 +107,13 @@ class _Loop:
         self._tokens_SL = tokens_SL
         # The pass with gradients opens the model by itself, so it comes before the stream.
         self._findings = GradientStatistics(job, run, tokens_SL, progress)
-        self._stream = job.open_stream(run.scratch)
+        self._stream = job.open_stream()
         check_finite(self._stream.model, "the model outside its layers")
         self._ends = EmbeddingAndHead(self._stream, run, self._recipe)
         shapes = shapes_of(self._stream, self._recipe)
         self._allocation = self._findings.allocation(shapes)
         planned = self._planned_specs(shapes) | self._ends.specs
-        run.begin(self._stream.model, self._stream.names, planned, self._ends.tied)
+        run.begin(self._stream.tensors, self._stream.names, planned, self._ends.tied)
 
     def _planned_specs(self, shapes: Mapping[str, Shape]) -> dict[str, LinearSpec]:
         """How each linear of the layers will be stored."""

@@ -152,15 +152,10 @@ class _TuningRun:
             self._open_original, tokens_SL, self._scratch, self._processes, self._share, name
         )
 
-    def _open_original(self, offload: Path) -> LayerStream:
+    def _open_original(self) -> LayerStream:
+        """The original, a layer at a time."""
         job = self._job
-        return LayerStream(
-            job.teacher.path, job.device, offload, torch.bfloat16, job.trust_remote_code
-        )
-
-    def _open_again(self) -> LayerStream:
-        """The original once more, a layer at a time."""
-        return self._open_original(self._scratch / f"offload-layers-{self._processes.rank}")
+        return LayerStream(job.teacher.path, job.device, torch.bfloat16, job.trust_remote_code)
 
     def _phase(self, text: str) -> None:
         if self._processes.is_first:
@@ -225,7 +220,7 @@ class _TuningRun:
                 processes=self._processes,
                 in_step=self._job.recipe.shard,
                 student_layers=lambda names: Layers(student.model, names, self._job.device),
-                teacher_layers=self._open_again,
+                teacher_layers=self._open_original,
             )
             reports.append({"stage": stage.type, **stage(task)})
         return reports

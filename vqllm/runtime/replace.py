@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from vqllm.errors import CheckpointError
+from vqllm.hf.linear_form import linear_form
 from vqllm.hf.linears import is_linear, why_not_embedding
 from vqllm.runtime import cache
 from vqllm.runtime.embedding import VQEmbedding
@@ -54,6 +56,13 @@ def replace_modules(
             _put_last(model, name)
 
 
+def _linear_like(module: Conv1D) -> nn.Linear:
+    """The linear that computes what a Conv1D does, without values."""
+    form = linear_form(module)
+    assert form is not None, "it has one"
+    return form.module  # type: ignore[return-value]
+
+
 def _packed_like(old: nn.Linear | nn.Embedding, spec: LinearSpec) -> PackedModule:
     if isinstance(old, nn.Embedding):
         return VQEmbedding.like(old, spec)
@@ -84,6 +93,8 @@ def _find(model: nn.Module, name: str, spec: LinearSpec) -> nn.Linear | nn.Embed
     what = f"the checkpoint says that {name} is quantized, {spec.rows} x {spec.cols}"
     try:
         module = model.get_submodule(name)
+        if isinstance(module, Conv1D):
+            module = _linear_like(module)
     except AttributeError as error:
         raise CheckpointError(
             f"{what}, but {type(model).__name__} has no module of that name. {ADVICE}"

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqllm._version import __version__
 from vqllm.checkpoint import atomic, writer
+from vqllm.checkpoint.file_names import FileNames
 from vqllm.checkpoint.format import (
     JSON,
     RECORDS,
@@ -113,7 +114,7 @@ class LayerWriter(RunFolder):
 
     def begin(
         self,
-        model: nn.Module,
+        tensors: SourceTensors,
         layer_names: list[str],
         planned: Mapping[str, LinearSpec],
         tied: Collection[str] = (),
@@ -121,15 +122,15 @@ class LayerWriter(RunFolder):
         """Set the model's layers, and check that its tensors are there and the disk has room.
 
         Args:
-            model: on the meta device or elsewhere; only names and shapes are read.
+            tensors: of the source model.
             planned: the linears and embeddings that will be quantized.
             tied: modules that will use the tensors of another one.
 
         Raises:
             OutOfSpaceError: the checkpoint would not fit.
         """
-        self._tensors = SourceTensors(self._source, model)
-        self._layer_names = layer_names
+        self._tensors, self._layer_names = tensors, layer_names
+        self._names = FileNames(tensors.blueprint, planned)
         if self.num_finished == 0:
             packed = sum(count(spec.layout()).total for spec in planned.values()) // 8
             replaced = self._tensors.num_bytes(f"{name}.weight" for name in (*planned, *tied))
@@ -151,20 +152,11 @@ class LayerWriter(RunFolder):
         Raises:
             NumericalError: a changed value is beyond what that dtype holds.
         """
-        # The packed tensors of each quantized linear, without its dense weight.
-        changed = changed or {}
-        tensors: dict[str, Tensor] = {}
-        replaced = set()
-        for result in results:
-            replaced.add(f"{result.name}.weight")
-            tensors |= {f"{result.name}.{key}": t.cpu() for key, t in result.tensors.items()}
-        # All other tensors of the layer, as they are in the source or changed.
+        # The packed tensors of each quantized linear, and all other tensors of the layer.
         prefix = f"{self._layer_names[index]}."
-        for name in self._tensors:
-            if name.startswith(prefix) and name not in replaced:
-                tensors[name] = self._tensors.read(name)
-                if name in changed:
-                    tensors[name] = _as_stored(name, changed[name], tensors[name].dtype)
+        names = [name for name in self._tensors if name.startswith(prefix)]
+        replaced = {f"{result.name}.weight" for result in results}
+        tensors = self._packed(results) | self._others(names, replaced, changed or {})
         # The journal comes last: a layer without its line is done again.
         shard = self._shard(index)
         digest = atomic.write_shard(self._output / shard, tensors, self.scratch)
@@ -178,18 +170,54 @@ class LayerWriter(RunFolder):
             )
         )
 
+    def _packed(self, results: Iterable[PackedMatrix]) -> dict[str, Tensor]:
+        """The tensors of quantized matrices by their names in the files."""
+        return {
+            f"{self._names.prefix(result.name, result.spec)}.{key}": tensor.cpu()
+            for result in results
+            for key, tensor in result.tensors.items()
+        }
+
+    def _others(
+        self, names: Iterable[str], replaced: Collection[str], changed: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """All of these tensors of the source but those replaced, by their names in the files: with
+        the stored ones as they are, unless some of what such a one holds is replaced."""
+        names = list(names)
+        source = self._tensors
+        taken = {
+            key
+            for name in names
+            if name in replaced or self._names.is_apart(name)
+            for key in source.files_of(name)
+        }
+        others: dict[str, Tensor] = {}
+        apart: list[str] = []
+        for name in names:
+            keys = source.files_of(name)
+            if name in changed or (name not in replaced and not taken.isdisjoint(keys)):
+                apart.append(name)
+            elif name not in replaced:
+                others |= {key: source.read_stored(key) for key in keys if key not in others}
+        for name, values in source.read_many(apart):
+            if name in changed:
+                values = _as_stored(name, changed[name], values.dtype)
+            others[self._names.of(name)] = values
+        return others
+
     def decoded(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """The dense weights [R, C] of each quantized linear of a finished layer, float32."""
         layer = self._journal.finished[index]
         tensors = load_file(self._output / layer.shard)
         for name, values in layer.linears.items():
             spec = spec_from_dict(values)
-            yield name, spec.dequantize({key: tensors[f"{name}.{key}"] for key in spec.layout()})
+            prefix = self._names.prefix(name, spec)
+            yield name, spec.dequantize({key: tensors[f"{prefix}.{key}"] for key in spec.layout()})
 
     def vectors(self, index: int, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of a finished layer that are not packed, by full name."""
         with safe_open(self._output / self._journal.finished[index].shard, "pt") as file:
-            return {name: file.get_tensor(name) for name in names}
+            return {name: file.get_tensor(self._names.of(name)) for name in names}
 
     def records(self, index: int) -> list[JSON]:
         """The report lines of a finished layer."""
@@ -205,11 +233,11 @@ class LayerWriter(RunFolder):
 
     def stores(self, module: str) -> bool:
         """Whether the source model has a weight under the name of this module."""
-        return self.has(f"{module}.weight")
+        return f"{module}.weight" in self._tensors
 
     def has(self, name: str) -> bool:
-        """Whether the source model has a tensor of this full name."""
-        return name in self._tensors
+        """Whether the source model has a tensor of this full name that can be changed alone."""
+        return name in self._tensors and self._names.is_alone(name)
 
     def finish(
         self,
@@ -229,20 +257,19 @@ class LayerWriter(RunFolder):
         tied = tied or {}
         inside = tuple(f"{name}." for name in self._layer_names)
         replaced = {f"{name}.weight" for name in (*tied, *(result.name for result in outside))}
-        rest = {
-            name: self._tensors.read(name)
-            for name in self._tensors
-            if not name.startswith(inside) and name not in replaced
-        }
-        for result in outside:
-            rest |= {f"{result.name}.{key}": tensor for key, tensor in result.tensors.items()}
+        names = [name for name in self._tensors if not name.startswith(inside)]
+        rest = self._packed(outside) | self._others(names, replaced, {})
+        rest |= {key: self._tensors.read_stored(key) for key in self._tensors.unused()}
         checksums = {layer.shard: layer.sha256 for layer in self._journal.finished}
         last = self._shard(len(self._layer_names))
         checksums[last] = atomic.write_shard(self._output / last, rest, self.scratch)
+        specs = self.quantized | {result.name: result.spec for result in outside}
+        file_names = {name: self._names.prefix(name, spec) for name, spec in specs.items()}
         config = QuantizationConfig.build(
-            self.quantized | {result.name: result.spec for result in outside},
-            outside_layers=[result.name for result in outside],
-            tied=tied,
+            {file_names[name]: spec for name, spec in specs.items()},
+            outside_layers=[file_names[result.name] for result in outside],
+            tied={self._names.module(name): file_names[other] for name, other in tied.items()},
+            linear_form=self._names.differ,
             recipe=self._recipe,
             not_quantized=not_quantized,
             producer={"vqllm": __version__},
@@ -250,7 +277,10 @@ class LayerWriter(RunFolder):
         )
         # config.json comes last: with its quantization_config the folder is a checkpoint.
         records = [*self.all_records(), *(result.record.to_dict() for result in outside)]
-        lines = [json.dumps(record, sort_keys=True) + "\n" for record in records]
+        lines = [
+            json.dumps({**record, "name": file_names[record["name"]]}, sort_keys=True) + "\n"
+            for record in records
+        ]
         atomic.write_bytes(self._output / RECORDS, "".join(lines).encode(), self.scratch)
         writer.copy_files(self._source, self._output, self.scratch, self._trust_remote_code)
         writer.write_index(self._output, checksums, self.scratch)

@@ -1,0 +1,177 @@
+"""The tensors of an ordinary checkpoint from those of a quantized one.
+
+Most come one from one. Where the checkpoint has linears that are parts of a tensor of transformers'
+own model (experts, Conv1D), these are put together again and go through transformers' rules the way
+that saving goes, so that they get the names and shapes that the model's checkpoints have.
+
+    experts.0.gate_proj.codes, ... ─► experts.gate_up_proj [E, 2 I, C] ─► experts.0.w1.weight, ...
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
+
+from vqllm.checkpoint.reader import Checkpoint
+from vqllm.checkpoint.shards import natural_order
+from vqllm.errors import CheckpointError
+from vqllm.hf.conversions import Renaming, without_merged
+from vqllm.hf.linear_form import Part, fuse, to_linear_form
+from vqllm.hf.loading import explained, skeleton
+
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""Dtypes of the tensors that a change of dtype concerns, by their names in safetensors files."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """Tensors of the result that are made together."""
+
+    sizes: Mapping[str, int]
+    """their bytes, by name"""
+    make: Callable[[], dict[str, Tensor]]
+
+
+def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype, source: torch.dtype) -> list[Made]:
+    """All tensors of the dense model, in the order of their names.
+
+    Args:
+        dtype: of the decoded weights, and of all stored tensors of the dtype `source`; others keep
+            the dtype that they have, such as float32 where a model needs it.
+
+    Raises:
+        CheckpointError: the checkpoint has linears that its model does not have.
+    """
+    parts = _Parts(checkpoint, dtype) if checkpoint.quantization.linear_form else None
+    made = list(parts.fused()) if parts else []
+    taken = parts.taken if parts else set()
+    for module, spec in checkpoint.linears.items():
+        if module not in taken:
+            name = f"{module}.weight"
+            sizes = {name: spec.rows * spec.cols * dtype.itemsize}
+            made.append(Made(sizes, partial(_decoded, checkpoint, module, dtype)))
+    for name in checkpoint.other_tensors():
+        if name not in taken:
+            stored = checkpoint.tensors[name]
+            changes = FLOATS.get(stored.dtype) == source
+            size = stored.numel * dtype.itemsize if changes else stored.num_bytes
+            wanted = dtype if changes else None
+            made.append(Made({name: size}, partial(_stored, checkpoint, name, wanted)))
+    return sorted(made, key=lambda own: natural_order(next(iter(own.sizes))))
+
+
+class _Parts:
+    """What of a checkpoint are parts of tensors of transformers' own model.
+
+    Attributes:
+        taken: the modules and tensors of the checkpoint, as it names them, that they are.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self._checkpoint, self._dtype = checkpoint, dtype
+        self._model: Any = skeleton(checkpoint.folder)
+        self._tensors = dict(self._model.state_dict())
+        rules = get_model_conversion_mapping(self._model)
+        parts = to_linear_form(self._model)
+        experts = {part.tensor for part in parts.values() if part.expert is not None or part.rows}
+        renaming = Renaming(self._model, without_merged(rules, experts))
+        # The stored matrices and biases, by the parameter that each of them is.
+        modules = dict(self._model.named_modules())
+        found: dict[str, str] = {}
+        for module, spec in checkpoint.linears.items():
+            own = renaming.module(module, next(iter(spec.layout())), modules)
+            if own is None:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: {module} is quantized, but {type(self._model).__name__} "
+                    "has no module of that name. Get an undamaged copy."
+                )
+            found[f"{own}.weight"] = module
+        for name in checkpoint.other_tensors():
+            module, _, key = name.rpartition(".")
+            own = renaming.module(module, key, modules)
+            if own is not None:
+                found[f"{own}.{key}"] = name
+        groups: dict[str, dict[str, Part]] = {}
+        for name, part in parts.items():
+            if name in found:
+                groups.setdefault(part.tensor, {})[name] = part
+        # A Conv1D that is not quantized is stored as it was.
+        self._groups = {
+            tensor: own
+            for tensor, own in groups.items()
+            if tensor in experts or all(found[name] in checkpoint.linears for name in own)
+        }
+        self._found = found
+        self.taken = {found[name] for own in self._groups.values() for name in own}
+        self._model._weight_conversions = [
+            rule for rule in rules if isinstance(rule, WeightConverter) or rule.was_used()
+        ]
+
+    def fused(self) -> Iterator[Made]:
+        """The tensors that the parts make together."""
+        for tensor, own in self._groups.items():
+            empty = torch.empty(
+                self._tensors[tensor].shape, dtype=self._dtype_of(own), device="meta"
+            )
+            sizes = {name: value.nbytes for name, value in self._undone(tensor, empty).items()}
+            yield Made(sizes, partial(self._make, tensor, own))
+
+    def _dtype_of(self, own: Mapping[str, Part]) -> torch.dtype:
+        """That of the weights; a bias keeps its own."""
+        stored = [self._found[name] for name in own]
+        if any(name in self._checkpoint.linears for name in stored):
+            return self._dtype
+        return FLOATS.get(self._checkpoint.tensors[stored[0]].dtype, self._dtype)
+
+    def _make(self, tensor: str, own: Mapping[str, Part]) -> dict[str, Tensor]:
+        dtype = self._dtype_of(own)
+        values = {name: self._value(self._found[name], dtype) for name in own}
+        whole = fuse(own, values, self._tensors[tensor].shape)
+        return {name: value.contiguous() for name, value in self._undone(tensor, whole).items()}
+
+    def _value(self, name: str, dtype: torch.dtype) -> Tensor:
+        if name in self._checkpoint.linears:
+            return next(iter(_decoded(self._checkpoint, name, dtype).values()))
+        return next(iter(_stored(self._checkpoint, name, dtype).values()))
+
+    def _undone(self, tensor: str, value: Tensor) -> dict[str, Tensor]:
+        with explained(self._checkpoint.folder):
+            return dict(revert_weight_conversion(self._model, {tensor: value}))
+
+
+def _decoded(checkpoint: Checkpoint, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    dense = checkpoint.dense(module, dtype)
+    name = f"{module}.weight"
+    if not bool(torch.isfinite(dense).all()):
+        # Decoded once more, in float32: the value that did not fit belongs in the message.
+        _refuse_beyond(name, checkpoint.dense(module), dtype)
+    return {name: dense}
+
+
+def _stored(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    stored = checkpoint.read(name)
+    if dtype is None:
+        return {name: stored}
+    dense = stored.to(dtype)
+    if not bool(torch.isfinite(dense).all()):
+        _refuse_beyond(name, stored, dtype)
+    return {name: dense}
+
+
+def _refuse_beyond(name: str, values: Tensor, dtype: torch.dtype) -> None:
+    """Raise CheckpointError where `dtype` cannot hold a finite value."""
+    if bool(torch.isfinite(values).all()):
+        raise CheckpointError(
+            f"{name} has values up to {float(values.abs().max()):.4g}, beyond the range of "
+            f"{dtype}. Use bfloat16."
+        )

@@ -1,0 +1,88 @@
+"""The names that tensors of a quantized checkpoint have in its files.
+
+They are such that transformers' own rules for the model's checkpoints bring each packed tensor to
+its module, in whatever class the folder is loaded: where the source stores
+`backbone.layers.0.q.weight` for `model.layers.0.q.weight`, the codes of that linear are
+`backbone.layers.0.q.codes`.
+"""
+
+import functools
+from collections.abc import Iterable
+
+from vqllm.errors import ModelError
+from vqllm.hf.blueprint import Blueprint
+from vqllm_kernels.linear import LinearSpec
+
+
+class FileNames:
+    """Names in the files by names in the model.
+
+    Attributes:
+        differ: whether a reader must know more than the names in the files: a quantized linear is
+            a part of a tensor of transformers' own model, or has another name in the files.
+    """
+
+    def __init__(self, blueprint: Blueprint, quantized: Iterable[str]) -> None:
+        """Args:
+        quantized: full names of all modules that will be quantized.
+        """
+        self._blueprint = blueprint
+        parts = blueprint.parts
+        quantized = list(quantized)
+        # Experts are in linear form all together, or none: it is one rule of transformers that
+        # merges those of all layers.
+        self._experts_apart = any(self._is_expert(f"{name}.weight") for name in quantized)
+        self._gone = (
+            {part.tensor for name, part in parts.items() if self._is_expert(name)}
+            if self._experts_apart
+            else set()
+        )
+        self.differ = any(
+            f"{name}.weight" in parts or self.of(f"{name}.weight") != f"{name}.weight"
+            for name in quantized
+        )
+
+    def of(self, name: str) -> str:
+        """The name in the files of a tensor by its full name in the model."""
+        origin = self._blueprint.conversions.origins.get(name)
+        if origin is not None and not origin.patterns:
+            return origin.keys[0]
+        return self._blueprint.conversions.name_in_files(name, self._gone)
+
+    def prefix(self, module: str, spec: LinearSpec) -> str:
+        """What stands before the names of a quantized module's own tensors."""
+        return self._prefix(module, tuple(spec.layout()))
+
+    def module(self, name: str) -> str:
+        """A module's name in the files, for one that has no tensors there but its bias."""
+        return self._prefix(name, ("weight",))
+
+    def is_apart(self, name: str) -> bool:
+        """Whether a tensor of the source is taken apart although it is not quantized."""
+        return self._experts_apart and self._is_expert(name)
+
+    def is_alone(self, name: str) -> bool:
+        """Whether a tensor can be changed without changing what others are made of."""
+        origin = self._blueprint.conversions.origins[self._blueprint.origin(name)]
+        if name in self._blueprint.parts:
+            return self.is_apart(name)
+        return not origin.patterns
+
+    def _is_expert(self, name: str) -> bool:
+        part = self._blueprint.parts.get(name)
+        return part is not None and (part.expert is not None or part.rows is not None)
+
+    @functools.cache  # noqa: B019 - lives as long as a run
+    def _prefix(self, module: str, tensors: tuple[str, ...]) -> str:
+        found = {
+            self._blueprint.conversions.name_in_files(f"{module}.{key}", self._gone).removesuffix(
+                f".{key}"
+            )
+            for key in tensors
+        }
+        if len(found) > 1:
+            raise ModelError(
+                f"transformers names the tensors of {module} differently in the files: leave it as "
+                "it is with a pattern in `skip`."
+            )
+        return found.pop()

@@ -1,0 +1,88 @@
+"""Which modules of a loaded model a checkpoint's quantized matrices are for.
+
+A checkpoint names them as its files do. transformers' rules for the class that is loaded say what
+they are called there: the text tower of a multimodal folder has other names by itself, and a model
+without a head has none of its tensors, as with any dense folder.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from vqllm.checkpoint.format import QuantizationConfig
+from vqllm.errors import CheckpointError
+from vqllm.hf.conversions import Renaming, without_merged
+from vqllm.hf.linear_form import is_fused, linear_form, to_linear_form
+from vqllm_kernels.linear import LinearSpec
+
+
+@dataclass(frozen=True)
+class Found:
+    """What of a checkpoint a model has a place for, by full names in the model."""
+
+    specs: Mapping[str, LinearSpec]
+    tied: dict[str, str]
+    gone: frozenset[str]
+    """tensors of transformers' own model whose parts are linears now"""
+    originals: Mapping[str, nn.Module]
+    """the modules that are or will be in linear form, as they were"""
+
+
+def found_in(model: Any, quantization: QuantizationConfig) -> Found:
+    """Find the modules of `model`, on the meta device, whose experts become linears if those of
+    the checkpoint are.
+
+    Raises:
+        CheckpointError: the class that config.json names has no such module.
+    """
+    specs = quantization.linears()
+    gone: frozenset[str] = frozenset()
+    before = {n: m for n, m in model.named_modules() if quantization.linear_form and linear_form(m)}
+    if quantization.linear_form:
+        parts = to_linear_form(model, only_experts=True)
+        gone = frozenset(part.tensor for part in parts.values())
+    rename = Renaming(model, without_merged(get_model_conversion_mapping(model), gone))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names: dict[str, str] = {}
+    for name, spec in specs.items():
+        found = rename.module(name, next(iter(spec.layout())), modules)
+        if found is not None:
+            names[name] = found
+        elif _must_have(model, name):
+            raise CheckpointError(
+                f"the checkpoint says that {name} is quantized, {spec.rows} x {spec.cols}, but "
+                f"{type(model).__name__} has no module of that name. config.json and the weights "
+                "must be those of one checkpoint."
+            )
+    tied = {
+        rename.module(name, "weight", modules): names[source]
+        for name, source in quantization.tied.items()
+        if source in names
+    }
+    return Found(
+        {names[name]: spec for name, spec in specs.items() if name in names},
+        {name: source for name, source in tied.items() if name is not None},
+        gone,
+        {n: m for n, m in before.items() if is_fused(m) or n in names.values()},
+    )
+
+
+def _must_have(model: nn.Module, name: str) -> bool:
+    """Whether a missing module means damage: the model is of the class that the folder is of, and
+    was not asked to have fewer layers."""
+    architectures = getattr(model.config, "architectures", None) or []
+    if type(model).__name__ not in architectures:
+        return False
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            try:
+                parent = model.get_submodule(".".join(parts[:i]))
+            except AttributeError:
+                continue
+            if isinstance(parent, nn.ModuleList) and int(part) >= len(parent):
+                return False
+    return True
