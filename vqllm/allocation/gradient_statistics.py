@@ -69,7 +69,8 @@ class GradientStatistics:
         partial = [name for name, weight_SL in weights.items() if not weight_SL.numel()]
         if partial:
             logger.warning(
-                "%d linears see only some tokens (%s, ...): all weigh the same in their Hessians",
+                "%d linears see only some tokens (%s, ...): in their Hessians tokens weigh as a "
+                "router has them, or all the same",
                 len(partial),
                 min(partial),
             )

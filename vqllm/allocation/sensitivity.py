@@ -16,6 +16,9 @@ TOKENS_PER_FEATURE = 8
 """H and H_F come from a sample of the tokens, of at least this size. With 8 tokens a feature, the
 loss of rounding on these tokens is about an eighth less than on others."""
 
+SHARED_BYTES = 2 << 30
+"""What H and H_F of the experts of a layer may take before they have them together."""
+
 Judge = Callable[[str, Tensor, tuple[Tensor, Tensor]], list[float]]
 """Called with the full name of a linear, its weights W [R, C] as the model stores them, and H and
 H_F; returns its expected losses."""
@@ -39,7 +42,9 @@ class Sensitivity(Visitor):
 
     H is the Hessian that rounding will use: tokens weigh (|g|²/R)^power in it.
 
-    In memory are H and H_F of one layer, 8 C² bytes for each of its linears. Only every k-th
+    In memory are H and H_F of one layer, 8 C² bytes for each of its linears. Where those of its
+    experts would take more than `SHARED_BYTES`, they have them together, and an expert the part
+    of H_F that its tokens have of the trace of all, Σ |g|² |x|². Only every k-th
     sequence is used, so that they take about as long as the gradients themselves.
     """
 
@@ -49,14 +54,28 @@ class Sensitivity(Visitor):
         self._power = power
         self._weights: dict[str, Tensor] = {}
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self._experts: Mapping[str, str] = {}
+        """what linears of experts have in common"""
+        self._roles: Mapping[str, str] = {}
+        """the same where they share H and H_F, else nothing"""
+        self._traces: dict[str, float] = {}
+
+    def share(self, roles: Mapping[str, str]) -> None:
+        """What linears of experts have in common, in the layer that comes next."""
+        self._experts = self._roles = roles
 
     def begin(self, linears: Mapping[str, nn.Linear]) -> None:
         """A layer comes next."""
+        sizes = [linears[name].in_features for name in self._experts]
+        if sum(8 * cols**2 for cols in sizes) <= SHARED_BYTES:
+            self._roles = {}
         self._weights = {name: linear.weight.data for name, linear in linears.items()}
 
     def visit(self, name: str, rows: slice, x: Tensor, g: Tensor) -> None:
         """Add a batch: the input [.., C] of a linear and the gradients in its outputs, [.., R]."""
         step = max(1, self._num_tokens // max(FEWEST_TOKENS, TOKENS_PER_FEATURE * x.shape[-1]))
+        if name in self._experts and name not in self._roles:
+            step = 1  # it has few tokens
         # Every step-th sequence of the whole data, wherever the batches begin; of an input without
         # sequences every step-th token, each one a sequence by itself.
         if x.dim() == 3 and len(x) == rows.stop - rows.start:
@@ -65,6 +84,10 @@ class Sensitivity(Visitor):
         else:
             x_SLC = x.flatten(0, -2)[::step, None].float()
             g_SLR = g.flatten(0, -2)[::step, None].float()
+        if name in self._roles:
+            own = x_SLC.square().sum(-1) * g_SLR.square().sum(-1)
+            self._traces[name] = self._traces.get(name, 0.0) + float(own.sum())
+            name = self._roles[name]
         if name not in self._sums:
             H_CC = x_SLC.new_zeros(x_SLC.shape[-1], x_SLC.shape[-1])
             self._sums[name] = (H_CC, torch.zeros_like(H_CC))
@@ -83,14 +106,20 @@ class Sensitivity(Visitor):
     def finish(self) -> Findings:
         """The expected losses of the layer's linears, float64; empty where no token came."""
         findings: Findings = {}
+        totals: dict[str, float] = {}
+        for name, trace in self._traces.items():
+            totals[self._roles[name]] = totals.get(self._roles[name], 0.0) + trace
         for name, W_RC in self._weights.items():
             losses: list[float] = []
-            if name in self._sums:
-                H_CC, H_F = self._sums.pop(name)
-                hessians = linalg.symmetric(H_CC), linalg.symmetric(H_F) / self._num_tokens
+            role = self._roles.get(name, name)
+            if role in self._sums and (role == name or name in self._traces):
+                H_CC, H_F = self._sums[role]
+                share = 1.0 if role == name else self._traces[name] / max(totals[role], 1e-30)
+                H_F = linalg.symmetric(H_F) / self._num_tokens
+                hessians = linalg.symmetric(H_CC), H_F if share == 1.0 else H_F * share
                 losses = self._judge(name, W_RC, hessians)
             else:
                 logger.warning("%s: no token reached it, so errors in it count nothing", name)
             findings[name] = torch.tensor(losses, dtype=torch.float64)
-        self._weights, self._sums = {}, {}
+        self._weights, self._sums, self._traces = {}, {}, {}
         return findings

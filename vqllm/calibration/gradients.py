@@ -30,6 +30,7 @@ from vqllm.calibration.layer_stream import LayerStream, linears_of
 from vqllm.calibration.passes import batches
 from vqllm.core import rng
 from vqllm.errors import ModelError, NumericalError
+from vqllm.hf.experts import expert_linears
 
 WITHOUT = (
     "--preset fast, or --set hessian.weights=none --set allocation=null and a rounding rule other "
@@ -70,6 +71,10 @@ class Visitor:
 
     def begin(self, linears: Mapping[str, nn.Linear]) -> None:
         """A layer comes next, with these linears by full name, as the model stores them."""
+
+    def share(self, roles: Mapping[str, str]) -> None:
+        """The layer that comes next has experts: what their linears have in common by full name,
+        for a visitor that cannot keep something large for each of them."""
 
     def visit(self, name: str, rows: slice, x: Tensor, g: Tensor) -> None:
         """A call of a linear.
@@ -144,7 +149,9 @@ class GradientPass:
                 with stream.layer(index) as layer:
                     name = stream.names[index]
                     linears = chosen(linears_of(layer, name, stream.shared))
+                    experts = expert_linears(layer, name, linears)
                     for visitor in visitors.values():
+                        visitor.share({own: expert.role for own, expert in experts.items()})
                         visitor.begin(linears)
                     layer.to(stream.compute_dtype)
                     self._backward(stream, index, linears, [*visitors.values()], index == last)

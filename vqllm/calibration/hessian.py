@@ -41,9 +41,14 @@ class InputHessian:
         linalg.add_symmetric(self.total_CC, x_NC, x_NC)
         self.num_tokens += x_NC.shape[0]
 
+    @property
+    def is_known(self) -> bool:
+        """Whether any token came."""
+        return self.mass > 0
+
     def matrix(self, name: str) -> Tensor:
         """E[w x xᵀ] / E[w]. NumericalError if no token came or a value is not finite."""
-        if self.num_tokens == 0 or self.mass <= 0:
+        if not self.is_known:
             raise NumericalError(f"no calibration token reached {name}: it has no Hessian")
         H = self.total_CC / self.mass
         if not bool(torch.isfinite(H).all()):

@@ -1,7 +1,7 @@
 """Calibration of one decoder layer: its input groups, their Hessians, the states of the next."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from vqllm.calibration.drift import Drift, Writer, silenced, writers
+from vqllm.calibration.expert_hessians import merged, routed_weights, shrunk, sides
 from vqllm.calibration.hessian import InputHessian
 from vqllm.calibration.layer_stream import LayerDone, LayerStream
 from vqllm.calibration.passes import Model, Passes
 from vqllm.core import metrics
 from vqllm.errors import ModelError
+from vqllm.hf.experts import ExpertLinear, expert_linears
 
 GROUP_TOKENS = 2048
 """Tokens that run to find out which linears read the same input."""
@@ -25,6 +27,8 @@ class InputGroup:
     """Linears of one layer that read the same input, by full name, in the order they run."""
 
     names: tuple[str, ...]
+    side: str | None = None
+    """of an expert: what its group has in common with those of the other experts"""
 
 
 @dataclass
@@ -33,6 +37,8 @@ class _Observed:
     before the linear that is silenced, if one is."""
 
     inputs: dict[str, list[Tensor]]
+    routed: dict[str, list[tuple[Tensor, Tensor] | None]]
+    """for each input, the numbers of its tokens and their weights, where a router chose them"""
     residual: Tensor | None = None
 
 
@@ -45,6 +51,14 @@ class _Layer:
     unreached: bool = False
     """the first tokens did not reach all linears"""
     writers: dict[str, Writer] = field(default_factory=dict)
+    experts: dict[str, ExpertLinear] = field(default_factory=dict)
+    """linears of experts by full name"""
+    sides: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    """the same by side and expert"""
+    shared: dict[str, InputHessian] = field(default_factory=dict)
+    """Hessians of all experts together, by side"""
+    is_shared: set[str] = field(default_factory=set)
+    """sides whose shared Hessian is complete"""
 
 
 class LayerCalibrator:
@@ -55,7 +69,7 @@ class LayerCalibrator:
     without, all weigh the same. With `target` "outputs" the original model runs beside the one
     with quantized layers, and Hessians come with the drift of the inputs between the two; with
     "residual" that of the residual stream is measured too. `aims` is the model for whose input the
-    unquantized layer's output is the aim of training.
+    unquantized layer's output is the aim of training. `shrinkage` is that of experts' Hessians.
     """
 
     def __init__(
@@ -67,7 +81,9 @@ class LayerCalibrator:
         weights: Mapping[str, Tensor] | None = None,
         target: Literal["weights", "outputs", "residual"] = "weights",
         aims: Model | None = None,
+        shrinkage: float = 1.0,
     ) -> None:
+        self._shrinkage = shrinkage
         self._weights = weights or {}
         self._target = target
         models: tuple[Model, ...] = ("quantized",)
@@ -103,8 +119,10 @@ class LayerCalibrator:
 
         few = slice(0, max(1, GROUP_TOKENS // self._passes.tokens.shape[1]))
         self._passes.run(index, few, linears, visit)
+        self._find_experts(index, linears)
         self._layer.repeats = max(num_calls.values(), default=0) > 1
-        self._layer.unreached = len(num_calls) < len(linears)
+        experts = self._layer.experts.keys()
+        self._layer.unreached = len(num_calls.keys() - experts) < len(linears.keys() - experts)
         # A linear that ran more than once belongs to the group of its first input.
         first_input: dict[str, int] = {}
         for i, (_, names) in enumerate(inputs):
@@ -116,6 +134,7 @@ class LayerCalibrator:
         ]
         groups = [group for group in groups if group.names]
         groups += [InputGroup((name,)) for name in linears if name not in first_input]
+        groups = self._with_experts(groups)
         if self._target == "residual":
             self._find_writers(index, few, linears, groups)
         return groups
@@ -126,8 +145,8 @@ class LayerCalibrator:
         """The Hessian of each group over all sequences.
 
         The weight of a token is the mean of its weights for the linears of the group. Where a
-        linear gets only some of the tokens (an expert), all weigh the same and its drift is not
-        measured.
+        linear gets only some of the tokens, all weigh the same and its drift is not measured; in an
+        expert they weigh as the router has them too, and its Hessian is shrunk towards that of all.
         """
         hessians = {group: self._empty(linears[group.names[0]], group) for group in groups}
         # A linear that adds to the residual stream is silenced while the stream before it is
@@ -137,7 +156,23 @@ class LayerCalibrator:
         for together in [others, *([group] for group in alone)]:
             if together:
                 self._measure(index, linears, {group: hessians[group] for group in together})
-        return list(hessians.values())
+        return [self._shrunk(group, hessian) for group, hessian in hessians.items()]
+
+    def chunks(
+        self, linears: Mapping[str, nn.Linear], groups: Iterable[InputGroup], budget_bytes: int
+    ) -> Iterator[list[InputGroup]]:
+        """The groups in pieces whose Hessians fit the budget, at least one group in each."""
+        chunk: list[InputGroup] = []
+        total = 0
+        for group in groups:
+            size = 4 * linears[group.names[0]].in_features ** 2
+            if chunk and total + size > budget_bytes:
+                yield chunk
+                chunk, total = [], 0
+            chunk.append(group)
+            total += size
+        if chunk:
+            yield chunk
 
     def hessian_beyond(self, index: int, name: str, linear: nn.Linear) -> InputHessian:
         """The Hessian of a linear that runs after loaded layer `index`, the last one, such as the
@@ -222,27 +257,94 @@ class LayerCalibrator:
     ) -> None:
         """Add all tokens to the Hessians of these groups."""
         watched = {group.names[0]: linears[group.names[0]] for group in hessians}
+        others = self._of_others(linears, hessians)
+        watched |= {name: linears[name] for name in others}
         for batch in self._passes.batches():
             original = None
             if self._target != "weights":
                 original = self._observe(index, batch, watched, "original")
             quantized = self._observe(index, batch, watched, "quantized")
             for group, hessian in hessians.items():
-                for x in quantized.inputs[group.names[0]]:
-                    hessian.add(x.reshape(-1, x.shape[-1]), self._weight(group, batch, x))
+                self._add(hessian, group.names, batch, quantized)
                 if hessian.drift is not None and original is not None:
                     hessian.drift = self._with(hessian.drift, group, batch, quantized, original)
+            for name, hessian in others.items():
+                self._add(hessian, (name,), batch, quantized)
+        self._share(hessians)
+
+    def _add(
+        self, hessian: InputHessian, names: tuple[str, ...], batch: slice, observed: _Observed
+    ) -> None:
+        """Add a batch of a linear's inputs; its weights are those of linears with these names."""
+        for x, routed in zip(observed.inputs[names[0]], observed.routed[names[0]]):
+            weight_N = self._weight(names, batch, x, routed)
+            hessian.add(x.reshape(-1, x.shape[-1]), weight_N)
+
+    def _of_others(
+        self, linears: Mapping[str, nn.Linear], groups: Iterable[InputGroup]
+    ) -> dict[str, InputHessian]:
+        """For every expert that is not among the groups but has its part in what they share, one
+        of its linears, and the shared Hessian, empty; none where that is measured already."""
+        measured = {name for group in groups for name in group.names}
+        others: dict[str, InputHessian] = {}
+        for side in dict.fromkeys(group.side for group in groups if group.side):
+            if side in self._layer.shared:
+                continue
+            experts = self._layer.sides[side].values()
+            size = linears[next(iter(experts))[0]].in_features
+            self._layer.shared[side] = InputHessian.empty(size, self._stream.device)
+            for names in experts:
+                if names[0] not in measured:
+                    others[names[0]] = self._layer.shared[side]
+        return others
+
+    def _share(self, hessians: Mapping[InputGroup, InputHessian]) -> None:
+        """Add what the groups' experts have to what all share, the first time it is measured."""
+        for side, shared in self._layer.shared.items():
+            if side not in self._layer.is_shared:
+                merged((own for group, own in hessians.items() if group.side == side), shared)
+                self._layer.is_shared.add(side)
+
+    def _shrunk(self, group: InputGroup, hessian: InputHessian) -> InputHessian:
+        if group.side is None:
+            return hessian
+        return shrunk(hessian, self._layer.shared[group.side], self._shrinkage)
+
+    def _find_experts(self, index: int, linears: Iterable[str]) -> None:
+        layer, name = self._stream.layers[index], self._stream.names[index]
+        self._layer.experts = expert_linears(layer, name, linears)
+        self._layer.sides = sides(self._layer.experts)
+
+    def _with_experts(self, groups: list[InputGroup]) -> list[InputGroup]:
+        """The groups with those of experts replaced by what their module says, all of one side
+        where the first of them ran: whether tokens reached them does not matter."""
+        found: list[InputGroup] = []
+        done: set[str] = set()
+        for group in groups:
+            alone = tuple(name for name in group.names if name not in self._layer.experts)
+            if alone:
+                found.append(InputGroup(alone))
+            for side in dict.fromkeys(
+                self._layer.experts[name].side for name in group.names if name not in alone
+            ):
+                if side not in done:
+                    done.add(side)
+                    experts = self._layer.sides[side].values()
+                    found += [InputGroup(tuple(names), side) for names in experts]
+        return found
 
     def _observe(
         self, index: int, batch: slice, watched: Mapping[str, nn.Linear], model: Model
     ) -> _Observed:
         """Run a batch through the layer as far as the watched linears."""
         writer = next((self._layer.writers.get(name) for name in watched), None)
-        observed = _Observed({name: [] for name in watched})
+        observed = _Observed({name: [] for name in watched}, {name: [] for name in watched})
         waiting = set(watched)
 
         def visit(name: str, x: Tensor) -> None:
             observed.inputs[name].append(x.clone())  # a layer may write into it later
+            expert = self._layer.experts.get(name)
+            observed.routed[name].append(routed_weights(expert, x) if expert else None)
             waiting.discard(name)
             # The rest of the layer is of no use here. Four input groups measured one after the
             # other cost 1.4 passes through a Llama layer instead of 4.
@@ -268,9 +370,13 @@ class LayerCalibrator:
         models (an expert), or more than once."""
         num_tokens = self._passes.tokens[batch].numel()
         inputs = [*original.inputs[group.names[0]], *quantized.inputs[group.names[0]]]
-        if len(inputs) != 2 or any(x.shape[:-1].numel() != num_tokens for x in inputs):
+        if (
+            group.side
+            or len(inputs) != 2
+            or any(x.shape[:-1].numel() != num_tokens for x in inputs)
+        ):
             return None
-        weight_N = self._weight(group, batch, inputs[1])
+        weight_N = self._weight(group.names, batch, inputs[1])
         x0_NC, x_NC = (x.reshape(num_tokens, -1) for x in inputs)
         drift.add(x0_NC, x_NC, weight_N)
         if original.residual is not None and quantized.residual is not None:
@@ -278,13 +384,21 @@ class LayerCalibrator:
             drift.add_residual(gap_NR, x_NC, weight_N)
         return drift
 
-    def _weight(self, group: InputGroup, batch: slice, x: Tensor) -> Tensor | None:
-        """The weights of a batch's tokens in the Hessian of a group, [N]; None if x has only some
-        of them."""
-        known = [self._weights[name][batch] for name in group.names if name in self._weights]
-        if not known or x.shape[:-1] != known[0].shape:
-            return None
-        return torch.stack(known).mean(0).flatten().to(x.device)
+    def _weight(
+        self,
+        names: tuple[str, ...],
+        batch: slice,
+        x: Tensor,
+        routed: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | None:
+        """The weights of a batch's tokens in the Hessian of these linears, [N]; None if all weigh
+        the same, or x has only some of them and no router says which."""
+        known = [self._weights[name][batch] for name in names if name in self._weights]
+        if routed is None:
+            if not known or x.shape[:-1] != known[0].shape:
+                return None
+            return torch.stack(known).mean(0).flatten().to(x.device)
+        return routed[1]
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

@@ -19,13 +19,16 @@ sums. A power below 1 of the squares lets more tokens count.
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqllm.calibration.gradients import WITHOUT, Findings, Visitor
 from vqllm.core import linalg
 from vqllm.errors import NumericalError
+from vqllm.hf.experts import roles_of
 
 BLOCK = 4096
+SHARED_BYTES = 2 << 30
+"""What Hessians of the experts of a layer may take before they have one together."""
 
 
 class TokenWeights(Visitor):
@@ -65,16 +68,29 @@ class TokenWeights(Visitor):
 class OutputHessians(Visitor):
     """Sums g gᵀ of the linears of a layer; findings are packed blocks, for `unpack`.
 
-    A token weighs |g|^(2 power − 2): with power 1 this is the Fisher information.
+    A token weighs |g|^(2 power − 2): with power 1 this is the Fisher information. Experts have one
+    Hessian together where those of a layer would take more than `SHARED_BYTES`.
     """
 
     def __init__(self, power: float) -> None:
         self._power = power
+        self._roles: Mapping[str, str] = {}
         self._sums: dict[str, Tensor] = {}
         self._num_rows: dict[str, int] = {}
 
+    def share(self, roles: Mapping[str, str]) -> None:
+        """What linears of experts have in common, in the layer that comes next."""
+        self._roles = roles
+
+    def begin(self, linears: Mapping[str, nn.Linear]) -> None:
+        """A layer comes next."""
+        sizes = [linears[name].out_features for name in self._roles]
+        if sum(rows * min(rows, BLOCK) for rows in sizes) * 4 <= SHARED_BYTES:
+            self._roles = {}
+
     def visit(self, name: str, rows: slice, x: Tensor, g: Tensor) -> None:
         """Add the gradients of a batch in the outputs of a linear, [.., R]."""
+        name = self._roles.get(name, name)
         self._num_rows[name] = g.shape[-1]
         # g |g|^(power − 1), so that g gᵀ has the weight |g|^(2 power − 2).
         g_NR = g.flatten(0, -2).float()
@@ -106,7 +122,10 @@ def unpack(packed: Mapping[str, Tensor], name: str, num_rows: int) -> Tensor | N
         num_rows: R.
     """
     if name not in packed:
-        return None
+        shared = [key for key in roles_of(name) if key in packed]
+        if not shared:
+            return None
+        name = shared[0]
     # The stored lower triangles, mirrored; entries between blocks are zero.
     num_blocks, size = _block_sizes(num_rows)
     lower = torch.ones(size, size, dtype=torch.bool).tril()

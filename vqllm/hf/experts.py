@@ -6,11 +6,22 @@ other: it has a Hessian, a codec, a record and a place in the checkpoint. What t
 stays what transformers' "eager" implementation computes, in the same order of additions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The tokens that the running expert has."""
+
+    token_N: Tensor
+    """their numbers among all, in the order in which they came"""
+    weight_N: Tensor
+    """what the router multiplies its outputs by"""
 
 
 class LinearExperts(nn.Module):
@@ -21,8 +32,7 @@ class LinearExperts(nn.Module):
 
     Attributes:
         num_experts: E. An index of E or more means no expert.
-        weights: while an expert runs, the router's weights of its tokens, [n]; None where the
-            router's weights are not known here.
+        routed: while an expert runs, its tokens; None where they are not known here.
     """
 
     act_fn: Any
@@ -42,7 +52,7 @@ class LinearExperts(nn.Module):
             self.add_module(name, child)
         self._like = type(like)
         self.num_experts = num_experts
-        self.weights: Tensor | None = None
+        self.routed: Routed | None = None
 
     def expert(self, index: int) -> nn.Module:
         """The linears of an expert."""
@@ -51,12 +61,13 @@ class LinearExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         output = torch.zeros_like(hidden_states)
         for index, token_N, choice_N in _routed(top_k_index, self.num_experts):
-            self.weights = top_k_weights[token_N, choice_N]
+            weight_N = top_k_weights[token_N, choice_N]
+            self.routed = Routed(token_N, weight_N)
             try:
                 y_NC = self._run(self.expert(index), hidden_states[token_N])
             finally:
-                weights_N, self.weights = self.weights, None
-            output.index_add_(0, token_N, (y_NC * weights_N[:, None]).to(output.dtype))
+                self.routed = None
+            output.index_add_(0, token_N, (y_NC * weight_N[:, None]).to(output.dtype))
         return output
 
     def _run(self, expert: Any, x_NC: Tensor) -> Tensor:
@@ -163,3 +174,56 @@ def takes_halves(experts: nn.Module) -> bool:
     except Exception:  # a gate that needs more than its input
         return False
     return slopes[0].nonzero()[:, 0].tolist() == [0, 4]  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class ExpertLinear:
+    """A linear of an expert."""
+
+    owner: LinearExperts
+    expert: str
+    """full name of the expert"""
+    role: str
+    """full name of the linear without the number of its expert: what the other experts have one of
+    as well"""
+    side: str
+    """the role of all linears that read the same input"""
+
+
+def expert_linears(model: nn.Module, prefix: str, names: Iterable[str]) -> dict[str, ExpertLinear]:
+    """Those of these linears that are in `LinearExperts`.
+
+    Args:
+        model: the module that has them.
+        prefix: its full name.
+        names: full names.
+    """
+    owners = {
+        name: module
+        for name, module in model.named_modules(prefix=prefix)
+        if isinstance(module, LinearExperts)
+    }
+    found = {}
+    for name in names:
+        owner = next((own for own in owners if name.startswith(f"{own}.")), None)
+        if owner is None:
+            continue
+        number, _, key = name.removeprefix(f"{owner}.").partition(".")
+        side = "output" if key == "down_proj" else "input"
+        found[name] = ExpertLinear(
+            owners[owner],
+            f"{owner}.{number}",
+            f"{owner}.*.{key}" if key else f"{owner}.*",
+            f"{owner} {side}",
+        )
+    return found
+
+
+def roles_of(name: str) -> list[str]:
+    """What the role of a linear may be by its full name alone."""
+    pieces = name.split(".")
+    return [
+        ".".join([*pieces[:i], "*", *pieces[i + 1 :]])
+        for i, piece in enumerate(pieces)
+        if piece.isdigit()
+    ]

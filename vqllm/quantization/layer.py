@@ -6,6 +6,8 @@ The layer runs with the decoded weights of what is quantized, so that each group
 inputs that it will really have.
 """
 
+import itertools
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -19,6 +21,11 @@ from vqllm.quantization.layer_training import LayerTrainer
 from vqllm.quantization.linear import Statistics, quantize_group
 from vqllm.quantization.loaded_layer import LoadedLayer, install
 from vqllm.recipes import Recipe
+
+logger = logging.getLogger(__name__)
+
+HESSIAN_BYTES = 2 << 30
+"""Of the Hessians of a layer that are in memory together; one always is."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +51,15 @@ def quantize_layer(
     """
     layer, trainer = task.layer, task.trainer
     groups = calibrator.groups(layer.index, layer.linears)
-    stages = [[group] for group in groups] if recipe.hessian.refresh == "group" else [groups]
+    stages = _stages(groups) if recipe.hessian.refresh == "group" else [groups]
     results: list[PackedMatrix] = []
     unfinished = dict(layer.linears)
     for stage in stages:
-        done = _quantize_groups(task, stage, calibrator, recipe)
+        done: list[PackedMatrix] = []
+        for chunk in calibrator.chunks(layer.linears, stage, HESSIAN_BYTES):
+            done += _quantize_groups(task, chunk, calibrator, recipe)
+        if recipe.hessian.refresh == "layer":
+            _install(done, layer)
         names = [name for group in stage for name in group.names]
         # What is not rounded yet takes over what rounding broke, where the recipe trains layers.
         if trainer:
@@ -58,11 +69,22 @@ def quantize_layer(
         results += done
         for name in names:
             del unfinished[name]
+            if not trainer:
+                layer.weights.pop(name)
         # Nothing is settled before the last training; after it, or with nothing unfinished, only
         # the output of the layer is left to compute.
         if unfinished and not trainer:
             calibrator.settle(layer.module, unfinished.values())
     return trainer.finished(results) if trainer else results
+
+
+def _stages(groups: list[InputGroup]) -> list[list[InputGroup]]:
+    """The groups one by one; those of all experts that read one input together, since none of them
+    changes what another reads."""
+    return [
+        list(own)
+        for _, own in itertools.groupby(groups, key=lambda group: group.side or group.names)
+    ]
 
 
 def _quantize_groups(
@@ -72,7 +94,7 @@ def _quantize_groups(
     layer, allocation = task.layer, task.allocation
     results: list[PackedMatrix] = []
     for group, hessian in zip(groups, calibrator.hessians(layer.index, layer.linears, groups)):
-        if hessian.num_tokens == 0:  # an expert that no token reached stays as it is
+        if not hessian.is_known:  # of all experts no token reached one
             continue
         W = {name: layer.weights[name].float() for name in group.names}
         statistics = Statistics(
@@ -80,11 +102,24 @@ def _quantize_groups(
         )
         codecs = {name: allocation[name].codec for name in W if name in allocation}
         trained = task.trainer.weights(group.names) if task.trainer else None
-        results += quantize_group(W, statistics, recipe, codecs, trained)
-    results = [_placed(quantized, task) for quantized in results]
+        made = quantize_group(W, statistics, recipe, codecs, trained)
+        made = [_placed(own, task) for own in made]
+        if recipe.hessian.refresh == "group":
+            _install(made, layer)
+        # Those of experts are decoded again where they are needed: all of a layer take much memory.
+        results += [replace(own, decoded_RC=None) if group.side else own for own in made]
+        if hessian.num_tokens == 0:
+            logger.warning(
+                "%s: no calibration token reached this expert; it is rounded for the inputs of "
+                "the others",
+                ", ".join(group.names),
+            )
+    return results
+
+
+def _install(results: list[PackedMatrix], layer: LoadedLayer) -> None:
     for quantized in results:
         install(layer.linears[quantized.name], "weight", quantized.W_hat_RC)
-    return results
 
 
 def _placed(quantized: PackedMatrix, task: LayerTask) -> PackedMatrix:

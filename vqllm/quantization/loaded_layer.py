@@ -41,8 +41,8 @@ class LoadedLayer:
     module: nn.Module
     linears: Mapping[str, nn.Linear]
     """those that are quantized"""
-    weights: Mapping[str, Tensor]
-    """theirs, as the source stores them"""
+    weights: dict[str, Tensor]
+    """theirs, as the source stores them, until they are quantized"""
     moving: Mapping[str, Place]
     """norms and biases that the recipe trains"""
     vectors: Mapping[str, Tensor]

@@ -138,6 +138,7 @@ class _Loop:
             self._findings.token_weights(),
             self._recipe.target.of,
             _aims(self._recipe),
+            self._recipe.hessian.expert_shrinkage,
         )
         self._progress.layers(len(self._stream), self._run.num_finished)
 

@@ -85,6 +85,12 @@ class Hessian(Settings):
         description="exponent of the weights: 1 is the Fisher information, which few tokens make "
         "up",
     )
+    expert_shrinkage: float = Field(
+        default=1.0,
+        ge=0,
+        description="of a mixture's experts: the Hessian of an expert with n tokens and C columns "
+        "is mixed with that of all experts together as n : expert_shrinkage * C",
+    )
 
 
 class Target(Settings):
