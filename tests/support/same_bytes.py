@@ -65,16 +65,17 @@ def machine() -> str:
 
 
 def digest_of(folder: Path) -> str:
-    """Of the weights and configuration of a checkpoint, but for the place of its source. Its pages
-    tell times, and are left out."""
+    """Of the weights and configuration of a checkpoint, but for the place of its source and the keys
+    of the recipe, of which there may come new ones. Its pages tell times, and are left out."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(file.name.encode())
         digest.update(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
-    del config["quantization_config"]["source"]
+    for key in ("source", "recipe"):
+        del config["quantization_config"][key]
     for record in config["quantization_config"].get("tuning", []):
-        for key in ("teacher", "seconds"):
+        for key in ("teacher", "seconds", "recipe"):
             record.pop(key, None)
     digest.update(json.dumps(config).encode())
     return digest.hexdigest()

@@ -9,9 +9,9 @@ import torch
 
 from vqllm.checkpoint import atomic
 from vqllm.checkpoint.dense_tensors import Made, dense_tensors
-from vqllm.checkpoint.format import CONFIG, INDEX, RECORDS, shard_name
+from vqllm.checkpoint.format import CONFIG, INDEX, JSON, RECORDS, shard_name
 from vqllm.checkpoint.reader import Checkpoint
-from vqllm.checkpoint.writer import copy_files, write_json
+from vqllm.checkpoint.writer import copy_files, dtype_where_missing, write_json
 from vqllm.errors import CheckpointError, OutOfSpaceError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -58,7 +58,7 @@ def dequantize_checkpoint(folder: str | Path, output: str | Path, dtype: str = "
     staging = partial / ".staging"
     staging.mkdir()
     try:
-        _write(made, partial, staging)
+        _write(made, partial, staging, checkpoint.config)
         # The configuration is that of the source, with the new dtype under the keys that it uses.
         config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
         dtype_keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
@@ -102,7 +102,7 @@ def _dtype_name(dtype: str, config: dict[str, object]) -> str:
     return dtype
 
 
-def _write(made: Sequence[Made], folder: Path, staging: Path) -> None:
+def _write(made: Sequence[Made], folder: Path, staging: Path, config: JSON) -> None:
     shards = list(_split(made))
     weight_map: dict[str, str] = {}
     for number, group in enumerate(shards, start=1):
@@ -110,7 +110,7 @@ def _write(made: Sequence[Made], folder: Path, staging: Path) -> None:
         tensors = {name: tensor for own in group for name, tensor in own.make().items()}
         atomic.write_shard(folder / file, tensors, staging)
         weight_map |= dict.fromkeys(tensors, file)
-    metadata = {"total_size": _num_bytes(made)}
+    metadata = {"total_size": _num_bytes(made), **dtype_where_missing(config)}
     write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map}, staging)
 
 

@@ -89,11 +89,12 @@ def write_config(
     write_json(folder / CONFIG, config, staging)
 
 
-def write_index(folder: Path, checksums: Mapping[str, str], staging: Path) -> None:
+def write_index(folder: Path, checksums: Mapping[str, str], staging: Path, config: JSON) -> None:
     """Write the index of finished shards.
 
     Args:
         checksums: sha256 of every shard by file name.
+        config: that of the model.
 
     Raises:
         CheckpointError: a tensor stands in two shards.
@@ -107,7 +108,19 @@ def write_index(folder: Path, checksums: Mapping[str, str], staging: Path) -> No
             weight_map[name] = shard
             total_size += tensor.num_bytes
     metadata = {"total_size": total_size, "vqllm": {"sha256": dict(checksums)}}
+    metadata |= dtype_where_missing(config)
     write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map}, staging)
+
+
+def dtype_where_missing(config: JSON) -> JSON:
+    """What an index says of a model's dtype: nothing, unless a part of a multimodal configuration
+    does not. A text tower that is loaded by itself would then have the dtype of the first tensor of
+    the first file, which may be that of a scale.
+    """
+    own = config.get("dtype") or config.get("torch_dtype")
+    parts = [part for part in config.values() if isinstance(part, dict) and "model_type" in part]
+    says = all(part.get("dtype") or part.get("torch_dtype") for part in parts)
+    return {} if own is None or says else {"dtype": own}
 
 
 def write_json(path: Path, values: JSON, staging: Path) -> None:

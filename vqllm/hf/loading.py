@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers import __version__ as transformers_version
 
 from vqllm.errors import ModelError, VqllmError
+from vqllm.hf.classes import auto_class
 
 SHOWN = 3
 """Names in a message; a model may have thousands of tensors."""
@@ -28,13 +29,14 @@ def load_model(folder: Path, *, trust_remote_code: bool = False, **options: Any)
     """The model in `folder`, in evaluation mode, every tensor of it as stored.
 
     Args:
-        options: more arguments for `AutoModelForCausalLM.from_pretrained`.
+        options: more arguments for `from_pretrained` of its class.
 
     Raises:
         ModelError: a tensor is missing or of another shape, or transformers cannot load the model.
     """
+    config = load_config(folder, trust_remote_code=trust_remote_code)
     with explained(folder):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             folder,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
@@ -68,11 +70,11 @@ def skeleton(folder: Path, *, trust_remote_code: bool = False, **options: Any) -
     """The model that `folder` configures, on the meta device; its weights are not read.
 
     Args:
-        options: more arguments for `AutoModelForCausalLM.from_config`.
+        options: more arguments for `from_config` of its class.
     """
     config = load_config(folder, trust_remote_code=trust_remote_code)
     with explained(folder), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
+        return auto_class(config).from_config(
             config, trust_remote_code=trust_remote_code, **options
         )
 

@@ -283,7 +283,7 @@ class LayerWriter(RunFolder):
         ]
         atomic.write_bytes(self._output / RECORDS, "".join(lines).encode(), self.scratch)
         writer.copy_files(self._source, self._output, self.scratch, self._trust_remote_code)
-        writer.write_index(self._output, checksums, self.scratch)
+        writer.write_index(self._output, checksums, self.scratch, writer.read_config(self._source))
         writer.write_config(self._source, self._output, self.scratch, config)
 
     def source_bytes(self) -> int:

@@ -88,6 +88,6 @@ class TunedWriter(RunFolder):
             for name, record in checkpoint.records().items()
         ]
         atomic.write_bytes(self._output / RECORDS, "".join(lines).encode(), self.scratch)
-        writer.write_index(self._output, checksums, self.scratch)
+        writer.write_index(self._output, checksums, self.scratch, checkpoint.config)
         values = {**checkpoint.config, "quantization_config": config.to_dict()}
         writer.write_json(self._output / CONFIG, values, self.scratch)
