@@ -65,8 +65,8 @@ def machine() -> str:
 
 
 def digest_of(folder: Path) -> str:
-    """Of the weights and configuration of a checkpoint, but for the place of its source and the keys
-    of the recipe, of which there may come new ones. Its pages tell times, and are left out."""
+    """Of the weights and configuration of a checkpoint, but for the place of its source, and the
+    recipe, which gets new keys. Its pages tell times, and are left out."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(file.name.encode())

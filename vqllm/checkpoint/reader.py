@@ -3,11 +3,14 @@
 import json
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from vqllm.checkpoint.format import CONFIG, JSON, QUANT_METHOD, RECORDS, QuantizationConfig
 from vqllm.checkpoint.resume.journal import is_unfinished
@@ -21,6 +24,7 @@ from vqllm.checkpoint.shards import (
 )
 from vqllm.core.bits import BitCount
 from vqllm.errors import CheckpointError
+from vqllm.hf.conversions import Renaming, without_merged
 from vqllm_kernels.linear import LinearSpec
 
 
@@ -43,6 +47,8 @@ class Checkpoint:
         linears: the specification of every quantized module (linears, and an embedding if one is
             quantized) by full name.
         tensors: every stored tensor by full name.
+
+    Names are those of the files, unless it is seen `in_model`.
     """
 
     def __init__(
@@ -59,6 +65,8 @@ class Checkpoint:
         self.linears: dict[str, LinearSpec] = quantization.linears()
         self.tensors = tensors
         self._files = files
+        self._keys: dict[str, str] = {}
+        """names in the files by those used here, where they differ"""
 
     @classmethod
     def open(cls, folder: str | Path, verify: bool = True) -> "Checkpoint":
@@ -122,9 +130,52 @@ class Checkpoint:
         path = self.folder / self._files[name]
         try:
             with safe_open(path, "pt") as file:
-                return file.get_tensor(name)
+                return file.get_tensor(self.name_in_files(name))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}. {DAMAGED}") from error
+
+    def in_model(self, model: Any) -> "Checkpoint":
+        """The same with the names that modules and tensors have in a model that was loaded from it;
+        what the model has no place for keeps its name."""
+        rules = get_model_conversion_mapping(model)
+        gone = {
+            pattern
+            for rule in rules
+            for pattern in rule.target_patterns
+            if self.quantization.linear_form
+        }
+        renaming = Renaming(model, without_merged(rules, gone))
+        modules = dict(model.named_modules(remove_duplicate=False))
+
+        def module_name(name: str, tensor: str) -> str:
+            return renaming.module(name, tensor, modules) or name
+
+        names = {}
+        for name in self.tensors:
+            module, _, key = name.rpartition(".")
+            names[name] = f"{module_name(module, key)}.{key}" if module else name
+        if all(name == own for name, own in names.items()):
+            return self
+        own = self.quantization
+        linears = {n: module_name(n, next(iter(s.layout()))) for n, s in self.linears.items()}
+        seen = Checkpoint(
+            self.folder,
+            self.config,
+            replace(
+                own,
+                modules={linears[name]: id for name, id in own.modules.items()},
+                tied={module_name(n, "weight"): linears[other] for n, other in own.tied.items()},
+                outside_layers=tuple(linears[name] for name in own.outside_layers),
+            ),
+            {names[name]: file for name, file in self._files.items()},
+            {names[name]: tensor for name, tensor in self.tensors.items()},
+        )
+        seen._keys = {new: name for name, new in (names | linears).items()}
+        return seen
+
+    def name_in_files(self, name: str) -> str:
+        """What a module or tensor is called in the files."""
+        return self._keys.get(name, name)
 
     def shards(self) -> dict[str, list[str]]:
         """Names of the tensors of every file that has any."""

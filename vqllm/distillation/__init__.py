@@ -1,5 +1,5 @@
 """A quantized model that can be trained, and the original that it learns from.
 
-May import: core, recipes, calibration, plan, checkpoint, runtime, tuning.
+May import: core, hf, recipes, calibration, plan, checkpoint, runtime, tuning.
 Start at `student.py`.
 """

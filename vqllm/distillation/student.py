@@ -26,6 +26,7 @@ from vqllm.core.distributed import Processes
 from vqllm.core.tensors import frozen
 from vqllm.distillation.coded_weights import CodedWeights, codecs_of
 from vqllm.distillation.fit_scales import fit
+from vqllm.hf.linears import decoder_name
 from vqllm.plan.packed_spec import as_stored, scaled
 from vqllm.runtime import PackedModule, VQLinear
 from vqllm.tuning.relative_parameter import RelativeParameter
@@ -134,7 +135,7 @@ class Student:
             then constant.
         """
         self.model = model
-        self._checkpoint = checkpoint
+        self._checkpoint = checkpoint = checkpoint.in_model(model)
         self.not_stored: list[str] = []
         # Nothing asks for gradients but what is asked for below.
         model.requires_grad_(False)
@@ -207,6 +208,7 @@ class Student:
         """Let vectors, and the matrices of head and embedding, move."""
         # Linears are done; embedding and head may share one matrix, which then moves once.
         ends = {self.model.get_input_embeddings(), self.model.get_output_embeddings()}
+        decoder = decoder_name(self.model)
         ours = {module for linear in self.linears.values() for module in linear.modules()}
         tied: dict[int, RelativeParameter] = {}
         for prefix, module in list(self.model.named_modules()):
@@ -217,8 +219,8 @@ class Student:
                 kind = "head" if module in ends else "vectors"
                 if kind not in kinds or not parameter.is_floating_point():
                     continue
-                if kind == "vectors" and parameter.ndim > 1:
-                    continue
+                if kind == "vectors" and (parameter.ndim > 1 or not name.startswith(decoder)):
+                    continue  # other towers of a multimodal model have no part in the predictions
                 moved = tied.get(id(parameter))
                 if moved is None and name not in self._checkpoint.tensors:
                     self.not_stored.append(name)
@@ -261,12 +263,13 @@ class Student:
             for side, factor in (("out", linear.rows), ("in", linear.columns)):
                 if factor.requires_grad:
                     spec, tensors = scaled(name, spec, tensors, side, 1 + factor.detach().cpu())
-            changes.specs[name], changes.packed[name] = spec, tensors
+            stored = self._checkpoint.name_in_files(name)
+            changes.specs[stored], changes.packed[stored] = spec, tensors
         for moved in self._moved.values():
             for name, own in moved.items():
                 if own.delta.requires_grad:
                     values = own.wide(own.delta).detach().cpu()
-                    changes.others[name] = as_stored(
+                    changes.others[self._checkpoint.name_in_files(name)] = as_stored(
                         name, values, self._checkpoint.read(name).dtype
                     )
         return changes

@@ -37,9 +37,9 @@ def auto_class(config: Any) -> Any:
         known = by_type.get(config.model_type)
         if own is not None and own in (known if isinstance(known, (tuple, list)) else [known]):
             return auto
-    if own is None and config.model_type not in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        if config.model_type in names.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-            return AutoModelForImageTextToText
+    causal, multimodal = (by_type for _, by_type in _CHOICES[:2])
+    if own is None and config.model_type in multimodal and config.model_type not in causal:
+        return AutoModelForImageTextToText
     return AutoModelForCausalLM
 
 

@@ -77,7 +77,12 @@ class TunedWriter(RunFolder):
             checksums[shard] = atomic.write_shard(self._output / shard, tensors, self.scratch)
         old = checkpoint.quantization
         config = replace(
-            QuantizationConfig.build(linears, outside_layers=old.outside_layers, tied=old.tied),
+            QuantizationConfig.build(
+                linears,
+                outside_layers=old.outside_layers,
+                tied=old.tied,
+                linear_form=old.linear_form,
+            ),
             extra={**old.extra, "tuning": [*old.extra.get("tuning", []), record]},
         )
         writer.copy_files(checkpoint.folder, self._output, self.scratch, trust_remote_code=True)
