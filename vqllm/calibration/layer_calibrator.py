@@ -288,7 +288,7 @@ class LayerCalibrator:
         measured = {name for group in groups for name in group.names}
         others: dict[str, InputHessian] = {}
         for side in dict.fromkeys(group.side for group in groups if group.side):
-            if side in self._layer.shared:
+            if side in self._layer.shared or not self._reads_the_stream(side):
                 continue
             experts = self._layer.sides[side].values()
             size = linears[next(iter(experts))[0]].in_features
@@ -308,7 +308,16 @@ class LayerCalibrator:
     def _shrunk(self, group: InputGroup, hessian: InputHessian) -> InputHessian:
         if group.side is None:
             return hessian
-        return shrunk(hessian, self._layer.shared[group.side], self._shrinkage)
+        # Where no token came to any expert, all their linears stay as they are.
+        first = self._layer.shared.get(group.side.replace(" output", " input"))
+        if first is not None and not first.is_known:
+            return hessian
+        return shrunk(hessian, self._layer.shared.get(group.side), self._shrinkage)
+
+    def _reads_the_stream(self, side: str) -> bool:
+        """Whether experts have the features of their inputs in common."""
+        names = next(iter(self._layer.sides[side].values()))
+        return self._layer.experts[names[0]].reads_the_stream
 
     def _find_experts(self, index: int, linears: Iterable[str]) -> None:
         layer, name = self._stream.layers[index], self._stream.names[index]

@@ -188,6 +188,8 @@ class ExpertLinear:
     as well"""
     side: str
     """the role of all linears that read the same input"""
+    reads_the_stream: bool
+    """whether its input are the states that all experts get, rather than features of its own"""
 
 
 def expert_linears(model: nn.Module, prefix: str, names: Iterable[str]) -> dict[str, ExpertLinear]:
@@ -209,12 +211,13 @@ def expert_linears(model: nn.Module, prefix: str, names: Iterable[str]) -> dict[
         if owner is None:
             continue
         number, _, key = name.removeprefix(f"{owner}.").partition(".")
-        side = "output" if key == "down_proj" else "input"
+        first = key != "down_proj" and not owner.endswith("output_linear")
         found[name] = ExpertLinear(
             owners[owner],
             f"{owner}.{number}",
             f"{owner}.*.{key}" if key else f"{owner}.*",
-            f"{owner} {side}",
+            f"{owner} {'input' if first else 'output'}",
+            first,
         )
     return found
 

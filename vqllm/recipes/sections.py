@@ -86,10 +86,11 @@ class Hessian(Settings):
         "up",
     )
     expert_shrinkage: float = Field(
-        default=1.0,
+        default=0.25,
         ge=0,
         description="of a mixture's experts: the Hessian of an expert with n tokens and C columns "
-        "is mixed with that of all experts together as n : expert_shrinkage * C",
+        "is mixed with a smoother one, of all experts or a multiple of I, as n to "
+        "expert_shrinkage * C",
     )
 
 
