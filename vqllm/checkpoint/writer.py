@@ -89,12 +89,14 @@ def write_config(
     write_json(folder / CONFIG, config, staging)
 
 
-def write_index(folder: Path, checksums: Mapping[str, str], staging: Path, config: JSON) -> None:
+def write_index(
+    folder: Path, checksums: Mapping[str, str], staging: Path, config: JSON | None = None
+) -> None:
     """Write the index of finished shards.
 
     Args:
         checksums: sha256 of every shard by file name.
-        config: that of the model.
+        config: that of the model, if a part of it may be loaded by itself.
 
     Raises:
         CheckpointError: a tensor stands in two shards.
@@ -108,7 +110,7 @@ def write_index(folder: Path, checksums: Mapping[str, str], staging: Path, confi
             weight_map[name] = shard
             total_size += tensor.num_bytes
     metadata = {"total_size": total_size, "vqllm": {"sha256": dict(checksums)}}
-    metadata |= dtype_where_missing(config)
+    metadata |= dtype_where_missing(config or {})
     write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map}, staging)
 
 
