@@ -1,0 +1,137 @@
+"""A random model of a few layers for every model type that the installed transformers has.
+
+`tiny_config("mixtral")` shrinks the default configuration of the type: sizes that have a usual name
+get a small value (`SIZES`), each kind of layer comes once, sub-configurations are shrunk likewise.
+What a type needs beside that is in `architecture_exceptions.py`.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from tests.support.architecture_exceptions import EXCEPTIONS, LISTS, SIZES
+from tests.support.tiny import tiny_tokenizer
+
+VOCABULARY = 384
+"""As many tokens as `tiny_tokenizer` has."""
+
+MAX_LAYERS = 4
+
+CAUSAL = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+IMAGE_TEXT = dict(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+
+
+def model_types() -> list[str]:
+    """Every type of a causal language model, then those of models that take images too."""
+    return [*CAUSAL, *(name for name in IMAGE_TEXT if name not in CAUSAL)]
+
+
+def model_class(model_type: str) -> type[PreTrainedModel]:
+    """The class that a folder of this type names; where there are two, that with images."""
+    name = IMAGE_TEXT.get(model_type) or CAUSAL[model_type]
+    return getattr(transformers, name)
+
+
+def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
+    """A configuration of this type with 2 to 4 layers and about 10⁵ weights.
+
+    Args:
+        model_type: one of `model_types()`.
+        overrides: values that replace those chosen here.
+    """
+    return _shrink(CONFIG_MAPPING[model_type], model_type, overrides)
+
+
+def tiny_architecture(
+    model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> PreTrainedModel:
+    """A random model of this type in evaluation mode.
+
+    Biases and norms are random too, as in `tests.support.tiny.tiny_model`.
+    """
+    config = tiny_config(model_type, **overrides)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(model_type)(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter += 0.1 * torch.randn_like(parameter)
+    return model.to(dtype).eval()
+
+
+def save_tiny(
+    model_type: str, folder: Path, *, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> Path:
+    """Write a tiny model of this type and its tokenizer as an ordinary folder."""
+    tiny_architecture(model_type, dtype=dtype, **overrides).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _shrink(cls: Any, path: str, overrides: dict[str, Any]) -> PretrainedConfig:
+    """A small configuration of a class.
+
+    Args:
+        path: the model type, then the names of sub-configurations: "llama4.text_config".
+    """
+    exceptions = EXCEPTIONS.get(path, {}) | EXCEPTIONS.get(f"class {cls.__name__}", {})
+    defaults = _defaults(cls)
+    values = {name: SIZES[name] for name, value in defaults.items() if _is_size(name, value)}
+    values |= _token_ids(defaults)
+    for name, value in defaults.items():
+        if isinstance(value, PretrainedConfig):
+            values[name] = _shrink(type(value), f"{path}.{name}", {})
+    values |= _layers(defaults, exceptions)
+    return cls(**(values | exceptions | overrides))
+
+
+def _defaults(cls: Any) -> dict[str, Any]:
+    """The values of the default configuration, under the names that the class takes."""
+    names = {field.name for field in dataclasses.fields(cls)} | set(cls.sub_configs)
+    written = vars(cls())
+    return {name: written[name] for name in names if name in written}
+
+
+def _is_size(name: str, value: Any) -> bool:
+    return name in SIZES and value is not None and type(value) is type(SIZES[name])
+
+
+def _token_ids(defaults: dict[str, Any]) -> dict[str, int]:
+    """Begin, end and padding as the tokenizer has them; others at the end of the vocabulary."""
+    fixed = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    ids, last = {}, VOCABULARY
+    for name in sorted(defaults):
+        value = defaults[name]
+        if name in fixed and value is not None:
+            ids[name] = fixed[name]
+        elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
+            last -= 1
+            ids[name] = last
+    return ids
+
+
+def _layers(defaults: dict[str, Any], exceptions: dict[str, Any]) -> dict[str, Any]:
+    """The number of layers, and lists with an entry for each layer, each kind of layer once."""
+    counts = [name for name in LISTS["number of layers"] if isinstance(defaults.get(name), int)]
+    if not counts or counts[0] in exceptions:
+        return {}
+    number = defaults[counts[0]]
+    lists = {
+        name: value
+        for name, value in defaults.items()
+        if isinstance(value, list | tuple) and len(value) == number and name not in exceptions
+    }
+    kinds = list(dict.fromkeys(map(repr, zip(*lists.values(), strict=True)))) if lists else []
+    rows = [repr(row) for row in zip(*lists.values(), strict=True)]
+    chosen = sorted(rows.index(kind) for kind in kinds[:MAX_LAYERS])
+    chosen = (chosen * 2)[:2] if len(chosen) < 2 else chosen
+    values: dict[str, Any] = {
+        name: [value[index] for index in chosen] for name, value in lists.items()
+    }
+    return values | {counts[0]: len(chosen) if lists else 2}
