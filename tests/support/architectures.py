@@ -14,7 +14,12 @@ import transformers
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from tests.support.architecture_exceptions import EXCEPTIONS, LISTS, SIZES
+from tests.support.architecture_exceptions import (
+    EXCEPTIONS,
+    NUMBERS_OF_LAYERS,
+    SIZES,
+    VARIANTS,
+)
 from tests.support.tiny import tiny_tokenizer
 
 VOCABULARY = 384
@@ -22,17 +27,25 @@ VOCABULARY = 384
 
 MAX_LAYERS = 4
 
+FIRST_TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+TOKEN_ENDINGS = ("_token_id", "_token_index")
+
+NEEDED_BY_DEFAULT = ("text_config",)
+"""What a class without defaults must be given before its defaults can be read."""
+
 CAUSAL = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 IMAGE_TEXT = dict(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
 def model_types() -> list[str]:
-    """Every type of a causal language model, then those of models that take images too."""
-    return [*CAUSAL, *(name for name in IMAGE_TEXT if name not in CAUSAL)]
+    """Every type of a causal language model, then those of models that take images too, then
+    variants."""
+    return [*CAUSAL, *(name for name in IMAGE_TEXT if name not in CAUSAL), *VARIANTS]
 
 
 def model_class(model_type: str) -> type[PreTrainedModel]:
     """The class that a folder of this type names; where there are two, that with images."""
+    model_type, _ = VARIANTS.get(model_type, (model_type, {}))
     name = IMAGE_TEXT.get(model_type) or CAUSAL[model_type]
     return getattr(transformers, name)
 
@@ -44,7 +57,8 @@ def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
         model_type: one of `model_types()`.
         overrides: values that replace those chosen here.
     """
-    return _shrink(CONFIG_MAPPING[model_type], model_type, overrides)
+    model_type, variant = VARIANTS.get(model_type, (model_type, {}))
+    return _shrink(CONFIG_MAPPING[model_type], variant | overrides)
 
 
 def tiny_architecture(
@@ -74,28 +88,29 @@ def save_tiny(
     return folder
 
 
-def _shrink(cls: Any, path: str, overrides: dict[str, Any]) -> PretrainedConfig:
-    """A small configuration of a class.
-
-    Args:
-        path: the model type, then the names of sub-configurations: "llama4.text_config".
-    """
-    exceptions = EXCEPTIONS.get(path, {}) | EXCEPTIONS.get(f"class {cls.__name__}", {})
-    defaults = _defaults(cls)
+def _shrink(cls: Any, overrides: dict[str, Any]) -> PretrainedConfig:
+    """A small configuration of a class; an override of a sub-configuration is a dictionary."""
+    exceptions = EXCEPTIONS.get(cls.__name__, {})
+    defaults = _defaults(cls, exceptions)
     values = {name: SIZES[name] for name, value in defaults.items() if _is_size(name, value)}
+    if "qk_rope_head_dim" in defaults:  # latent attention has as many keys as queries
+        values["num_key_value_heads"] = SIZES["num_attention_heads"]
     values |= _token_ids(defaults)
+    values |= _layers(cls, defaults, exceptions)
+    values |= exceptions
     for name, value in defaults.items():
         if isinstance(value, PretrainedConfig):
-            values[name] = _shrink(type(value), f"{path}.{name}", {})
-    values |= _layers(defaults, exceptions)
-    return cls(**(values | exceptions | overrides))
+            values[name] = _shrink(type(value), values.get(name, {}) | overrides.pop(name, {}))
+    return cls(**(values | overrides))
 
 
-def _defaults(cls: Any) -> dict[str, Any]:
+def _defaults(cls: Any, exceptions: dict[str, Any]) -> dict[str, Any]:
     """The values of the default configuration, under the names that the class takes."""
     names = {field.name for field in dataclasses.fields(cls)} | set(cls.sub_configs)
-    written = vars(cls())
-    return {name: written[name] for name in names if name in written}
+    needed = {name: exceptions[name] for name in NEEDED_BY_DEFAULT if name in exceptions}
+    written = vars(cls(**needed))
+    stored = {name: cls.attribute_map.get(name, name) for name in sorted(names)}
+    return {name: written[key] for name, key in stored.items() if key in written}
 
 
 def _is_size(name: str, value: Any) -> bool:
@@ -104,21 +119,19 @@ def _is_size(name: str, value: Any) -> bool:
 
 def _token_ids(defaults: dict[str, Any]) -> dict[str, int]:
     """Begin, end and padding as the tokenizer has them; others at the end of the vocabulary."""
-    fixed = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     ids, last = {}, VOCABULARY
     for name in sorted(defaults):
-        value = defaults[name]
-        if name in fixed and value is not None:
-            ids[name] = fixed[name]
-        elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
+        if name in FIRST_TOKENS:
+            ids[name] = FIRST_TOKENS[name]
+        elif name.endswith(TOKEN_ENDINGS) and isinstance(defaults[name], int):
             last -= 1
             ids[name] = last
     return ids
 
 
-def _layers(defaults: dict[str, Any], exceptions: dict[str, Any]) -> dict[str, Any]:
-    """The number of layers, and lists with an entry for each layer, each kind of layer once."""
-    counts = [name for name in LISTS["number of layers"] if isinstance(defaults.get(name), int)]
+def _layers(cls: Any, defaults: dict[str, Any], exceptions: dict[str, Any]) -> dict[str, Any]:
+    """The number of layers, and the lists with an entry for each, so that each kind comes once."""
+    counts = [name for name in NUMBERS_OF_LAYERS if isinstance(defaults.get(name), int)]
     if not counts or counts[0] in exceptions:
         return {}
     number = defaults[counts[0]]
@@ -127,11 +140,11 @@ def _layers(defaults: dict[str, Any], exceptions: dict[str, Any]) -> dict[str, A
         for name, value in defaults.items()
         if isinstance(value, list | tuple) and len(value) == number and name not in exceptions
     }
-    kinds = list(dict.fromkeys(map(repr, zip(*lists.values(), strict=True)))) if lists else []
-    rows = [repr(row) for row in zip(*lists.values(), strict=True)]
-    chosen = sorted(rows.index(kind) for kind in kinds[:MAX_LAYERS])
-    chosen = (chosen * 2)[:2] if len(chosen) < 2 else chosen
+    kinds = [repr(kind) for kind in zip(*lists.values(), strict=True)]
+    chosen = [kinds.index(kind) for kind in dict.fromkeys(kinds)][:MAX_LAYERS]
+    if len(chosen) < 2:
+        chosen = chosen * 2 or [0, 0]
     values: dict[str, Any] = {
         name: [value[index] for index in chosen] for name, value in lists.items()
     }
-    return values | {counts[0]: len(chosen) if lists else 2}
+    return values | dict.fromkeys(counts, len(chosen))
