@@ -11,6 +11,7 @@ NUMBERS_OF_LAYERS = (
     "num_decoder_layers",
     "encoder_layers",
     "num_encoder_layers",
+    "layers",
     "depth",
     "num_blocks",
 )
@@ -68,6 +69,7 @@ SIZES: dict[str, Any] = {
     # heads
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "attention_heads": 4,
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 4,
     "num_encoder_attention_heads": 4,
@@ -148,6 +150,22 @@ ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 MROPE = {"rope_parameters": ROTARY | {"mrope_section": [2, 3, 3]}}
 DECODER = {"is_decoder": True, "is_encoder_decoder": False}
 
+INKLING_SLIDING = {
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 16,
+    "unpadded_vocab_size": 384,
+}
+DOTS3_SLIDING = {
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_q_lora_rank": 32,
+    "swa_kv_lora_rank": 32,
+    "swa_head_dim": 32,
+    "swa_qk_nope_head_dim": 16,
+    "swa_v_head_dim": 16,
+}
+
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "BambaConfig": {"attn_layer_indices": [1]},
     "BartConfig": DECODER,
@@ -167,7 +185,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "Cosmos3EdgeTextConfig": MROPE,
     "Data2VecTextConfig": {"is_decoder": True},
-    "DbrxAttentionConfig": {"kv_n_heads": 2, "rope_theta": 10000.0},
+    "DbrxAttentionConfig": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
     "DbrxConfig": {"max_seq_len": 512},
     "DeepseekOcr2TextConfig": {
         "n_group": 1,
@@ -175,11 +193,72 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "mlp_layer_types": ["dense", "sparse"],
     },
+    "DeepseekOcr2SamVisionConfig": {"downsample_channels": [16, 64]},
+    "DeepseekV2Config": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "Dots3NoteTextConfig": {
+        "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "num_hidden_layers": 3,
+        "head_dim": 32,
+    }
+    | DOTS3_SLIDING,
+    "BltConfig": {"encoder_hash_byte_group_vocab": 50},
+    "BltLocalEncoderConfig": {"hidden_size_global": 64, "vocab_size": 384},
+    "BltLocalDecoderConfig": {"hidden_size_global": 64},
+    "ChameleonConfig": {"vocabulary_map": {"<image>": 383}},
+    "DiffusionGemmaConfig": {"canvas_length": 16},
+    "Emu3VQVAEConfig": {"channel_multiplier": [1, 1], "num_res_blocks": 1, "attn_resolutions": []},
+    "Emu3Config": {"vocabulary_map": {"<image>": 383}},
+    "Glm4vMoeTextConfig": {"rope_parameters": ROTARY | {"mrope_section": [1, 1, 2]}},
+    "Glm5NextTextConfig": {"qk_rope_head_dim": 0},
+    "HrmTextConfig": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
+    "HunYuanVLVisionConfig": {"max_image_size": 64, "min_image_size": 32, "max_vit_seq_len": 64},
+    "Inkling2TextConfig": INKLING_SLIDING,
+    "InklingTextConfig": INKLING_SLIDING
+    | {
+        "layer_types": ["hybrid_sliding", "hybrid"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_hidden_layers": 2,
+        "logits_mup_width_multiplier": 1.0,
+    },
+    "InklingAudioConfig": {"n_mel_bins": 8, "mel_vocab_size": 16},
+    "JanusVQVAEConfig": {"latent_channels": 16, "channel_multiplier": [1, 1], "num_res_blocks": 1},
+    "MllamaTextConfig": {"cross_attention_layers": [1], "num_hidden_layers": 3},
+    "Molmo2AdapterConfig": {"vision_feature_layer": [1, 0]},
+    "MuseSparkAudioConfig": {
+        "depths": [1, 1, 1, 1],
+        "hidden_sizes": [16, 16, 16, 16],
+        "num_hidden_layers": 4,
+    },
+    "MuseSparkTextConfig": {"moe_hidden_size": 32},
+    "NemotronH_Omni_Reasoning_V3_Config": {"vision_config": {"video_temporal_patch_size": 2}},
+    "RadioConfig": {"max_img_size": 64},
+    "Phi4MultimodalAudioConfig": {
+        "nemo_conv_channels": 16,
+        "ext_pw_out_channel": 64,
+        "depthwise_separable_out_channel": 64,
+    },
+    "Qwen4ExpTextConfig": {
+        "hc_lowrank": 16,
+        "ple_layer_ids": [1],
+        "ngram_vocab_size_base": 50,
+        "split_ngram_parts": 2,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
+    },
+    "UnlimitedOcrSamVisionConfig": {"downsample_channels": [16, 64]},
+    "xLSTMConfig": {"hidden_size": 128, "embedding_dim": 128},
     "ElectraConfig": {"is_decoder": True},
     "ErnieConfig": {"is_decoder": True},
     "Ernie4_5_MoeConfig": {"moe_layer_end_index": 1},
-    "Ernie4_5_VLMoeTextConfig": {"moe_intermediate_size": [96, 64]},
+    "Ernie4_5_VLMoeTextConfig": {
+        "moe_intermediate_size": [96, 64],
+        "rope_parameters": ROTARY | {"mrope_section": [2, 2, 4]},
+    },
     "Gemma3nTextConfig": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "num_hidden_layers": 4,
@@ -207,10 +286,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "attention_layers": ["global", "local"],
         "num_layers": 2,
     },
+    "Granite4VisionConfig": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2"},
     "GraniteMoeHybridConfig": {"layer_types": ["linear_attention", "full_attention"]},
     "HunYuanDenseV1Config": {"head_dim": 16},
     "HunYuanMoEV1Config": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
-    "HunYuanVLTextConfig": {"head_dim": 16},
+    "HunYuanVLTextConfig": {
+        "head_dim": 16,
+        "rope_parameters": ROTARY | {"mrope_section": [2, 2, 2, 2]},
+    },
     "JambaConfig": {"num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 2},
     "Lfm2MoeConfig": {
         "layer_types": ["conv", "full_attention", "conv"],
@@ -286,7 +369,7 @@ MROPE_CLASSES = (
     "Qwen2_5_VLTextConfig",
     "Qwen2_5OmniTextConfig",
 )
-EXCEPTIONS |= {name: MROPE for name in MROPE_CLASSES}
+EXCEPTIONS |= dict.fromkeys(MROPE_CLASSES, MROPE)
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4_text with experts": (
