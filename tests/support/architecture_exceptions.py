@@ -17,7 +17,7 @@ NUMBERS_OF_LAYERS = (
 )
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 384,
+    "vocab_size": 400,  # the tokenizer has 384; the others are for images and sounds
     "initializer_range": 0.1,
     # widths
     "hidden_size": 64,
@@ -154,7 +154,7 @@ INKLING_SLIDING = {
     "swa_num_attention_heads": 4,
     "swa_num_key_value_heads": 2,
     "swa_head_dim": 16,
-    "unpadded_vocab_size": 384,
+    "unpadded_vocab_size": 400,
 }
 DOTS3_SLIDING = {
     "swa_num_attention_heads": 4,
@@ -204,12 +204,12 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     }
     | DOTS3_SLIDING,
     "BltConfig": {"encoder_hash_byte_group_vocab": 50},
-    "BltLocalEncoderConfig": {"hidden_size_global": 64, "vocab_size": 384},
+    "BltLocalEncoderConfig": {"hidden_size_global": 64, "vocab_size": 400},
     "BltLocalDecoderConfig": {"hidden_size_global": 64},
-    "ChameleonConfig": {"vocabulary_map": {"<image>": 383}},
+    "ChameleonConfig": {"vocabulary_map": {"<image>": 399}},
     "DiffusionGemmaConfig": {"canvas_length": 16},
     "Emu3VQVAEConfig": {"channel_multiplier": [1, 1], "num_res_blocks": 1, "attn_resolutions": []},
-    "Emu3Config": {"vocabulary_map": {"<image>": 383}},
+    "Emu3Config": {"vocabulary_map": {"<image>": 399}},
     "Glm4vMoeTextConfig": {"rope_parameters": ROTARY | {"mrope_section": [1, 1, 2]}},
     "Glm5NextTextConfig": {"qk_rope_head_dim": 0},
     "HrmTextConfig": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
@@ -266,13 +266,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
         "intermediate_size": 128,
         "hidden_size_per_layer_input": 16,
-        "vocab_size_per_layer_input": 384,
+        "vocab_size_per_layer_input": 400,
         "laurel_rank": 16,
     },
     "Gemma4TextConfig": {
         "global_head_dim": 32,
         "hidden_size_per_layer_input": 16,
-        "vocab_size_per_layer_input": 384,
+        "vocab_size_per_layer_input": 400,
     },
     "Gemma4UnifiedTextConfig": {"global_head_dim": 32},
     "DiffusionGemmaTextConfig": {
@@ -306,7 +306,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "attention_chunk_size": 32,
     },
     "Mamba2Config": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
-    "MarianConfig": DECODER | {"decoder_vocab_size": 384, "decoder_start_token_id": 2},
+    "MarianConfig": DECODER | {"decoder_vocab_size": 400, "decoder_start_token_id": 2},
     "MBartConfig": DECODER,
     "MegatronBertConfig": {"is_decoder": True},
     "MinistralConfig": {"head_dim": 16},
@@ -384,3 +384,32 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Further shapes that folders of a type have: a name, the type, values."""
+
+PIXELS = "does not run without an image"
+TIMM = "its vision tower needs the package timm"
+ENCODER = "an encoder and a decoder, no decoder alone"
+
+NOT_MADE: dict[str, str] = {
+    "blip": PIXELS,
+    "blip-2": PIXELS,
+    "blt": "BltConfig has no num_hidden_layers, and the cache of transformers asks for it",
+    "fast_vlm": TIMM,
+    "florence2": ENCODER,
+    "gemma3n": TIMM,
+    "gemma4_assistant": "runs on the cache of another model only",
+    "gemma4_unified_assistant": "runs on the cache of another model only",
+    "idefics": PIXELS,
+    "instructblip": PIXELS,
+    "instructblipvideo": PIXELS,
+    "kosmos-2": PIXELS,
+    "musicgen": "takes codes of sound, not text",
+    "musicgen_melody": "takes codes of sound, not text",
+    "perception_lm": TIMM,
+    "pi0": "takes states of a robot",
+    "pix2struct": PIXELS,
+    "pp_formulanet": PIXELS,
+    "t5gemma2": ENCODER,
+    "udop": ENCODER,
+    "vision-encoder-decoder": PIXELS,
+}
+"""Types of which there is no tiny model that reads text alone, and why."""
