@@ -393,6 +393,7 @@ NOT_MADE: dict[str, str] = {
     "blip": PIXELS,
     "blip-2": PIXELS,
     "blt": "BltConfig has no num_hidden_layers, and the cache of transformers asks for it",
+    "evolla": "takes proteins, and no AutoModel loads it",
     "fast_vlm": TIMM,
     "florence2": ENCODER,
     "gemma3n": TIMM,

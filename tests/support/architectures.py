@@ -83,8 +83,14 @@ def tiny_architecture(
 def save_tiny(
     model_type: str, folder: Path, *, dtype: torch.dtype = torch.float32, **overrides: Any
 ) -> Path:
-    """Write a tiny model of this type and its tokenizer as an ordinary folder."""
-    tiny_architecture(model_type, dtype=dtype, **overrides).save_pretrained(folder)
+    """Write a tiny model of this type and its tokenizer as an ordinary folder.
+
+    Tensors that transformers keeps in float32 stay so whatever `dtype` is.
+    """
+    tiny_architecture(model_type, **overrides).save_pretrained(folder)
+    if dtype != torch.float32:
+        model = model_class(model_type).from_pretrained(folder, dtype=dtype)
+        model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
