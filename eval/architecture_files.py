@@ -1,0 +1,70 @@
+"""What the files of a quantized checkpoint say, read without vqllm."""
+
+import json
+import re
+import struct
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from architecture_plain import is_tower
+
+
+def share(folder: Path, made: dict[str, Any]) -> dict[str, Any]:
+    """What share of the source's weights the checkpoint says to be quantized, and what stayed.
+
+    Args:
+        made: what `architecture_plain.make` said of the source.
+    """
+    quantization = json.loads((folder / "config.json").read_text())
+    quantization = quantization["quantization_config"]
+    weights: Counter[str] = Counter()
+    for name, key in quantization["modules"].items():
+        spec = quantization["specs"][key]
+        inside = in_layers(name, made["layers"])
+        weights["inside" if inside else "outside"] += spec["rows"] * spec["cols"]
+    stayed: dict[str, Counter[str]] = {}
+    for name, reason in quantization.get("not_quantized", {}).items():
+        if in_layers(name, made["layers"]):
+            pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+            stayed.setdefault(pattern, Counter())[reason] += 1
+    return {
+        "layers_share": weights["inside"] / made["layer_weights"],
+        "share": weights.total() / made["weights"],
+        "stayed": {pattern: dict(reasons) for pattern, reasons in sorted(stayed.items())},
+    }
+
+
+def in_layers(name: str, layers: list[str]) -> bool:
+    """Whether a module belongs to a decoder layer.
+
+    Files may have other names than modules (`language_model.model.layers` for
+    `model.language_model.layers`); the last part is the same.
+    """
+    lists = {prefix.rpartition(".")[2] for prefix in layers}
+    inside = any(re.search(rf"(^|\.){last}\.\d+\.", name) for last in lists)
+    return inside and not is_tower(name)
+
+
+def different_tensors(folder: Path, again: Path) -> str:
+    """The first difference between the tensors of two folders, "" if there is none."""
+    ours, theirs = stored(folder), stored(again)
+    if ours.keys() != theirs.keys():
+        missing, added = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+        return f"missing {missing[:2]} of {len(missing)}, added {added[:2]} of {len(added)}"
+    changed = [name for name in ours if ours[name] != theirs[name]]
+    return f"{len(changed)} changed: {changed[:2]}" if changed else ""
+
+
+def stored(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """Dtype, shape and bytes of every tensor in the safetensors files of a folder."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        data = path.read_bytes()
+        (length,) = struct.unpack("<Q", data[:8])
+        header = json.loads(data[8 : 8 + length])
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = (8 + length + offset for offset in entry["data_offsets"])
+            tensors[name] = (entry["dtype"], entry["shape"], data[begin:end])
+    return tensors
