@@ -22,7 +22,7 @@ from vqllm.checkpoint.resume.layer_writer import LayerWriter
 from vqllm.core.progress import Progress
 from vqllm.core.protocols import OutputRounding
 from vqllm.plan.job import Job
-from vqllm.plan.selection import Shape, chosen
+from vqllm.plan.selection import Selection
 from vqllm.recipes import Recipe
 
 logger = logging.getLogger(__name__)
@@ -45,12 +45,21 @@ class GradientStatistics:
 
     The pass itself runs when an object is made, unless the run's folder has its results.
 
-    `tokens` are the calibration sequences, int64 [S, L].
+    `selection` are the linears that are to be quantized, `tokens` the calibration sequences, int64
+    [S, L].
     """
 
-    def __init__(self, job: Job, run: LayerWriter, tokens: Tensor, progress: Progress) -> None:
+    def __init__(
+        self,
+        job: Job,
+        run: LayerWriter,
+        selection: Selection,
+        tokens: Tensor,
+        progress: Progress,
+    ) -> None:
         self._job = job
         self._run = run
+        self._selection = selection
         self._tokens = tokens
         self._progress = progress
         if needs_gradients(job.recipe):
@@ -82,17 +91,14 @@ class GradientStatistics:
             return {}
         return self._of_layer("outputs", index)
 
-    def allocation(self, shapes: Mapping[str, Shape]) -> dict[str, "Allocated"]:
-        """The codec of each linear, by full name; empty if all have the recipe's.
-
-        Args:
-            shapes: of all linears that are to be quantized.
-        """
+    def allocation(self) -> dict[str, "Allocated"]:
+        """The codec of each linear, by full name; empty if all have the recipe's."""
         recipe = self._job.recipe
         if recipe.allocation is None:
             return {}
         chosen = self._run.load_or_make(
-            "allocation", lambda: choose_codecs(shapes, self._of_all_layers("loss"), recipe)
+            "allocation",
+            lambda: choose_codecs(self._selection.shapes, self._of_all_layers("loss"), recipe),
         )
         codecs = recipe.allocation.codecs
         return {
@@ -135,7 +141,7 @@ class GradientStatistics:
         if isinstance(recipe.rounding, OutputRounding):
             visitors["outputs"] = OutputHessians(recipe.hessian.power)
         share = self._progress.share
-        gradients.run(lambda linears: chosen(linears, recipe), visitors, self._record, share)
+        gradients.run(self._selection.of, visitors, self._record, share)
 
     def _sensitivity(self) -> Sensitivity:
         recipe = self._job.recipe

@@ -13,7 +13,11 @@ SHOWN_KINDS = 5
 
 
 def why_not_quantized(
-    model: nn.Module, layers: Collection[str], quantized: Collection[str], skip: tuple[str, ...]
+    model: nn.Module,
+    layers: Collection[str],
+    quantized: Collection[str],
+    skip: tuple[str, ...],
+    kept: Mapping[str, str],
 ) -> dict[str, str]:
     """A reason for every module that holds a matrix and was not quantized.
 
@@ -22,6 +26,7 @@ def why_not_quantized(
         layers: full names of the decoder layers.
         quantized: full names of the quantized linears.
         skip: the recipe's patterns.
+        kept: what `Selection.kept` says.
     """
     reasons = {}
     shared = shared_modules(model, layers)
@@ -38,7 +43,7 @@ def why_not_quantized(
             reasons[name] = (
                 SHARED
                 if inside and module in shared
-                else _reason(name, module, inside, matrices, skip)
+                else _reason(name, module, inside, matrices, skip, kept)
             )
     return reasons
 
@@ -49,10 +54,13 @@ def _reason(
     inside: bool,
     matrices: dict[str, tuple[int, ...]],
     skip: tuple[str, ...],
+    kept: Mapping[str, str],
 ) -> str:
     for pattern in skip:
         if re.search(pattern, name):
             return f"left out by the recipe's skip pattern {pattern!r}"
+    if name in kept:
+        return kept[name]
     if isinstance(module, nn.Embedding):
         return "an embedding"
     if is_linear(module):

@@ -13,10 +13,9 @@ from vqllm.checkpoint.source import SourceTensors, stored_tensors
 from vqllm.checkpoint.writer import read_dense_config
 from vqllm.errors import ModelError, NumericalError, RecipeError
 from vqllm.hf import loading
-from vqllm.hf.linears import shared_modules
 from vqllm.plan.costs import code_bits, option_costs
 from vqllm.plan.not_quantized import nothing_to_quantize, why_not_quantized
-from vqllm.plan.selection import Shape, shapes_in
+from vqllm.plan.selection import Shape, select
 from vqllm.quantization import embeddings as outside
 from vqllm.recipes import Recipe
 
@@ -44,15 +43,15 @@ def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool
     tensors = SourceTensors.open(source, trust_remote_code)
     model = tensors.blueprint.model
     names = layer_names(model)
-    shared = shared_modules(model, names)
-    shapes: dict[str, Shape] = {}
-    for layer in names:
-        shapes |= shapes_in(model.get_submodule(layer), layer, shared, recipe)
+    selection = select(model, names, recipe)
+    shapes = selection.shapes
     if not shapes:
-        kinds = nothing_to_quantize(why_not_quantized(model, names, (), recipe.skip))
+        reasons = why_not_quantized(model, names, (), recipe.skip, selection.kept)
+        kinds = nothing_to_quantize(reasons)
         raise ModelError(
             f"{name} has nothing to quantize: {kinds}. Quantized are the torch.nn.Linear "
-            "modules of the decoder layers that no `skip` pattern of the recipe leaves out."
+            "modules of the decoder layers that no `skip` pattern of the recipe leaves out, "
+            "without the kinds of its `skip_kinds`."
         )
     _check_budget(name, shapes, recipe)
     check_states(model, names)

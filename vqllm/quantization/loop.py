@@ -12,9 +12,10 @@ from torch import Tensor
 from vqllm.allocation.gradient_statistics import GradientStatistics
 from vqllm.calibration.data.calibration_set import calibration_sequences
 from vqllm.calibration.layer_calibrator import LayerCalibrator
-from vqllm.calibration.layer_stream import linears_of
+from vqllm.calibration.layer_stream import layer_names, linears_of
 from vqllm.calibration.passes import Model
 from vqllm.checkpoint.resume.layer_writer import LayerWriter
+from vqllm.checkpoint.source import SourceTensors
 from vqllm.core import memory
 from vqllm.core.progress import Progress
 from vqllm.core.protocols import JSON
@@ -22,7 +23,7 @@ from vqllm.errors import ModelError
 from vqllm.plan.job import Job
 from vqllm.plan.not_quantized import nothing_to_quantize, why_not_quantized
 from vqllm.plan.packed_spec import stored_spec
-from vqllm.plan.selection import Shape, chosen, shapes_of
+from vqllm.plan.selection import Selection, Shape, select
 from vqllm.quantization.checks import check_finite, check_model
 from vqllm.quantization.embeddings import EmbeddingAndHead
 from vqllm.quantization.layer import LayerTask, quantize_layer
@@ -105,14 +106,14 @@ class _Loop:
     def __init__(self, job: Job, run: LayerWriter, tokens_SL: Tensor, progress: Progress) -> None:
         self._job, self._recipe, self._run, self._progress = job, job.recipe, run, progress
         self._tokens_SL = tokens_SL
+        self._selection = _selection_of(job)
         # The pass with gradients opens the model by itself, so it comes before the stream.
-        self._findings = GradientStatistics(job, run, tokens_SL, progress)
+        self._findings = GradientStatistics(job, run, self._selection, tokens_SL, progress)
         self._stream = job.open_stream()
         check_finite(self._stream.model, "the model outside its layers")
         self._ends = EmbeddingAndHead(self._stream, run, self._recipe)
-        shapes = shapes_of(self._stream, self._recipe)
-        self._allocation = self._findings.allocation(shapes)
-        planned = self._planned_specs(shapes) | self._ends.specs
+        self._allocation = self._findings.allocation()
+        planned = self._planned_specs(self._selection.shapes) | self._ends.specs
         run.begin(self._stream.tensors, self._stream.names, planned, self._ends.tied)
 
     def _planned_specs(self, shapes: Mapping[str, Shape]) -> dict[str, LinearSpec]:
@@ -153,7 +154,7 @@ class _Loop:
         """A layer in memory, checked, with its inputs ready."""
         recipe, stream, name = self._recipe, self._stream, self._stream.names[index]
         with stream.layer(index) as module:
-            linears = chosen(linears_of(module, name, stream.shared), recipe)
+            linears = self._selection.of(linears_of(module, name, stream.shared))
             weights = {name: linear.weight.data for name, linear in linears.items()}
             moving: dict[str, Place] = {}
             if recipe.layer and "vectors" in recipe.layer.train:
@@ -204,7 +205,11 @@ class _Loop:
         self._progress.phase("writing the rest of the model")
         quantized = {*self._run.quantized, *self._ends.names}
         reasons = why_not_quantized(
-            self._stream.model, self._stream.names, quantized, self._recipe.skip
+            self._stream.model,
+            self._stream.names,
+            quantized,
+            self._recipe.skip,
+            self._selection.kept,
         )
         if not self._run.quantized:
             kinds = nothing_to_quantize(reasons)
@@ -216,6 +221,12 @@ class _Loop:
         """The lines of the report."""
         ends = [result.record.to_dict() for result in self._ends.results]
         return self._run.all_records() + ends
+
+
+def _selection_of(job: Job) -> Selection:
+    """Which linears of the job's model are to be quantized; no weights are read."""
+    model = SourceTensors.open(job.source, job.trust_remote_code).blueprint.model
+    return select(model, layer_names(model), job.recipe)
 
 
 def _aims(recipe: Recipe) -> Model | None:

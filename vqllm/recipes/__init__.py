@@ -9,7 +9,7 @@ chooses one by bits.
 from vqllm.recipes.loading import from_dict, load, load_tuning, tuning_from_dict
 from vqllm.recipes.presets import BITS, PRESETS, best
 from vqllm.recipes.schema import Recipe, TuningRecipe, fields_of
-from vqllm.recipes.sections import Calibration, Stages
+from vqllm.recipes.sections import Calibration, SkippedKind, Stages
 from vqllm.recipes.shipped import available, available_tuning
 from vqllm.recipes.yaml_text import NOT_YAML, parse_yaml
 
@@ -19,6 +19,7 @@ __all__ = [
     "PRESETS",
     "Calibration",
     "Recipe",
+    "SkippedKind",
     "Stages",
     "TuningRecipe",
     "available",

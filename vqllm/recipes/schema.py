@@ -15,6 +15,7 @@ from vqllm.recipes.sections import (
     Fragile,
     Hessian,
     LayerTraining,
+    SkippedKind,
     Stages,
     Target,
 )
@@ -88,6 +89,12 @@ class Recipe(Settings):
     skip: tuple[str, ...] = Field(
         default=(),
         description="regular expressions; linears whose full name matches stay as they are",
+    )
+    skip_kinds: tuple[SkippedKind, ...] = Field(
+        default=("routers", "few_rows"),
+        description="kinds of linears that stay as they are, whatever their names: routers, which "
+        "decide which experts run, and linears of few rows, such as the gate of a shared expert; "
+        "[] quantizes them as well",
     )
 
     @model_validator(mode="before")
@@ -199,11 +206,16 @@ class Recipe(Settings):
         return TuningRecipe(**{**given, "name": self.name, "seed": self.seed, "calibration": text})
 
     def to_dict(self) -> JSON:
-        """JSON values with every field present."""
-        return self.model_dump(mode="json")
+        """JSON values with every field present, but `skip_kinds` where it is the default: the
+        recipes in checkpoints and journals of earlier versions do not have it either."""
+        values = self.model_dump(mode="json")
+        if self.skip_kinds == Recipe.model_fields["skip_kinds"].default:
+            del values["skip_kinds"]
+        return values
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        values = self.model_dump(mode="json")
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def fields_of(part: type[Part]) -> dict[str, str]:
