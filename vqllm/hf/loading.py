@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import __version__ as transformers_version
 
 from vqllm.errors import ModelError, VqllmError
+from vqllm.hf.refusals import DECODERS
 
 SHOWN = 3
 """Names in a message; a model may have thousands of tensors."""
@@ -134,6 +135,8 @@ def explained(folder: Path, what: str = "cannot be loaded by transformers {}") -
         if "trust_remote_code" in str(error):
             reason = "it brings Python code of its own, which is executed only on request"
             advice = "Read it, then pass --trust-remote-code (in Python: trust_remote_code=True)."
+        if "Unrecognized configuration class" in str(error):
+            reason, advice = lines[0].rstrip("."), DECODERS
         raise ModelError(
             f"{folder} {what.format(transformers_version)} ({reason}). {advice}"
         ) from error

@@ -7,6 +7,7 @@ from typing import Any
 
 from vqllm.checkpoint.source import INDEX, SINGLE, stored_tensors, weight_map
 from vqllm.errors import ModelError
+from vqllm.hf import refusals
 from vqllm.hf.loading import listed
 from vqllm.models import demo
 from vqllm.models import gguf as gguf_model
@@ -118,6 +119,7 @@ def check_folder(path: Path, *, trust_remote_code: bool = False) -> None:
             "`AutoModelForCausalLM.from_pretrained` loads."
         )
     _check_code(path, config, trust_remote_code)
+    refusals.refuse_other_kinds(path, config)
     _check_weights(path, config)
 
 

@@ -1,0 +1,157 @@
+"""Folders that hold something else than a model to quantize are refused by what they hold."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from transformers.models.auto import modeling_auto as auto
+
+import vqllm
+from vqllm import api
+from vqllm.errors import ModelError
+from vqllm.hf import loading
+from vqllm.hf.refusals import refuse_other_kinds
+from vqllm.models import gguf as gguf_model
+from vqllm.models.resolve import check_folder
+
+BERT = {
+    "vocab_size": 384,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+T5 = {"vocab_size": 384, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+BART = {
+    "vocab_size": 384,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+}
+TOKENS = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "decoder_start")}
+WHISPER = {**BART, **TOKENS, "begin_suppress_tokens": None}
+
+
+def save_class(folder: Path, name: str, model_type: str, **values: Any) -> Path:
+    config = transformers.AutoConfig.for_model(model_type, **values)
+    getattr(transformers, name)(config).save_pretrained(folder)
+    return folder
+
+
+def folder_of(folder: Path, config: dict[str, Any]) -> Path:
+    """A folder with this configuration and weights that no test reads."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "values"),
+    [
+        ("T5ForConditionalGeneration", "t5", T5),
+        ("BartForConditionalGeneration", "bart", BART),
+        ("WhisperForConditionalGeneration", "whisper", WHISPER),
+    ],
+)
+def test_encoder_decoder_models_are_named(
+    tmp_path: Path, name: str, model_type: str, values: dict[str, Any]
+) -> None:
+    folder = save_class(tmp_path / "model", name, model_type, **values)
+    for use in (
+        lambda: vqllm.quantize(folder, tmp_path / "q", recipe="rtn-4bit"),
+        lambda: vqllm.compare(folder, tmp_path / "q", recipe="rtn-4bit"),
+        lambda: vqllm.load(folder),
+        lambda: api.bench(folder, device="cpu"),
+    ):
+        with pytest.raises(ModelError, match=rf"holds {name}: an encoder-decoder .*decoder-only"):
+            use()
+    assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize("kind", ["ForMaskedLM", "ForSequenceClassification", "Model"])
+def test_encoders_are_named(tmp_path: Path, kind: str) -> None:
+    for name, model_type in (("Bert", "bert"), ("DebertaV2", "deberta-v2")):
+        folder = save_class(tmp_path / name, f"{name}{kind}", model_type, **BERT)
+        with pytest.raises(ModelError, match=f"holds {name}{kind}: an encoder, .*decoder-only"):
+            check_folder(folder)
+
+
+def test_every_masked_and_encoder_decoder_type_is_refused(tmp_path: Path) -> None:
+    masked = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    for model_type, name in masked.items():
+        with pytest.raises(ModelError, match=f"holds {name}: an encoder"):
+            refuse_other_kinds(tmp_path, {"model_type": model_type, "architectures": [name]})
+    for model_type in ("t5", "bart", "mbart", "whisper", "m2m_100", "encoder-decoder", "florence2"):
+        with pytest.raises(ModelError, match=f"a model of type '{model_type}': an encoder-decoder"):
+            refuse_other_kinds(tmp_path, {"model_type": model_type})
+    with pytest.raises(ModelError, match="an encoder-decoder"):
+        refuse_other_kinds(tmp_path, {"model_type": "blip-2", "text_config": {"model_type": "t5"}})
+    own = {"model_type": "own", "architectures": ["Own"], "is_encoder_decoder": True}
+    with pytest.raises(ModelError, match="holds Own: an encoder-decoder"):
+        refuse_other_kinds(tmp_path, own)
+
+
+def test_decoders_of_every_type_pass(tmp_path: Path) -> None:
+    for model_type, name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        if name not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+            refuse_other_kinds(tmp_path, {"model_type": model_type, "architectures": [name]})
+    for model_type, name in (
+        ("qwen3", "Qwen3Model"),
+        ("qwen2", "Qwen2ForSequenceClassification"),
+        ("llama", "LlamaForRewardModeling"),
+        ("gemma3", "Gemma3ForConditionalGeneration"),
+        ("llava", "LlavaForConditionalGeneration"),
+        ("voxtral", "VoxtralForConditionalGeneration"),
+        ("own", "OwnModel"),
+    ):
+        refuse_other_kinds(tmp_path, {"model_type": model_type, "architectures": [name]})
+    refuse_other_kinds(tmp_path, {"model_type": "llama"})
+    refuse_other_kinds(tmp_path, {"model_type": "llama", "architectures": None})
+    refuse_other_kinds(tmp_path, {"model_type": "bert", "is_decoder": True})
+
+
+def test_the_decoder_of_a_bart_alone_loads(tmp_path: Path) -> None:
+    vqllm.load(save_class(tmp_path / "model", "BartForCausalLM", "bart", **BART))
+
+
+def test_a_model_of_no_language_is_named(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "clip", {"model_type": "clip", "architectures": ["CLIPModel"]})
+    for use in (loading.skeleton, vqllm.load):
+        with pytest.raises(ModelError, match=r"CLIPConfig.*\)\. Only decoder-only"):
+            use(folder)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "causal", "tensor", "message"),
+    [
+        ("llama", "adapter", None, "x", "only an adapter .*llama-export-lora"),
+        ("clip", "mmproj", None, "x", "no model but 'mmproj'"),
+        ("bert", "model", False, "x", "'bert', an encoder. Only decoder-only"),
+        ("t5", "model", None, "enc.blk.0.x", "'t5', an encoder-decoder model. Only decoder-only"),
+    ],
+)
+def test_gguf_files_of_other_kinds(
+    tmp_path: Path, architecture: str, kind: str, causal: bool | None, tensor: str, message: str
+) -> None:
+    file = tmp_path / "x.gguf"
+    writer = gguf.GGUFWriter(str(file), architecture)
+    writer.add_type(kind)
+    if causal is not None:
+        writer.add_causal_attention(causal)
+    writer.add_tensor(tensor, torch.zeros(4).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=message):
+        gguf_model._metadata(file, tmp_path)

@@ -1,0 +1,94 @@
+"""What a folder's config.json says that makes it no model for this package.
+
+Everything here reads JSON and the names of files: it takes no time, and comes before all else.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vqllm.errors import ModelError
+
+DECODERS = (
+    "Only decoder-only language models are quantized and measured (GPT, Llama, Qwen and the like): "
+    "pass one of these."
+)
+
+
+def refuse_other_kinds(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise ModelError for a model that does not continue a text token by token.
+
+    transformers would load some of them as a causal language model without a word: a BERT, whose
+    tokens see those that follow, or the decoder alone of a BART.
+
+    Args:
+        config: of the folder's config.json.
+    """
+    if _is_causal(config):
+        return
+    if any(_is_encoder_decoder(part) for part in _with_text_model(config)):
+        raise ModelError(
+            f"{folder} holds {_described(config)}: an encoder-decoder model, whose decoder reads "
+            f"what an encoder makes of another input. {DECODERS}"
+        )
+    if _is_encoder(config):
+        raise ModelError(
+            f"{folder} holds {_described(config)}: an encoder, as for masked language modelling, "
+            f"whose tokens see those that follow them. {DECODERS}"
+        )
+
+
+def _is_causal(config: Mapping[str, Any]) -> bool:
+    """Whether one of the classes that the model was saved from is a causal language model, and for
+    nothing else at the same time (XLM has one class for both)."""
+    from transformers.models.auto import modeling_auto as auto
+
+    causal = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    masked = set(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+    return any(
+        name in causal or name.endswith(("ForCausalLM", "LMHeadModel"))
+        for name in _classes(config)
+        if name not in masked
+    )
+
+
+def _is_encoder_decoder(config: Mapping[str, Any]) -> bool:
+    """Whether the configuration says so, or its class does by default."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    value = config.get("is_encoder_decoder")
+    if value is None and config.get("model_type") in CONFIG_MAPPING:
+        value = getattr(CONFIG_MAPPING[config["model_type"]], "is_encoder_decoder", False)
+    return bool(value)
+
+
+def _is_encoder(config: Mapping[str, Any]) -> bool:
+    """Whether it is a masked language model, or of a type that is one unless it says otherwise."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    classes: Any = MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if any(name.endswith("ForMaskedLM") for name in _classes(config)):
+        return True
+    # Of encoder-decoder models the list has the whole: one that says that it is none is a decoder.
+    masked = classes.get(config.get("model_type"), "ForConditionalGeneration")
+    decoder = config.get("is_decoder") or config.get("causal")
+    return not masked.endswith("ForConditionalGeneration") and not decoder
+
+
+def _with_text_model(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A configuration, and that of the language model in it, where it has several."""
+    yield config
+    text = config.get("text_config")
+    if isinstance(text, Mapping):
+        yield text
+
+
+def _described(config: Mapping[str, Any]) -> str:
+    names = ", ".join(_classes(config))
+    return names or f"a model of type {config.get('model_type')!r}"
+
+
+def _classes(config: Mapping[str, Any]) -> list[str]:
+    """Names of the classes that the model was saved from."""
+    names = config.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
