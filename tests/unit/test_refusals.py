@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers.models.auto import modeling_auto as auto
 
 import vqllm
+from tests.support.tiny import save_tiny
 from vqllm import api
 from vqllm.errors import ModelError
 from vqllm.hf import loading
@@ -155,3 +156,66 @@ def test_gguf_files_of_other_kinds(
     writer.close()
     with pytest.raises(ModelError, match=message):
         gguf_model._metadata(file, tmp_path)
+
+
+def add_adapter(folder: Path) -> Path:
+    """The files that PEFT writes beside the model, or instead of it."""
+    values = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 4}
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    save_file({"lora_A": torch.zeros(4, 4)}, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_an_adapter_beside_a_model_is_merged_first(tmp_path: Path) -> None:
+    folder = add_adapter(save_tiny(tmp_path / "model"))
+    message = (
+        r"holds a LoRA adapter \(adapter_config.json, adapter_model.safetensors\) beside the "
+        r"model: merge it .*merge_and_unload.*remove its files"
+    )
+    for use in (
+        lambda: vqllm.quantize(folder, tmp_path / "q", recipe="rtn-4bit"),
+        lambda: vqllm.load(folder),
+        lambda: api.bench(folder, device="cpu"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            use()
+    assert not (tmp_path / "q").exists()
+    for path in folder.glob("adapter_*"):
+        path.unlink()
+    check_folder(folder)
+
+
+@pytest.mark.parametrize("others", [(), ("config.json",), ("config.json", "training_args.bin")])
+def test_an_adapter_alone_names_its_model(tmp_path: Path, others: tuple[str, ...]) -> None:
+    folder = add_adapter(tmp_path / "adapter")
+    for name in others:
+        (folder / name).write_text('{"model_type": "llama"}')
+    message = r"holds only a LoRA adapter \(.*\) of org/base: merge it into that model"
+    with pytest.raises(ModelError, match=message):
+        vqllm.load(folder)
+    (folder / "adapter_config.json").write_text("{x")
+    with pytest.raises(ModelError, match=r"only a LoRA adapter \(.*\) of another model: merge"):
+        vqllm.load(folder)
+
+
+def test_no_copy_holds_an_adapter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source, text = save_tiny(tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text("The quick brown fox counts 12 jars of ink. " * 400)
+    sequences = ("calibration.sequences=4", "calibration.length=32")
+    vqllm.quantize(
+        source,
+        tmp_path / "q",
+        recipe="rtn-4bit",
+        calibration=text,
+        changes=sequences,
+        evaluate=False,
+        device="cpu",
+    )
+    quantized = add_adapter(tmp_path / "q")
+    with pytest.raises(ModelError, match=r"adapter .* beside the model"):
+        vqllm.tune(quantized, tmp_path / "tuned", teacher=source, calibration=text)
+    vqllm.dequantize(quantized, tmp_path / "dense")
+    assert "also holds an adapter (adapter_config.json" in caplog.text
+    assert [path.name for path in (tmp_path / "dense").iterdir() if "adapter" in path.name] == []
+    check_folder(tmp_path / "dense")

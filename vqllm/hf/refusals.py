@@ -1,8 +1,9 @@
-"""What a folder's config.json says that makes it no model for this package.
+"""What a folder holds besides, or in place of, a model for this package.
 
 Everything here reads JSON and the names of files: it takes no time, and comes before all else.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,57 @@ DECODERS = (
     "Only decoder-only language models are quantized and measured (GPT, Llama, Qwen and the like): "
     "pass one of these."
 )
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""PEFT's file: transformers applies the adapter that it names wherever PEFT is installed."""
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise ModelError for an adapter in the folder (LoRA or another of PEFT).
+
+    Whether transformers applies it depends on whether PEFT is installed, so what a folder with an
+    adapter would be quantized or measured as does too.
+    """
+    files = adapter_files(folder)
+    if not files:
+        return
+    found = f"a {_adapter_kind(folder)} adapter ({', '.join(files)})"
+    weights = {p.name for kind in ("*.safetensors", "pytorch_model*") for p in folder.glob(kind)}
+    if not weights - set(files) or not (folder / "config.json").is_file():
+        base = _adapter_json(folder).get("base_model_name_or_path") or "another model"
+        raise ModelError(
+            f"{folder} holds only {found} of {base}: "
+            "merge it into that model first (PeftModel.from_pretrained, merge_and_unload, "
+            "save_pretrained), and pass the folder that this writes."
+        )
+    raise ModelError(
+        f"{folder} holds {found} beside the model: merge it into the model first "
+        "(merge_and_unload, then save_pretrained to a new folder), or remove its files to use the "
+        "model without it."
+    )
+
+
+def adapter_files(folder: Path) -> list[str]:
+    """Names of the files of an adapter in a folder."""
+    return sorted(path.name for path in folder.iterdir() if is_adapter_file(path.name))
+
+
+def is_adapter_file(name: str) -> bool:
+    """Whether PEFT calls a file of an adapter so."""
+    return name == ADAPTER_CONFIG or name.startswith("adapter_model.")
+
+
+def _adapter_kind(folder: Path) -> str:
+    kind = str(_adapter_json(folder).get("peft_type") or "LoRA")
+    return "LoRA" if kind == "LORA" else kind
+
+
+def _adapter_json(folder: Path) -> Mapping[str, Any]:
+    try:
+        values = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # it only adds names to a message
+    return values if isinstance(values, dict) else {}
 
 
 def refuse_other_kinds(folder: Path, config: Mapping[str, Any]) -> None:

@@ -112,6 +112,7 @@ def _from_hub(name: str, trust_remote_code: bool) -> Path:
 def check_folder(path: Path, *, trust_remote_code: bool = False) -> None:
     """Raise ModelError unless `path` holds a model that can be loaded without executing its code
     (or with, if `trust_remote_code`). Reads JSON and the headers of weight files, no weights."""
+    refusals.refuse_adapter(path)
     config = _read_json(path / "config.json")
     if config is None:
         raise ModelError(
