@@ -18,6 +18,7 @@ from vqllm.errors import ModelError
 from vqllm.hf import loading
 from vqllm.hf.refusals import refuse_other_kinds
 from vqllm.models import gguf as gguf_model
+from vqllm.models import load as running
 from vqllm.models.resolve import check_folder
 
 BERT = {
@@ -219,3 +220,53 @@ def test_no_copy_holds_an_adapter(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert "also holds an adapter (adapter_config.json" in caplog.text
     assert [path.name for path in (tmp_path / "dense").iterdir() if "adapter" in path.name] == []
     check_folder(tmp_path / "dense")
+
+
+def without_tokenizer(folder: Path, arch: str) -> Path:
+    for path in save_tiny(folder, arch).glob("tokenizer*"):
+        path.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_a_missing_tokenizer_is_said_before_the_model_is_read(
+    tmp_path: Path, arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, text = without_tokenizer(tmp_path / "model", arch), tmp_path / "text.txt"
+    text.write_text("The quick brown fox counts 12 jars of ink. " * 400)
+    monkeypatch.setattr(running, "load_model", lambda *_, **__: pytest.fail("it was read"))
+    for use in (
+        lambda: vqllm.quantize(folder, tmp_path / "q", recipe="rtn-4bit", calibration=text),
+        lambda: vqllm.quantize(folder, tmp_path / "q", recipe="rtn-4bit", calibration="self"),
+        lambda: vqllm.quantize(folder, tmp_path / "q", recipe="rtn-4bit", eval_text=text),
+        lambda: vqllm.compare(folder, tmp_path / "c", recipe="rtn-4bit"),
+        lambda: api.evaluate(folder, text=text, device="cpu"),
+        lambda: api.generate(folder, "The", device="cpu"),
+    ):
+        with pytest.raises(
+            ModelError, match=r"has no tokenizer \(.*AutoTokenizer.*save_pretrained"
+        ):
+            use()
+    assert not (tmp_path / "q").exists()
+
+
+def test_what_needs_no_tokenizer_runs_without(tmp_path: Path) -> None:
+    folder = without_tokenizer(tmp_path / "model", "llama")
+    assert vqllm.load(folder)[1] is None
+    api.bench(folder, device="cpu", prompt_tokens=2, new_tokens=1, rounds=1)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma", "Qwen2", "GPT2"])
+def test_an_empty_tokenizer_is_refused(tmp_path: Path, kind: str) -> None:
+    folder = without_tokenizer(tmp_path / "model", "llama")
+    values = {"tokenizer_class": f"{kind}Tokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    with pytest.raises(ModelError, match=r"no vocabulary: .* \d special tokens .*AutoTokenizer"):
+        loading.load_tokenizer(folder)
+
+
+def test_tokens_that_are_bytes_need_no_vocabulary(tmp_path: Path) -> None:
+    transformers.ByT5Tokenizer().save_pretrained(tmp_path)
+    for name in ("added_tokens.json", "special_tokens_map.json"):
+        (tmp_path / name).unlink(missing_ok=True)
+    assert loading.load_tokenizer(tmp_path)("ab").input_ids[:2] == [100, 101]

@@ -18,6 +18,17 @@ DECODERS = (
 ADAPTER_CONFIG = "adapter_config.json"
 """PEFT's file: transformers applies the adapter that it names wherever PEFT is installed."""
 
+VOCABULARIES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+    "spiece.model", "sentencepiece.bpe.model", "*.tiktoken", "tekken.json",
+)  # fmt: skip
+"""Files of which a folder with a tokenizer has one at least. tokenizer_config.json is enough where
+tokens are bytes."""
+SAVE_TOKENIZER = (
+    "Save the model's tokenizer into the folder, complete: "
+    "AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER)."
+)
+
 
 def refuse_adapter(folder: Path) -> None:
     """Raise ModelError for an adapter in the folder (LoRA or another of PEFT).
@@ -65,6 +76,30 @@ def _adapter_json(folder: Path) -> Mapping[str, Any]:
     except (OSError, ValueError):
         return {}  # it only adds names to a message
     return values if isinstance(values, dict) else {}
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a file of a tokenizer is in the folder."""
+    return any(path.is_file() for name in VOCABULARIES for path in folder.glob(name))
+
+
+def refuse_no_tokenizer(folder: Path) -> None:
+    """Raise ModelError where there is no tokenizer."""
+    if not has_tokenizer(folder):
+        raise ModelError(
+            f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or the like), which it "
+            f"takes to read text, and to sample from the model too. {SAVE_TOKENIZER}"
+        )
+
+
+def refuse_empty_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Raise ModelError for a tokenizer that knows special tokens only, so that every text is
+    nothing or unknown to it."""
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ModelError(
+            f"{folder} has no vocabulary: transformers makes a {type(tokenizer).__name__} with "
+            f"{len(tokenizer)} special tokens and no other from its files. {SAVE_TOKENIZER}"
+        )
 
 
 def refuse_other_kinds(folder: Path, config: Mapping[str, Any]) -> None:
