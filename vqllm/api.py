@@ -295,10 +295,11 @@ def bench(
     load = speed.Load(
         batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds
     )
-    target, _ = load_to_run(model, device_of(device), trust_remote_code)
+    place = device_of(device)
+    target, _ = load_to_run(model, place, trust_remote_code, needs_tokenizer=False)
     original = None
     if baseline is not None:
-        original, _ = load_to_run(baseline, device_of(device), trust_remote_code)
+        original, _ = load_to_run(baseline, place, trust_remote_code, needs_tokenizer=False)
     return speed.bench(target, original, load)
 
 

@@ -1,6 +1,7 @@
 """The files of a checkpoint beside its shards: index, config.json, the source's other files."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -8,6 +9,9 @@ from vqllm.checkpoint import atomic
 from vqllm.checkpoint.format import CONFIG, INDEX, JSON, QuantizationConfig
 from vqllm.checkpoint.shards import read_header
 from vqllm.errors import CheckpointError, ModelError
+from vqllm.hf.refusals import adapter_files, is_adapter_file
+
+logger = logging.getLogger(__name__)
 
 NOT_COPIED = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx",
@@ -26,8 +30,9 @@ TEMPLATES = "additional_chat_templates"
 def copied_files(source: Path, trust_remote_code: bool) -> list[Path]:
     """The small files of a model folder that belong to every copy of it, relative to the folder.
 
-    Not weights, not config.json (which is patched), not the model card (a new one is written), no
-    hidden file, and Python files only if `trust_remote_code`.
+    Not weights, not config.json (which is patched), not the model card (a new one is written), not
+    the files of an adapter (transformers would apply it to the copy too), no hidden file, and
+    Python files only if `trust_remote_code`.
     """
     return sorted(_small_files(source, trust_remote_code))
 
@@ -39,6 +44,8 @@ def _small_files(source: Path, trust_remote_code: bool) -> Iterator[Path]:
             continue
         if path.suffix.lower() in NOT_COPIED or name.endswith(".index.json"):
             continue
+        if is_adapter_file(name):
+            continue
         if path.suffix == ".py" and not trust_remote_code:
             continue
         if path.stat().st_size <= MAX_COPIED_BYTES:
@@ -47,6 +54,11 @@ def _small_files(source: Path, trust_remote_code: bool) -> Iterator[Path]:
 
 def copy_files(source: Path, folder: Path, staging: Path, trust_remote_code: bool = False) -> None:
     """Copy tokenizer, generation_config.json and the like byte for byte."""
+    if adapter := adapter_files(source):
+        logger.warning(
+            "%s also holds an adapter (%s), which is left out of the copy",
+            *(source, ", ".join(adapter)),
+        )
     for relative in copied_files(source, trust_remote_code):
         (folder / relative).parent.mkdir(exist_ok=True)
         atomic.write_bytes(folder / relative, (source / relative).read_bytes(), staging)

@@ -18,11 +18,18 @@ from transformers import __version__ as transformers_version
 
 from vqllm.errors import ModelError, VqllmError
 from vqllm.hf.classes import auto_class
+from vqllm.hf.refusals import (
+    DECODERS,
+    SAVE_TOKENIZER,
+    refuse_empty_tokenizer,
+    refuse_no_tokenizer,
+)
 
 SHOWN = 3
 """Names in a message; a model may have thousands of tensors."""
 MAX_REASON = 300
 """Characters of transformers' own message: some list all the models that it knows."""
+COMPLETE = "Its files must be complete, undamaged and of one model; weights as safetensors."
 
 
 def load_model(folder: Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
@@ -55,9 +62,13 @@ def load_model(folder: Path, *, trust_remote_code: bool = False, **options: Any)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in `folder`. ModelError when there is none that can be loaded."""
-    with explained(folder, "has no tokenizer that transformers {} can load"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    """The tokenizer in `folder`. ModelError when there is none that can be loaded, or an empty one:
+    of some model types transformers makes one without a word where the files are missing."""
+    refuse_no_tokenizer(folder)
+    with explained(folder, "has no tokenizer that transformers {} can load", SAVE_TOKENIZER):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    refuse_empty_tokenizer(folder, tokenizer)
+    return tokenizer
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -148,7 +159,9 @@ def runs_beyond(config: Any) -> bool:
 
 
 @contextlib.contextmanager
-def explained(folder: Path, what: str = "cannot be loaded by transformers {}") -> Iterator[None]:
+def explained(
+    folder: Path, what: str = "cannot be loaded by transformers {}", advice: str = COMPLETE
+) -> Iterator[None]:
     """Turn any exception of transformers inside into a `ModelError` about `folder`."""
     try:
         yield
@@ -158,10 +171,11 @@ def explained(folder: Path, what: str = "cannot be loaded by transformers {}") -
         # Two lines of transformers' message, which may be pages, and advice for the known cause.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = " ".join([f"{type(error).__name__}:", *lines[:2]])[:MAX_REASON].rstrip(".: ")
-        advice = "Its files must be complete, undamaged and of one model; weights as safetensors."
         if "trust_remote_code" in str(error):
             reason = "it brings Python code of its own, which is executed only on request"
             advice = "Read it, then pass --trust-remote-code (in Python: trust_remote_code=True)."
+        if "Unrecognized configuration class" in str(error):
+            reason, advice = lines[0].rstrip("."), DECODERS
         raise ModelError(
             f"{folder} {what.format(transformers_version)} ({reason}). {advice}"
         ) from error

@@ -15,6 +15,7 @@ import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from vqllm.errors import ModelError, OutOfSpaceError
 from vqllm.hf.loading import listed
+from vqllm.hf.refusals import DECODERS
 from vqllm.models.cache import build_once, cache_dir
 
 logger = logging.getLogger(__name__)
@@ -120,6 +122,7 @@ def _metadata(file: Path, folder: Path) -> str | None:
             f"{file} is one part of a split GGUF file. Join the parts with llama.cpp's "
             "`llama-gguf-split --merge` and pass the result."
         )
+    _refuse_other_kinds(file, reader, value)
     needed = 2 * sum(int(tensor.n_elements) for tensor in reader.tensors)
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -129,6 +132,28 @@ def _metadata(file: Path, folder: Path) -> str | None:
         )
     # Only byte-level vocabularies ("gpt2") have a pre-tokenizer that may need a fix.
     return value("tokenizer.ggml.pre") if value("tokenizer.ggml.model") == "gpt2" else None
+
+
+def _refuse_other_kinds(file: Path, reader: Any, value: Callable[[str], Any]) -> None:
+    """Raise ModelError for a file that holds no decoder: a part of a model, or an encoder.
+
+    Args:
+        value: of the file's metadata, by key; None where there is no such key.
+    """
+    kind, architecture = value("general.type") or "model", value("general.architecture")
+    if kind == "adapter":
+        raise ModelError(
+            f"{file} holds only an adapter (LoRA). Merge it into its model first, with llama.cpp's "
+            "`llama-export-lora`, and pass the result."
+        )
+    if kind != "model":
+        raise ModelError(f"{file} holds no model but {kind!r}. Pass the file of the model itself.")
+    encoder = any(tensor.name.startswith("enc.") for tensor in reader.tensors)
+    if encoder or value(f"{architecture}.attention.causal") is False:
+        raise ModelError(
+            f"{file} holds {architecture!r}, "
+            f"{'an encoder-decoder model' if encoder else 'an encoder'}. {DECODERS}"
+        )
 
 
 def fix_pre_tokenizer(tokenizer: Any, pre: str | None) -> None:

@@ -8,11 +8,9 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from vqllm.checkpoint.reader import Checkpoint, is_checkpoint
-from vqllm.errors import ModelError
 from vqllm.hf.loading import load_model, load_tokenizer
+from vqllm.hf.refusals import has_tokenizer, refuse_no_tokenizer
 from vqllm.models import resolve as models
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 def load(
@@ -43,12 +41,12 @@ def load(
     folder = models.resolve(path, trust_remote_code=trust_remote_code).path
     if is_checkpoint(folder):
         Checkpoint.open(folder, verify)
+    tokenizer = None
+    if has_tokenizer(folder):  # before the model, which takes time and memory
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     model = load_model(
         folder, trust_remote_code=trust_remote_code, dtype=dtype, device_map=device_map
     )
-    tokenizer = None
-    if any((folder / name).is_file() for name in TOKENIZER_FILES):
-        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     return model, tokenizer
 
 
@@ -57,19 +55,22 @@ def load_to_run(
     device: torch.device,
     trust_remote_code: bool,
     dtype: torch.dtype | None = None,
+    *,
+    needs_tokenizer: bool = True,
 ) -> tuple[Any, Any]:
     """Model and tokenizer on a device.
 
     Args:
+        needs_tokenizer: raise ModelError, before the model is read, where there is none.
         dtype: None is bfloat16 on a CPU, which is there 3 times as fast as float16 and 4 times as
             fast as float32, and that of the folder elsewhere.
     """
-    loaded, tokenizer = load(
-        model,
+    folder = models.resolve(model, trust_remote_code=trust_remote_code).path
+    if needs_tokenizer:
+        refuse_no_tokenizer(folder)
+    return load(
+        folder,
         dtype=dtype or (torch.bfloat16 if device.type == "cpu" else "auto"),
         device_map=None if device.type == "cpu" else str(device),
         trust_remote_code=trust_remote_code,
     )
-    if tokenizer is None:
-        raise ModelError(f"{model} has no tokenizer: save one into its folder.")
-    return loaded, tokenizer

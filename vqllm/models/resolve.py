@@ -7,6 +7,7 @@ from typing import Any
 
 from vqllm.checkpoint.source import INDEX, SINGLE, stored_tensors, weight_map
 from vqllm.errors import ModelError
+from vqllm.hf import refusals
 from vqllm.hf.loading import listed
 from vqllm.models import demo
 from vqllm.models import gguf as gguf_model
@@ -111,6 +112,7 @@ def _from_hub(name: str, trust_remote_code: bool) -> Path:
 def check_folder(path: Path, *, trust_remote_code: bool = False) -> None:
     """Raise ModelError unless `path` holds a model that can be loaded without executing its code
     (or with, if `trust_remote_code`). Reads JSON and the headers of weight files, no weights."""
+    refusals.refuse_adapter(path)
     config = _read_json(path / "config.json")
     if config is None:
         raise ModelError(
@@ -118,6 +120,7 @@ def check_folder(path: Path, *, trust_remote_code: bool = False) -> None:
             "`AutoModelForCausalLM.from_pretrained` loads."
         )
     _check_code(path, config, trust_remote_code)
+    refusals.refuse_other_kinds(path, config)
     _check_weights(path, config)
 
 

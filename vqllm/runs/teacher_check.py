@@ -8,6 +8,7 @@ from torch import nn
 from vqllm.checkpoint.reader import Checkpoint, is_checkpoint
 from vqllm.errors import CheckpointError, ModelError
 from vqllm.hf.loading import load_tokenizer, skeleton
+from vqllm.hf.refusals import refuse_adapter
 
 
 def teacher_of(checkpoint: Checkpoint) -> str:
@@ -33,8 +34,10 @@ def check_folders(folder: Path, teacher: Path, trust_remote_code: bool) -> None:
         teacher: the folder of the original.
 
     Raises:
-        ModelError: as of `check_teacher`, or the teacher is a quantized checkpoint.
+        ModelError: as of `check_teacher`, or the teacher is a quantized checkpoint, or there is an
+            adapter in the folder of the checkpoint.
     """
+    refuse_adapter(folder)
     if is_checkpoint(teacher):
         raise ModelError(
             f"the teacher {teacher} is a quantized checkpoint itself. Pass the original model that "
