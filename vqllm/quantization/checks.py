@@ -8,11 +8,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from vqllm.allocation.gradient_statistics import needs_gradients
+from vqllm.calibration.gradients import WITHOUT
 from vqllm.calibration.layer_stream import check_states, layer_names
 from vqllm.checkpoint.source import SourceTensors, stored_tensors
 from vqllm.checkpoint.writer import read_dense_config
 from vqllm.errors import ModelError, NumericalError, RecipeError
 from vqllm.hf import loading
+from vqllm.hf.classes import predicts_tokens
 from vqllm.plan.costs import code_bits, option_costs
 from vqllm.plan.not_quantized import nothing_to_quantize, why_not_quantized
 from vqllm.plan.selection import Shape, select
@@ -43,6 +46,8 @@ def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool
     tensors = SourceTensors.open(source, trust_remote_code)
     model = tensors.blueprint.model
     names = layer_names(model)
+    if not predicts_tokens(model.config):
+        _check_without_predictions(name, model, recipe)
     selection = select(model, names, recipe)
     shapes = selection.shapes
     if not shapes:
@@ -56,6 +61,24 @@ def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool
     _check_budget(name, shapes, recipe)
     check_states(model, names)
     _check_outside(tensors, model, recipe)
+
+
+def _check_without_predictions(name: str, model: PreTrainedModel, recipe: Recipe) -> None:
+    """Refuse a recipe that needs predictions of tokens for a model that has none."""
+    needs = {
+        "calibration.source: self": (
+            "self" in recipe.calibration.source,
+            "pass --calibration FILE",
+        ),
+        "gradients of the predictions": (needs_gradients(recipe), WITHOUT),
+        "tune": (recipe.tune is not None, "--set tune=null"),
+    }
+    for key, (asked, instead) in needs.items():
+        if asked:
+            raise ModelError(
+                f"{name} is a {type(model).__name__}, which predicts no tokens, but the recipe "
+                f"{recipe.name} needs predictions ({key}). Without them: {instead}."
+            )
 
 
 def _check_budget(model: str, shapes: Mapping[str, Shape], recipe: Recipe) -> None:
