@@ -1,6 +1,7 @@
 """Files whose tensors are not those of the model: what is known of the cause is said."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -108,3 +109,70 @@ def test_another_shape_and_more_layers_blame_the_configuration(folder: Path) -> 
     assert "put back the one that was written with these weights" in message_of(folder)
     edit_config(folder, vocab_size=384, num_hidden_layers=1)
     assert "or write the model with fewer layers" in message_of(folder)
+
+
+WRAPPED = {
+    "torch.compile adds": lambda name: f"_orig_mod.{name}",
+    "DistributedDataParallel or DeepSpeed adds": lambda name: f"module.{name}",
+    "DeepSpeed and torch.compile adds": lambda name: f"module._orig_mod.{name}",
+    "a multimodal model adds": lambda name: f"language_model.{name}",
+    "`own.inner.`": lambda name: f"own.inner.{name}",
+    "`base_model.model.`": lambda name: f"base_model.model.{name}",
+    "FSDP adds": lambda name: re.sub(r"(layers\.\d+)", r"\1._fsdp_wrapped_module", name),
+}
+
+
+@pytest.mark.parametrize("said", WRAPPED)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_names_with_a_wrapper_are_mended_by_what_is_said(
+    folder: Path, said: str, shards: int
+) -> None:
+    expected = load_file(folder / "model.safetensors")
+    rename(folder, WRAPPED[said])
+    if shards == 2:
+        split(folder)
+    message = message_of(folder)
+    assert said in message
+    exec(message.partition("\n\n")[2], {})
+    early_check(folder)
+    model, _ = vqllm.load(folder, dtype=torch.float32)
+    assert all(torch.equal(model.state_dict()[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "language_model."])
+def test_a_wrapper_of_a_tied_model_beside_other_tensors(tmp_path: Path, wrapper: str) -> None:
+    folder = save_tiny(tmp_path / "tied", tie_word_embeddings=True)
+    rename(folder, lambda name: wrapper + name)
+    edit(folder, lambda tensors: tensors.update({"vision_tower.x": torch.zeros(2, 2)}))
+    assert f"with `{wrapper}` in their names" in message_of(folder)
+
+
+def split(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    halves = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, own in halves.items():
+        save_file({name: tensors[name] for name in own}, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, own in halves.items() for name in own}
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(index)
+
+
+def test_an_adapter_that_was_never_merged(folder: Path) -> None:
+    def wrap(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[f"base_model.model.{name}"] = tensors.pop(name)
+        q = "base_model.model.model.layers.0.self_attn.q_proj"
+        tensors[f"{q}.base_layer.weight"] = tensors.pop(f"{q}.weight")
+        tensors[f"{q}.lora_A.default.weight"] = torch.zeros(4, 64)
+
+    edit(folder, wrap)
+    said = message_of(folder)
+    assert "q_proj.lora_A.default.weight" in said
+    assert "merge_and_unload" in said
+
+
+def test_other_names_are_no_wrapper(folder: Path) -> None:
+    rename(folder, lambda name: name.replace(".mlp.up", ".mlp.experts.0.up"))
+    assert "a mixture of experts" in message_of(folder)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from vqllm.errors import ModelError
+from vqllm.hf import wrapped_names
 from vqllm.hf.refusals import listed
 
 LOOKS = {
@@ -39,9 +40,12 @@ def refuse_wrong_tensors(folder: Path, model: Any, info: Mapping[str, Any]) -> N
     """
     unexpected = sorted(info["unexpected_keys"])
     if missing := _without_other_names(model, info["missing_keys"]):
+        once = missing & dict(model.named_parameters()).keys()  # tied ones are stored once
+        wrapper = wrapped_names.explanation(folder, once or missing, unexpected)
+        cause = wrapper or _cause(model, missing, unexpected)
         raise ModelError(
             f"{folder} lacks {len(missing)} of the tensors of a {type(model).__name__}: "
-            f"{listed(missing)}. {_cause(model, missing, unexpected)}"
+            f"{listed(missing)}. {cause}"
         )
     if wrong := info["mismatched_keys"]:
         shapes = [f"{name} is {tuple(has)}, not {tuple(needs)}" for name, has, needs in wrong]
