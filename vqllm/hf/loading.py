@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import __version__ as transformers_version
 
 from vqllm.errors import ModelError, VqllmError
+from vqllm.hf.next_tokens import say_what_is_unused
 from vqllm.hf.refusals import (
     DECODERS,
     SAVE_TOKENIZER,
@@ -113,6 +114,7 @@ def check_tensors(
             ignore_mismatched_sizes=True,
         )
     refuse_wrong_tensors(folder, *loaded)
+    say_what_is_unused(folder, model, shapes)
 
 
 def max_length(config: Any) -> int | None:

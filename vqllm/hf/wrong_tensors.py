@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from vqllm.errors import ModelError
-from vqllm.hf import wrapped_names
+from vqllm.hf import next_tokens, wrapped_names
 from vqllm.hf.refusals import listed
 
 LOOKS = {
@@ -33,7 +33,8 @@ LOOKS = {
 def refuse_wrong_tensors(folder: Path, model: Any, info: Mapping[str, Any]) -> None:
     """Raise ModelError for missing tensors, other shapes, or weights of layers beyond the model's.
 
-    Other unexpected tensors are ignored, as transformers does.
+    Other unexpected tensors are ignored, as transformers does, and so are further layers that are
+    known to predict more tokens.
 
     Args:
         info: what transformers returns as loading info.
@@ -54,7 +55,7 @@ def refuse_wrong_tensors(folder: Path, model: Any, info: Mapping[str, Any]) -> N
             f"{listed(shapes)}. It is that of another model, or was changed: put back the one that "
             "was written with these weights."
         )
-    if beyond := [name for name in unexpected if _is_of_further_layer(name, model)]:
+    if beyond := next_tokens.surplus(model, unexpected)[1]:
         raise ModelError(
             f"{folder} has weights of more layers than its config.json names, for example "
             f"{listed(beyond)}. Put back the config.json that was written with these weights, or "
@@ -139,13 +140,3 @@ def _without_other_names(model: nn.Module, missing: Collection[str]) -> set[str]
     }
     tensors = dict(model.named_parameters(remove_duplicate=False))
     return {name for name in missing if id(tensors.get(name)) not in loaded}
-
-
-def _is_of_further_layer(name: str, model: nn.Module) -> bool:
-    """Whether a tensor's name has an index beyond the end of a list of the model's modules."""
-    for match in re.finditer(r"\.(\d+)\.", name):
-        with contextlib.suppress(AttributeError):
-            parent = model.get_submodule(name[: match.start()])
-            if isinstance(parent, nn.ModuleList) and int(match[1]) >= len(parent):
-                return True
-    return False
