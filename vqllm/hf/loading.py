@@ -6,8 +6,7 @@ Every model and tokenizer of this package is loaded here, and both cases become 
 """
 
 import contextlib
-import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,17 @@ from transformers import __version__ as transformers_version
 
 from vqllm.errors import ModelError, VqllmError
 from vqllm.hf.classes import auto_class
+from vqllm.hf.next_tokens import say_what_is_unused
 from vqllm.hf.refusals import (
     DECODERS,
     SAVE_TOKENIZER,
     refuse_empty_tokenizer,
     refuse_no_tokenizer,
 )
+from vqllm.hf.refusals import listed as listed
 from vqllm.hf.released_formats import dequantizing_config
+from vqllm.hf.wrong_tensors import refuse_wrong_tensors
 
-SHOWN = 3
-"""Names in a message; a model may have thousands of tensors."""
 MAX_REASON = 300
 """Characters of transformers' own message: some list all the models that it knows."""
 COMPLETE = "Its files must be complete, undamaged and of one model; weights as safetensors."
@@ -55,7 +55,7 @@ def load_model(folder: Path, *, trust_remote_code: bool = False, **options: Any)
             **options,
         )
     model, info = loaded
-    _refuse_wrong_tensors(folder, model, info)
+    refuse_wrong_tensors(folder, model, info)
     if {parameter.device.type for parameter in model.parameters()} <= {"cpu", "meta"}:
         # The products of all experts at once need rows of 16 bytes, so they fail for experts whose
         # width is no multiple of 8; one after the other take the same time on a CPU (32 experts of
@@ -120,7 +120,8 @@ def check_tensors(
             ignore_mismatched_sizes=True,
             quantization_config=dequantizing_config(model.config),
         )
-    _refuse_wrong_tensors(folder, *loaded)
+    refuse_wrong_tensors(folder, *loaded)
+    say_what_is_unused(folder, model, shapes)
 
 
 @torch.no_grad()
@@ -183,58 +184,3 @@ def explained(
         raise ModelError(
             f"{folder} {what.format(transformers_version)} ({reason}). {advice}"
         ) from error
-
-
-def listed(names: Collection[str], shown: int = SHOWN) -> str:
-    """The first few names, and how many more there are."""
-    first = sorted(names)[:shown]
-    more = f" and {len(names) - len(first)} more" if len(names) > len(first) else ""
-    return ", ".join(first) + more
-
-
-def _refuse_wrong_tensors(folder: Path, model: nn.Module, info: Mapping[str, Any]) -> None:
-    """Raise ModelError for missing tensors, other shapes, or weights of layers beyond the model's.
-
-    `info` is what transformers returns as loading info. Other unexpected tensors are ignored, as
-    transformers does.
-    """
-    advice = "Its files must be those of one complete model: get an undamaged copy."
-    if missing := _without_other_names(model, info["missing_keys"]):
-        raise ModelError(
-            f"{folder} lacks {len(missing)} of the tensors of a {type(model).__name__}: "
-            f"{listed(missing)}. {advice}"
-        )
-    if wrong := info["mismatched_keys"]:
-        shapes = [f"{name} is {tuple(has)}, not {tuple(needs)}" for name, has, needs in wrong]
-        raise ModelError(
-            f"{folder}: {len(wrong)} of the tensors have another shape than config.json asks for: "
-            f"{listed(shapes)}. {advice}"
-        )
-    if beyond := [name for name in info["unexpected_keys"] if _is_of_further_layer(name, model)]:
-        raise ModelError(
-            f"{folder} has weights of more layers than its config.json names, for example "
-            f"{listed(beyond)}. {advice}"
-        )
-
-
-def _without_other_names(model: nn.Module, missing: Collection[str]) -> set[str]:
-    """`missing` without names of tensors that were loaded under another name: a module that several
-    layers share is stored once."""
-    loaded = {
-        id(tensor)
-        for tensors in (model.named_parameters, model.named_buffers)
-        for name, tensor in tensors(remove_duplicate=False)
-        if name not in missing
-    }
-    tensors = dict(model.named_parameters(remove_duplicate=False))
-    return {name for name in missing if id(tensors.get(name)) not in loaded}
-
-
-def _is_of_further_layer(name: str, model: nn.Module) -> bool:
-    """Whether a tensor's name has an index beyond the end of a list of the model's modules."""
-    for match in re.finditer(r"\.(\d+)\.", name):
-        with contextlib.suppress(AttributeError):
-            parent = model.get_submodule(name[: match.start()])
-            if isinstance(parent, nn.ModuleList) and int(match[1]) >= len(parent):
-                return True
-    return False

@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 
 from vqllm.errors import ModelError, OutOfSpaceError
-from vqllm.hf.loading import listed
-from vqllm.hf.refusals import DECODERS
+from vqllm.hf.refusals import DECODERS, listed
 from vqllm.models.cache import build_once, cache_dir
 
 logger = logging.getLogger(__name__)

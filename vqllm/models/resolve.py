@@ -8,7 +8,7 @@ from typing import Any
 from vqllm.checkpoint.source import INDEX, SINGLE, stored_tensors, weight_map
 from vqllm.errors import ModelError
 from vqllm.hf import refusals
-from vqllm.hf.loading import listed
+from vqllm.hf.refusals import listed
 from vqllm.models import demo
 from vqllm.models import gguf as gguf_model
 
