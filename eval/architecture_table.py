@@ -1,6 +1,12 @@
 """What was measured of model types, as lines and as a Markdown table."""
 
+import re
+from collections import defaultdict
 from typing import Any
+
+MOST = 0.95
+"""Share of the layers' weights from which on all that matters is quantized: the rest of a tiny
+model are norms, biases and routers."""
 
 NEAR = 1e-4
 """Relative difference of float32 logits up to which two models count as equal."""
@@ -13,7 +19,32 @@ def table(results: dict[str, Any], not_made: dict[str, str]) -> str:
     for name, found in sorted(results.items()):
         rows.append("| " + " | ".join([name, *cells(found), note(found)]) + " |")
     reasons = [f"- {name}: {reason}" for name, reason in sorted(not_made.items())]
-    return "\n".join([*rows, "", "Not measured:", "", *reasons])
+    return "\n".join([*rows, "", *counts(results), "", "Not measured:", "", *reasons])
+
+
+def counts(results: dict[str, Any]) -> list[str]:
+    """How many types work, and how many have each kind of problem, with their names."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name, found in sorted(results.items()):
+        for problem in problems(found):
+            kinds[kind(problem)].append(name)
+    fine = sum(not problems(found) for found in results.values())
+    whole = sum(found.get("layers_share", 0) >= MOST for found in results.values())
+    lines = [
+        f"{len(results)} types were measured. {fine} have no problem. Of {whole}, at least "
+        f"{MOST:.0%} of the layers' weights are quantized.",
+        "",
+    ]
+    for problem, names in sorted(kinds.items(), key=lambda item: -len(item[1])):
+        lines.append(f"- {len(names)} x {problem} ({', '.join(names)})")
+    return lines
+
+
+def kind(problem: str) -> str:
+    """A problem without what is of one model only: paths, names, numbers."""
+    problem = re.sub(r"/\S+|'[^']*'|\[.*?\]|\(.*?\)", "…", problem)
+    problem = re.sub(r"\S+\.\S+\.\S+", "…", problem)
+    return re.sub(r"\d+(\.\d+)?(e-?\d+)?", "N", problem)[:110]
 
 
 def line(name: str, found: dict[str, Any]) -> str:
@@ -35,11 +66,6 @@ def cells(found: dict[str, Any]) -> list[str]:
 
 def saved_alike(found: dict[str, Any]) -> bool:
     return found.get("tensors_changed") == "" and found.get("logits_kept", False)
-
-
-def works(found: dict[str, Any]) -> bool:
-    """Whether nothing failed that the dense folder can do."""
-    return not problems(found)
 
 
 def problems(found: dict[str, Any]) -> list[str]:

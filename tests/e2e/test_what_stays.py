@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.support.tiny import save_tiny
 from vqllm import api
+from vqllm.checkpoint.reader import Checkpoint
+from vqllm.errors import ModelError
 from vqllm.recipes import Recipe, from_dict
 from vqllm.report.summary import Summary
 
@@ -60,3 +64,53 @@ def test_a_recipe_quantizes_gates_too(mixture: Path, tmp_path: Path) -> None:
     assert "model.layers.1.mlp.shared_expert_gate" in config["modules"]
     assert not any("few rows" in reason for reason in summary.not_quantized.values())
     assert config["recipe"]["skip_kinds"] == []
+
+
+KMEANS = {"type": "kmeans", "tile_rows": 1, "tile_cols": 4, "index_bits": 8}
+
+
+@pytest.fixture(scope="module")
+def thin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In 16 bits, with attention that is smaller than a table of 256 x 4 values."""
+    sizes: dict[str, Any] = {"hidden_size": 37, "intermediate_size": 530, "num_hidden_layers": 1}
+    folder = tmp_path_factory.mktemp("thin")
+    return save_tiny(folder, dtype=torch.bfloat16, **sizes)
+
+
+def test_a_matrix_that_would_be_larger_stays(
+    thin: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    summary = run(thin, tmp_path / "out", codec=KMEANS)
+    name = "model.layers.0.self_attn.k_proj"
+    reason = "packed it would not be smaller (16 x 37: 29.8 bits a weight, 16 as it is)"
+    assert summary.not_quantized[name] == reason
+    assert f"| {name} | {reason} |" in (tmp_path / "out" / "report.md").read_text()
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    assert {n.rpartition(".")[2] for n in checkpoint.linears} == {
+        *("gate_proj", "up_proj", "down_proj")
+    }
+    said = [text for text in caplog.messages if "would not be smaller" in text]
+    assert len(said) == 1
+    assert said[0].startswith("4 linears of ")
+    assert "self_attn.q_proj (16 x 37: 29.8 bits a weight, 16 as it is)" in said[0]
+
+
+def test_a_model_of_which_nothing_would_be_smaller_is_refused(thin: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="7 x packed it would not be smaller"):
+        run(thin, tmp_path / "out", codec={**KMEANS, "index_bits": 14})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_does_not_buy_what_would_be_larger(thin: Path, tmp_path: Path) -> None:
+    fine = {**KMEANS, "tile_cols": 2}  # 17.8 bits a weight for 16 x 37
+    budget = {"bits": 12.0, "codecs": [{"type": "e8p"}, fine]}
+    run(thin, tmp_path / "out", codec=fine, allocation=budget)
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    formats = {
+        name.rpartition(".")[2]: s.format.format_id for name, s in checkpoint.linears.items()
+    }
+    assert len(formats) == 7
+    assert formats["k_proj"] == formats["o_proj"] == "e8p-v1"
+    assert formats["gate_proj"] == formats["down_proj"] == "lut-v1"
+    for name, spec in checkpoint.linears.items():
+        assert checkpoint.bits(name).total < 16 * spec.rows * spec.cols

@@ -1,27 +1,27 @@
 """A random model of a few layers for every model type that the installed transformers has.
 
 `tiny_config("mixtral")` shrinks the default configuration of the type: sizes that have a usual name
-get a small value (`SIZES`), each kind of layer comes once, sub-configurations are shrunk likewise.
-What a type needs beside that is in `architecture_exceptions.py`.
+get a small value, each kind of layer comes once, sub-configurations are shrunk likewise. The values
+are in `architectures.yaml`, with those that single classes need.
 """
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+import yaml
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from tests.support.architecture_exceptions import (
-    EXCEPTIONS,
-    NOT_MADE,
-    NUMBERS_OF_LAYERS,
-    SIZES,
-    VARIANTS,
-)
 from tests.support.tiny import tiny_tokenizer
+
+_VALUES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+SIZES, CLASSES = _VALUES["sizes"], _VALUES["classes"]
+NUMBERS_OF_LAYERS, NOT_MADE = _VALUES["numbers_of_layers"], _VALUES["not_made"]
+VARIANTS = {name: (entry["type"], entry["values"]) for name, entry in _VALUES["variants"].items()}
 
 VOCABULARY = SIZES["vocab_size"]
 
@@ -62,10 +62,8 @@ def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
     return _shrink(CONFIG_MAPPING[model_type], variant | overrides)
 
 
-def tiny_architecture(
-    model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
-) -> PreTrainedModel:
-    """A random model of this type in evaluation mode.
+def tiny_architecture(model_type: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A random float32 model of this type in evaluation mode.
 
     Biases and norms are random too, as in `tests.support.tiny.tiny_model`.
     """
@@ -77,8 +75,6 @@ def tiny_architecture(
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter += 0.1 * torch.randn_like(parameter)
-    if dtype != torch.float32:  # a cast warns of complex buffers even where it changes nothing
-        model.to(dtype)
     return model.eval()
 
 
@@ -99,7 +95,8 @@ def save_tiny(
 
 def _shrink(cls: Any, overrides: dict[str, Any]) -> PretrainedConfig:
     """A small configuration of a class; an override of a sub-configuration is a dictionary."""
-    exceptions = EXCEPTIONS.get(cls.__name__, {})
+    # A copy: configurations change the dictionaries that they are given.
+    exceptions = copy.deepcopy(CLASSES.get(cls.__name__, {}))
     defaults = _defaults(cls, exceptions)
     values = {name: SIZES[name] for name, value in defaults.items() if _is_size(name, value)}
     if "qk_rope_head_dim" in defaults:  # latent attention has as many keys as queries

@@ -41,6 +41,8 @@ FIXED = {
 ANOTHER_MACHINE = 3
 """Exit status where the recorded digests say nothing about this machine."""
 SMALL = ("calibration.sequences=4", "calibration.length=32")
+LARGE_TABLES = ("additive-", "aqlm-", "jlcm-", "vptq-")
+"""Recipes whose tables are larger than the tiny model's matrices, which are coded all the same."""
 FEW_STEPS = {
     "end_to_end": ("steps=4",),
     "layer": ("steps=2",),
@@ -125,6 +127,8 @@ def digests(names: Iterable[str], tuning: Iterable[str]) -> dict[str, str]:
 def _quantize(name: str, output: Path) -> None:
     recipe = recipes.load(name)
     changes = list(SMALL)
+    if name.startswith(LARGE_TABLES):
+        changes.append("skip_kinds=[routers,few_rows]")
     if recipe.allocation is not None:
         # Scales and tables are large beside tiny matrices: with less, all get the cheapest codec.
         changes.append(f"allocation.bits={recipe.allocation.bits + 0.8}")

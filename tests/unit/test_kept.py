@@ -1,5 +1,6 @@
 """Which linears stay because of what they do: routers, and linears of few rows."""
 
+import math
 import re
 from typing import Any
 
@@ -10,11 +11,13 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from tests.support.tiny import ARCHITECTURES, tiny_config
 from vqllm import recipes
+from vqllm.allocation.choose_codecs import choose_codecs
 from vqllm.calibration.layer_stream import layer_names
 from vqllm.errors import RecipeError
 from vqllm.hf.linears import is_linear
+from vqllm.plan.costs import option_costs, options
 from vqllm.plan.kept import has_few_rows, kept_linears
-from vqllm.plan.selection import select
+from vqllm.plan.selection import Selection, select
 from vqllm.recipes import Recipe
 
 KINDS = ("routers", "few_rows")
@@ -159,7 +162,7 @@ def selected(**changes: object) -> tuple[set[str], dict[str, str]]:
     with torch.device("meta"):
         config = tiny_config("qwen2_moe", num_experts=4, num_experts_per_tok=2)
         model = AutoModelForCausalLM.from_config(config)
-    selection = select(model, layer_names(model), recipe(**changes))
+    selection = select(model, layer_names(model), recipe(**changes), lambda names: 0)
     linears = {name: m for name, m in model.named_modules() if is_linear(m)}
     assert selection.of(linears).keys() == selection.shapes.keys()
     return set(selection.shapes), dict(selection.kept)
@@ -173,15 +176,72 @@ def test_a_recipe_brings_them_in() -> None:
     assert "model.layers.1.self_attn.k_proj" in names
     assert "model.layers.1.mlp.shared_expert.down_proj" in names  # 64 x 5632 returns a whole state
     assert selected(skip_kinds=[]) == (names | gates, {})
-    assert selected(skip_kinds=["routers"]) == (names | gates, {})
+    assert selected(skip_kinds=["routers", "larger"]) == (names | gates, {})
     assert selected(skip=["gate$"]) == (names, kept)
 
 
 def test_the_key_is_recorded_where_it_is_not_the_default() -> None:
     assert "skip_kinds" not in recipe().to_dict()
-    assert "skip_kinds:\n- routers\n- few_rows\n" in recipe().to_yaml()
+    assert "skip_kinds:\n- routers\n- few_rows\n- larger\n" in recipe().to_yaml()
     changed = recipe(skip_kinds=["few_rows"])
     assert changed.to_dict()["skip_kinds"] == ["few_rows"]
     assert recipes.from_dict(changed.to_dict(), "again") == changed
     with pytest.raises(RecipeError, match=re.escape("skip_kinds")):
         recipe(skip_kinds=["gates"])
+
+
+KMEANS = {"type": "kmeans", "tile_rows": 1, "tile_cols": 4, "index_bits": 8}
+
+
+def sizes(**changes: object) -> Selection:
+    """What is chosen in a model of 37 features, whose weights are stored in 16 bits."""
+    with torch.device("meta"):
+        config = tiny_config("llama", hidden_size=37, intermediate_size=530)
+        model = AutoModelForCausalLM.from_config(config).to(torch.float32)
+    weights = dict(model.named_parameters())
+    chosen = recipe(codec=KMEANS, transforms=[], **changes)
+    layers = layer_names(model)
+    return select(model, layers, chosen, lambda names: sum(2 * weights[n].numel() for n in names))
+
+
+def test_what_would_be_larger_stays() -> None:
+    selection = sizes()
+    names = {name.rpartition(".")[2] for name in selection.shapes}
+    assert names == {"gate_proj", "up_proj", "down_proj"}
+    # A table of 256 x 4 values of 16 bits, beside 37 x 10 bytes of codes for 16 x 37 weights.
+    found = selection.larger["model.layers.1.self_attn.k_proj"]
+    bits = (16 * 256 * 4 + 8 * 16 * 10) / (16 * 37)
+    assert found == (
+        f"packed it would not be smaller (16 x 37: {bits:.3g} bits a weight, 16 as it is)"
+    )
+    assert set(selection.limits.values()) == {16 * 37 * 530}
+    assert selection.kept == selection.larger
+
+
+def test_a_recipe_lets_matrices_become_larger() -> None:
+    selection = sizes(skip_kinds=["routers", "few_rows"])
+    assert len(selection.shapes) == 14
+    assert set(selection.limits.values()) == {math.inf}
+    assert not selection.kept
+
+
+def test_a_codec_that_makes_a_linear_larger_is_no_option() -> None:
+    budget = {"bits": 12.0, "codecs": [{"type": "e8p"}, KMEANS]}
+    selection = sizes(allocation=budget)
+    chosen = recipe(codec=KMEANS, transforms=[], allocation=budget)
+    assert not selection.larger
+    losses = {name: torch.tensor([2.0, 1.0]) for name in selection.shapes}
+    losses["model.layers.0.mlp.up_proj"] = torch.empty(0)
+    picks = choose_codecs(selection, losses, chosen)
+    for name, (number, loss) in picks.items():
+        small = "self_attn" in name or name == "model.layers.0.mlp.up_proj"
+        assert number == (0 if small else 1), name
+        assert loss == (0 if not losses[name].numel() else 2 if small else 1)
+
+
+def test_options_cost_less_than_a_limit() -> None:
+    shape = (16, 37)
+    chosen = recipe(codec=KMEANS, transforms=[])
+    (cost,) = option_costs(shape, chosen)
+    assert options(shape, chosen, cost) == {}
+    assert options(shape, chosen, cost + 1) == options(shape, chosen, math.inf) == {0: cost}

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vqllm.allocation.budget import Item, allocate
 from vqllm.core.protocols import Codec
-from vqllm.plan.costs import option_costs
-from vqllm.plan.selection import Shape
+from vqllm.plan.costs import options
+from vqllm.plan.selection import Selection
 from vqllm.recipes import Recipe
 
 logger = logging.getLogger(__name__)
@@ -30,12 +30,12 @@ class Allocated:
 
 
 def choose_codecs(
-    shapes: Mapping[str, Shape], losses: Mapping[str, Tensor], recipe: Recipe
+    selection: Selection, losses: Mapping[str, Tensor], recipe: Recipe
 ) -> dict[str, Tensor]:
     """The codecs of least expected loss within the budget.
 
     Args:
-        shapes: of all linears that are to be quantized, by full name.
+        selection: the linears that are to be quantized.
         losses: nats a token that each linear costs with each of the recipe's codecs, float64 [K].
 
     Returns:
@@ -43,13 +43,15 @@ def choose_codecs(
     """
     allocation = recipe.allocation
     assert allocation is not None, "asked for"
-    # Options of a linear: the bits that each codec takes, and the loss expected with it. For a
-    # linear that no token reached the loss is 0 with each codec, so it gets the cheapest.
-    num = len(allocation.codecs)
-    items = [
-        Item(option_costs(shape, recipe), tuple(losses[name].tolist() or [0.0] * num))
-        for name, shape in shapes.items()
-    ]
+    # Options of a linear: the bits that each codec takes, and the loss expected with it. A codec
+    # that would make it larger is none. For a linear that no token reached the loss is 0 with each
+    # codec, so it gets the cheapest.
+    shapes, items, numbers = selection.shapes, [], []
+    for name, shape in shapes.items():
+        costs = options(shape, recipe, selection.limits[name])
+        known = losses[name].tolist() or [0.0] * len(allocation.codecs)
+        items.append(Item(tuple(costs.values()), tuple(known[number] for number in costs)))
+        numbers.append(tuple(costs))
     # A budget below the cheapest codecs is raised to them.
     numel = sum(rows * cols for rows, cols in shapes.values())
     least = sum(min(item.costs) for item in items)
@@ -63,6 +65,6 @@ def choose_codecs(
         expected,
     )
     return {
-        name: torch.tensor([pick, item.losses[pick]], dtype=torch.float64)
-        for name, item, pick in zip(shapes, items, picks)
+        name: torch.tensor([own[pick], item.losses[pick]], dtype=torch.float64)
+        for name, item, own, pick in zip(shapes, items, numbers, picks)
     }

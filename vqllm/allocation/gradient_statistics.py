@@ -98,7 +98,7 @@ class GradientStatistics:
             return {}
         chosen = self._run.load_or_make(
             "allocation",
-            lambda: choose_codecs(self._selection.shapes, self._of_all_layers("loss"), recipe),
+            lambda: choose_codecs(self._selection, self._of_all_layers("loss"), recipe),
         )
         codecs = recipe.allocation.codecs
         return {

@@ -61,6 +61,10 @@ class FileNames:
         """Whether a tensor of the source is taken apart although it is not quantized."""
         return self._experts_apart and self._is_expert(name)
 
+    def is_whole(self, name: str) -> bool:
+        """Whether a part stays in the tensor of transformers' own model that holds it."""
+        return name in self._blueprint.parts and not self.is_apart(name)
+
     def is_alone(self, name: str) -> bool:
         """Whether a tensor can be changed without changing what others are made of."""
         origin = self._blueprint.conversions.origins[self._blueprint.origin(name)]

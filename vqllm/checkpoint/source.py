@@ -53,6 +53,10 @@ class SourceTensors:
         """Names in the files of the stored tensors that a parameter is made of."""
         return self._origins[self.blueprint.origin(name)].keys
 
+    def is_decoded(self, name: str) -> bool:
+        """Whether a parameter's stored form is one of few bits, as an original was released in."""
+        return self.blueprint.conversions.is_decoded(self.blueprint.origin(name))
+
     def unused(self) -> list[str]:
         """Names in the files of tensors that the model has no place for."""
         return self.blueprint.conversions.unused
@@ -71,6 +75,10 @@ class SourceTensors:
             return part.of(self._whole(part.tensor)).contiguous()
         one = replace(part, expert=None)
         return one.of(self._expert(part.tensor, part.expert)).contiguous()
+
+    def read_origin(self, name: str) -> Tensor:
+        """The tensor of transformers' own model that holds a parameter."""
+        return self._whole(self.blueprint.origin(name))
 
     def read_many(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Several parameters, in an order in which every stored tensor is read once."""

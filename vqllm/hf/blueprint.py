@@ -10,6 +10,7 @@ import torch
 from vqllm.hf.conversions import Conversions
 from vqllm.hf.linear_form import Part, to_linear_form
 from vqllm.hf.loading import explained, skeleton
+from vqllm.hf.released_formats import dequantizer
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,11 @@ class Blueprint:
             ModelError: transformers cannot make the model.
         """
         model = skeleton(folder, trust_remote_code=trust_remote_code, **options)
+        own, quantizer = model, dequantizer(model.config)
+        if quantizer is not None:  # its rules look at the modules that they are for
+            own = skeleton(folder, trust_remote_code=trust_remote_code, **options)
         with explained(folder):
-            conversions = Conversions(model, stored)
+            conversions = Conversions(own, stored, quantizer)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         return cls(model, to_linear_form(model), shapes, conversions)
 

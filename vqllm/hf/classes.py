@@ -33,11 +33,13 @@ def auto_class(config: Any) -> Any:
     is a causal language model.
     """
     own = (getattr(config, "architectures", None) or [None])[0]
+    causal, multimodal = (by_type for _, by_type in _CHOICES[:2])
+    if config.model_type not in {*causal, *multimodal}:
+        return AutoModelForCausalLM
     for auto, by_type in _CHOICES:
         known = by_type.get(config.model_type)
         if own is not None and own in (known if isinstance(known, (tuple, list)) else [known]):
             return auto
-    causal, multimodal = (by_type for _, by_type in _CHOICES[:2])
     if own is None and config.model_type in multimodal and config.model_type not in causal:
         return AutoModelForImageTextToText
     return AutoModelForCausalLM

@@ -57,9 +57,10 @@ class Conversions:
         self._renamings, self._converters = _by_kind(self._rules)
         self._prefix = model.base_model_prefix
         self._known: dict[str, Any] = model.state_dict()
+        stored = sorted(stored, key=dot_natural_key)
         collected: dict[str, list[tuple[str, str | None]]] = {}
         self.unused: list[str] = []
-        for key in sorted(stored, key=dot_natural_key):
+        for key in stored:
             targets, pattern = self._targets(key)
             for target in targets:
                 collected.setdefault(target, []).append((key, pattern))
@@ -72,8 +73,15 @@ class Conversions:
             )
             for target, sources in collected.items()
         }
+        # Of originals in few bits, what is written is dense: then the rules are those without it.
+        self._written = self._rules
+        if quantizer is not None:
+            self._written = list(get_model_conversion_mapping(model))
+            renamings, converters = _by_kind(self._written)
+            for key in stored:
+                rename_source_key(key, renamings, converters, self._prefix, self._known)
         # What saving undoes: the rules that some stored name needed, as transformers keeps them.
-        self._used = [rule for rule in self._rules if rule.was_used()]
+        self._used = [rule for rule in self._written if rule.was_used()]
 
     def convert(
         self, target: str, read: Callable[[str], Tensor], only: int | None = None
@@ -101,6 +109,10 @@ class Conversions:
         value = made[target]
         return value[0] if isinstance(value, list) else value
 
+    def is_decoded(self, target: str) -> bool:
+        """Whether a tensor's stored form is one of few bits, which is not kept."""
+        return self._quantizer is not None and bool(self.origins[target].patterns)
+
     def merges_experts(self, target: str, num_experts: int) -> bool:
         """Whether stored tensors of single experts, equally many of each, become this tensor of
         the model with the experts along its first axis."""
@@ -121,7 +133,7 @@ class Conversions:
         Raises:
             ModelError: the rules bring neither there.
         """
-        renamings, converters = _by_kind(without_merged(self._rules, gone))
+        renamings, converters = _by_kind(without_merged(self._written, gone))
         undone, _ = _by_kind(rule.reverse_transform() for rule in reversed(self._used))
         candidates = (apply_renamings(name, undone), name)
         for candidate in candidates:

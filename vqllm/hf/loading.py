@@ -24,6 +24,7 @@ from vqllm.hf.refusals import (
     refuse_empty_tokenizer,
     refuse_no_tokenizer,
 )
+from vqllm.hf.released_formats import dequantizing_config
 
 SHOWN = 3
 """Names in a message; a model may have thousands of tensors."""
@@ -42,6 +43,8 @@ def load_model(folder: Path, *, trust_remote_code: bool = False, **options: Any)
         ModelError: a tensor is missing or of another shape, or transformers cannot load the model.
     """
     config = load_config(folder, trust_remote_code=trust_remote_code)
+    if (dense := dequantizing_config(config)) is not None:
+        options["quantization_config"] = dense
     with explained(folder):
         loaded: Any = auto_class(config).from_pretrained(
             folder,
@@ -115,6 +118,7 @@ def check_tensors(
             device_map="meta",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            quantization_config=dequantizing_config(model.config),
         )
     _refuse_wrong_tensors(folder, *loaded)
 

@@ -3,8 +3,10 @@
 from vqllm.core.bits import count
 from vqllm.core.protocols import Codec
 from vqllm.plan.packed_spec import stored_spec
-from vqllm.plan.selection import Shape
 from vqllm.recipes import Recipe
+
+Shape = tuple[int, int]
+"""Rows and columns."""
 
 WHOLE_TILES = 256
 """Along each side of a matrix, for the bits of codes alone: bytes that are filled up in part do not
@@ -23,3 +25,10 @@ def option_costs(shape: Shape, recipe: Recipe) -> tuple[int, ...]:
         count(stored_spec(*shape, recipe.with_codec(codec)).layout()).total
         for codec in recipe.codecs
     )
+
+
+def options(shape: Shape, recipe: Recipe, limit: float) -> dict[int, int]:
+    """Those of the `option_costs` that are below a limit, by the number of the codec in the
+    recipe's list."""
+    costs = option_costs(shape, recipe)
+    return {number: cost for number, cost in enumerate(costs) if cost < limit}

@@ -1,21 +1,24 @@
 """What is looked at before the long part of a run: the model, its linears, its values, the plan."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from vqllm.allocation.gradient_statistics import needs_gradients
+from vqllm.calibration.gradients import WITHOUT
 from vqllm.calibration.layer_stream import check_states, layer_names
 from vqllm.checkpoint.source import SourceTensors, stored_tensors
 from vqllm.checkpoint.writer import read_dense_config
 from vqllm.errors import ModelError, NumericalError, RecipeError
 from vqllm.hf import loading
-from vqllm.plan.costs import code_bits, option_costs
+from vqllm.hf.classes import predicts_tokens
+from vqllm.plan.costs import code_bits, options
 from vqllm.plan.not_quantized import nothing_to_quantize, why_not_quantized
-from vqllm.plan.selection import Shape, select
+from vqllm.plan.selection import Selection, select
 from vqllm.quantization import embeddings as outside
 from vqllm.recipes import Recipe
 
@@ -43,7 +46,9 @@ def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool
     tensors = SourceTensors.open(source, trust_remote_code)
     model = tensors.blueprint.model
     names = layer_names(model)
-    selection = select(model, names, recipe)
+    if not predicts_tokens(model.config):
+        _check_without_predictions(name, model, recipe)
+    selection = select(model, names, recipe, tensors.num_bytes)
     shapes = selection.shapes
     if not shapes:
         reasons = why_not_quantized(model, names, (), recipe.skip, selection.kept)
@@ -51,14 +56,43 @@ def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool
         raise ModelError(
             f"{name} has nothing to quantize: {kinds}. Quantized are the torch.nn.Linear "
             "modules of the decoder layers that no `skip` pattern of the recipe leaves out, "
-            "without the kinds of its `skip_kinds`."
+            "without the kinds of its `skip_kinds`, as far as they become smaller."
         )
-    _check_budget(name, shapes, recipe)
+    _check_budget(name, selection, recipe)
     check_states(model, names)
     _check_outside(tensors, model, recipe)
 
 
-def _check_budget(model: str, shapes: Mapping[str, Shape], recipe: Recipe) -> None:
+def _check_without_predictions(name: str, model: PreTrainedModel, recipe: Recipe) -> None:
+    """Refuse a recipe that needs predictions of tokens for a model that has none."""
+    needs = {
+        "calibration.source: self": (
+            "self" in recipe.calibration.source,
+            "pass --calibration FILE",
+        ),
+        "gradients of the predictions": (needs_gradients(recipe), WITHOUT),
+        "tune": (recipe.tune is not None, "--set tune=null"),
+    }
+    for key, (asked, instead) in needs.items():
+        if asked:
+            raise ModelError(
+                f"{name} is a {type(model).__name__}, which predicts no tokens, but the recipe "
+                f"{recipe.name} needs predictions ({key}). Without them: {instead}."
+            )
+
+
+def say_what_stays(model: str, selection: Selection) -> None:
+    """Say of which linears the packed tensors would not be smaller."""
+    if selection.larger:
+        name, reason = next(iter(selection.larger.items()))
+        logger.warning(
+            "%d linears of %s stay as they are, because packed they would not be smaller (`larger` "
+            "in the recipe's skip_kinds). The first is %s%s; the report names all",
+            *(len(selection.larger), model, name, reason[reason.index(" (") :]),
+        )
+
+
+def _check_budget(model: str, selection: Selection, recipe: Recipe) -> None:
     """Refuse a budget of bits that the codes of the cheapest codec alone exceed; say so of one
     that cannot be kept or spent."""
     if recipe.allocation is None:
@@ -70,8 +104,11 @@ def _check_budget(model: str, shapes: Mapping[str, Shape], recipe: Recipe) -> No
             f"allocation.bits is {bits:g}, but the cheapest of allocation.codecs takes "
             f"{least_code:g} bits a weight. Raise it, or add a codec of fewer bits."
         )
-    costs = [option_costs(shape, recipe) for shape in shapes.values()]
-    numel = sum(rows * cols for rows, cols in shapes.values())
+    costs = [
+        options(shape, recipe, selection.limits[name]).values()
+        for name, shape in selection.shapes.items()
+    ]
+    numel = sum(rows * cols for rows, cols in selection.shapes.values())
     least, most = (sum(map(of, costs)) / numel for of in (min, max))
     if least > bits:
         logger.warning(

@@ -1,7 +1,7 @@
 """The quantization loop: one decoder layer at a time, from calibration to a written shard."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,8 @@ from vqllm.errors import ModelError
 from vqllm.plan.job import Job
 from vqllm.plan.not_quantized import nothing_to_quantize, why_not_quantized
 from vqllm.plan.packed_spec import stored_spec
-from vqllm.plan.selection import Selection, Shape, select
-from vqllm.quantization.checks import check_finite, check_model
+from vqllm.plan.selection import Selection, select
+from vqllm.quantization.checks import check_finite, check_model, say_what_stays
 from vqllm.quantization.embeddings import EmbeddingAndHead
 from vqllm.quantization.layer import LayerTask, quantize_layer
 from vqllm.quantization.layer_training import LayerTrainer
@@ -72,6 +72,8 @@ def quantize(job: Job, run: LayerWriter, progress: Progress) -> Outcome:
     """
     start = time.perf_counter()
     memory.keep_large_blocks_apart()
+    selection = _selection_of(job)
+    say_what_stays(job.model, selection)
     progress.phase("calibration text")
     sequences = run.load_or_make(
         "sequences",
@@ -79,7 +81,7 @@ def quantize(job: Job, run: LayerWriter, progress: Progress) -> Outcome:
     )
     calibrated = time.perf_counter()
 
-    loop = _Loop(job, run, sequences["calibration"], progress)
+    loop = _Loop(job, run, selection, sequences["calibration"], progress)
     loop.quantize_embedding()
     loop.begin_layers()
     for index in loop.layers_to_load():
@@ -103,23 +105,29 @@ def quantize(job: Job, run: LayerWriter, progress: Progress) -> Outcome:
 class _Loop:
     """The steps of a run. Making it measures gradients, if the recipe needs them, and plans."""
 
-    def __init__(self, job: Job, run: LayerWriter, tokens_SL: Tensor, progress: Progress) -> None:
+    def __init__(
+        self,
+        job: Job,
+        run: LayerWriter,
+        selection: Selection,
+        tokens_SL: Tensor,
+        progress: Progress,
+    ) -> None:
         self._job, self._recipe, self._run, self._progress = job, job.recipe, run, progress
-        self._tokens_SL = tokens_SL
-        self._selection = _selection_of(job)
+        self._selection, self._tokens_SL = selection, tokens_SL
         # The pass with gradients opens the model by itself, so it comes before the stream.
-        self._findings = GradientStatistics(job, run, self._selection, tokens_SL, progress)
+        self._findings = GradientStatistics(job, run, selection, tokens_SL, progress)
         self._stream = job.open_stream()
         check_finite(self._stream.model, "the model outside its layers")
         self._ends = EmbeddingAndHead(self._stream, run, self._recipe)
         self._allocation = self._findings.allocation()
-        planned = self._planned_specs(self._selection.shapes) | self._ends.specs
+        planned = self._planned_specs() | self._ends.specs
         run.begin(self._stream.tensors, self._stream.names, planned, self._ends.tied)
 
-    def _planned_specs(self, shapes: Mapping[str, Shape]) -> dict[str, LinearSpec]:
+    def _planned_specs(self) -> dict[str, LinearSpec]:
         """How each linear of the layers will be stored."""
         specs = {}
-        for name, (rows, cols) in shapes.items():
+        for name, (rows, cols) in self._selection.shapes.items():
             allocated = self._allocation.get(name)
             codec = self._recipe.codec if allocated is None else allocated.codec
             specs[name] = stored_spec(rows, cols, self._recipe.with_codec(codec))
@@ -225,8 +233,9 @@ class _Loop:
 
 def _selection_of(job: Job) -> Selection:
     """Which linears of the job's model are to be quantized; no weights are read."""
-    model = SourceTensors.open(job.source, job.trust_remote_code).blueprint.model
-    return select(model, layer_names(model), job.recipe)
+    tensors = SourceTensors.open(job.source, job.trust_remote_code)
+    model = tensors.blueprint.model
+    return select(model, layer_names(model), job.recipe, tensors.num_bytes)
 
 
 def _aims(recipe: Recipe) -> Model | None:

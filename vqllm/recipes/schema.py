@@ -91,10 +91,10 @@ class Recipe(Settings):
         description="regular expressions; linears whose full name matches stay as they are",
     )
     skip_kinds: tuple[SkippedKind, ...] = Field(
-        default=("routers", "few_rows"),
+        default=("routers", "few_rows", "larger"),
         description="kinds of linears that stay as they are, whatever their names: routers, which "
-        "decide which experts run, and linears of few rows, such as the gate of a shared expert; "
-        "[] quantizes them as well",
+        "decide which experts run; linears of few rows, such as the gate of a shared expert; those "
+        "that would be larger than they are, since their tables are. [] quantizes all of them",
     )
 
     @model_validator(mode="before")

@@ -8,8 +8,8 @@ from pydantic import Field, field_validator, model_validator
 from vqllm.core.protocols import Settings
 from vqllm.recipes.parts import CodecPart, StagePart
 
-SkippedKind = Literal["routers", "few_rows"]
-"""Linears that are known by what they do: `vqllm.plan.kept`."""
+SkippedKind = Literal["routers", "few_rows", "larger"]
+"""The first two: `vqllm.plan.kept`; the last: `vqllm.plan.selection`."""
 
 MOST_TOKENS = 1 << 31
 """Of all calibration sequences together: their int64 ids alone are 17 GB."""

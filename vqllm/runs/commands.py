@@ -1,11 +1,14 @@
 """From the arguments of `vqllm.quantize`, `tune` and `compare` to a job, and its run."""
 
+import logging
 from pathlib import Path
 
 from vqllm import recipes
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.core.progress import Progress
 from vqllm.errors import EvaluationError, ModelError, RecipeError
+from vqllm.hf.classes import predicts_tokens
+from vqllm.hf.loading import load_config
 from vqllm.models import resolve as models
 from vqllm.models.resolve import ResolvedModel
 from vqllm.plan.job import Job
@@ -24,6 +27,8 @@ from vqllm.runs.measure import Windows, text_windows
 from vqllm.runs.teacher_check import teacher_of
 from vqllm.runs.tuning_job import TuningJob
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_BITS = 2
 
 
@@ -34,10 +39,25 @@ def quantize(given: QuantizeArguments, command: str | None, progress: Progress) 
     recipe = recipe_of(given)
     model = models.resolve(given.model, trust_remote_code=given.trust_remote_code)
     job = _job(given, recipe, model)
-    windows = _windows(given, job.source) if given.evaluate else None
+    evaluate = given.evaluate and _is_measurable(given, job.source)
+    windows = _windows(given, job.source) if evaluate else None
     if recipe.tune is not None:
-        return quantize_and_tune.run(job, model, windows, given.evaluate, command, progress)
-    return quantization.run(job, windows, given.evaluate, command, progress, hub_id=model.hub_id)
+        return quantize_and_tune.run(job, model, windows, evaluate, command, progress)
+    return quantization.run(job, windows, evaluate, command, progress, hub_id=model.hub_id)
+
+
+def _is_measurable(given: QuantizeArguments, source: Path) -> bool:
+    """Whether the model predicts tokens, so that there is a divergence from the original's
+    predictions; said once where it does not."""
+    config = load_config(source, trust_remote_code=given.trust_remote_code)
+    if predicts_tokens(config):
+        return True
+    logger.warning(
+        "%s predicts no tokens (%s), so the result is not measured against the original",
+        given.model,
+        ", ".join(config.architectures),
+    )
+    return False
 
 
 def tune(given: TuneArguments, command: str | None, progress: Progress) -> Summary | None:

@@ -188,7 +188,7 @@ class LayerWriter(RunFolder):
         taken = {
             key
             for name in names
-            if name in replaced or self._names.is_apart(name)
+            if name in replaced or self._names.is_apart(name) or source.is_decoded(name)
             for key in source.files_of(name)
         }
         others: dict[str, Tensor] = {}
@@ -199,7 +199,12 @@ class LayerWriter(RunFolder):
                 apart.append(name)
             elif name not in replaced:
                 others |= {key: source.read_stored(key) for key in keys if key not in others}
-        for name, values in source.read_many(apart):
+        whole = {name for name in apart if self._names.is_whole(name)}
+        for name in whole:  # the same for all of its parts
+            origin = self._tensors.blueprint.origin(name)
+            if self._names.of(origin) not in others:
+                others[self._names.of(origin)] = source.read_origin(name)
+        for name, values in source.read_many(name for name in apart if name not in whole):
             if name in changed:
                 values = _as_stored(name, changed[name], values.dtype)
             others[self._names.of(name)] = values
