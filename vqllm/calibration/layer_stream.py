@@ -62,7 +62,8 @@ class Layers:
         beyond: bool = False,
         grad: bool = False,
     ) -> Tensor | None:
-        """The output of loaded layer `index` for a batch; None if a hook ended the layer early.
+        """The output of loaded layer `index` for a batch; None if a hook ended the layer early; its
+        input where the model does not call it for text alone.
 
         Args:
             index: the layer; it must be loaded and of `compute_dtype`.
@@ -93,8 +94,13 @@ class Layers:
             if not beyond:
                 raise LayerDone
 
+        def end(*args: Any, **kwargs: Any) -> None:
+            raise LayerDone
+
         for earlier in range(index):
             self.layers[earlier].forward = self._passing_on(earlier)
+        for later in range(index + 1, len(self)):
+            self.layers[later].forward = end  # a layer that is for other inputs is passed over
         handles = [
             layer.register_forward_pre_hook(replace_input, with_kwargs=True),
             layer.register_forward_hook(keep_output),
@@ -105,8 +111,11 @@ class Layers:
         finally:
             for handle in handles:
                 handle.remove()
-            for earlier in range(index):
-                self._restore_forward(earlier)
+            for other in range(len(self)):
+                if other != index:
+                    self._restore_forward(other)
+        if not reached and states is not None and index + 1 < len(self):
+            return states  # such as the layers that read images, where there are none
         if not reached:
             raise ModelError(f"{self.names[index]} was never called by {type(self.model).__name__}")
         return result[0] if result else None

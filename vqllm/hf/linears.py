@@ -151,14 +151,24 @@ def shared_modules(model: nn.Module, layers: Collection[str]) -> set[nn.Module]:
     They are not quantized: when the first layer is quantized, their inputs in a later layer are not
     known yet.
     """
-    # With remove_duplicate=False a shared module comes once for each place where it is used.
-    homes: dict[nn.Module, set[str]] = {}
+    # With remove_duplicate=False a shared module comes once for each place where it is used. Tied
+    # parameters of different modules are shared as well.
+    homes: dict[nn.Module | nn.Parameter, set[str]] = {}
+    inside = tuple(f"{layer}." for layer in layers)
     for name, module in model.named_modules(remove_duplicate=False):
-        home = next((layer for layer in layers if name.startswith(f"{layer}.")), "")
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if own:
-            homes.setdefault(module, set()).add(home)
-    return {module for module, places in homes.items() if len(places) > 1}
+        home = ""
+        if name.startswith(inside):
+            home = next(layer for layer in layers if name.startswith(f"{layer}."))
+        parameters = list(module.parameters(recurse=False))
+        if parameters or any(True for _ in module.buffers(recurse=False)):
+            for shared in (module, *parameters):
+                homes.setdefault(shared, set()).add(home)
+    several = {shared for shared, places in homes.items() if len(places) > 1}
+    return {
+        module
+        for module in model.modules()
+        if module in several or not several.isdisjoint(module.parameters(recurse=False))
+    }
 
 
 def capture_inputs(
