@@ -44,7 +44,7 @@ def test_the_first_linears_are_shrunk_towards_all_experts(
 ) -> None:
     x, every, p2 = torch.randn(num_tokens, C), torch.randn(90, C) + 1, torch.rand(num_tokens)
     all_CC = mean(every)
-    target = 0.5 * all_CC + 0.5 * all_CC.trace() / C * torch.eye(C)
+    target = 0.75 * all_CC + 0.25 * all_CC.trace() / C * torch.eye(C)
     wanted = num_tokens * mean(x, p2) + shrinkage * C * target
     got = shrunk(hessian_of(x, p2), hessian_of(every), shrinkage)
     torch.testing.assert_close(got.matrix("x"), wanted / (num_tokens + shrinkage * C))
@@ -55,9 +55,9 @@ def test_the_first_linears_are_shrunk_towards_all_experts(
 def test_the_last_linears_are_shrunk_towards_their_own_diagonal(shrinkage: float) -> None:
     x, p2 = torch.randn(9, C), torch.rand(9)
     own = mean(x, p2)
-    wanted = 9 * own + shrinkage * C * own.trace() / C * torch.eye(C)
+    wanted = 9 * own + shrinkage / 2 * C * own.trace() / C * torch.eye(C)
     got = shrunk(hessian_of(x, p2), None, shrinkage)
-    torch.testing.assert_close(got.matrix("x"), wanted / (9 + shrinkage * C))
+    torch.testing.assert_close(got.matrix("x"), wanted / (9 + shrinkage / 2 * C))
 
 
 def test_without_tokens_the_target_is_left() -> None:
@@ -65,7 +65,7 @@ def test_without_tokens_the_target_is_left() -> None:
     empty = InputHessian.empty(C, torch.device("cpu"))
     all_CC = mean(every)
     got = shrunk(empty, hessian_of(every), 1.0)
-    wanted = 0.5 * all_CC + 0.5 * all_CC.trace() / C * torch.eye(C)
+    wanted = 0.75 * all_CC + 0.25 * all_CC.trace() / C * torch.eye(C)
     torch.testing.assert_close(got.matrix("x"), wanted)
     assert got.num_tokens == 0
     assert torch.equal(shrunk(empty, None, 1.0).matrix("x"), torch.eye(C))

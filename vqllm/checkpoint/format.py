@@ -1,7 +1,8 @@
-"""Format versions 1 and 2 of a quantized checkpoint: specification, and `quantization_config`.
+"""Format versions 1 to 3 of a quantized checkpoint: specification, and `quantization_config`.
 
-Version 2 is version 1 with an embedding or an output head among the quantized modules. A writer
-uses it only where there is one, so that older readers read all they can.
+Version 2 is version 1 with an embedding or an output head among the quantized modules. Version 3 is
+version 2 with linears that the model's own class does not have as such, or has under another name.
+A writer uses each only where it needs it, so that older readers read all they can.
 
 A checkpoint is an ordinary Hugging Face folder of safetensors and JSON, nothing else.
 
@@ -23,22 +24,39 @@ Tensors
     one. Every other tensor has the name, shape and dtype that it has in the source. Tied tensors
     are stored once. Integers are little-endian, as always in safetensors.
 
-    In version 1 every M is a linear of the decoder layers. In version 2 M may also be the model's
-    input embedding (`get_input_embeddings()` of the model) or its output head
+    In version 1 every M is a linear of the decoder layers. From version 2 on M may also be the
+    model's input embedding (`get_input_embeddings()` of the model) or its output head
     (`get_output_embeddings()`); what kind of module it is, the model tells. Other embeddings, such
     as learned positions, are never quantized.
 
+Linear form (version 3)
+    Two kinds of transformers' modules hold matrices in another form than that of a linear. In
+    version 3 a reader puts these linears in their place before it looks for modules:
+
+        experts, with the matrices of all experts in one tensor   children "0" to "E-1", each with
+                                           linears gate_proj, up_proj, down_proj (or up_proj,
+                                           down_proj; or gate_up_proj, down_proj where the outputs
+                                           of gate and up take turns), biases with them. All experts
+                                           of the model have this form, quantized or not: those
+                                           that are not have `weight` and `bias` as linears do
+        Conv1D (GPT-2), W stored as [C, R]                a linear; only where it is quantized
+
+    `vqllm.hf.linear_form` says which module becomes what. Names in files are those before
+    transformers' renaming: a reader applies the rules that transformers has for the checkpoints of
+    the class that it loads, and for a module without the head, or of the text tower alone, leaves
+    out what that class does not have. Every other tensor of the source keeps its name in the files.
+
 quantization_config
     quant_method     "vqllm"
-    format_version   1 or 2
+    format_version   1, 2 or 3
     specs            {id: {"rows": R, "cols": C, "codec": {...}, "transforms": [...]}}, each
                      distinct one once; an id is a decimal number as a string
     modules          {M: id} for every quantized module, W of R x C (out_features x in_features
                      of a linear, num_embeddings x embedding_dim of an embedding)
-    tied             version 2 only: {head: embedding}, or {} where they are two matrices. A tied
+    tied             from version 2 on: {head: embedding}, or {} where they are two matrices. A tied
                      head is not among `modules` and has no tensors but its bias; its W is that of
                      the embedding, one of `modules`
-    outside_layers   version 2 only: those of `modules` that are not in the decoder layers, which
+    outside_layers   from version 2 on: those of `modules` that are not in the decoder layers, which
                      sizes in bits a weight of the linears leave out
     not_quantized    {module: reason}, optional, for people
     recipe           what the checkpoint was made with, optional, for people
@@ -98,7 +116,7 @@ from vqllm_kernels.linear import LinearSpec
 JSON = dict[str, Any]
 
 FORMAT_VERSION = 3
-"""The newest one. Without an embedding or a head among the quantized modules, 1 is written."""
+"""The newest one; what a checkpoint does not need is not written."""
 QUANT_METHOD = "vqllm"
 
 CONFIG = "config.json"
@@ -119,6 +137,7 @@ class QuantizationConfig:
     """The contents of `quantization_config`.
 
     `extra` holds keys that this version does not know; they are written back as they came.
+    `linear_form` is that of version 3.
     """
 
     specs: dict[str, JSON]

@@ -89,7 +89,7 @@ class Hessian(Settings):
         "up",
     )
     expert_shrinkage: float = Field(
-        default=0.25,
+        default=0.5,
         ge=0,
         description="of a mixture's experts: the Hessian of an expert with n tokens and C columns "
         "is mixed with a smoother one, of all experts or a multiple of I, as n to "
