@@ -6,8 +6,8 @@ H has more noise than information: rounding then fits the calibration text. So H
 
     H_e = (n H_own + m C T) / (n + m C),      n tokens, C columns.
 
-What all experts read is the same stream, so for their first linears T is 3/4 of the Hessian of all of
-them together and 1/4 of its mean diagonal times I. What their last linears read are features of
+What all experts read is the same stream, so for their first linears T is 3/4 of the Hessian of all
+of them together and 1/4 of its mean diagonal times I. What their last linears read are features of
 each expert alone, which have nothing to do with those of the others: there T is the mean diagonal
 of their own H times I, with half of m. An expert without tokens gets T alone.
 
