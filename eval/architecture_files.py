@@ -4,6 +4,7 @@ import json
 import re
 import struct
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,15 @@ def share(folder: Path, made: dict[str, Any]) -> dict[str, Any]:
     quantization = json.loads((folder / "config.json").read_text())
     quantization = quantization["quantization_config"]
     weights: Counter[str] = Counter()
+    inside = in_layers(quantization["modules"], made["layers"])
     for name, key in quantization["modules"].items():
         spec = quantization["specs"][key]
-        inside = in_layers(name, made["layers"])
-        weights["inside" if inside else "outside"] += spec["rows"] * spec["cols"]
+        weights["inside" if name in inside else "outside"] += spec["rows"] * spec["cols"]
     stayed: dict[str, Counter[str]] = {}
-    for name, reason in quantization.get("not_quantized", {}).items():
-        if in_layers(name, made["layers"]):
-            pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
-            stayed.setdefault(pattern, Counter())[reason] += 1
+    reasons = quantization.get("not_quantized", {})
+    for name in in_layers(reasons, made["layers"]):
+        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        stayed.setdefault(pattern, Counter())[reasons[name]] += 1
     return {
         "layers_share": weights["inside"] / made["layer_weights"],
         "share": weights.total() / made["weights"],
@@ -35,15 +36,17 @@ def share(folder: Path, made: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def in_layers(name: str, layers: list[str]) -> bool:
-    """Whether a module belongs to a decoder layer.
+def in_layers(names: Iterable[str], layers: list[str]) -> set[str]:
+    """Which of these modules belong to the decoder layers.
 
-    Files may have other names than modules (`language_model.model.layers` for
-    `model.language_model.layers`); the last part is the same.
+    Args:
+        names: of modules in the model, or in the files, where they may be others:
+            `language_model.model.blocks` for `model.language_model.layers`.
+        layers: the lists of decoder layers in the model.
     """
-    lists = {prefix.rpartition(".")[2] for prefix in layers}
-    inside = any(re.search(rf"(^|\.){last}\.\d+\.", name) for last in lists)
-    return inside and not is_tower(name)
+    inside = {name for name in names for prefix in layers if name.startswith(f"{prefix}.")}
+    renamed = re.compile(r"(^|\.)(layers?|blocks|h)\.\d+\.")
+    return inside or {name for name in names if renamed.search(name) and not is_tower(name)}
 
 
 def different_tensors(folder: Path, again: Path) -> str:

@@ -16,12 +16,15 @@ CHANGES = ("calibration.sequences=16", "calibration.length=64")
 
 
 def source(model_type: str, folder: Path, _: str) -> dict[str, Any]:
-    """Make the model in `folder/source`; transformers loads and runs it."""
+    """Make the model in `folder/source`; transformers loads and runs it, and saves it again."""
     found = plain.make(model_type, folder / "source")
-    model = plain.load(model_type, folder / "source")
-    if not plain.logits(model).isfinite().all():
+    logits = plain.logits(plain.load(model_type, folder / "source"))
+    if not logits.isfinite().all():
         raise ValueError("logits of the source are not finite")
-    return found
+    plain.load(model_type, folder / "source", "auto").save_pretrained(folder / "copy")
+    copied = plain.logits(plain.load(model_type, folder / "copy"))
+    changed = different_tensors(folder / "source", folder / "copy")
+    return found | {"source_changed": changed, "source_logits_kept": torch.equal(copied, logits)}
 
 
 def quantized(model_type: str, folder: Path, recipe: str) -> dict[str, Any]:

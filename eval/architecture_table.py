@@ -68,15 +68,21 @@ def saved_alike(found: dict[str, Any]) -> bool:
     return found.get("tensors_changed") == "" and found.get("logits_kept", False)
 
 
+def source_saved_alike(found: dict[str, Any]) -> bool:
+    """Whether transformers saves the source with the tensors and the logits that it has."""
+    return not found.get("source_changed") and found.get("source_logits_kept", True)
+
+
 def problems(found: dict[str, Any]) -> list[str]:
     """What failed, in a few words each; not what the dense folder fails at too."""
     lines = [f"{step}: {error}" for step, error in found["errors"].items()]
     if found.get("difference", 0) > NEAR:
         lines.append("logits differ")
-    if found.get("tensors_changed"):
-        lines.append(f"saved again: {found['tensors_changed']}")
-    elif not found.get("logits_kept", True):
-        lines.append("logits of the saved model differ")
+    if source_saved_alike(found):
+        if found.get("tensors_changed"):
+            lines.append(f"saved again: {found['tensors_changed']}")
+        elif not found.get("logits_kept", True):
+            lines.append("logits of the saved model differ")
     for step in ("generate", "decode"):
         error, of_dense = found.get(f"{step}_error"), found.get(f"dense_{step}_error")
         if error and not of_dense:
@@ -89,6 +95,8 @@ def problems(found: dict[str, Any]) -> list[str]:
 def note(found: dict[str, Any]) -> str:
     """What failed, then what transformers itself cannot, then what stayed of the layers."""
     lines = problems(found)
+    if not source_saved_alike(found) and "logits_kept" in found and not saved_alike(found):
+        lines.append("the source is not saved as it was either")
     for step in ("generate", "decode"):
         if found.get(f"{step}_error") and found.get(f"dense_{step}_error"):
             lines.append(f"does not {step} unquantized either")
