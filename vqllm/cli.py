@@ -371,6 +371,8 @@ def inspect(
 ) -> None:
     """What is in a checkpoint: recipe, and codec, exact bits and proxy loss of every linear."""
     from vqllm.checkpoint.inspect import inspect_checkpoint
+    from vqllm.core.coverage import ParameterCounts
+    from vqllm.report.summary import coverage_rows
 
     found = inspect_checkpoint(folder, verify=verify)
     if json_output:
@@ -389,7 +391,9 @@ def inspect(
             loss,
         )
     out.print(table)
-    _print_rows([(label, f"{value:.4f}") for label, value in found["bits_per_weight"].items()])
+    rows = [(label, f"{value:.4f}") for label, value in found["bits_per_weight"].items()]
+    counts = ParameterCounts(**found["parameters"])
+    _print_rows([*rows, *coverage_rows(counts, found["not_quantized"])])
 
 
 @app.command()

@@ -105,6 +105,10 @@ def test_generate_inspect_dequantize(quantized: Path) -> None:
     found = json.loads(invoke("inspect", quantized, "--json"))
     assert len(found["linears"]) == 14
     assert all(row["proxy_loss"] > 0 for row in found["linears"])
+    share = found["parameters"]["layers_quantized"] / found["parameters"]["layers"]
+    shown = invoke("inspect", quantized)
+    assert f"│ {100 * share:.2f} % of the" in shown  # the table breaks its lines
+    assert "modules not quantized" in shown
     dense = quantized.parent / "dense"
     invoke("dequantize", quantized, "--output", dense)
     assert "quantization_config" not in json.loads((dense / "config.json").read_text())

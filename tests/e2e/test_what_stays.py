@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tests.support.tiny import save_tiny
 from vqllm import api
@@ -114,3 +115,45 @@ def test_a_budget_does_not_buy_what_would_be_larger(thin: Path, tmp_path: Path) 
     assert formats["gate_proj"] == formats["down_proj"] == "lut-v1"
     for name, spec in checkpoint.linears.items():
         assert checkpoint.bits(name).total < 16 * spec.rows * spec.cols
+
+
+WARNING = "less than half of the decoder layers"
+
+
+def test_a_run_says_how_much_is_quantized(
+    mixture: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    summary = run(mixture, tmp_path / "out", skip=["mlp"])
+    model = AutoModelForCausalLM.from_pretrained(mixture)
+    num_layers = sum(p.numel() for p in model.model.layers.parameters())
+    num_attention = sum(
+        p.numel() for n, p in model.named_parameters() if "self_attn" in n and p.dim() == 2
+    )
+    counts = summary.parameters
+    assert counts is not None
+    assert (counts.layers, counts.layers_quantized) == (num_layers, num_attention)
+    assert counts.model == sum(p.numel() for p in model.parameters())
+    assert counts.model_quantized == num_attention
+    assert counts.of_layers < 0.5
+    # Before the run begins, in the closing table, and on both pages.
+    share = f"{100 * num_attention / num_layers:.2f} % of the parameters in the decoder layers"
+    before = [text for text in caplog.messages if text.startswith(f"only {share} of {mixture}")]
+    assert len(before) == 1
+    assert "x left out by the recipe's skip pattern 'mlp'" in before[0]
+    rows = dict(summary.rows())
+    assert rows["quantized"].startswith(share)
+    assert rows["warning"].startswith(WARNING)
+    for page in ("report.md", "README.md"):
+        text = (tmp_path / "out" / page).read_text()
+        assert share in text
+        assert WARNING in text
+        assert f"| modules not quantized | {rows['modules not quantized']} |" in text
+
+
+def test_no_warning_where_most_is_quantized(
+    thin: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    summary = run(thin, tmp_path / "out")
+    assert "quantized" in dict(summary.rows())
+    assert "warning" not in dict(summary.rows())
+    assert not any(text.startswith("only") for text in caplog.messages)

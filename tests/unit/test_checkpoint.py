@@ -20,6 +20,7 @@ from tests.support.fake_checkpoint import (
     fake_checkpoint,
     linear_spec,
 )
+from tests.support.tiny import tiny_model
 from vqllm.checkpoint import atomic, writer
 from vqllm.checkpoint import dequantize as dequantize_module
 from vqllm.checkpoint.dequantize import dequantize_checkpoint
@@ -30,6 +31,7 @@ from vqllm.checkpoint.shards import natural_order, read_header
 from vqllm.core.bits import count
 from vqllm.errors import CheckpointError, ModelError, OutOfSpaceError
 from vqllm.report import pages
+from vqllm_kernels.formats import FormatSpec
 
 SHARD = "model-00001-of-00003.safetensors"
 
@@ -261,6 +263,25 @@ def test_bits_equal_the_stored_tensors(shared: FakeCheckpoint) -> None:
     assert found["recipe"] == RECIPE
     assert "seed: 7" in found["recipe_yaml"]
     assert [row["proxy_loss"] for row in found["linears"]] == [None] * len(shared.linears)
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "gemma2"])  # two matrices outside the layers, one
+@pytest.mark.parametrize("outside", [None, FORMATS["uniform"]], ids=["layers", "all"])
+def test_parameters_are_counted_in_the_stored_tensors(
+    arch: str, outside: FormatSpec | None, tmp_path: Path
+) -> None:
+    folder = fake_checkpoint(tmp_path, arch, outside=outside).folder
+    found = inspect_checkpoint(folder)["parameters"]
+    model = tiny_model(arch)
+    layers = model.get_submodule("model.layers")
+    linears = [m.weight.numel() for m in layers.modules() if isinstance(m, torch.nn.Linear)]
+    ends = sum(p.numel() for p in model.parameters() if p.dim() == 2) - sum(linears)
+    assert found == {
+        "layers": sum(p.numel() for p in layers.parameters()),
+        "layers_quantized": sum(linears),
+        "model": sum(p.numel() for p in model.parameters()),
+        "model_quantized": sum(linears) + (ends if outside else 0),
+    }
 
 
 def test_layers_are_in_their_order() -> None:

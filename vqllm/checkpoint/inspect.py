@@ -1,6 +1,7 @@
 """The contents of a checkpoint: recipe, specifications, exact sizes from the stored tensors."""
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
@@ -9,6 +10,7 @@ from vqllm.checkpoint.format import JSON
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.checkpoint.shards import natural_order
 from vqllm.core.bits import BitCount
+from vqllm.core.coverage import ParameterCounts
 
 
 def inspect_checkpoint(folder: str | Path, verify: bool = True) -> JSON:
@@ -18,8 +20,9 @@ def inspect_checkpoint(folder: str | Path, verify: bool = True) -> JSON:
         `linears`, one entry a quantized linear or embedding (name, rows, cols, codec, spec, the
         bits of its stored tensors by what they hold, bits_per_weight, and proxy_loss if the run's
         report is there); `tied`, the head that has the weights of the embedding; `bits_per_weight`,
-        the three figures by label; `not_quantized`, reasons by module; `recipe` and `recipe_yaml`;
-        `producer`; `format_version`; `num_bytes` of all tensors.
+        the three figures by label; `parameters`, how many there are in the layers and in all, and
+        how many of them are quantized; `not_quantized`, reasons by module; `recipe` and
+        `recipe_yaml`; `producer`; `format_version`; `num_bytes` of all tensors.
 
     Raises:
         CheckpointError: not a vqllm checkpoint, a newer format, or damaged.
@@ -38,6 +41,7 @@ def inspect_checkpoint(folder: str | Path, verify: bool = True) -> JSON:
         "tied": checkpoint.quantization.tied,
         "not_quantized": extra.get("not_quantized") or {},
         "bits_per_weight": bits_per_weight(checkpoint),
+        "parameters": asdict(parameter_counts(checkpoint)),
         "num_bytes": checkpoint.num_bytes,
     }
 
@@ -50,18 +54,48 @@ def bits_per_weight(checkpoint: Checkpoint) -> dict[str, float]:
     of the whole model, tied ones once, and counts every stored tensor.
     """
     # Codes and all of a linear are counted in the decoder layers only, embedding and head left out.
-    outside = checkpoint.quantization.outside_layers
-    inside = [name for name in checkpoint.linears if name not in outside]
+    inside = _in_layers(checkpoint)
     bits = sum((checkpoint.bits(name) for name in inside), BitCount())
     num_weights = _num_weights(checkpoint, inside)
-    others = [checkpoint.tensors[name] for name in checkpoint.other_tensors()]
-    num_parameters = _num_weights(checkpoint, checkpoint.linears)
-    num_parameters += sum(tensor.numel for tensor in others)
+    num_parameters = parameter_counts(checkpoint).model
     return {
         "codes only": bits.codes / max(num_weights, 1),
         "all of a quantized linear": bits.total / max(num_weights, 1),
         "whole checkpoint, embeddings included": 8 * checkpoint.num_bytes / max(num_parameters, 1),
     }
+
+
+def parameter_counts(checkpoint: Checkpoint) -> ParameterCounts:
+    """How many parameters there are, and how many of them are quantized, tied ones once.
+
+    What is not quantized is counted in the stored tensors, so that experts of any form are in. The
+    decoder layers are the list of modules that has the quantized linears.
+    """
+    inside = _in_layers(checkpoint)
+    lists = {_list_of(name) for name in inside}
+    others = {name: checkpoint.tensors[name].numel for name in checkpoint.other_tensors()}
+    others_in_layers = sum(numel for name, numel in others.items() if _list_of(name) in lists)
+    quantized = _num_weights(checkpoint, checkpoint.linears)
+    in_layers = _num_weights(checkpoint, inside)
+    return ParameterCounts(
+        layers=in_layers + others_in_layers,
+        layers_quantized=in_layers,
+        model=quantized + sum(others.values()),
+        model_quantized=quantized,
+    )
+
+
+def _in_layers(checkpoint: Checkpoint) -> list[str]:
+    """The quantized linears of the decoder layers."""
+    outside = set(checkpoint.quantization.outside_layers)
+    return [name for name in checkpoint.linears if name not in outside]
+
+
+def _list_of(name: str) -> str | None:
+    """The first list of modules that a module or tensor is in: what stands before a number."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    return None if number is None else ".".join(parts[:number])
 
 
 def _num_weights(checkpoint: Checkpoint, modules: Iterable[str]) -> int:

@@ -1,7 +1,6 @@
 """What of a model was not quantized, and why."""
 
 import re
-from collections import Counter
 from collections.abc import Collection, Mapping
 
 from torch import nn
@@ -9,7 +8,6 @@ from torch import nn
 from vqllm.hf.linears import is_linear, shared_modules
 
 SHARED = "several layers, or a layer and something outside, share it"
-SHOWN_KINDS = 5
 
 
 def why_not_quantized(
@@ -69,10 +67,3 @@ def _reason(
         return "a linear outside the decoder layers"
     shapes = ", ".join(f"{key} {shape}" for key, shape in matrices.items())
     return f"{type(module).__name__} is not a torch.nn.Linear ({shapes})"
-
-
-def nothing_to_quantize(reasons: Mapping[str, str]) -> str:
-    """What there is instead, in a line: the kinds of modules with matrices, most frequent first."""
-    kinds = Counter(reason.partition(" (")[0] for reason in reasons.values())
-    shown = [f"{number} x {kind}" for kind, number in kinds.most_common(SHOWN_KINDS)]
-    return "; ".join(shown)

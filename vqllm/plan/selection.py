@@ -28,6 +28,14 @@ class Selection:
     """why others stay as they are, where it is not by name"""
     larger: Mapping[str, str]
     """those of them that no codec of the recipe would make smaller"""
+    num_in_layers: int
+    """parameters of the decoder layers, whatever holds them"""
+
+    @property
+    def share(self) -> float:
+        """Of those parameters that are to be quantized."""
+        num = sum(rows * cols for rows, cols in self.shapes.values())
+        return num / max(self.num_in_layers, 1)
 
     def of(self, linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
         """Those of these linears that are to be quantized."""
@@ -68,7 +76,14 @@ def select(
                 shapes[name], limits[name] = shape, limit
             else:
                 larger[name] = _would_be_larger(shape, least_bits(shape), dense)
-    return Selection(shapes=shapes, limits=limits, kept=kept | larger, larger=larger)
+    inside = {id(p): p.numel() for n in layers for p in model.get_submodule(n).parameters()}
+    return Selection(
+        shapes=shapes,
+        limits=limits,
+        kept=kept | larger,
+        larger=larger,
+        num_in_layers=sum(inside.values()),
+    )
 
 
 def _would_be_larger(shape: Shape, packed_bits: int, dense_bits: int) -> str:

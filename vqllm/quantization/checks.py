@@ -1,7 +1,7 @@
 """What is looked at before the long part of a run: the model, its linears, its values, the plan."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -13,11 +13,12 @@ from vqllm.calibration.gradients import WITHOUT
 from vqllm.calibration.layer_stream import check_states, layer_names
 from vqllm.checkpoint.source import SourceTensors, stored_tensors
 from vqllm.checkpoint.writer import read_dense_config
+from vqllm.core.coverage import HALF, kinds_of
 from vqllm.errors import ModelError, NumericalError, RecipeError
 from vqllm.hf import loading
 from vqllm.hf.classes import predicts_tokens
 from vqllm.plan.costs import code_bits, options
-from vqllm.plan.not_quantized import nothing_to_quantize, why_not_quantized
+from vqllm.plan.not_quantized import why_not_quantized
 from vqllm.plan.selection import Selection, select
 from vqllm.quantization import embeddings as outside
 from vqllm.recipes import Recipe
@@ -52,11 +53,10 @@ def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool
     shapes = selection.shapes
     if not shapes:
         reasons = why_not_quantized(model, names, (), recipe.skip, selection.kept)
-        kinds = nothing_to_quantize(reasons)
         raise ModelError(
-            f"{name} has nothing to quantize: {kinds}. Quantized are the torch.nn.Linear "
-            "modules of the decoder layers that no `skip` pattern of the recipe leaves out, "
-            "without the kinds of its `skip_kinds`, as far as they become smaller."
+            f"{name} has nothing to quantize: {kinds_of(reasons)}. Quantized are the "
+            "torch.nn.Linear modules of the decoder layers that no `skip` pattern of the recipe "
+            "leaves out, without the kinds of its `skip_kinds`."
         )
     _check_budget(name, selection, recipe)
     check_states(model, names)
@@ -81,14 +81,32 @@ def _check_without_predictions(name: str, model: PreTrainedModel, recipe: Recipe
             )
 
 
-def say_what_stays(model: str, selection: Selection) -> None:
-    """Say of which linears the packed tensors would not be smaller."""
+def say_what_stays(
+    name: str, model: nn.Module, layers: Collection[str], recipe: Recipe, selection: Selection
+) -> None:
+    """Say of which linears the packed tensors would not be smaller, and when most of a model is not
+    quantized.
+
+    Args:
+        name: what the user called the model.
+        model: on the meta device or elsewhere.
+        layers: full names of its decoder layers.
+    """
     if selection.larger:
-        name, reason = next(iter(selection.larger.items()))
+        first, reason = next(iter(selection.larger.items()))
         logger.warning(
             "%d linears of %s stay as they are, because packed they would not be smaller (`larger` "
             "in the recipe's skip_kinds). The first is %s%s; the report names all",
-            *(len(selection.larger), model, name, reason[reason.index(" (") :]),
+            *(len(selection.larger), name, first, reason[reason.index(" (") :]),
+        )
+    if selection.share < HALF:
+        reasons = why_not_quantized(model, layers, selection.shapes, recipe.skip, selection.kept)
+        inside = tuple(f"{layer}." for layer in layers)
+        logger.warning(
+            "only %.2f %% of the parameters in the decoder layers of %s will be quantized. What "
+            "stays there: %s",
+            *(100 * selection.share, name),
+            kinds_of({own: reason for own, reason in reasons.items() if own.startswith(inside)}),
         )
 
 

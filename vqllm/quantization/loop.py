@@ -17,11 +17,12 @@ from vqllm.calibration.passes import Model
 from vqllm.checkpoint.resume.layer_writer import LayerWriter
 from vqllm.checkpoint.source import SourceTensors
 from vqllm.core import memory
+from vqllm.core.coverage import kinds_of
 from vqllm.core.progress import Progress
 from vqllm.core.protocols import JSON
 from vqllm.errors import ModelError
 from vqllm.plan.job import Job
-from vqllm.plan.not_quantized import nothing_to_quantize, why_not_quantized
+from vqllm.plan.not_quantized import why_not_quantized
 from vqllm.plan.packed_spec import stored_spec
 from vqllm.plan.selection import Selection, select
 from vqllm.quantization.checks import check_finite, check_model, say_what_stays
@@ -73,7 +74,6 @@ def quantize(job: Job, run: LayerWriter, progress: Progress) -> Outcome:
     start = time.perf_counter()
     memory.keep_large_blocks_apart()
     selection = _selection_of(job)
-    say_what_stays(job.model, selection)
     progress.phase("calibration text")
     sequences = run.load_or_make(
         "sequences",
@@ -220,8 +220,7 @@ class _Loop:
             self._selection.kept,
         )
         if not self._run.quantized:
-            kinds = nothing_to_quantize(reasons)
-            raise ModelError(f"nothing in {self._job.model} was quantized: {kinds}")
+            raise ModelError(f"nothing in {self._job.model} was quantized: {kinds_of(reasons)}")
         self._run.finish(reasons, self._ends.results, self._ends.tied)
         return reasons
 
@@ -232,10 +231,14 @@ class _Loop:
 
 
 def _selection_of(job: Job) -> Selection:
-    """Which linears of the job's model are to be quantized; no weights are read."""
+    """Which linears of the job's model are to be quantized; says what is not, where that is
+    surprising. No weights are read."""
     tensors = SourceTensors.open(job.source, job.trust_remote_code)
     model = tensors.blueprint.model
-    return select(model, layer_names(model), job.recipe, tensors.num_bytes)
+    layers = layer_names(model)
+    selection = select(model, layers, job.recipe, tensors.num_bytes)
+    say_what_stays(job.model, model, layers, job.recipe, selection)
+    return selection
 
 
 def _aims(recipe: Recipe) -> Model | None:

@@ -1,9 +1,10 @@
 """Sizes and quality of a finished run, in the one form that tables, pages and JSON share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from vqllm.core.coverage import HALF, ParameterCounts, kinds_of
 from vqllm.core.protocols import JSON
 
 NUM_WORST = 5
@@ -31,10 +32,13 @@ class Summary:
     """bytes of the weight files, embeddings included"""
     bits_per_weight: dict[str, float]
     """the three figures by label"""
+    parameters: ParameterCounts | None = None
+    """how many there are, and how many are quantized"""
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     evaluation: JSON | None = None
     not_quantized: dict[str, str] = field(default_factory=dict)
+    """reasons by module"""
     tuning: list[JSON] = field(default_factory=list)
     """the record of each stage of a tuning"""
 
@@ -57,6 +61,7 @@ class Summary:
             (f"bits per weight, {label}", f"{value:.3f}")
             for label, value in self.bits_per_weight.items()
         ]
+        rows += coverage_rows(self.parameters, self.not_quantized)
         for stage in self.tuning:
             # A stage tunes each linear by itself, or layers, or the whole model.
             name = stage["stage"]
@@ -84,6 +89,34 @@ class Summary:
         values = asdict(self)
         values["output"] = self.output.name
         return values
+
+
+def coverage_rows(
+    parameters: ParameterCounts | None, not_quantized: Mapping[str, str]
+) -> list[tuple[str, str]]:
+    """How much of a model is quantized and why the rest is not, as label and value.
+
+    Args:
+        not_quantized: reasons by module.
+    """
+    rows = []
+    if parameters is not None:
+        shown = (
+            f"{100 * parameters.of_layers:.2f} % of the parameters in the decoder layers, "
+            f"{100 * parameters.of_model:.2f} % of all"
+        )
+        rows.append(("quantized", shown))
+    if not_quantized:
+        rows.append(("modules not quantized", kinds_of(not_quantized)))
+    if parameters is not None and parameters.of_layers < HALF:
+        rows.append(
+            (
+                "warning",
+                "less than half of the decoder layers is quantized: bits of a quantized linear are "
+                "those of the smaller part. report.md names the rest, with reasons",
+            )
+        )
+    return rows
 
 
 def evaluation_rows(measured: JSON) -> list[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 import time
 
-from vqllm.checkpoint.inspect import bits_per_weight
+from vqllm.checkpoint.inspect import bits_per_weight, parameter_counts
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.core import memory
 from vqllm.core.progress import Progress
@@ -67,6 +67,7 @@ def run(
             bytes_before=folder.source_bytes(),
             bytes_after=written.num_bytes,
             bits_per_weight=bits_per_weight(written),
+            parameters=parameter_counts(written),
             seconds=seconds,
             peak_memory_bytes=memory.peak_resident(),
             evaluation=measured,

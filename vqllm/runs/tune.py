@@ -13,7 +13,7 @@ from torch import Tensor
 from vqllm.calibration.data.calibration_set import SELF
 from vqllm.calibration.data.text_sources import open_source
 from vqllm.calibration.layer_stream import Layers, LayerStream
-from vqllm.checkpoint.inspect import bits_per_weight
+from vqllm.checkpoint.inspect import bits_per_weight, parameter_counts
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.checkpoint.resume.journal import WORK
 from vqllm.checkpoint.resume.tuned_writer import TunedWriter
@@ -268,6 +268,7 @@ def _summary(
         bytes_before=_weight_bytes(job.teacher.path),
         bytes_after=written.num_bytes,
         bits_per_weight=bits_per_weight(written),
+        parameters=parameter_counts(written),
         seconds=seconds,
         peak_memory_bytes=memory.peak_resident(),
         evaluation=measured,
