@@ -16,6 +16,7 @@ from vqllm.hf import loading
 from vqllm.hf.linears import shared_modules
 from vqllm.plan.costs import code_bits, option_costs
 from vqllm.plan.not_quantized import nothing_to_quantize, why_not_quantized
+from vqllm.plan.other_lists import say_other_lists
 from vqllm.plan.selection import Shape, shapes_in
 from vqllm.quantization import embeddings as outside
 from vqllm.recipes import Recipe
@@ -42,6 +43,7 @@ def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool
     loading.check_tensors(source, model, stored)
     loading.load_tokenizer(source, trust_remote_code=trust_remote_code)
     names = layer_names(model)
+    say_other_lists(name, model, names)
     shared = shared_modules(model, names)
     shapes: dict[str, Shape] = {}
     for layer in names:
