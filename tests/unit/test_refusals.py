@@ -1,6 +1,7 @@
 """Folders that hold something else than a model to quantize are refused by what they hold."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from transformers.models.auto import modeling_auto as auto
 import vqllm
 from tests.support.tiny import save_tiny
 from vqllm import api
+from vqllm.checkpoint.writer import read_dense_config
 from vqllm.errors import ModelError
 from vqllm.hf import loading
+from vqllm.hf.other_quantizers import refuse_quantized
 from vqllm.hf.refusals import refuse_other_kinds
 from vqllm.models import gguf as gguf_model
 from vqllm.models import load as running
@@ -270,3 +273,77 @@ def test_tokens_that_are_bytes_need_no_vocabulary(tmp_path: Path) -> None:
     for name in ("added_tokens.json", "special_tokens_map.json"):
         (tmp_path / name).unlink(missing_ok=True)
     assert loading.load_tokenizer(tmp_path)("ab").input_ids[:2] == [100, 101]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq'), as quantization"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "'hqq'), as quantization_config"),
+        ({"quantization_config": {"load_in_4bit": True}}, "'bitsandbytes'), as quantization"),
+        ({"quantization_config": {"bits": 4}}, "'unknown'), as quantization_config in config.json"),
+        ({"compression_config": {"format": "x"}}, "'compressed-tensors'), as compression_config"),
+        ({"quantization": {"bits": 4}}, "'mlx'), as quantization in config.json"),
+        (
+            {"quantization": {"b": 4}, "quantization_config": {"b": 4}},
+            "'mlx'), as quantization_conf",
+        ),
+        (
+            {"text_config": {"quantization_config": {"quant_method": "compressed-tensors"}}},
+            "'compressed-tensors'), as text_config.quantization_config in config.json",
+        ),
+    ],
+)
+def test_a_model_of_another_quantizer_is_named(
+    tmp_path: Path, values: dict[str, Any], said: str
+) -> None:
+    config = {"model_type": "llama", **values}
+    start = re.escape(f"already quantized ({said}")
+    with pytest.raises(ModelError, match=f"{start}.* says. Pass the original model"):
+        read_dense_config(folder_of(tmp_path, config))
+    refuse_quantized(tmp_path, config, {said.split("'")[1]})
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "said"),
+    [
+        (
+            "quantize_config.json",
+            {"bits": 4, "group_size": 128},
+            "quantize_config.json says 'gptq'",
+        ),
+        ("quantize_config.json", {"quant_method": "hqq"}, "quantize_config.json says 'hqq'"),
+        ("quant_config.json", {"w_bit": 4}, "quant_config.json says 'awq'"),
+        ("hf_quant_config.json", {"quantization": {"quant_algo": "NVFP4"}}, "says 'nvfp4'"),
+        ("other.json", {}, "config.json does not say how"),
+        ("quantize_config.json", None, "config.json says 'gptq'"),
+    ],
+)
+@pytest.mark.parametrize("name", ["qweight", "weight_packed", "W_q"])
+def test_codes_beside_the_file_of_a_quantizer(
+    tmp_path: Path, name: str, file: str, values: dict[str, Any] | None, said: str
+) -> None:
+    folder = folder_of(tmp_path, {"model_type": "llama"})
+    codes = {f"model.layers.0.mlp.up_proj.{name}": torch.zeros(4, 4, dtype=torch.int32)}
+    save_file(codes, folder / "model.safetensors")
+    (folder / file).write_text("{x" if values is None else json.dumps(values))
+    with pytest.raises(ModelError, match=f"They were quantized, and .*{said}.* Pass the original"):
+        check_folder(folder)
+
+
+def test_codes_of_mlx_are_not_left_to_transformers(tmp_path: Path) -> None:
+    quantization = {"group_size": 64, "bits": 4}
+    config = {"quantization": quantization, "quantization_config": quantization}
+    folder = folder_of(tmp_path, {"model_type": "llama", **config})
+    save_file(
+        {"lm_head.weight": torch.zeros(4, 4, dtype=torch.uint32)}, folder / "model.safetensors"
+    )
+    with pytest.raises(ModelError, match=r"quantization_config in config.json says 'mlx'"):
+        check_folder(folder)
+
+
+def test_the_file_of_a_quantizer_beside_ordinary_weights(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    (folder / "quantize_config.json").write_text('{"bits": 4}')
+    check_folder(folder)
+    read_dense_config(folder)

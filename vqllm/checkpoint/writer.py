@@ -9,8 +9,9 @@ from vqllm.checkpoint import atomic
 from vqllm.checkpoint.format import CONFIG, INDEX, JSON, QuantizationConfig
 from vqllm.checkpoint.shards import read_header
 from vqllm.errors import CheckpointError, ModelError
+from vqllm.hf.other_quantizers import refuse_quantized
 from vqllm.hf.refusals import adapter_files, is_adapter_file
-from vqllm.hf.released_formats import READABLE, method_of
+from vqllm.hf.released_formats import READABLE
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +82,7 @@ def read_dense_config(folder: Path) -> JSON:
     """As `read_config`; ModelError also when the model is quantized already, unless it was released
     so."""
     config = read_config(folder)
-    if config.get("quantization_config") and method_of(config) not in READABLE:
-        method = config["quantization_config"].get("quant_method")
-        raise ModelError(
-            f"{folder} is already quantized ({method!r}). Quantize the original model, or write a "
-            "dense copy first (for a vqllm checkpoint: vqllm dequantize)."
-        )
+    refuse_quantized(folder, config, READABLE)
     return config
 
 

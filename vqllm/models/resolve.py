@@ -8,6 +8,7 @@ from typing import Any
 from vqllm.checkpoint.source import INDEX, SINGLE, stored_tensors, weight_map
 from vqllm.errors import ModelError
 from vqllm.hf import refusals
+from vqllm.hf.other_quantizers import ORIGINAL, is_of_mlx, method_of
 from vqllm.hf.refusals import listed
 from vqllm.models import demo
 from vqllm.models import gguf as gguf_model
@@ -19,6 +20,8 @@ NOT_FROM_HUB = ("*/*", "consolidated*.safetensors")
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes of weights, as safetensors calls them."""
+CODES = ("weight", "weight_packed", "W_q", "codes", "Qidxs", "trellis")
+"""Ends of the names of what is stored in the place of a weight."""
 
 
 @dataclass(frozen=True)
@@ -162,27 +165,31 @@ def _check_weights(path: Path, config: dict[str, Any]) -> None:
             f"{path / 'config.json'} is damaged: its quantization_config is a "
             f"{type(quantization).__name__}, not an object. Fetch the model again."
         )
-    if quantization:
+    if quantization and not is_of_mlx(config):
         weight_map(path)
     else:
-        _check_dtypes(path)
+        _check_dtypes(path, config)
 
 
-def _check_dtypes(path: Path) -> None:
+def _check_dtypes(path: Path, config: dict[str, Any]) -> None:
     """Raise ModelError for weights as integers or as float8 without a quantization_config: these
     are codes, and only their own quantizer knows the scales."""
     coded = [
         f"{name} ({tensor.dtype})"
         for name, tensor in stored_tensors(path).items()
         if tensor.dtype.startswith("F8")
-        or (tensor.dtype not in FLOATS and name.endswith("weight") and len(tensor.shape) > 1)
+        or (tensor.dtype not in FLOATS and name.endswith(CODES) and len(tensor.shape) > 1)
     ]
-    if coded:
-        raise ModelError(
-            f"{path}: {len(coded)} of the weights are no plain floating-point numbers: "
-            f"{listed(coded)}. They were quantized, and config.json does not say how; pass the "
-            f"original model, with weights in {', '.join(FLOATS)}."
-        )
+    if not coded:
+        return
+    method = method_of(path, config)
+    said = "config.json does not say how"
+    if method is not None:
+        said = f"{method[1]} says {method[0]!r}, which transformers does not load from this folder"
+    raise ModelError(
+        f"{path}: {len(coded)} of the weights are no plain floating-point numbers: "
+        f"{listed(coded)}. They were quantized, and {said}. {ORIGINAL}"
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

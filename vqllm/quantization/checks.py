@@ -19,6 +19,7 @@ from vqllm.hf import loading
 from vqllm.hf.classes import predicts_tokens
 from vqllm.plan.costs import code_bits, options
 from vqllm.plan.not_quantized import why_not_quantized
+from vqllm.plan.other_lists import say_other_lists
 from vqllm.plan.selection import Selection, select
 from vqllm.quantization import embeddings as outside
 from vqllm.recipes import Recipe
@@ -47,6 +48,7 @@ def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool
     tensors = SourceTensors.open(source, trust_remote_code)
     model = tensors.blueprint.model
     names = layer_names(model)
+    say_other_lists(name, model, names)
     if not predicts_tokens(model.config):
         _check_without_predictions(name, model, recipe)
     selection = select(model, names, recipe, tensors.num_bytes)
