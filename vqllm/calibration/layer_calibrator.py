@@ -156,7 +156,7 @@ class LayerCalibrator:
         for together in [others, *([group] for group in alone)]:
             if together:
                 self._measure(index, linears, {group: hessians[group] for group in together})
-        return [self._shrunk(group, hessian) for group, hessian in hessians.items()]
+        return [self._shrunk(group, hessians.pop(group)) for group in groups]
 
     def chunks(
         self, linears: Mapping[str, nn.Linear], groups: Iterable[InputGroup], budget_bytes: int

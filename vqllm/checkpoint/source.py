@@ -191,13 +191,14 @@ def weight_map(folder: Path) -> dict[str, Path]:
             f"{index} is damaged: its weight_map must give each tensor the name of a file in this "
             "folder. Get an undamaged copy."
         )
-    missing = sorted({name for name in names.values() if not (folder / name).is_file()})
+    missing = sorted(name for name in set(names.values()) if not (folder / name).is_file())
     if missing or not names:
         raise ModelError(
             f"{folder} is incomplete: its index names {len(set(names.values()))} weight files, "
             f"missing: {listed(missing) or 'all'}. Fetch the model again."
         )
-    return {key: folder / name for key, name in names.items()}
+    paths = {name: folder / name for name in set(names.values())}  # there are few files
+    return {key: paths[name] for key, name in names.items()}
 
 
 def _is_file_name(name: object) -> bool:

@@ -96,7 +96,8 @@ def root_mean_square(X_IJE: Tensor, weight_IJE: Tensor | None) -> Tensor:
     if weight_IJE is None:
         return torch.linalg.vector_norm(X_IJE, dtype=torch.float64) / X_IJE.numel() ** 0.5
     weight = weight_IJE.double().expand_as(X_IJE)
-    return ((weight * X_IJE.double() ** 2).sum() / weight.sum()).sqrt()
+    squares = X_IJE.to(torch.float64, copy=True).square_()
+    return (squares.mul_(weight).sum() / weight.sum()).sqrt()
 
 
 def check_finite(X_IJE: Tensor, codec: Codec) -> None:

@@ -129,4 +129,4 @@ def add_symmetric(total_CC: Tensor, a_NC: Tensor, b_NC: Tensor) -> None:
 
 def symmetric(total_CC: Tensor) -> Tensor:
     """The symmetric matrix with what is on and above the diagonal of `total_CC`, [.., C, C]."""
-    return total_CC.triu() + total_CC.triu(1).mT
+    return total_CC.triu().add_(total_CC.triu(1).mT)

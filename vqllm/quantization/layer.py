@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from vqllm.allocation.choose_codecs import Allocated
+from vqllm.calibration.hessian import InputHessian
 from vqllm.calibration.layer_calibrator import InputGroup, LayerCalibrator
 from vqllm.checkpoint.packed_matrix import PackedMatrix
 from vqllm.core.progress import Progress
@@ -24,7 +25,7 @@ from vqllm.recipes import Recipe
 
 logger = logging.getLogger(__name__)
 
-HESSIAN_BYTES = 2 << 30
+HESSIAN_BYTES = 1 << 30
 """Of the Hessians of a layer that are in memory together; one always is."""
 
 
@@ -70,7 +71,7 @@ def quantize_layer(
         for name in names:
             del unfinished[name]
             if not trainer:
-                layer.weights.pop(name)
+                layer.weights.pop(name, None)
         # Nothing is settled before the last training; after it, or with nothing unfinished, only
         # the output of the layer is left to compute.
         if unfinished and not trainer:
@@ -91,30 +92,42 @@ def _quantize_groups(
     task: LayerTask, groups: list[InputGroup], calibrator: LayerCalibrator, recipe: Recipe
 ) -> list[PackedMatrix]:
     """Measure H of some groups at once, and quantize them."""
-    layer, allocation = task.layer, task.allocation
     results: list[PackedMatrix] = []
-    for group, hessian in zip(groups, calibrator.hessians(layer.index, layer.linears, groups)):
-        if not hessian.is_known:  # of all experts no token reached one
-            continue
-        W = {name: layer.weights[name].float() for name in group.names}
-        statistics = Statistics(
-            hessian.matrix(group.names[0]), hessian.num_tokens, hessian.drift, task.outputs
-        )
-        codecs = {name: allocation[name].codec for name in W if name in allocation}
-        trained = task.trainer.weights(group.names) if task.trainer else None
-        made = quantize_group(W, statistics, recipe, codecs, trained)
-        made = [_placed(own, task) for own in made]
-        if recipe.hessian.refresh == "group":
-            _install(made, layer)
-        # Those of experts are decoded again where they are needed: all of a layer take much memory.
-        results += [replace(own, decoded_RC=None) if group.side else own for own in made]
-        if hessian.num_tokens == 0:
-            logger.warning(
-                "%s: no calibration token reached this expert; it is rounded for the inputs of "
-                "the others",
-                ", ".join(group.names),
-            )
+    waiting = calibrator.hessians(task.layer.index, task.layer.linears, groups)[::-1]
+    for group in groups:
+        results += _quantize_group(task, group, waiting.pop(), recipe)
     return results
+
+
+def _quantize_group(
+    task: LayerTask, group: InputGroup, hessian: InputHessian, recipe: Recipe
+) -> list[PackedMatrix]:
+    """Quantize a group, and let go of all that is not needed any more: for an expert of 14336
+    features, H alone is 0.8 GB."""
+    layer, allocation = task.layer, task.allocation
+    if not hessian.is_known:  # of all experts no token reached one
+        return []
+    W = {name: layer.weights[name].float() for name in group.names}
+    H_CC, num_tokens = hessian.matrix(group.names[0]), hessian.num_tokens
+    statistics = Statistics(H_CC, num_tokens, hessian.drift, task.outputs)
+    del hessian
+    codecs = {name: allocation[name].codec for name in W if name in allocation}
+    trained = task.trainer.weights(group.names) if task.trainer else None
+    made = quantize_group(W, statistics, recipe, codecs, trained)
+    made = [_placed(own, task) for own in made]
+    if recipe.hessian.refresh == "group":
+        _install(made, layer)
+    if not task.trainer:
+        for name in group.names:
+            del layer.weights[name]
+    if num_tokens == 0:
+        logger.warning(
+            "%s: no calibration token reached this expert; it is rounded for the inputs of "
+            "the others",
+            ", ".join(group.names),
+        )
+    # Those of experts are decoded again where they are needed: all of a layer take much memory.
+    return [replace(own, decoded_RC=None) for own in made] if group.side else made
 
 
 def _install(results: list[PackedMatrix], layer: LoadedLayer) -> None:

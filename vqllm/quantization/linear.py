@@ -82,6 +82,7 @@ def quantize_group(
     # The input side is transformed for the whole group, so that at run time it is done once.
     linears, H_prime = transformed(targets, H_CC, recipe)
     H_damped = _damped(H_CC, H_prime, recipe, weights)
+    del H_prime  # as large as H
     results = []
     for name, linear in linears.items():
         task = _Task(
