@@ -79,6 +79,8 @@ class VqllmQuantizer(HfQuantizer):
     """tensors that the model has no more, because their parts are linears"""
     _originals: Mapping[str, nn.Module]
     """modules of transformers in whose place there are linears"""
+    _merging: Collection[Any] = ()
+    """transformers' rules that merge what is linears here"""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         self.quantization_config.parse()
@@ -97,7 +99,11 @@ class VqllmQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Without those that merge experts, which are linears of their own here."""
-        return without_merged(weight_conversions, self._gone)
+        kept = without_merged(weight_conversions, self._gone)
+        self._merging = [
+            rule for rule in weight_conversions if not any(rule is own for own in kept)
+        ]
+        return kept
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         packed = _packed_modules(model)
@@ -131,6 +137,8 @@ class VqllmQuantizer(HfQuantizer):
         for name, source in tied.items():
             model.set_submodule(name, _dense(packed[name], model.get_submodule(source).weight))
         from_linear_form(model, self._originals)
+        # Saving undoes them, so that experts have the names that the model's checkpoints have.
+        model._weight_conversions = [*self._merging, *getattr(model, "_weight_conversions", ())]
         # The model is an ordinary one again: it declares the ties that it had in the beginning.
         for name, declared in self._declared_ties.items():
             model.get_submodule(name)._tied_weights_keys = declared
