@@ -25,10 +25,10 @@ def share(folder: Path, made: dict[str, Any]) -> dict[str, Any]:
         spec = quantization["specs"][key]
         weights["inside" if name in inside else "outside"] += spec["rows"] * spec["cols"]
     stayed: dict[str, Counter[str]] = {}
-    reasons = quantization.get("not_quantized", {})
-    for name in in_layers(reasons, made["layers"]):
-        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
-        stayed.setdefault(pattern, Counter())[reasons[name]] += 1
+    for name, reason in quantization.get("not_quantized", {}).items():
+        if any(name.startswith(f"{layers}.") for layers in made["layers"]):
+            pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+            stayed.setdefault(pattern, Counter())[reason] += 1
     return {
         "layers_share": weights["inside"] / made["layer_weights"],
         "share": weights.total() / made["weights"],
@@ -40,7 +40,7 @@ def in_layers(names: Iterable[str], layers: list[str]) -> set[str]:
     """Which of these modules belong to the decoder layers.
 
     Args:
-        names: of modules in the model, or in the files, where they may be others:
+        names: of modules as in the files, which may be others than in the model:
             `language_model.model.blocks` for `model.language_model.layers`.
         layers: the lists of decoder layers in the model.
     """
