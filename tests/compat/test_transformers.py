@@ -200,8 +200,8 @@ def test_unknown_keys_survive_and_dequantize_is_not_saved(tmp_path: Path) -> Non
 
 def test_newer_format_is_refused_by_number(tmp_path: Path) -> None:
     fake = fake_checkpoint(tmp_path)
-    edit_json(fake.folder / "config.json", format_version=3)
-    with pytest.raises(CheckpointError, match=r"format version 3; .* up to 2\. Upgrade"):
+    edit_json(fake.folder / "config.json", format_version=4)
+    with pytest.raises(CheckpointError, match=r"format version 4; .* up to 3\. Upgrade"):
         AutoModelForCausalLM.from_pretrained(fake.folder)
 
 

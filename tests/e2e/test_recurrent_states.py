@@ -1,5 +1,5 @@
-"""Models with a state in place of keys and values, decoded token by token: after 64 tokens the state
-of the quantized model gives what that of the dense folder gives."""
+"""Models with a state in place of keys and values, decoded token by token: after 64 tokens the
+state of the quantized model gives what that of the dense folder gives."""
 
 from typing import Any
 

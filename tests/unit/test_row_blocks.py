@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.tiny import save_tiny, tiny_config, tiny_model
+from tests.support.tiny import save_tiny, tiny_model
 from vqllm.codecs import CODECS
 from vqllm.errors import ModelError, NumericalError
 from vqllm.quantization import checks as preflight
@@ -232,10 +232,6 @@ def test_a_head_that_is_not_called_is_found_before_the_run(
     preflight.check_model(source, "a model", recipe(embeddings={"codec": UNIFORM}))
 
 
-def test_names_of_tensors_that_differ_from_those_of_modules(tmp_path: Path) -> None:
-    config = tiny_config("gpt_neox", tie_word_embeddings=False)
-    assert not config.tie_word_embeddings
+def test_names_of_tensors_may_differ_from_those_of_modules(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source", "gpt_neox", tie_word_embeddings=False)
-    with pytest.raises(ModelError, match=r"stores no tensor lm_head.weight: .*--set head=null"):
-        preflight.check_model(source, "a model", BOTH)
-    preflight.check_model(source, "a model", recipe(embeddings={"codec": UNIFORM}))
+    preflight.check_model(source, "a model", BOTH)  # the files have embed_out for lm_head

@@ -82,11 +82,12 @@ class _Parts:
         self._model: Any = skeleton(checkpoint.folder)
         self._tensors = dict(self._model.state_dict())
         rules = get_model_conversion_mapping(self._model)
-        parts = to_linear_form(self._model)
+        linear = skeleton(checkpoint.folder)
+        parts = to_linear_form(linear)
         experts = {part.tensor for part in parts.values() if part.expert is not None or part.rows}
         renaming = Renaming(self._model, without_merged(rules, experts))
         # The stored matrices and biases, by the parameter that each of them is.
-        modules = dict(self._model.named_modules())
+        modules = dict(linear.named_modules())
         found: dict[str, str] = {}
         for module, spec in checkpoint.linears.items():
             own = renaming.module(module, next(iter(spec.layout())), modules)

@@ -37,11 +37,12 @@ class Blueprint:
             ModelError: transformers cannot make the model.
         """
         model = skeleton(folder, trust_remote_code=trust_remote_code, **options)
-        own, quantizer = model, dequantizer(model.config)
-        if quantizer is not None:  # its rules look at the modules that they are for
-            own = skeleton(folder, trust_remote_code=trust_remote_code, **options)
+
+        def make_whole() -> Any:
+            return skeleton(folder, trust_remote_code=trust_remote_code, **options)
+
         with explained(folder):
-            conversions = Conversions(own, stored, quantizer)
+            conversions = Conversions(model, stored, dequantizer(model.config), make_whole)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         return cls(model, to_linear_form(model), shapes, conversions)
 

@@ -46,13 +46,23 @@ class Conversions:
         unused: stored tensors that the model has no place for.
     """
 
-    def __init__(self, model: Any, stored: Iterable[str], quantizer: Any = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        stored: Iterable[str],
+        quantizer: Any = None,
+        make_whole: Callable[[], Any] | None = None,
+    ) -> None:
         """Args:
         model: on the meta device, as transformers makes it.
         stored: names of all tensors in the files.
+        make_whole: another such model, for rules that look at the modules that they are for,
+            if `model` will be changed; it is made when the first tensor is converted.
         quantizer: transformers' own one for the format of the files, if they are quantized.
         """
         self._model, self._quantizer = model, quantizer
+        self._whole: Any = None
+        self._make_whole = make_whole or (lambda: model)
         self._rules = list(get_model_conversion_mapping(model, hf_quantizer=quantizer))
         self._renamings, self._converters = _by_kind(self._rules)
         self._prefix = model.base_model_prefix
@@ -97,6 +107,8 @@ class Conversions:
         if not origin.patterns:
             return read(origin.keys[0])
         rule = deepcopy(self._rule(origin.patterns[0]))
+        if self._whole is None:
+            self._whole = self._make_whole()
         first, _ = self._rename(origin.keys[0])
         numbers: Counter[str] = Counter()
         for key, pattern in zip(origin.keys, origin.patterns):
@@ -104,7 +116,7 @@ class Conversions:
                 rule.add_tensor(first, key, pattern, read(key))  # type: ignore[arg-type]
             numbers[pattern] += 1
         made = rule.convert(
-            first, model=self._model, config=self._model.config, hf_quantizer=self._quantizer
+            first, model=self._whole, config=self._whole.config, hf_quantizer=self._quantizer
         )
         value = made[target]
         return value[0] if isinstance(value, list) else value
@@ -174,6 +186,10 @@ class Renaming:
         self._renamings, self._converters = _by_kind(rules)
         self._prefix = model.base_model_prefix
 
+    def name(self, name: str, tensor: str) -> str:
+        """What transformers renames a module of a checkpoint to, by one of its tensors."""
+        return apply_renamings(f"{name}.{tensor}", self._renamings).removesuffix(f".{tensor}")
+
     def module(self, name: str, tensor: str, modules: Collection[str]) -> str | None:
         """The module of a model, one of `modules`, that a module of a checkpoint is; None if there
         is none.
@@ -182,7 +198,7 @@ class Renaming:
             name: what stands before the names of its tensors in the files.
             tensor: the name of one of them.
         """
-        renamed = apply_renamings(f"{name}.{tensor}", self._renamings).removesuffix(f".{tensor}")
+        renamed = self.name(name, tensor)
         without = renamed.removeprefix(f"{self._prefix}.")
         # In the order in which transformers tries them.
         for candidate in (without, f"{self._prefix}.{renamed}", renamed, name):

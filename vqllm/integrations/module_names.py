@@ -51,12 +51,10 @@ def found_in(model: Any, quantization: QuantizationConfig) -> Found:
         found = rename.module(name, next(iter(spec.layout())), modules)
         if found is not None:
             names[name] = found
-        elif _must_have(model, name):
-            raise CheckpointError(
-                f"the checkpoint says that {name} is quantized, {spec.rows} x {spec.cols}, but "
-                f"{type(model).__name__} has no module of that name. config.json and the weights "
-                "must be those of one checkpoint."
-            )
+        elif _must_have(model, name, rename.name(name, next(iter(spec.layout())))):
+            raise _no_module(model, name, spec)
+    if not names:
+        raise _no_module(model, *next(iter(specs.items())))
     tied = {
         rename.module(name, "weight", modules): names[source]
         for name, source in quantization.tied.items()
@@ -70,12 +68,25 @@ def found_in(model: Any, quantization: QuantizationConfig) -> Found:
     )
 
 
-def _must_have(model: nn.Module, name: str) -> bool:
-    """Whether a missing module means damage: the model is of the class that the folder is of, and
-    was not asked to have fewer layers."""
+def _no_module(model: Any, name: str, spec: LinearSpec) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint says that {name} is quantized, {spec.rows} x {spec.cols}, but "
+        f"{type(model).__name__} has no module of that name. config.json and the weights "
+        "must be those of one checkpoint."
+    )
+
+
+def _must_have(model: nn.Module, *names: str) -> bool:
+    """Whether a missing module, by what it may be called, means damage: the model is of the class
+    that the folder is of, and was not asked to have fewer layers."""
     architectures = getattr(model.config, "architectures", None) or []
     if type(model).__name__ not in architectures:
         return False
+    return not any(_is_beyond(model, name) for name in names)
+
+
+def _is_beyond(model: nn.Module, name: str) -> bool:
+    """Whether a name has an index beyond the end of a list of the model's modules."""
     parts = name.split(".")
     for i, part in enumerate(parts):
         if part.isdigit():
@@ -84,5 +95,5 @@ def _must_have(model: nn.Module, name: str) -> bool:
             except AttributeError:
                 continue
             if isinstance(parent, nn.ModuleList) and int(part) >= len(parent):
-                return False
-    return True
+                return True
+    return False
