@@ -12,7 +12,7 @@ from tests.support.params import slow_but
 from tests.support.quantized import Make, maker
 
 FAMILIES = (
-    "mamba", "qwen3_next", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "jamba", "bamba",
+    "mamba", "qwen3_next", "mamba2", "falcon_mamba", "rwkv", "jamba", "bamba",
     "falcon_h1", "zamba2", "qwen3_5_text", "kimi_linear", "nemotron_h", "lfm2", "granitemoehybrid",
 )  # fmt: skip
 """A selective state space and a gated delta net first: they stand for the others by default."""

@@ -1,0 +1,56 @@
+"""Model types on which something is not there yet; their tests run and may fail."""
+
+import pytest
+
+STATES_4D = "its layers return states of four dimensions"
+NAMES = "transformers' rules leave no name for some of its packed tensors"
+PARAMETERS = "its experts are looked at as fused parameters while it is loaded"
+SHARE = "shared experts, routers or rows that nothing reads are a large part of so small a model"
+SAVED_DENSE = "saved after it was dequantized at load, its experts are not as its files have them"
+
+FILES = ("test_mixtures.py", "test_conversions.py", "test_heads.py")
+
+EVERYWHERE = {
+    "deepseek_v4": STATES_4D,
+    "hy_v4": STATES_4D,
+    "glm5_next": STATES_4D,
+    "inkling2": NAMES,
+    "inkling2_text": NAMES,
+    "inkling_mm_model": NAMES,
+    "dots3_note": NAMES,
+    "qwen4_exp": PARAMETERS,
+    "qwen4_exp_text": PARAMETERS,
+    "qwen3_omni_moe_thinker": PARAMETERS,
+    "ernie4_5_vl_moe": PARAMETERS,
+}
+IN_TESTS = {
+    "test_nearly_all_weights_of_the_layers_are_quantized": dict.fromkeys(
+        ("longcat_flash", "inkling_text", "zaya"), SHARE
+    ),
+    "test_dequantized_at_load_it_is_an_ordinary_model": {
+        name: SAVED_DENSE
+        for name in (
+            "aria_text",
+            "aria",
+            "granitemoe",
+            "granitemoehybrid",
+            "granitemoeshared",
+            "minimax_m3_vl",
+            "step3p7",
+        )  # fmt: skip
+    },
+    "test_names_in_the_files_come_back_to_the_module": dict.fromkeys(
+        ("minimax_m3_vl", "step3p7"), NAMES
+    ),
+}
+
+
+def mark(items: list[pytest.Item]) -> None:
+    """Mark the tests that these gaps concern as expected to fail."""
+    for item in items:
+        name = getattr(item, "originalname", "")
+        values = getattr(getattr(item, "callspec", None), "params", {}).values()
+        gaps = {**EVERYWHERE, **IN_TESTS.get(name, {})}
+        for value in values:
+            if isinstance(value, str) and value in gaps and item.path.name in FILES:
+                item.add_marker(pytest.mark.xfail(reason=gaps[value], strict=False))
