@@ -27,18 +27,11 @@ IN_TESTS = {
     "test_nearly_all_weights_of_the_layers_are_quantized": dict.fromkeys(
         ("longcat_flash", "inkling_text", "zaya"), SHARE
     ),
-    "test_dequantized_at_load_it_is_an_ordinary_model": {
-        name: SAVED_DENSE
-        for name in (
-            "aria_text",
-            "aria",
-            "granitemoe",
-            "granitemoehybrid",
-            "granitemoeshared",
-            "minimax_m3_vl",
-            "step3p7",
-        )  # fmt: skip
-    },
+    "test_dequantized_at_load_it_is_an_ordinary_model": dict.fromkeys(
+        ("aria_text", "aria", "granitemoe", "granitemoehybrid", "granitemoeshared")
+        + ("minimax_m3_vl", "step3p7"),
+        SAVED_DENSE,
+    ),
     "test_names_in_the_files_come_back_to_the_module": dict.fromkeys(
         ("minimax_m3_vl", "step3p7"), NAMES
     ),
