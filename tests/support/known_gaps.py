@@ -28,8 +28,15 @@ IN_TESTS = {
         ("longcat_flash", "inkling_text", "zaya"), SHARE
     ),
     "test_dequantized_at_load_it_is_an_ordinary_model": dict.fromkeys(
-        ("aria_text", "aria", "granitemoe", "granitemoehybrid", "granitemoeshared")
-        + ("minimax_m3_vl", "step3p7"),
+        (
+            "aria_text",
+            "aria",
+            "granitemoe",
+            "granitemoehybrid",
+            "granitemoeshared",
+            "minimax_m3_vl",
+            "step3p7",
+        ),
         SAVED_DENSE,
     ),
     "test_names_in_the_files_come_back_to_the_module": dict.fromkeys(
