@@ -126,7 +126,7 @@ def test_a_quantized_folder_without_its_configuration(folder: Path, tmp_path: Pa
     config = json.loads((tmp_path / "q" / "config.json").read_text())
     del config["quantization_config"]
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="14 of the weights are no plain floating-point numbers"):
+    with pytest.raises(ModelError, match=r"Put back the config\.json"):
         vqllm.load(tmp_path / "q")
 
 

@@ -20,7 +20,7 @@ NOT_FROM_HUB = ("*/*", "consolidated*.safetensors")
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes of weights, as safetensors calls them."""
-CODES = ("weight", "weight_packed", "W_q", "codes", "Qidxs", "trellis")
+CODES = ("weight", "weight_packed", "W_q", "Qidxs", "trellis")
 """Ends of the names of what is stored in the place of a weight."""
 
 
