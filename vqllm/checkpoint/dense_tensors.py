@@ -20,7 +20,7 @@ from transformers.core_model_loading import WeightConverter, revert_weight_conve
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.checkpoint.shards import natural_order
 from vqllm.errors import CheckpointError
-from vqllm.hf.conversions import Renaming, without_merged
+from vqllm.hf.conversions import Renaming
 from vqllm.hf.linear_form import Part, fuse, to_linear_form
 from vqllm.hf.loading import explained, skeleton
 
@@ -85,7 +85,7 @@ class _Parts:
         linear = skeleton(checkpoint.folder)
         parts = to_linear_form(linear)
         experts = {part.tensor for part in parts.values() if part.expert is not None or part.rows}
-        renaming = Renaming(self._model, without_merged(rules, experts))
+        renaming = Renaming(self._model, rules)
         # The stored matrices and biases, by the parameter that each of them is.
         modules = dict(linear.named_modules())
         found: dict[str, str] = {}

@@ -24,7 +24,7 @@ from vqllm.checkpoint.shards import (
 )
 from vqllm.core.bits import BitCount
 from vqllm.errors import CheckpointError
-from vqllm.hf.conversions import Renaming, without_merged
+from vqllm.hf.conversions import Renaming
 from vqllm_kernels.linear import LinearSpec
 
 
@@ -137,14 +137,7 @@ class Checkpoint:
     def in_model(self, model: Any) -> "Checkpoint":
         """The same with the names that modules and tensors have in a model that was loaded from it;
         what the model has no place for keeps its name."""
-        rules = get_model_conversion_mapping(model)
-        gone = {
-            pattern
-            for rule in rules
-            for pattern in rule.target_patterns
-            if self.quantization.linear_form
-        }
-        renaming = Renaming(model, without_merged(rules, gone))
+        renaming = Renaming(model, get_model_conversion_mapping(model))
         modules = dict(model.named_modules(remove_duplicate=False))
 
         def module_name(name: str, tensor: str) -> str:

@@ -183,7 +183,7 @@ class Renaming:
     """What the tensors of a checkpoint are called in a model, by these rules."""
 
     def __init__(self, model: Any, rules: Iterable[Any]) -> None:
-        self._renamings, self._converters = _by_kind(rules)
+        self._renamings, _ = _by_kind(rules)
         self._prefix = model.base_model_prefix
 
     def name(self, name: str, tensor: str) -> str:

@@ -34,7 +34,7 @@ def surplus(model: Any, names: Iterable[str]) -> tuple[list[str], list[str]]:
     """
     layers: dict[tuple[str, int], list[str]] = {}
     for name in names:
-        if layer := _further_layer(model, name):
+        if layer := further_layer(model, name):
             layers.setdefault(layer, []).append(name)
     known = _num_layers(model.config)
     further: list[str] = []
@@ -72,7 +72,7 @@ def _num_layers(config: Any) -> int:
     return max((values[key] for key in keys if isinstance(values[key], int)), default=0)
 
 
-def _further_layer(model: nn.Module, name: str) -> tuple[str, int] | None:
+def further_layer(model: nn.Module, name: str) -> tuple[str, int] | None:
     """The list of the model's modules beyond whose end a tensor's name has an index, and this."""
     for match in re.finditer(r"\.(\d+)\.", name):
         parent = name[: match.start()]

@@ -14,8 +14,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from vqllm.checkpoint.format import QuantizationConfig
 from vqllm.errors import CheckpointError
-from vqllm.hf.conversions import Renaming, without_merged
+from vqllm.hf.conversions import Renaming
 from vqllm.hf.linear_form import is_fused, linear_form, to_linear_form
+from vqllm.hf.next_tokens import further_layer
 from vqllm_kernels.linear import LinearSpec
 
 
@@ -44,7 +45,7 @@ def found_in(model: Any, quantization: QuantizationConfig) -> Found:
     if quantization.linear_form:
         parts = to_linear_form(model, only_experts=True)
         gone = frozenset(part.tensor for part in parts.values())
-    rename = Renaming(model, without_merged(get_model_conversion_mapping(model), gone))
+    rename = Renaming(model, get_model_conversion_mapping(model))
     modules = dict(model.named_modules(remove_duplicate=False))
     names: dict[str, str] = {}
     for name, spec in specs.items():
@@ -82,18 +83,4 @@ def _must_have(model: nn.Module, *names: str) -> bool:
     architectures = getattr(model.config, "architectures", None) or []
     if type(model).__name__ not in architectures:
         return False
-    return not any(_is_beyond(model, name) for name in names)
-
-
-def _is_beyond(model: nn.Module, name: str) -> bool:
-    """Whether a name has an index beyond the end of a list of the model's modules."""
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part.isdigit():
-            try:
-                parent = model.get_submodule(".".join(parts[:i]))
-            except AttributeError:
-                continue
-            if isinstance(parent, nn.ModuleList) and int(part) >= len(parent):
-                return True
-    return False
+    return not any(further_layer(model, f"{name}.") for name in names)
