@@ -82,8 +82,11 @@ class LinearExperts(nn.Module):
         return self.post_expert_norm(y_NC) if getattr(self, "has_post_expert_norm", False) else y_NC
 
     def _gate(self, gate_up: Tensor) -> Tensor:
-        """The class's own gate: [.., 2 I] -> [.., I]."""
-        return self._like._apply_gate(self, gate_up)  # type: ignore[attr-defined]
+        """The class's own gate: [.., 2 I] -> [.., I]; the usual one where it has none as such."""
+        if own := getattr(self._like, "_apply_gate", None):
+            return own(self, gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return self.act_fn(gate) * up
 
 
 class ExpertsAndIdentity(LinearExperts):
@@ -94,10 +97,6 @@ class ExpertsAndIdentity(LinearExperts):
         beyond_TK = (top_k_index >= self.num_experts).to(top_k_weights.dtype)
         weight_T1 = (top_k_weights * beyond_TK).sum(-1, keepdim=True)
         return output + (hidden_states * weight_T1).to(output.dtype)
-
-    def _gate(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, -1)
-        return self.act_fn(gate) * up
 
 
 class StackedExperts(LinearExperts):
@@ -113,30 +112,20 @@ class StackedExperts(LinearExperts):
                 output[index, token_N] = self._run(self.expert(index), x_TC[token_N])
         return output.view(-1, output.shape[-1])
 
-    def _gate(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, -1)
-        return up * self.act_fn(gate)
-
 
 class ReshapedExperts(LinearExperts):
     """Experts that take states of any shape and return [S, -1, C], S the first axis of what they
     took (DBRX)."""
 
-    activation_fn: Any
-
     def __init__(self, like: Any, num_experts: int) -> None:
         super().__init__(like, num_experts)
         del self.mlp  # holds the matrices
-        self.activation_fn = like.mlp.activation_fn
+        self.act_fn = like.mlp.activation_fn
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         x_TC = hidden_states.reshape(-1, hidden_states.shape[-1])
         y_TC = super().forward(x_TC, top_k_index, top_k_weights)
         return y_TC.view(len(hidden_states), -1, y_TC.shape[-1])
-
-    def _gate(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, -1)
-        return self.activation_fn(gate) * up
 
 
 class SortedExperts(LinearExperts):

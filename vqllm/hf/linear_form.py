@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from vqllm.hf.experts import (
@@ -90,6 +91,11 @@ def linear_form(module: nn.Module) -> LinearForm | None:
     return None
 
 
+def has_linear_form(module: nn.Module) -> bool:
+    """Whether `linear_form` has an answer, without making it."""
+    return isinstance(module, Conv1D) or is_fused(module)
+
+
 def is_fused(module: nn.Module) -> bool:
     """Whether a module holds the matrices of several experts in one parameter, in a known way."""
     return _kind_of(module) is not None
@@ -106,15 +112,17 @@ def _of_experts(module: Any) -> LinearForm:
     kind = _kind_of(module)
     assert kind is not None, "asked before"
     matrices = _matrices(module)
-    num_experts = min(_num_experts(module, name) for name in matrices)
+    num_experts = min(_num_experts(module, part) for part in matrices.values())
     form = kind(module, num_experts)
     parts: dict[str, Part] = {}
-    for index in range(num_experts):
-        expert = nn.Module()
-        for name, part in matrices.items():
-            _add_linear(module, expert, parts, index, name, part)
-        single = expert._modules.get("")
-        form.add_module(str(index), expert if single is None else single)
+    # The 18,432 linears of Qwen3-30B-A3B take 9 seconds with their initialization, 5 without it.
+    with no_init_weights():
+        for index in range(num_experts):
+            expert = nn.Module()
+            for name, part in matrices.items():
+                _add_linear(module, expert, parts, index, name, part)
+            single = expert._modules.get("")
+            form.add_module(str(index), expert if single is None else single)
     return LinearForm(form.train(module.training), parts)
 
 
@@ -145,8 +153,7 @@ def _matrices(module: Any) -> dict[str, Part]:
     }
 
 
-def _num_experts(module: Any, name: str) -> int:
-    part = _matrices(module)[name]
+def _num_experts(module: Any, part: Part) -> int:
     tensor = _tensor(module, part)
     assert part.rows is not None or part.expert is not None
     return len(tensor) if part.expert is not None else len(tensor) // part.rows[1]  # type: ignore

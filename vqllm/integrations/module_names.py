@@ -15,7 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from vqllm.checkpoint.format import QuantizationConfig
 from vqllm.errors import CheckpointError
 from vqllm.hf.conversions import Renaming
-from vqllm.hf.linear_form import is_fused, linear_form, to_linear_form
+from vqllm.hf.linear_form import has_linear_form, is_fused, to_linear_form
 from vqllm.hf.next_tokens import further_layer
 from vqllm_kernels.linear import LinearSpec
 
@@ -41,8 +41,9 @@ def found_in(model: Any, quantization: QuantizationConfig) -> Found:
     """
     specs = quantization.linears()
     gone: frozenset[str] = frozenset()
-    before = {n: m for n, m in model.named_modules() if quantization.linear_form and linear_form(m)}
+    before: dict[str, nn.Module] = {}
     if quantization.linear_form:
+        before = {n: m for n, m in model.named_modules() if has_linear_form(m)}
         parts = to_linear_form(model, only_experts=True)
         gone = frozenset(part.tensor for part in parts.values())
     rename = Renaming(model, get_model_conversion_mapping(model))
