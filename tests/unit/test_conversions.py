@@ -93,7 +93,7 @@ def test_names_in_the_files_come_back_to_the_module(model_type: str, saved: Any)
     found = set()
     for name in matrices:
         for key in ("codes", "weight"):
-            stored = blueprint.conversions.name_in_files(f"{name}.{key}", without)
+            stored = blueprint.conversions.name_in_files(f"{name}.{key}", frozenset(without))
             module = stored.removesuffix(f".{key}")
             assert stored.endswith(f".{key}")
             assert renaming.module(module, key, modules) == name

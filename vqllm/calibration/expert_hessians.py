@@ -18,9 +18,10 @@ with that of all as T, .0179 so; last ones .0261 with their own, .0222 so.
 
 from collections.abc import Iterable, Mapping
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from vqllm.calibration.hessian import InputHessian
+from vqllm.calibration.hessian import InputGroup, InputHessian
 from vqllm.hf.experts import ExpertLinear
 
 SMOOTH = 0.25
@@ -60,18 +61,83 @@ def shrunk(own: InputHessian, shared: InputHessian | None, shrinkage: float) -> 
     return InputHessian(total_CC, own.num_tokens, 1.0, own.drift)
 
 
-def routed_weights(linear: ExpertLinear, x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The numbers of the tokens that an expert's linear runs on now, among those of the batch, and
-    p² of each; None where the router's weights are in the input itself."""
-    routed = linear.owner.routed
-    if routed is None or len(routed.token_N) != len(x):
-        return None
-    return routed.token_N, routed.weight_N.detach().float().square()
+class LayerExperts:
+    """The experts of one layer, and the Hessians that they have in common.
 
+    Attributes:
+        linears: of the experts, by full name; none in a layer without experts.
+    """
 
-def sides(linears: Mapping[str, ExpertLinear]) -> dict[str, dict[str, list[str]]]:
-    """Linears by the input that all experts share and by expert, in order."""
-    found: dict[str, dict[str, list[str]]] = {}
-    for name, own in linears.items():
-        found.setdefault(own.side, {}).setdefault(own.expert, []).append(name)
-    return found
+    def __init__(
+        self, linears: Mapping[str, ExpertLinear] | None = None, shrinkage: float = 0.0
+    ) -> None:
+        self.linears = linears or {}
+        self._shrinkage = shrinkage
+        self._sides: dict[str, dict[str, list[str]]] = {}
+        """linears by side and expert, in order"""
+        for name, own in self.linears.items():
+            self._sides.setdefault(own.side, {}).setdefault(own.expert, []).append(name)
+        self._shared: dict[str, InputHessian] = {}
+        """Hessians of all experts together, by side"""
+        self._complete: set[str] = set()
+        """sides of which that is measured"""
+
+    def grouped(self, groups: Iterable[InputGroup]) -> list[InputGroup]:
+        """The groups with those of experts replaced by what their module says, all of one side
+        where the first of them ran: whether tokens reached them does not matter."""
+        found: list[InputGroup] = []
+        done: set[str] = set()
+        for group in groups:
+            alone = tuple(name for name in group.names if name not in self.linears)
+            if alone:
+                found.append(InputGroup(alone))
+            own = (self.linears[name].side for name in group.names if name not in alone)
+            for side in dict.fromkeys(own):
+                if side not in done:
+                    done.add(side)
+                    experts = self._sides[side].values()
+                    found += [InputGroup(tuple(names), side) for names in experts]
+        return found
+
+    def weights(self, name: str, x: Tensor) -> Tensor | None:
+        """p² of the tokens that a linear runs on now; None for one of no expert, or where the
+        router's weights are in its input x itself."""
+        routed = self.linears[name].owner.routed if name in self.linears else None
+        if routed is None or len(routed.weight_N) != len(x):
+            return None
+        return routed.weight_N.detach().float().square()
+
+    def others(
+        self, groups: Iterable[InputGroup], linears: Mapping[str, nn.Linear], device: torch.device
+    ) -> dict[str, InputHessian]:
+        """For every expert that is not among the groups but has its part in what they share, one
+        of its linears, and the shared Hessian, empty; none where that is measured already."""
+        measured = {name for group in groups for name in group.names}
+        others: dict[str, InputHessian] = {}
+        for side in dict.fromkeys(group.side for group in groups if group.side):
+            first = next(iter(self._sides[side].values()))[0]
+            if side in self._shared or not self.linears[first].reads_the_stream:
+                continue
+            shared = InputHessian.empty(linears[first].in_features, device)
+            self._shared[side] = shared
+            for names in self._sides[side].values():
+                if names[0] not in measured:
+                    others[names[0]] = shared
+        return others
+
+    def share(self, hessians: Mapping[InputGroup, InputHessian]) -> None:
+        """Add what the groups' experts have to what all share, the first time it is measured."""
+        for side in self._shared.keys() - self._complete:
+            own = (hessian for group, hessian in hessians.items() if group.side == side)
+            merged(own, self._shared[side])
+            self._complete.add(side)
+
+    def shrunk(self, group: InputGroup, hessian: InputHessian) -> InputHessian:
+        """The Hessian that a group is rounded with; its own where it is not of an expert."""
+        if group.side is None:
+            return hessian
+        # Where no token came to any expert, all their linears stay as they are.
+        first = self._shared.get(group.side.replace(" output", " input"))
+        if first is not None and not first.is_known:
+            return hessian
+        return shrunk(hessian, self._shared.get(group.side), self._shrinkage)

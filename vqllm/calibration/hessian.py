@@ -10,6 +10,15 @@ from vqllm.core import linalg
 from vqllm.errors import NumericalError
 
 
+@dataclass(frozen=True)
+class InputGroup:
+    """Linears of one layer that read the same input, by full name, in the order they run."""
+
+    names: tuple[str, ...]
+    side: str | None = None
+    """of an expert: what its group has in common with those of the other experts"""
+
+
 @dataclass
 class InputHessian:
     """The running sum of w x xᵀ over all tokens so far, w = 1 unless given.

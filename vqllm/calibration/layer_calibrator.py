@@ -10,25 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from vqllm.calibration.drift import Drift, Writer, silenced, writers
-from vqllm.calibration.expert_hessians import merged, routed_weights, shrunk, sides
-from vqllm.calibration.hessian import InputHessian
+from vqllm.calibration.expert_hessians import LayerExperts
+from vqllm.calibration.hessian import InputGroup, InputHessian
 from vqllm.calibration.layer_stream import LayerDone, LayerStream
 from vqllm.calibration.passes import Model, Passes
 from vqllm.core import metrics
 from vqllm.errors import ModelError
-from vqllm.hf.experts import ExpertLinear, expert_linears
+from vqllm.hf.experts import expert_linears
 
 GROUP_TOKENS = 2048
 """Tokens that run to find out which linears read the same input."""
-
-
-@dataclass(frozen=True)
-class InputGroup:
-    """Linears of one layer that read the same input, by full name, in the order they run."""
-
-    names: tuple[str, ...]
-    side: str | None = None
-    """of an expert: what its group has in common with those of the other experts"""
 
 
 @dataclass
@@ -37,8 +28,8 @@ class _Observed:
     before the linear that is silenced, if one is."""
 
     inputs: dict[str, list[Tensor]]
-    routed: dict[str, list[tuple[Tensor, Tensor] | None]]
-    """for each input, the numbers of its tokens and their weights, where a router chose them"""
+    routed: dict[str, list[Tensor | None]]
+    """for each input, the weights of its tokens, where a router chose them"""
     residual: Tensor | None = None
 
 
@@ -51,14 +42,7 @@ class _Layer:
     unreached: bool = False
     """the first tokens did not reach all linears"""
     writers: dict[str, Writer] = field(default_factory=dict)
-    experts: dict[str, ExpertLinear] = field(default_factory=dict)
-    """linears of experts by full name"""
-    sides: dict[str, dict[str, list[str]]] = field(default_factory=dict)
-    """the same by side and expert"""
-    shared: dict[str, InputHessian] = field(default_factory=dict)
-    """Hessians of all experts together, by side"""
-    is_shared: set[str] = field(default_factory=set)
-    """sides whose shared Hessian is complete"""
+    experts: LayerExperts = field(default_factory=LayerExperts)
 
 
 class LayerCalibrator:
@@ -119,9 +103,10 @@ class LayerCalibrator:
 
         few = slice(0, max(1, GROUP_TOKENS // self._passes.tokens.shape[1]))
         self._passes.run(index, few, linears, visit)
-        self._find_experts(index, linears)
+        layer, name = self._stream.layers[index], self._stream.names[index]
+        self._layer.experts = LayerExperts(expert_linears(layer, name, linears), self._shrinkage)
         self._layer.repeats = max(num_calls.values(), default=0) > 1
-        experts = self._layer.experts.keys()
+        experts = self._layer.experts.linears.keys()
         self._layer.unreached = len(num_calls.keys() - experts) < len(linears.keys() - experts)
         # A linear that ran more than once belongs to the group of its first input.
         first_input: dict[str, int] = {}
@@ -134,7 +119,7 @@ class LayerCalibrator:
         ]
         groups = [group for group in groups if group.names]
         groups += [InputGroup((name,)) for name in linears if name not in first_input]
-        groups = self._with_experts(groups)
+        groups = self._layer.experts.grouped(groups)
         if self._target == "residual":
             self._find_writers(index, few, linears, groups)
         return groups
@@ -156,7 +141,7 @@ class LayerCalibrator:
         for together in [others, *([group] for group in alone)]:
             if together:
                 self._measure(index, linears, {group: hessians[group] for group in together})
-        return [self._shrunk(group, hessians.pop(group)) for group in groups]
+        return [self._layer.experts.shrunk(group, hessians.pop(group)) for group in groups]
 
     def chunks(
         self, linears: Mapping[str, nn.Linear], groups: Iterable[InputGroup], budget_bytes: int
@@ -244,7 +229,8 @@ class LayerCalibrator:
 
     def _empty(self, linear: nn.Linear, group: InputGroup) -> InputHessian:
         hessian = InputHessian.empty(linear.in_features, self._stream.device)
-        if self._target != "weights":
+        # The tokens of an expert are not the same in the two models.
+        if self._target != "weights" and group.side is None:
             adds = group.names[0] in self._layer.writers
             hessian.drift = Drift.empty(linear, adds, self._stream.device)
         return hessian
@@ -257,7 +243,7 @@ class LayerCalibrator:
     ) -> None:
         """Add all tokens to the Hessians of these groups."""
         watched = {group.names[0]: linears[group.names[0]] for group in hessians}
-        others = self._of_others(linears, hessians)
+        others = self._layer.experts.others(hessians, linears, self._stream.device)
         watched |= {name: linears[name] for name in others}
         for batch in self._passes.batches():
             original = None
@@ -270,7 +256,7 @@ class LayerCalibrator:
                     hessian.drift = self._with(hessian.drift, group, batch, quantized, original)
             for name, hessian in others.items():
                 self._add(hessian, (name,), batch, quantized)
-        self._share(hessians)
+        self._layer.experts.share(hessians)
 
     def _add(
         self, hessian: InputHessian, names: tuple[str, ...], batch: slice, observed: _Observed
@@ -279,68 +265,6 @@ class LayerCalibrator:
         for x, routed in zip(observed.inputs[names[0]], observed.routed[names[0]]):
             weight_N = self._weight(names, batch, x, routed)
             hessian.add(x.reshape(-1, x.shape[-1]), weight_N)
-
-    def _of_others(
-        self, linears: Mapping[str, nn.Linear], groups: Iterable[InputGroup]
-    ) -> dict[str, InputHessian]:
-        """For every expert that is not among the groups but has its part in what they share, one
-        of its linears, and the shared Hessian, empty; none where that is measured already."""
-        measured = {name for group in groups for name in group.names}
-        others: dict[str, InputHessian] = {}
-        for side in dict.fromkeys(group.side for group in groups if group.side):
-            if side in self._layer.shared or not self._reads_the_stream(side):
-                continue
-            experts = self._layer.sides[side].values()
-            size = linears[next(iter(experts))[0]].in_features
-            self._layer.shared[side] = InputHessian.empty(size, self._stream.device)
-            for names in experts:
-                if names[0] not in measured:
-                    others[names[0]] = self._layer.shared[side]
-        return others
-
-    def _share(self, hessians: Mapping[InputGroup, InputHessian]) -> None:
-        """Add what the groups' experts have to what all share, the first time it is measured."""
-        for side, shared in self._layer.shared.items():
-            if side not in self._layer.is_shared:
-                merged((own for group, own in hessians.items() if group.side == side), shared)
-                self._layer.is_shared.add(side)
-
-    def _shrunk(self, group: InputGroup, hessian: InputHessian) -> InputHessian:
-        if group.side is None:
-            return hessian
-        # Where no token came to any expert, all their linears stay as they are.
-        first = self._layer.shared.get(group.side.replace(" output", " input"))
-        if first is not None and not first.is_known:
-            return hessian
-        return shrunk(hessian, self._layer.shared.get(group.side), self._shrinkage)
-
-    def _reads_the_stream(self, side: str) -> bool:
-        """Whether experts have the features of their inputs in common."""
-        names = next(iter(self._layer.sides[side].values()))
-        return self._layer.experts[names[0]].reads_the_stream
-
-    def _find_experts(self, index: int, linears: Iterable[str]) -> None:
-        layer, name = self._stream.layers[index], self._stream.names[index]
-        self._layer.experts = expert_linears(layer, name, linears)
-        self._layer.sides = sides(self._layer.experts)
-
-    def _with_experts(self, groups: list[InputGroup]) -> list[InputGroup]:
-        """The groups with those of experts replaced by what their module says, all of one side
-        where the first of them ran: whether tokens reached them does not matter."""
-        found: list[InputGroup] = []
-        done: set[str] = set()
-        for group in groups:
-            alone = tuple(name for name in group.names if name not in self._layer.experts)
-            if alone:
-                found.append(InputGroup(alone))
-            for side in dict.fromkeys(
-                self._layer.experts[name].side for name in group.names if name not in alone
-            ):
-                if side not in done:
-                    done.add(side)
-                    experts = self._layer.sides[side].values()
-                    found += [InputGroup(tuple(names), side) for names in experts]
-        return found
 
     def _observe(
         self, index: int, batch: slice, watched: Mapping[str, nn.Linear], model: Model
@@ -352,8 +276,7 @@ class LayerCalibrator:
 
         def visit(name: str, x: Tensor) -> None:
             observed.inputs[name].append(x.clone())  # a layer may write into it later
-            expert = self._layer.experts.get(name)
-            observed.routed[name].append(routed_weights(expert, x) if expert else None)
+            observed.routed[name].append(self._layer.experts.weights(name, x))
             waiting.discard(name)
             # The rest of the layer is of no use here. Four input groups measured one after the
             # other cost 1.4 passes through a Llama layer instead of 4.
@@ -376,14 +299,10 @@ class LayerCalibrator:
         original: _Observed,
     ) -> Drift | None:
         """The drift with a batch added; None where the linear runs on other tokens in the two
-        models (an expert), or more than once."""
+        models, or more than once."""
         num_tokens = self._passes.tokens[batch].numel()
         inputs = [*original.inputs[group.names[0]], *quantized.inputs[group.names[0]]]
-        if (
-            group.side
-            or len(inputs) != 2
-            or any(x.shape[:-1].numel() != num_tokens for x in inputs)
-        ):
+        if len(inputs) != 2 or any(x.shape[:-1].numel() != num_tokens for x in inputs):
             return None
         weight_N = self._weight(group.names, batch, inputs[1])
         x0_NC, x_NC = (x.reshape(num_tokens, -1) for x in inputs)
@@ -398,16 +317,16 @@ class LayerCalibrator:
         names: tuple[str, ...],
         batch: slice,
         x: Tensor,
-        routed: tuple[Tensor, Tensor] | None = None,
+        routed: Tensor | None = None,
     ) -> Tensor | None:
         """The weights of a batch's tokens in the Hessian of these linears, [N]; None if all weigh
         the same, or x has only some of them and no router says which."""
+        if routed is not None:
+            return routed
         known = [self._weights[name][batch] for name in names if name in self._weights]
-        if routed is None:
-            if not known or x.shape[:-1] != known[0].shape:
-                return None
-            return torch.stack(known).mean(0).flatten().to(x.device)
-        return routed[1]
+        if not known or x.shape[:-1] != known[0].shape:
+            return None
+        return torch.stack(known).mean(0).flatten().to(x.device)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

@@ -181,11 +181,6 @@ class Layers:
         """Within, layer `index` can run."""
         return contextlib.nullcontext(self.layers[index])
 
-    def returns_like(self, other: "LayerStream") -> None:
-        """Copy the forms of the layers' outputs from another stream of the same model, so that
-        layers can run in any order."""
-        self._returns = dict(other._returns)
-
     def _passing_on(self, index: int) -> Callable[..., Any]:
         returns = self._returns.get(index, _Output(None))
 

@@ -18,18 +18,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
 from vqllm.checkpoint.reader import Checkpoint
-from vqllm.checkpoint.shards import natural_order
+from vqllm.checkpoint.shards import DTYPE_NAMES, natural_order
 from vqllm.errors import CheckpointError
 from vqllm.hf.conversions import Renaming
 from vqllm.hf.linear_form import Part, fuse, to_linear_form
 from vqllm.hf.loading import explained, skeleton
 
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+FLOATS = {name: dtype for dtype, name in DTYPE_NAMES.items() if dtype.is_floating_point}
 """Dtypes of the tensors that a change of dtype concerns, by their names in safetensors files."""
 
 

@@ -32,11 +32,9 @@ class FileNames:
         # Experts are in linear form all together, or none: it is one rule of transformers that
         # merges those of all layers.
         self._experts_apart = any(self._is_expert(f"{name}.weight") for name in quantized)
-        self._gone = (
-            {part.tensor for name, part in parts.items() if self._is_expert(name)}
-            if self._experts_apart
-            else set()
-        )
+        self._gone: frozenset[str] = frozenset()
+        if self._experts_apart:
+            self._gone = frozenset(p.tensor for name, p in parts.items() if self._is_expert(name))
         self.differ = any(
             f"{name}.weight" in parts or self.of(f"{name}.weight") != f"{name}.weight"
             for name in quantized

@@ -92,6 +92,8 @@ class Conversions:
                 rename_source_key(key, renamings, converters, self._prefix, self._known)
         # What saving undoes: the rules that some stored name needed, as transformers keeps them.
         self._used = [rule for rule in self._written if rule.was_used()]
+        self._naming: dict[frozenset[str], tuple[list[Any], list[Any], list[Any]]] = {}
+        """the rules for names in files, by the tensors that are gone: undone ones, then all"""
 
     def convert(
         self, target: str, read: Callable[[str], Tensor], only: int | None = None
@@ -134,7 +136,7 @@ class Conversions:
         operations = self._rule(patterns[0]).operations
         return any(isinstance(own, MergeModulelist) and own.dim == 0 for own in operations)
 
-    def name_in_files(self, name: str, gone: Collection[str] = ()) -> str:
+    def name_in_files(self, name: str, gone: frozenset[str] = frozenset()) -> str:
         """The name under which a tensor that the model gets in the place of others is stored, so
         that transformers' rules bring it to `name` again: as saving would name it, or `name`.
 
@@ -145,8 +147,10 @@ class Conversions:
         Raises:
             ModelError: the rules bring neither there.
         """
-        renamings, converters = _by_kind(without_merged(self._written, gone))
-        undone, _ = _by_kind(rule.reverse_transform() for rule in reversed(self._used))
+        if gone not in self._naming:  # the same for all of a model's names
+            undone, _ = _by_kind(rule.reverse_transform() for rule in reversed(self._used))
+            self._naming[gone] = undone, *_by_kind(without_merged(self._written, gone))
+        undone, renamings, converters = self._naming[gone]
         candidates = (apply_renamings(name, undone), name)
         for candidate in candidates:
             known = {name: True}

@@ -70,8 +70,6 @@ def quantize_layer(
         results += done
         for name in names:
             del unfinished[name]
-            if not trainer:
-                layer.weights.pop(name, None)
         # Nothing is settled before the last training; after it, or with nothing unfinished, only
         # the output of the layer is left to compute.
         if unfinished and not trainer:
