@@ -42,6 +42,11 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
             "",
             markdown_table(("linear", "proxy loss", "SQNR dB", "tokens"), _worst_rows(records)),
             *_section(
+                "Experts that no calibration token reached, rounded for the inputs of the others",
+                ("expert", "linears"),
+                _unreached_rows(records),
+            ),
+            *_section(
                 "Bits that linears got",
                 ("bits of codes", "linears", "weights", "which", "expected KL"),
                 _allocated_rows(records),
@@ -94,6 +99,15 @@ def _worst_rows(records: Sequence[JSON]) -> Rows:
         (r["name"], f"{r['proxy_loss']:.4g}", f"{r['sqnr_db']:.2f}", str(r["num_tokens"]))
         for r in worst(records)
     ]
+
+
+def _unreached_rows(records: Sequence[JSON]) -> Rows:
+    linears: dict[str, list[str]] = {}
+    for record in records:
+        if record["num_tokens"] == 0:
+            expert, _, linear = record["name"].rpartition(".")
+            linears.setdefault(expert, []).append(linear)
+    return [(expert, ", ".join(own)) for expert, own in linears.items()]
 
 
 def _fragile_rows(records: Sequence[JSON]) -> Rows:
