@@ -20,6 +20,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from vqllm.checkpoint import checksums
 from vqllm.checkpoint.format import QUANT_METHOD, QuantizationConfig
 from vqllm.checkpoint.shards import DAMAGED, read_header
 from vqllm.core.tensors import frozen
@@ -27,6 +28,7 @@ from vqllm.errors import CheckpointError
 from vqllm.hf.conversions import without_merged
 from vqllm.hf.linear_form import from_linear_form
 from vqllm.hf.linears import before_lookup
+from vqllm.integrations.missing import refuse_missing
 from vqllm.integrations.module_names import found_in
 from vqllm.runtime.embedding import VQEmbedding
 from vqllm.runtime.linear import VQLinear
@@ -75,6 +77,8 @@ class VqllmQuantizer(HfQuantizer):
     the name of the model."""
     _tied: dict[str, str]
     """modules that use the tensors of another one, by full name"""
+    _stored: Collection[str] = ()
+    """names of all tensors in the files"""
     _gone: Collection[str] = ()
     """tensors that the model has no more, because their parts are linears"""
     _originals: Mapping[str, nn.Module]
@@ -86,9 +90,11 @@ class VqllmQuantizer(HfQuantizer):
         self.quantization_config.parse()
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        for path in kwargs.get("checkpoint_files") or ():
-            if str(path).endswith(".safetensors"):
-                read_header(Path(path))  # names a truncated file, which the loader does not
+        files = [Path(own) for own in kwargs.get("checkpoint_files") or ()]
+        files = [file for file in files if file.suffix == ".safetensors"]
+        # The loader itself names neither a truncated file nor a damaged one.
+        self._stored = {name for file in files for name in read_header(file)}
+        checksums.compare_loaded(files)
         quantization = self.quantization_config.parse()
         with torch.device("meta"):
             found = found_in(model, quantization)
@@ -108,6 +114,7 @@ class VqllmQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         packed = _packed_modules(model)
         _check_loaded(model, packed)
+        refuse_missing(model, self._stored)
         for module in packed.values():
             module.requires_grad_(False)  # the loader wraps float tensors anew, with gradient
         if self.pre_quantized and self.quantization_config.dequantize:
