@@ -22,6 +22,11 @@ class CheckpointError(VqllmError):
     """A checkpoint that is missing, damaged, of a newer format, or belongs to another run."""
 
 
+class PackedWeightError(VqllmError):
+    """Packed weights used as if they were dense ones in memory: written into, given a gradient, or
+    read while they are offloaded."""
+
+
 class NumericalError(VqllmError):
     """Non-finite weights, activations or Hessians, or a Hessian that stays singular."""
 

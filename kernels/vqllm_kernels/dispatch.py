@@ -3,6 +3,7 @@
     linear     y = x Wᵀ + bias: all transforms, the product and the bias, one operator
     linears    the same for linears of one input, whose transforms of it are applied once, and
                whose products are one where formats are equal and kernels run
+    dense      W in the model's own basis
     matmul     y = x Wᵀ in the transformed basis, W packed
     decode     W in the transformed basis
     transform  x' from x, or y from y' (a transform on one side of the product)
@@ -29,7 +30,7 @@ This module only gathers names. Which file answers what:
 """
 
 from vqllm_kernels.kernels import Call
-from vqllm_kernels.ops import decode, decode_rows, linear, linears, matmul, transform
+from vqllm_kernels.ops import decode, decode_rows, dense, linear, linears, matmul, transform
 from vqllm_kernels.select import Choice, beats_kept_weights, choices, force, forget
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "choices",
     "decode",
     "decode_rows",
+    "dense",
     "force",
     "forget",
     "linear",

@@ -7,6 +7,7 @@ The packed tensors are constants.
 
     function                 operator           what runs inside
     linear, linears          the same           `forward.products`
+    dense                    the same           the definition of format and transforms
     matmul, decode           the same           the kernels that `select` takes
     decode_rows, transform   the same           the format's definition; the kernels of `select`
     backward of a linear     linear_transpose   `forward.product_transpose`
@@ -68,6 +69,15 @@ def linears(
     texts, rows = [text_of(spec) for spec in specs], [spec.rows for spec in specs]
     ys = torch.ops.vqllm_kernels.linears(x, packed, texts, rows, specs[0].cols)
     return [y if bias is None else y + bias for y, bias in zip(ys, biases)]
+
+
+def dense(
+    tensors: dict[str, Tensor], spec: LinearSpec, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The weights [rows, cols] in the model's own basis, as `spec.dequantize` gives them, for code
+    that may become part of a graph."""
+    packed = [tensors[name] for name in sorted(tensors)]
+    return torch.ops.vqllm_kernels.dense(packed, text_of(spec), spec.rows, spec.cols, dtype)
 
 
 def matmul(
@@ -270,6 +280,11 @@ def _linear_transpose_fake(
     return grad.new_empty(*grad.shape[:-1], cols)
 
 
+def _dense_op(packed: list[Tensor], text: str, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    spec, names, _ = linear_of(text, rows, cols)
+    return spec.dequantize(dict(zip(names, packed)), dtype).contiguous()
+
+
 def _matmul_op(x: Tensor, packed: list[Tensor], text: str, rows: int, cols: int) -> Tensor:
     spec = _format_of(text)
     x_NC = x.reshape(-1, cols)
@@ -361,6 +376,11 @@ for _signature, _op, _fake in (
         "linear_transpose(Tensor grad, Tensor[] packed, str spec, int rows, int cols) -> Tensor",
         _linear_transpose_op,
         _linear_transpose_fake,
+    ),
+    (
+        "dense(Tensor[] packed, str spec, int rows, int cols, ScalarType dtype) -> Tensor",
+        _dense_op,
+        _decode_fake,
     ),
     (
         "matmul(Tensor x, Tensor[] packed, str spec, int rows, int cols) -> Tensor",

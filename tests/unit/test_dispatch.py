@@ -223,6 +223,7 @@ def test_operators_pass_opcheck():
     packed, text = [tensors[name] for name in sorted(tensors)], text_of(whole)
     torch.library.opcheck(ops.linear.default, (x, packed, bias, text, ROWS, COLS))
     grad = random_input(3, ROWS)
+    torch.library.opcheck(ops.dense.default, (packed, text, ROWS, COLS, torch.bfloat16))
     torch.library.opcheck(ops.linear_transpose.default, (grad, packed, text, ROWS, COLS))
     args = (x, packed * 2, [text] * 2, [ROWS] * 2, COLS)
     torch.library.opcheck(ops.linears.default, args)

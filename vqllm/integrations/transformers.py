@@ -157,7 +157,8 @@ class VqllmQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> Any:
-        return False
+        """Adapters on the model can be trained; packed weights get no gradient."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

@@ -1,5 +1,7 @@
 """An embedding whose rows stay packed until they are looked up."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,8 +17,10 @@ CHUNK_WEIGHTS = 1 << 22
 """Weights that are decoded at a time: 16 MB in float32."""
 
 
-class VQEmbedding(PackedModule):
+class VQEmbedding(PackedModule, nn.Embedding):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Rows of a packed matrix by token, in the dtype of the model.
+
+    It is an `nn.Embedding` to code that looks for embeddings, as adapters (LoRA) do.
 
     Only the looked-up rows are decoded. One row of 576 features takes 0.4 ms on a CPU, 2048 take
     11 ms (E8P twice) or 36 ms (uniform), so unlike linears an embedding keeps its decoded weights
@@ -50,12 +54,22 @@ class VQEmbedding(PackedModule):
             raise ValueError(f"rows of {spec} cannot be decoded one by one")
         self.num_embeddings, self.embedding_dim = spec.rows, spec.cols
         self.padding_idx = padding_idx
+        self.max_norm, self.norm_type = None, 2.0
+        self.scale_grad_by_freq = self.sparse = False
         self.rest = rest
 
     @classmethod
     def like(cls, module: nn.Embedding, spec: LinearSpec) -> "VQEmbedding":
         """An empty embedding in the place of `module`."""
         return cls(spec, module.weight.dtype, after_lookup(module), module.padding_idx)
+
+    @property
+    def embed_scale(self) -> Any:
+        """What rows are multiplied by (Gemma), where adapters look for it; AttributeError without.
+
+        An adapter's rows are multiplied by it, too.
+        """
+        return getattr(self.rest, "embed_scale")  # noqa: B009 - None has none either
 
     def forward(self, input: Tensor) -> Tensor:
         """Rows [..., embedding_dim] of tokens [...]."""

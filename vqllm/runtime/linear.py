@@ -15,8 +15,10 @@ from vqllm_kernels import dispatch
 from vqllm_kernels.linear import LinearSpec
 
 
-class VQLinear(PackedModule):
+class VQLinear(PackedModule, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
     """y = x Wᵀ + bias with W packed as `spec` says.
+
+    It is an `nn.Linear` to code that looks for linears, as adapters (LoRA) do.
 
     A cast such as `.to(dtype)` or `.half()` changes the bias only.
     """
@@ -59,7 +61,7 @@ class VQLinear(PackedModule):
             linear.bias = frozen(bias)
         return linear
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """y [..., out_features] of x [..., in_features], in the dtype of x."""
         if self._group is not None:
             y = self._group.output(self, x)

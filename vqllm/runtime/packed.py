@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from vqllm.core.tensors import frozen
 from vqllm.runtime import cache
 from vqllm.runtime.parameter import PackedParameter, Parameters, new_clock
-from vqllm_kernels import layout
+from vqllm.runtime.weight import PackedWeight, written
+from vqllm_kernels import dispatch, layout
 from vqllm_kernels.linear import LinearSpec
 
 
@@ -81,7 +82,7 @@ class PackedModule(nn.Module):
             dtype: that of the weight, to code that asks.
             device: where the tensors are made; "meta" waits for a loader to fill them.
         """
-        super().__init__()
+        nn.Module.__init__(self)  # not that of nn.Linear or nn.Embedding, which makes a weight
         self.spec = spec
         self._dtype = dtype
         for name, tensor in spec.layout().items():
@@ -111,8 +112,20 @@ class PackedModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A stand-in on the meta device, for model code that asks for shape or dtype."""
-        return torch.empty(self.spec.rows, self.spec.cols, dtype=self._dtype, device="meta")
+        """The dense weights [rows, cols], decoded when they are used: `PackedWeight`."""
+        if torch.compiler.is_compiling():  # what a graph does not use is not in it
+            return dispatch.dense(self.packed, self.spec, self._dtype)
+        form = torch.empty(self.spec.rows, self.spec.cols, dtype=self._dtype, device="meta")
+        return PackedWeight(form, self.device, lambda: self._decoded_weights(form.dtype))
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise written()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            raise written()
+        super().register_parameter(name, param)
 
     @property
     def packed(self) -> dict[str, Tensor]:
@@ -161,6 +174,14 @@ class PackedModule(nn.Module):
             dense = self.dequantize(dtype)
         self.keep(dense)
         return dense
+
+    def _decoded_weights(self, dtype: torch.dtype) -> Tensor:
+        """The decoded weights for reading: those that are kept, or for this one time."""
+        dense, origin = self._dense, self._decoded_from
+        if dense is not None and dense.dtype == dtype and origin is not None and origin.holds():
+            return dense
+        with torch.inference_mode(False), torch.no_grad():
+            return self.dequantize(dtype).contiguous()
 
     def keep(self, dense: Tensor) -> None:
         """Take these as the decoded weights for as long as the packed tensors are what they are."""

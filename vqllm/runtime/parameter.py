@@ -50,7 +50,7 @@ class PackedParameter(torch.Tensor):
             clock = new_clock(data.device)
         parameter: Any = torch.Tensor._make_subclass(cls, clock)
         parameter.clock = clock
-        parameter.data = data
+        parameter._exchange(data)
         parameter._is_param = True
         return parameter.requires_grad_(requires_grad)
 
@@ -67,6 +67,11 @@ class PackedParameter(torch.Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
+        """Other values, in the dtype that they have here, which belongs to the format: who casts
+        all parameters of a model (PEFT's `prepare_model_for_kbit_training`) changes nothing."""
+        self._exchange(value.to(self.dtype))
+
+    def _exchange(self, value: Tensor) -> None:
         if value.is_inference():
             with torch.inference_mode(False):
                 value = value.clone()
