@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from vqllm.errors import ModelError
 from vqllm.hf.blueprint import Blueprint
+from vqllm.hf.loading import listed
 from vqllm_kernels.linear import LinearSpec
 
 
@@ -25,19 +26,27 @@ class FileNames:
     def __init__(self, blueprint: Blueprint, quantized: Iterable[str]) -> None:
         """Args:
         quantized: full names of all modules that will be quantized.
+
+        Raises:
+            ModelError: with experts apart, another tensor would not be read any more.
         """
         self._blueprint = blueprint
         parts = blueprint.parts
-        quantized = list(quantized)
+        self._quantized = frozenset(quantized)
         # Experts are in linear form all together, or none: it is one rule of transformers that
         # merges those of all layers.
-        self._experts_apart = any(self._is_expert(f"{name}.weight") for name in quantized)
+        self._experts_apart = any(self._is_expert(f"{name}.weight") for name in self._quantized)
         self._gone: frozenset[str] = frozenset()
         if self._experts_apart:
             self._gone = frozenset(p.tensor for name, p in parts.items() if self._is_expert(name))
+        if lost := blueprint.conversions.lost_without(self._gone):
+            raise ModelError(
+                f"transformers makes {listed(lost)} and the experts of this model by one rule, so "
+                "that experts cannot be quantized: leave them as they are with a pattern in `skip`."
+            )
         self.differ = any(
             f"{name}.weight" in parts or self.of(f"{name}.weight") != f"{name}.weight"
-            for name in quantized
+            for name in self._quantized
         )
 
     def of(self, name: str) -> str:
@@ -45,7 +54,7 @@ class FileNames:
         origin = self._blueprint.conversions.origins.get(name)
         if origin is not None and not origin.patterns:
             return origin.keys[0]
-        return self._blueprint.conversions.name_in_files(name, self._gone)
+        return self._in_files(name)
 
     def prefix(self, module: str, spec: LinearSpec) -> str:
         """What stands before the names of a quantized module's own tensors."""
@@ -74,14 +83,13 @@ class FileNames:
         part = self._blueprint.parts.get(name)
         return part is not None and (part.expert is not None or part.rows is not None)
 
+    def _in_files(self, name: str) -> str:
+        own = name.rpartition(".")[0] in self._quantized or self.is_apart(name)
+        return self._blueprint.conversions.name_in_files(name, self._gone, own=own)
+
     @functools.cache  # noqa: B019 - lives as long as a run
     def _prefix(self, module: str, tensors: tuple[str, ...]) -> str:
-        found = {
-            self._blueprint.conversions.name_in_files(f"{module}.{key}", self._gone).removesuffix(
-                f".{key}"
-            )
-            for key in tensors
-        }
+        found = {self._in_files(f"{module}.{key}").removesuffix(f".{key}") for key in tensors}
         if len(found) > 1:
             raise ModelError(
                 f"transformers names the tensors of {module} differently in the files: leave it as "

@@ -8,6 +8,7 @@ loader fills them and the ordinary `save_pretrained` writes them back. The packe
 head are tied to those of the embedding in the way in which transformers ties weights.
 """
 
+import contextlib
 import re
 from collections.abc import Collection, Mapping
 from copy import deepcopy
@@ -24,9 +25,10 @@ from vqllm.checkpoint.format import QUANT_METHOD, QuantizationConfig
 from vqllm.checkpoint.shards import DAMAGED, read_header
 from vqllm.core.tensors import frozen
 from vqllm.errors import CheckpointError
-from vqllm.hf.conversions import without_merged
 from vqllm.hf.linear_form import from_linear_form
 from vqllm.hf.linears import before_lookup
+from vqllm.hf.refusals import listed
+from vqllm.hf.rules import undone_by_saving, with_linears
 from vqllm.integrations.module_names import found_in
 from vqllm.runtime.embedding import VQEmbedding
 from vqllm.runtime.linear import VQLinear
@@ -77,10 +79,12 @@ class VqllmQuantizer(HfQuantizer):
     """modules that use the tensors of another one, by full name"""
     _gone: Collection[str] = ()
     """tensors that the model has no more, because their parts are linears"""
+    _own: Collection[str] = ()
+    """modules that are packed, or are linears in the place of such tensors"""
     _originals: Mapping[str, nn.Module]
     """modules of transformers in whose place there are linears"""
-    _merging: Collection[Any] = ()
-    """transformers' rules that merge what is linears here"""
+    _rules: list[Any]
+    """transformers' own rules for the model's checkpoints"""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         self.quantization_config.parse()
@@ -92,22 +96,20 @@ class VqllmQuantizer(HfQuantizer):
         quantization = self.quantization_config.parse()
         with torch.device("meta"):
             found = found_in(model, quantization)
-            self._gone, self._originals = found.gone, found.originals
+            self._gone, self._own, self._originals = found.gone, found.own, found.originals
             replace_modules(model, found.specs, found.tied)
         self._declared_ties = _tie_packed(model, {*found.specs, *found.tied}, found.tied)
         self._tied = found.tied
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Without those that merge experts, which are linears of their own here."""
-        kept = without_merged(weight_conversions, self._gone)
-        self._merging = [
-            rule for rule in weight_conversions if not any(rule is own for own in kept)
-        ]
-        return kept
+        self._rules = weight_conversions
+        return with_linears(weight_conversions, self._gone, self._own, model.base_model_prefix)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         packed = _packed_modules(model)
         _check_loaded(model, packed)
+        _check_others(model, packed)
         for module in packed.values():
             module.requires_grad_(False)  # the loader wraps float tensors anew, with gradient
         if self.pre_quantized and self.quantization_config.dequantize:
@@ -137,8 +139,12 @@ class VqllmQuantizer(HfQuantizer):
         for name, source in tied.items():
             model.set_submodule(name, _dense(packed[name], model.get_submodule(source).weight))
         from_linear_form(model, self._originals)
-        # Saving undoes them, so that experts have the names that the model's checkpoints have.
-        model._weight_conversions = [*self._merging, *getattr(model, "_weight_conversions", ())]
+        # Saving undoes the rules that dense files would have been loaded by.
+        used = [getattr(rule, "rule", rule) for rule in model._weight_conversions]
+        kept = [
+            n for n in model.state_dict() if n not in self._gone and _module(n) not in self._own
+        ]
+        model._weight_conversions = undone_by_saving(self._rules, used, kept)
         # The model is an ordinary one again: it declares the ties that it had in the beginning.
         for name, declared in self._declared_ties.items():
             model.get_submodule(name)._tied_weights_keys = declared
@@ -199,6 +205,10 @@ def _dense_embedding(embedding: VQEmbedding, weight: nn.Parameter) -> nn.Embeddi
         dense = before_lookup(embedding.rest, weight)
     dense.padding_idx = embedding.padding_idx
     return dense
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _tie_packed(
@@ -274,3 +284,34 @@ def _check_loaded(model: nn.Module, packed: dict[str, PackedModule]) -> None:
             raise CheckpointError(f"{error}. {DAMAGED}") from error
         if len(loaded) == len(module.packed) and (problem := module.spec.problem(loaded)):
             raise CheckpointError(f"{name}: {problem}. {DAMAGED}")
+
+
+def _check_others(model: Any, packed: Collection[str]) -> None:
+    """Refuse a model with weights that the checkpoint lacks, other than those of another head than
+    the checkpoint's: transformers gives them random values, and only logs it.
+
+    Args:
+        packed: full names of the modules that were checked already.
+    """
+    if type(model).__name__ not in (getattr(model.config, "architectures", None) or ()):
+        return
+    parameters = {id(p): name for name, p in model.named_parameters() if not p.is_meta}
+    marked = {id(p) for p in model.parameters() if hasattr(p, "_is_hf_initialized")}
+    body = getattr(model, model.base_model_prefix, model)
+    head = None
+    with contextlib.suppress(NotImplementedError):
+        head = model.get_output_embeddings()
+    needed = {id(p) for module in (body, head) if module is not None for p in module.parameters()}
+    ignored = "|".join(f"({own})" for own in model._keys_to_ignore_on_load_missing or ())
+    missing = [
+        name
+        for number, name in parameters.items()
+        if number in needed - marked
+        and _module(name) not in packed
+        and not (ignored and re.search(ignored, name))
+    ]
+    if marked and missing:
+        raise CheckpointError(
+            f"the checkpoint lacks {len(missing)} of the weights of {type(model).__name__} that "
+            f"are not quantized: {listed(missing)}. {DAMAGED}"
+        )
