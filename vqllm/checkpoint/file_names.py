@@ -6,7 +6,6 @@ its module, in whatever class the folder is loaded: where the source stores
 `backbone.layers.0.q.codes`.
 """
 
-import functools
 from collections.abc import Iterable
 
 from vqllm.errors import ModelError
@@ -58,11 +57,18 @@ class FileNames:
 
     def prefix(self, module: str, spec: LinearSpec) -> str:
         """What stands before the names of a quantized module's own tensors."""
-        return self._prefix(module, tuple(spec.layout()))
+        return self._blueprint.conversions.prefix_in_files(module, tuple(spec.layout()))
 
     def module(self, name: str) -> str:
         """A module's name in the files, for one that has no tensors there but its bias."""
-        return self._prefix(name, ("weight",))
+        return self._blueprint.conversions.prefix_in_files(name, ("weight",))
+
+    def check(self) -> None:
+        """Raise ModelError if a tensor that is taken apart has no name in the files."""
+        for name in self._blueprint.parts:
+            module = name.rpartition(".")[0]
+            if self.is_apart(name) and module not in self._quantized:
+                self.of(name)
 
     def is_apart(self, name: str) -> bool:
         """Whether a tensor of the source is taken apart although it is not quantized."""
@@ -86,13 +92,3 @@ class FileNames:
     def _in_files(self, name: str) -> str:
         own = name.rpartition(".")[0] in self._quantized or self.is_apart(name)
         return self._blueprint.conversions.name_in_files(name, self._gone, own=own)
-
-    @functools.cache  # noqa: B019 - lives as long as a run
-    def _prefix(self, module: str, tensors: tuple[str, ...]) -> str:
-        found = {self._in_files(f"{module}.{key}").removesuffix(f".{key}") for key in tensors}
-        if len(found) > 1:
-            raise ModelError(
-                f"transformers names the tensors of {module} differently in the files: leave it as "
-                "it is with a pattern in `skip`."
-            )
-        return found.pop()

@@ -25,6 +25,8 @@ from transformers.core_model_loading import (
 from vqllm.errors import ModelError
 from vqllm.hf.rules import by_kind, without_merged
 
+UNNAMED = "transformers' rules for the model's checkpoints leave no name for its packed tensors"
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -93,6 +95,7 @@ class Conversions:
         self._used = [rule for rule in self._written if rule.was_used()]
         self._naming: dict[frozenset[str], tuple[list[Any], list[Any], list[Any]]] = {}
         """the rules for names in files, by the tensors that are gone: undone ones, then all"""
+        self._prefixes: dict[tuple[str, tuple[str, ...]], str] = {}
 
     def convert(
         self, target: str, read: Callable[[str], Tensor], only: int | None = None
@@ -165,6 +168,39 @@ class Conversions:
             f"transformers' names for the checkpoints of {type(self._model).__name__} leave no "
             f"name for {name}: leave it as it is with a pattern in `skip`."
         )
+
+    def prefix_in_files(self, module: str, tensors: tuple[str, ...]) -> str:
+        """What stands in the files before the names of tensors that a module has in the place of
+        others.
+
+        Args:
+            module: its full name in the model.
+            tensors: their names in it.
+
+        Raises:
+            ModelError: the rules bring no name there, or different ones.
+        """
+        if (module, tensors) in self._prefixes:
+            return self._prefixes[module, tensors]
+        found = {
+            self.name_in_files(f"{module}.{key}", own=True).removesuffix(f".{key}")
+            for key in tensors
+        }
+        if len(found) > 1:
+            raise ModelError(
+                f"transformers names the tensors of {module} differently in the files: leave it as "
+                "it is with a pattern in `skip`."
+            )
+        self._prefixes[module, tensors] = found.pop()
+        return self._prefixes[module, tensors]
+
+    def why_unnamed(self, module: str, tensors: tuple[str, ...]) -> str | None:
+        """Why a module cannot have these tensors in the files; None if it can."""
+        try:
+            self.prefix_in_files(module, tensors)
+        except ModelError:
+            return UNNAMED
+        return None
 
     def lost_without(self, gone: Collection[str]) -> list[str]:
         """Other tensors of the model that the rules would not make from their stored ones any more
