@@ -216,9 +216,13 @@ class LayerStream(Layers):
         device: torch.device,
         compute_dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
+        tensors: SourceTensors | None = None,
     ) -> None:
+        """Args:
+        tensors: those of the folder, opened before; their model becomes that of the stream.
+        """
         # The skeleton has no weights. It shows which modules can stay on disk.
-        self.tensors = SourceTensors.open(folder, trust_remote_code)
+        self.tensors = tensors or SourceTensors.open(folder, trust_remote_code)
         model = self.tensors.blueprint.model.eval()
         super().__init__(model, layer_names(model), device)
         self.shared = shared_modules(model, self.names)

@@ -25,9 +25,9 @@ from vqllm.checkpoint.format import QUANT_METHOD, QuantizationConfig
 from vqllm.checkpoint.shards import DAMAGED, read_header
 from vqllm.core.tensors import frozen
 from vqllm.errors import CheckpointError
-from vqllm.hf.conversions import without_merged
 from vqllm.hf.linear_form import from_linear_form
 from vqllm.hf.linears import before_lookup
+from vqllm.hf.rules import undone_by_saving, with_linears
 from vqllm.integrations.missing import refuse_missing
 from vqllm.integrations.module_names import found_in
 from vqllm.runtime.embedding import VQEmbedding
@@ -81,10 +81,12 @@ class VqllmQuantizer(HfQuantizer):
     """names of all tensors in the files"""
     _gone: Collection[str] = ()
     """tensors that the model has no more, because their parts are linears"""
+    _own: Collection[str] = ()
+    """modules that are packed, or are linears in the place of such tensors"""
     _originals: Mapping[str, nn.Module]
     """modules of transformers in whose place there are linears"""
-    _merging: Collection[Any] = ()
-    """transformers' rules that merge what is linears here"""
+    _rules: list[Any]
+    """transformers' own rules for the model's checkpoints"""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         self.quantization_config.parse()
@@ -98,18 +100,15 @@ class VqllmQuantizer(HfQuantizer):
         quantization = self.quantization_config.parse()
         with torch.device("meta"):
             found = found_in(model, quantization)
-            self._gone, self._originals = found.gone, found.originals
+            self._gone, self._own, self._originals = found.gone, found.own, found.originals
             replace_modules(model, found.specs, found.tied)
         self._declared_ties = _tie_packed(model, {*found.specs, *found.tied}, found.tied)
         self._tied = found.tied
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Without those that merge experts, which are linears of their own here."""
-        kept = without_merged(weight_conversions, self._gone)
-        self._merging = [
-            rule for rule in weight_conversions if not any(rule is own for own in kept)
-        ]
-        return kept
+        self._rules = weight_conversions
+        return with_linears(weight_conversions, self._gone, self._own, model.base_model_prefix)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         packed = _packed_modules(model)
@@ -144,8 +143,12 @@ class VqllmQuantizer(HfQuantizer):
         for name, source in tied.items():
             model.set_submodule(name, _dense(packed[name], model.get_submodule(source).weight))
         from_linear_form(model, self._originals)
-        # Saving undoes them, so that experts have the names that the model's checkpoints have.
-        model._weight_conversions = [*self._merging, *getattr(model, "_weight_conversions", ())]
+        # Saving undoes the rules that dense files would have been loaded by.
+        used = [getattr(rule, "rule", rule) for rule in model._weight_conversions]
+        kept = [
+            n for n in model.state_dict() if n not in self._gone and _module(n) not in self._own
+        ]
+        model._weight_conversions = undone_by_saving(self._rules, used, kept)
         # The model is an ordinary one again: it declares the ties that it had in the beginning.
         for name, declared in self._declared_ties.items():
             model.get_submodule(name)._tied_weights_keys = declared
@@ -207,6 +210,10 @@ def _dense_embedding(embedding: VQEmbedding, weight: nn.Parameter) -> nn.Embeddi
         dense = before_lookup(embedding.rest, weight)
     dense.padding_idx = embedding.padding_idx
     return dense
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _tie_packed(

@@ -37,14 +37,15 @@ def run(
         VqllmError: a mistake that the message explains; finished layers are kept.
     """
     hooks = hooks or Hooks()
-    with open_run(job) as folder:
+    folder, checked = open_run(job)
+    with folder:
         hooks.prepare(
             folder,
             job.recipe,
             lambda: sequences_of(job.source, job.recipe, job.device, job.trust_remote_code),
         )
         # The checkpoint, complete but for the pages about it.
-        outcome = run_pipeline(job, folder, progress)
+        outcome = run_pipeline(job, folder, checked, progress)
         # Its measurement.
         start = time.perf_counter()
         measured = None

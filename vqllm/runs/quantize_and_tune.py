@@ -86,7 +86,7 @@ def check_output(job: Job, teacher: ResolvedModel) -> None:
         if is_unfinished(job.output):
             open_tuned_run(_tuning_job(job, teacher), Processes()).__exit__(None, None, None)
     elif atomic.names_in(rounding.output):
-        open_run(rounding).__exit__(None, None, None)
+        open_run(rounding)[0].__exit__(None, None, None)
 
 
 def _rounding_job(job: Job) -> Job:
