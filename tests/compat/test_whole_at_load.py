@@ -8,15 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from tests.support.damaged import edit, edit_config
-from tests.support.fake_checkpoint import fake_checkpoint
+from tests.support.fake_checkpoint import FORMATS, fake_checkpoint
 from vqllm.checkpoint.dequantize import dequantize_checkpoint
 from vqllm.checkpoint.format import INDEX
 from vqllm.checkpoint.inspect import inspect_checkpoint
 from vqllm.checkpoint.reader import Checkpoint
-from vqllm.errors import CheckpointError, VqllmError
+from vqllm.errors import CheckpointError, ModelError, VqllmError
 
 NORM = "model.layers.0.input_layernorm.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -144,3 +149,15 @@ def test_packed_tensors_without_a_module_are_refused(
     edit_config(folder, quantization_config=config)
     with pytest.raises(CheckpointError, match=name):
         reader(folder)
+
+
+def test_what_transformers_did_not_tie_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads that load at once leave transformers like this."""
+    outside = FORMATS["uniform"]
+    fake = fake_checkpoint(tmp_path, "qwen2", outside=outside, tie_word_embeddings=True)
+    load(fake.folder)
+    monkeypatch.setattr(PreTrainedModel, "tie_weights", lambda *args, **kwargs: None)
+    with pytest.raises(ModelError, match=r"did not tie lm_head\..* load one model after the other"):
+        load(fake.folder)

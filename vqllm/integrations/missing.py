@@ -4,12 +4,13 @@ transformers fills them with random values and logs it. For a head that the chec
 for (a classifier on a language model) that is what one wants; for a norm it is a broken model.
 """
 
+import contextlib
 import re
 from collections.abc import Collection
 from typing import Any
 
 from vqllm.checkpoint.shards import DAMAGED
-from vqllm.errors import CheckpointError
+from vqllm.errors import CheckpointError, ModelError
 from vqllm.hf.refusals import listed
 
 
@@ -50,6 +51,27 @@ def refuse_missing(model: Any, stored: Collection[str]) -> None:
         f"the checkpoint lacks {len(missing)} of the tensors of a {type(model).__name__}: "
         f"{listed(missing)}. {cause}{DAMAGED}"
     )
+
+
+def refuse_untied(model: Any) -> None:
+    """Raise ModelError where tensors that are to be one are two: then one was never loaded.
+
+    transformers' loader exchanges functions of its classes while it runs, that which ties weights
+    among them. Two threads that load models at once leave them exchanged, for all that is loaded
+    afterwards (seen with 5.23: a head of uninitialized memory).
+    """
+    for name, source in model.all_tied_weights_keys.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if hasattr(module, "_hf_hook"):  # of accelerate, which may hold the tensors elsewhere
+            continue
+        with contextlib.suppress(AttributeError):
+            one, other = model.get_parameter_or_buffer(name), model.get_parameter_or_buffer(source)
+            if one is not other:
+                raise ModelError(
+                    f"transformers did not tie {name} to {source}. It does so when several threads "
+                    "load models at once, and goes on with it: start the process again, and load "
+                    "one model after the other."
+                )
 
 
 def _must_have(model: Any, name: str) -> bool:

@@ -28,7 +28,7 @@ from vqllm.errors import CheckpointError
 from vqllm.hf.linear_form import from_linear_form
 from vqllm.hf.linears import before_lookup
 from vqllm.hf.rules import undone_by_saving, with_linears
-from vqllm.integrations.missing import refuse_missing
+from vqllm.integrations.missing import refuse_missing, refuse_untied
 from vqllm.integrations.module_names import found_in
 from vqllm.runtime.embedding import VQEmbedding
 from vqllm.runtime.linear import VQLinear
@@ -113,6 +113,7 @@ class VqllmQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         packed = _packed_modules(model)
         _check_loaded(model, packed)
+        refuse_untied(model)
         refuse_missing(model, self._stored)
         for module in packed.values():
             module.requires_grad_(False)  # the loader wraps float tensors anew, with gradient
