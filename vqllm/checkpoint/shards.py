@@ -103,17 +103,20 @@ class ShardIndex:
 def read_index(folder: Path) -> ShardIndex:
     """The index of a folder, or the contents of its only file.
 
+    As in transformers, a file with the whole model goes before an index of several, which may be
+    left from an earlier model.
+
     Raises:
         CheckpointError: neither is there, or the index is damaged.
     """
-    # Without an index there is a single file, and no checksum of it.
+    # Of a single file there is no checksum.
     path = folder / INDEX
-    if not path.is_file():
-        if not (folder / SINGLE).is_file():
-            raise CheckpointError(
-                f"{folder} has no {INDEX} and no {SINGLE}: its weights are missing. {DAMAGED}"
-            )
+    if (folder / SINGLE).is_file():
         return ShardIndex(dict.fromkeys(read_header(folder / SINGLE), SINGLE), {})
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no {INDEX} and no {SINGLE}: its weights are missing. {DAMAGED}"
+        )
     try:
         index: JSON = json.loads(path.read_text(encoding="utf-8"))
         files = {str(name): str(file) for name, file in index["weight_map"].items()}

@@ -30,6 +30,12 @@ from vqllm.hf.linears import before_lookup
 from vqllm.hf.rules import undone_by_saving, with_linears
 from vqllm.integrations.missing import refuse_missing, refuse_untied
 from vqllm.integrations.module_names import found_in
+from vqllm.integrations.saved_config import (
+    check_loads_again,
+    config_as_it_is,
+    structure,
+    tied_modules,
+)
 from vqllm.runtime.embedding import VQEmbedding
 from vqllm.runtime.linear import VQLinear
 from vqllm.runtime.packed import PackedModule, own_tensors
@@ -87,6 +93,8 @@ class VqllmQuantizer(HfQuantizer):
     """modules of transformers in whose place there are linears"""
     _rules: list[Any]
     """transformers' own rules for the model's checkpoints"""
+    _structure: Mapping[str, Any] | None = None
+    """what config.json said about the model's modules when it was loaded"""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         self.quantization_config.parse()
@@ -124,6 +132,7 @@ class VqllmQuantizer(HfQuantizer):
         grouped = {id(member) for members in groups for member in members}
         alone = [m for m in packed.values() if id(m) not in grouped and not m.is_offloaded()]
         own_tensors([*groups, *([module] for module in alone)])
+        self._structure = structure(model.config)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
@@ -150,11 +159,43 @@ class VqllmQuantizer(HfQuantizer):
             n for n in model.state_dict() if n not in self._gone and _module(n) not in self._own
         ]
         model._weight_conversions = undone_by_saving(self._rules, used, kept)
-        # The model is an ordinary one again: it declares the ties that it had in the beginning.
+        self._declare_own_ties(model)
+        return model
+
+    def _declare_own_ties(self, model: Any) -> None:
+        """Let the model, and models inside it, declare the ties that they had in the beginning."""
         for name, declared in self._declared_ties.items():
             model.get_submodule(name)._tied_weights_keys = declared
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Called by `save_pretrained` before it writes anything: brings the configuration in line
+        with the model's modules.
+
+        Raises:
+            CheckpointError: what would be written could not be loaded again as it is.
+        """
+        if not getattr(model, "_hf_peft_config_loaded", False):  # then the adapter alone is written
+            self._describe(model)
+        return None, {}
+
+    def _describe(self, model: Any) -> None:
+        packed = _packed_modules(model)
+        if not packed:  # the same steps as for a model that is made dense at once
+            self.dequantize(model)
+            return
+        loaded, before = self.quantization_config.parse(), self._tied
+        tied = tied_modules(model, before)
+        now = config_as_it_is(model, loaded, tied)
+        if now is loaded and structure(model.config) == self._structure:
+            return
+        check_loads_again(model, now)
+        if now is not loaded:
+            self.quantization_config = VqllmConfig(**now.to_dict())
+            model.config.quantization_config = self.quantization_config
+            self._declare_own_ties(model)
+            self._declared_ties = _tie_packed(model, set(packed), tied)
+            self._tied = tied
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> Any:
         return True
