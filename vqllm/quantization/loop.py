@@ -170,7 +170,7 @@ class _Loop:
                 moving = vectors_of(module, name, stream.shared, self._run.has)
             vectors = {name: place.parameter.data for name, place in moving.items()}
             check_finite(module, name, linears.values())
-            module.to(stream.compute_dtype)
+            stream.cast(index)
             self._calibrator.begin(linears, [place.parameter for place in moving.values()])
             yield LoadedLayer(index, name, module, linears, weights, moving, vectors)
 

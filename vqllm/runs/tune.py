@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vqllm.calibration.data.calibration_set import SELF
 from vqllm.calibration.data.text_sources import open_source
+from vqllm.calibration.hidden_layers import HiddenLayers
 from vqllm.calibration.layer_stream import Layers, LayerStream
 from vqllm.checkpoint.inspect import bits_per_weight, parameter_counts
 from vqllm.checkpoint.reader import Checkpoint
@@ -219,8 +220,10 @@ class _TuningRun:
                 report_progress=self._share,
                 processes=self._processes,
                 in_step=self._job.recipe.shard,
-                student_layers=lambda names: Layers(student.model, names, self._job.device),
-                teacher_layers=self._open_original,
+                student_layers=lambda names: HiddenLayers(
+                    Layers(student.model, names, self._job.device)
+                ),
+                teacher_layers=lambda: HiddenLayers(self._open_original()),
             )
             reports.append({"stage": stage.type, **stage(task)})
         return reports
