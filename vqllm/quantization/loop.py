@@ -62,6 +62,7 @@ def open_run(job: Job) -> LayerWriter:
         settings,
         job.trust_remote_code,
         origin=job.origin,
+        private=job.is_part,
     )
 
 
