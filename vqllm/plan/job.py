@@ -26,6 +26,8 @@ class Job:
     compute_dtype: torch.dtype | None = None
     """dtype in which layers run; None chooses by source dtype and device"""
     trust_remote_code: bool = False
+    is_part: bool = False
+    """whether the checkpoint is a part of another run, and nothing that somebody publishes"""
     activation_budget: int = 4 << 30
     """bytes of activations in memory; beyond, hidden states are in a file in the output folder"""
 

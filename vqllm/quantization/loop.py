@@ -61,6 +61,7 @@ def open_run(job: Job) -> tuple[LayerWriter, Checked]:
         settings,
         job.trust_remote_code,
         origin=job.origin,
+        private=job.is_part,
     )
     return folder, checked
 

@@ -91,7 +91,8 @@ def check_output(job: Job, teacher: ResolvedModel) -> None:
 
 def _rounding_job(job: Job) -> Job:
     """The part of a job that comes first."""
-    return replace(job, output=job.output / WORK / ROUNDED, recipe=job.recipe.rounding_only())
+    rounded = job.output / WORK / ROUNDED
+    return replace(job, output=rounded, recipe=job.recipe.rounding_only(), is_part=True)
 
 
 def _tuning_job(job: Job, teacher: ResolvedModel) -> TuningJob:
