@@ -64,12 +64,16 @@ def load_model(folder: Path, *, trust_remote_code: bool = False, **options: Any)
     return model.eval()
 
 
+PROBE = "A text, with 2 numbers: é and 漢 \n"
+
+
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer in `folder`. ModelError when there is none that can be loaded, or an empty one:
     of some model types transformers makes one without a word where the files are missing."""
     refuse_no_tokenizer(folder)
     with explained(folder, "has no tokenizer that transformers {} can load", SAVE_TOKENIZER):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer(PROBE)  # a damaged one may fail with its first text only
     refuse_empty_tokenizer(folder, tokenizer)
     return tokenizer
 
