@@ -1,6 +1,8 @@
 """The command line. Nothing else of the package knows of it."""
 
+import codecs as codecs_of_python
 import errno
+import io
 import json
 import logging
 import os
@@ -551,6 +553,7 @@ def _print_rows(rows: list[tuple[str, str]]) -> None:
 def main() -> None:
     """Entry point: a user's mistake ends in one message and exit code 2, without a traceback."""
     interrupts: list[int] = []
+    _print_anywhere()
     try:
         with _noting(interrupts):
             code = app(standalone_mode=False)
@@ -569,6 +572,25 @@ def main() -> None:
     if code == INTERRUPTED:
         err.print("vqllm: interrupted. Finished layers are kept: the same command goes on.")
     raise SystemExit(code)
+
+
+PLAIN = str.maketrans({"→": "->", "×": "x", "−": "-", "≥": ">=", "⁶": "^6", "…": "..."})
+"""Our own signs for terminals and files whose encoding does not have them."""
+
+
+def _print_anywhere() -> None:
+    """Let whatever the encoding of an output lacks be printed as what comes next to it."""
+
+    def nearest(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        lacking = error.object[error.start : error.end]
+        plain = lacking.translate(PLAIN)
+        return "".join(c if c.isascii() else "?" for c in plain), error.end
+
+    codecs_of_python.register_error("vqllm-nearest", nearest)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="vqllm-nearest")
 
 
 @contextmanager

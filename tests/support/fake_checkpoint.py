@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.support.tiny import save_tiny
-from vqllm.checkpoint import atomic, writer
+from vqllm.checkpoint import atomic, side_files, writer
 from vqllm.checkpoint.format import QuantizationConfig, shard_name
 from vqllm.codecs.entries import distinct
 from vqllm.hf.linears import is_linear
@@ -178,7 +178,7 @@ def fake_checkpoint(
         not_quantized={"lm_head": "a linear outside the decoder layers"},
         producer={"vqllm": "0"},
     )
-    writer.copy_files(source, output, staging)
+    side_files.copy_files(source, output, staging)
     writer.write_index(output, checksums, staging)
     writer.write_config(source, output, staging, config)
     staging.rmdir()

@@ -1,6 +1,5 @@
 """Tensors of a checkpoint's files become those of the model as in transformers' own loader."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,14 @@ from tests.support.architectures import model_class, save_tiny
 from tests.support.mixtures import FORMS, MULTIMODAL, OTHERS
 from tests.support.params import slow_but
 from tests.support.tiny import save_tiny as save_dense
+from vqllm.calibration.layer_stream import layer_names, linears_of
 from vqllm.checkpoint.file_names import FileNames
 from vqllm.checkpoint.source import SourceTensors
 from vqllm.errors import ModelError
 from vqllm.hf.blueprint import Blueprint
 from vqllm.hf.conversions import Conversions, Renaming
+from vqllm.hf.linears import shared_modules
+from vqllm.hf.rules import with_linears
 
 HALVES = "model.layers.1.mlp.experts.gate_up_proj"
 EVERY = ("gemma3", "mixtral", *FORMS, *(n for n in OTHERS if n != "mixtral"), *MULTIMODAL)
@@ -76,34 +78,29 @@ def test_names_in_the_files_come_back_to_the_module(model_type: str, saved: Any)
     """For the packed tensors of every linear and for its bias."""
     source = SourceTensors.open(saved(model_type))
     blueprint = source.blueprint
+    model: Any = blueprint.model
+    layers = layer_names(model)
     matrices = [
-        name.removesuffix(".weight")
-        for name, value in blueprint.model.named_parameters()
-        if name.endswith(".weight") and value.dim() == 2 and name in source
+        name
+        for layer in layers
+        for name in linears_of(model.get_submodule(layer), layer, shared_modules(model, layers))
     ]
     without = gone(blueprint)
-    rules = [
-        rule
-        for rule in blueprint.conversions._rules
-        if not any(re.search(t.replace(r"\1", ".*"), n) for t in _makes(rule) for n in without)
-    ]
-    renaming = Renaming(blueprint.model, rules)
+    rules = with_linears(blueprint.conversions._rules, without, matrices, model.base_model_prefix)
+    renaming = Renaming(model, rules)
     modules = dict(blueprint.model.named_modules())
     names = FileNames(blueprint, matrices)
     found = set()
     for name in matrices:
         for key in ("codes", "weight"):
-            stored = blueprint.conversions.name_in_files(f"{name}.{key}", frozenset(without))
+            full = f"{name}.{key}"
+            stored = blueprint.conversions.name_in_files(full, frozenset(without), own=True)
             module = stored.removesuffix(f".{key}")
             assert stored.endswith(f".{key}")
             assert renaming.module(module, key, modules) == name
             found.add(stored)
         assert names.module(name) == module
     assert len(found) == 2 * len(matrices), "two modules have one name"
-
-
-def _makes(rule: Any) -> list[str]:
-    return rule.target_patterns if type(rule).__name__ == "WeightConverter" else []
 
 
 def test_experts_of_mixtral_are_read_one_at_a_time(saved: Any) -> None:

@@ -17,6 +17,7 @@ from vqllm.errors import RecipeError
 from vqllm.hf.linears import is_linear
 from vqllm.plan.costs import option_costs, options
 from vqllm.plan.kept import has_few_rows, kept_linears
+from vqllm.plan.not_quantized import why_not_quantized
 from vqllm.plan.selection import Selection, select
 from vqllm.recipes import Recipe
 
@@ -142,6 +143,27 @@ def test_a_router_is_known_by_the_experts_beside_it(experts: nn.Module) -> None:
         "mlp.choose": "a router, it decides which experts run (8 x 64)"
     }
     assert not kept_linears(layer, ["few_rows"])
+
+
+class TopKRouter(nn.Module):
+    """A router that is a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = 8
+        self.weight = nn.Parameter(torch.empty(8, 64))
+
+
+def test_a_router_that_is_a_parameter_is_called_one() -> None:
+    experts = nn.ModuleList(nn.Linear(64, 64) for _ in range(8))
+    mixture = nn.ModuleDict({"experts": experts, "gate": TopKRouter()})
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mlp": mixture})])})
+    reasons = why_not_quantized(model, ["layers.0"], (), (), {})
+    assert reasons["layers.0.mlp.gate"] == "a router, it decides which experts run (8 x 64)"
+    assert kept_linears(model["layers"][0], KINDS) == {}
+    model["layers"][0]["other"] = TopKRouter()  # beside no experts
+    reasons = why_not_quantized(model, ["layers.0"], (), (), {})
+    assert reasons["layers.0.other"].startswith("TopKRouter is not a torch.nn.Linear")
 
 
 def test_names_are_asked_for_where_the_number_of_experts_does_not_help() -> None:

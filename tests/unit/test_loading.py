@@ -1,20 +1,18 @@
 """Models and tokenizers that are incomplete or damaged are refused in one line, never filled up."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 import vqllm
+from tests.support.damaged import early_check, edit, edit_config
 from tests.support.tiny import save_tiny, tiny_config
 from vqllm.calibration.data import calibration_set as tokens
 from vqllm.calibration.data.calibration_set import check_length
-from vqllm.checkpoint.source import stored_tensors
 from vqllm.errors import CalibrationError, ModelError
 from vqllm.hf import loading
 from vqllm.quantization import loop as pipeline
@@ -32,23 +30,6 @@ MOE = {
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return save_tiny(tmp_path / "source", tie_word_embeddings=False)
-
-
-def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def edit_config(folder: Path, **values: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def early_check(folder: Path) -> None:
-    """What `quantize` does before anything else; reads headers only."""
-    shapes = {name: tensor.shape for name, tensor in stored_tensors(folder).items()}
-    loading.check_tensors(folder, loading.skeleton(folder), shapes)
 
 
 def both_ways(folder: Path, message: str) -> None:

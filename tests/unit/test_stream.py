@@ -1,6 +1,7 @@
 """Layers run one at a time see and give what they do inside the whole model."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +16,22 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tests.support.params import slow_but
+from tests.support.architectures import model_class
+from tests.support.architectures import save_tiny as save_any
+from tests.support.params import slow, slow_but
 from tests.support.tiny import ARCHITECTURES, DIFFERENT, save_tiny
 from vqllm.calibration import passes as passes_module
 from vqllm.calibration.layer_calibrator import LayerCalibrator
-from vqllm.calibration.layer_stream import LayerStream, check_states, layer_names, linears_of
+from vqllm.calibration.layer_stream import (
+    Layers,
+    LayerStream,
+    check_states,
+    layer_names,
+    linears_of,
+)
 from vqllm.calibration.passes import Model
 from vqllm.errors import ModelError, NumericalError
+from vqllm.hf.dtypes import tensors_of
 from vqllm.hf.loading import skeleton
 
 TOKENS = torch.randint(3, 384, (5, 24), generator=torch.Generator().manual_seed(0))
@@ -38,7 +48,7 @@ def stream_of(folder: Path) -> LayerStream:
 
 def states_of(calibrator: LayerCalibrator, model: Model = "quantized") -> Tensor:
     store = calibrator._passes._stores[model]
-    return store.read(slice(None), torch.device("cpu")).clone()
+    return store.read(slice(None), torch.device("cpu")).hidden.clone()
 
 
 @pytest.mark.parametrize("budget", [1 << 30, 0], ids=["memory", "file"])
@@ -190,7 +200,7 @@ def run_all(stream: LayerStream) -> list[Tensor]:
             layer.to(stream.compute_dtype)
             states = stream.run(index, TOKENS, states)
             assert states is not None
-            outputs.append(states)
+            outputs.append(states.hidden)
     return outputs
 
 
@@ -218,24 +228,45 @@ def test_whatever_layers_return_beside_their_states(arch: str, tmp_path: Path) -
         torch.testing.assert_close(got, output, rtol=1e-4, atol=1e-5)
 
 
-def test_states_of_another_form_are_refused_at_the_beginning(tmp_path: Path) -> None:
-    source = save_tiny(
-        tmp_path / "source",
-        "gemma3n_text",
-        vocab_size_per_layer_input=384,
-        hidden_size_per_layer_input=16,
-        laurel_rank=8,
-        num_kv_shared_layers=0,
-        intermediate_size=[172] * 2,
-        layer_types=["sliding_attention", "full_attention"],
-        activation_sparsity_pattern=[0.0] * 2,
-    )
-    model = skeleton(source)
-    with pytest.raises(ModelError, match=r"layers\.0 returns Tensor \(4, 2, 4, 64\)"):
-        check_states(model, layer_names(model))
+STREAMS = {
+    "gemma3n_text": 1,  # streams first; later layers use keys and values of earlier ones
+    "hy_v4": 0,  # streams behind the tokens; later layers use tokens that earlier ones chose
+    "deepseek_v4": 0,  # the first layers route by the tokens themselves
+    "glm5_next": 0,
+    "mistral_large4": 0,  # keys and values, without streams
+}
+"""The axis of the sequences in the states of layers that have several streams or hand on more."""
+
+
+@pytest.mark.parametrize("budget", [1 << 30, slow(0)], ids=["memory", "file"])
+@pytest.mark.parametrize("model_type", slow_but(["gemma3n_text", "hy_v4"], STREAMS))
+def test_several_streams_and_what_layers_share(
+    model_type: str, budget: int, tmp_path: Path
+) -> None:
+    """In batches, for the quantized model and for the original beside it."""
+    source = save_any(model_type, tmp_path / "source")
+    model: Any = model_class(model_type).from_pretrained(source).eval()
     stream = stream_of(source)
-    with stream.layer(0), pytest.raises(ModelError, match=r"returns Tensor \(4, 5, 24, 64\)"):
-        stream.run(0, TOKENS, None)
+    check_states(stream.tensors.blueprint.model, stream.names)
+    expected = outputs_in(model, stream.names)
+    scratch = tmp_path / "scratch"
+    calibrator = LayerCalibrator(stream, TOKENS, budget, scratch, target="outputs")
+    for index, name in enumerate(stream.names):
+        with stream.layer(index) as layer:
+            linears = linears_of(layer, name, stream.shared)
+            calibrator.begin(linears)
+            groups = calibrator.groups(index, linears)
+            # Attention is settled first, so that its output is replayed where it can be.
+            calibrator.settle(layer, [m for n, m in linears.items() if ".mlp." in n])
+            calibrator.hessians(index, linears, groups)
+            calibrator.advance(index)
+        for kind in ("quantized", "original"):
+            wanted = expected[index].movedim(STREAMS[model_type], 0)
+            torch.testing.assert_close(
+                states_of(calibrator, kind), wanted, rtol=1e-4, atol=1e-4, msg=f"{name} {kind}"
+            )
+    calibrator.close()
+    assert not list(scratch.glob("*"))
 
 
 class BlocksConfig(PreTrainedConfig):
@@ -297,3 +328,40 @@ def test_layers_of_any_code(share: bool, keyword: bool, tmp_path: Path) -> None:
         assert found == ({"own"} if share else {"own", "common"})
         assert layer.own.weight.is_meta
         assert layer.common.weight.is_meta != share
+
+
+class FlatBlock(Block):
+    """Whose states have no axis of sequences."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return super().forward(z).flatten(0, 1)
+
+
+def test_states_of_another_form_are_refused_at_the_beginning(tmp_path: Path) -> None:
+    model = BlocksForCausalLM(BlocksConfig())
+    model.blocks[0] = FlatBlock(nn.Linear(40, 40))
+    stream = Layers(model, layer_names(model), torch.device("cpu"))
+    with pytest.raises(ModelError, match=r"returns Tensor \(120, 40\) for 5 sequences of 24"):
+        stream.run(0, TOKENS, None)
+    with pytest.raises(ModelError, match=r"blocks\.0 returns Tensor \(8, 40\)"):
+        check_states(model.to("meta"), layer_names(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", ["inkling_text", slow("hy_v4"), slow("deepseek_v4")])
+def test_layers_run_in_the_dtypes_of_the_loaded_model(
+    model_type: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Parts that transformers keeps in float32 stay so, whatever dtype the files have."""
+    source = save_any(model_type, tmp_path / "source", dtype=dtype)
+    model: Any = model_class(model_type).from_pretrained(source, dtype=torch.bfloat16)
+    wanted = {name: tensor.dtype for name, tensor in tensors_of(model)}
+    assert torch.float32 in {wanted[name] for name in dict(model.named_parameters())}
+    stream = LayerStream(source, torch.device("cpu"), torch.bfloat16)
+    origin = stream.tensors.blueprint.origin
+    for _ in range(2):  # the gradients' pass loads each layer twice
+        for index in range(len(stream)):
+            with stream.ready(index):
+                for name, tensor in tensors_of(stream.model):
+                    if not tensor.is_meta:
+                        assert tensor.dtype == wanted[origin(name)], name

@@ -12,10 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import vqllm
+from tests.support.damaged import early_check, edit, edit_config
 from tests.support.tiny import save_tiny
-from vqllm.checkpoint.source import stored_tensors
 from vqllm.errors import ModelError
-from vqllm.hf import loading
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -29,23 +28,6 @@ def rename(folder: Path, new: Callable[[str], str]) -> None:
     tensors = load_file(folder / "model.safetensors")
     copies = {new(name): tensor.clone() for name, tensor in tensors.items()}
     save_file(copies, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def edit_config(folder: Path, **values: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def early_check(folder: Path) -> None:
-    """What `quantize` does before anything else; reads headers only."""
-    shapes = {name: tensor.shape for name, tensor in stored_tensors(folder).items()}
-    loading.check_tensors(folder, loading.skeleton(folder), shapes)
 
 
 def message_of(folder: Path) -> str:

@@ -17,6 +17,7 @@ from vqllm.allocation.distortion import gaussian_mse
 from vqllm.allocation.expected_loss import expected_losses
 from vqllm.allocation.sensitivity import Sensitivity
 from vqllm.calibration.gradients import Findings, GradientPass, Visitor
+from vqllm.calibration.layer_calls import States
 from vqllm.calibration.saliency import OutputHessians, TokenWeights
 from vqllm.checkpoint.resume.layer_writer import LayerWriter
 from vqllm.core.progress import Progress
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 STATE = "gradients"
 """Name of the stored state of the pass: the layer it has come to, and the gradient there."""
+BESIDE = "gradient in "
+"""Before the names of gradients in what layers need beside the hidden states."""
 
 
 def needs_gradients(recipe: Recipe) -> bool:
@@ -167,19 +170,28 @@ class _Record:
         index, self.num_layers = state["last"].tolist()
         self.is_complete = index == 0
 
-    def last(self) -> tuple[int, Tensor | None] | None:
+    def last(self) -> tuple[int, States | None] | None:
         """The layer that was finished last, and the gradient in its input."""
         state = self._run.load(STATE)
-        return (int(state["last"][0]), state.get("gradient")) if state else None
+        if not state:
+            return None
+        index = int(state.pop("last")[0])
+        hidden = state.pop("gradient", None)
+        if hidden is None:
+            return index, None
+        return index, States(hidden, {key.removeprefix(BESIDE): g for key, g in state.items()})
 
-    def finish(self, index: int, found: Mapping[str, Findings], gradient: Tensor | None) -> None:
+    def finish(self, index: int, found: Mapping[str, Findings], gradient: States | None) -> None:
         """Store the results of layer `index`. `STATE` is written last: if the run is stopped before
         that, the layer counts as not done."""
         self.num_layers = self.num_layers or index + 1
         for kind, findings in found.items():
             self._run.save(f"{kind}-{index}", findings)
         state = {"last": torch.tensor([index, self.num_layers])}
-        self._run.save(STATE, state if gradient is None else {**state, "gradient": gradient})
+        if gradient is not None:
+            state |= {BESIDE + key: values for key, values in gradient.beside.items()}
+            state["gradient"] = gradient.hidden
+        self._run.save(STATE, state)
         self.is_complete = index == 0
 
     def found(self, kind: str, index: int) -> Findings | None:

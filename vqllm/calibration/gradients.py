@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vqllm.calibration.activation_store import ActivationStore
+from vqllm.calibration.activation_store import StatesStore
+from vqllm.calibration.layer_calls import States
 from vqllm.calibration.layer_stream import LayerStream, linears_of
 from vqllm.calibration.passes import batches
 from vqllm.core import rng
@@ -51,17 +52,18 @@ Findings = dict[str, Tensor]
 class Record(Protocol):
     """Stores the findings, and how far the pass has come."""
 
-    def last(self) -> tuple[int, Tensor | None] | None:
+    def last(self) -> tuple[int, States | None] | None:
         """The layer that was finished last, in an earlier run if there was one, and the gradient in
         its input; None if none was."""
         ...
 
-    def finish(self, index: int, found: Mapping[str, Findings], gradient: Tensor | None) -> None:
+    def finish(self, index: int, found: Mapping[str, Findings], gradient: States | None) -> None:
         """Layer `index` is done.
 
         Args:
             found: the findings of the visitors, by their names.
-            gradient: in the input of that layer, [S, L, C]; None for layer 0, which ends the pass.
+            gradient: in the input of that layer, a tensor for each of its tensors of floating
+                point; None for layer 0, which ends the pass.
         """
         ...
 
@@ -112,8 +114,8 @@ class GradientPass:
         self._seed = seed
         self._budget_bytes = budget_bytes
         self._folder = folder
-        self._inputs: list[ActivationStore] = []
-        self._gradient: ActivationStore | None = None
+        self._inputs: list[StatesStore] = []
+        self._gradient: StatesStore | None = None
 
     def run(
         self,
@@ -144,6 +146,7 @@ class GradientPass:
             last = len(stream) - 1
             if gradient is not None:
                 self._write_gradient(len(stream), slice(None), gradient)
+                self._turn_gradient()
                 del gradient  # it is in the store
             for index in reversed(range(done or len(stream))):
                 with stream.layer(index) as layer:
@@ -153,8 +156,9 @@ class GradientPass:
                     for visitor in visitors.values():
                         visitor.share({own: expert.role for own, expert in experts.items()})
                         visitor.begin(linears)
-                    layer.to(stream.compute_dtype)
+                    stream.cast(index)
                     self._backward(stream, index, linears, [*visitors.values()], index == last)
+                    self._turn_gradient()
                 found = {name: visitor.finish() for name, visitor in visitors.items()}
                 record.finish(index, found, self._gradient_of_all() if index else None)
                 share(FORWARD + (1 - FORWARD) * (1 - index / len(stream)))
@@ -173,8 +177,7 @@ class GradientPass:
         embeddings, which are computed again."""
         stream = self._open_stream()
         for index in range((num_layers or len(stream)) - 1):
-            with stream.layer(index) as layer:
-                layer.to(stream.compute_dtype)
+            with stream.ready(index):
                 for rows in batches(self._tokens, stream.device):
                     output = stream.run(index, self._tokens[rows], self._input(stream, index, rows))
                     assert output is not None, "no hook ends this pass early"
@@ -182,6 +185,7 @@ class GradientPass:
                         store = self._store(len(stream), output, f"input-{index + 1}")
                         self._inputs.append(store)
                     self._inputs[index].write(rows, output)
+                self._inputs[index].turn()
             share(FORWARD * (index + 1) / len(stream))
         return stream
 
@@ -202,7 +206,7 @@ class GradientPass:
         for rows in batches(self._tokens, stream.device, per_batch):
             states = self._input(stream, index, rows)
             if states is not None:
-                states.requires_grad_()
+                states = states.each(_recording)
 
             def visit(name: str, x: Tensor, g: Tensor, rows: slice = rows) -> None:
                 for visitor in visitors:
@@ -215,14 +219,12 @@ class GradientPass:
                     output = stream.run(index, self._tokens[rows], states, grad=True)
                     assert output is not None
                     assert self._gradient is not None
-                    _check_gradient(output, stream.names[index])
-                    # A copy: the hooks may get this very memory, which is written next.
-                    gradient = self._gradient.read(rows, stream.device).clone()
-                    output.backward(gradient.to(output.dtype))
+                    _check_gradient(output.hidden, stream.names[index])
+                    _backward(output, self._gradient.read(rows, stream.device))
             if states is not None:
                 self._keep_gradient(stream, rows, states, stream.names[index])
 
-    def _loss(self, stream: LayerStream, index: int, rows: slice, states: Tensor | None) -> Tensor:
+    def _loss(self, stream: LayerStream, index: int, rows: slice, states: States | None) -> Tensor:
         """The summed cross entropy of labels drawn from the predictions, one for every token."""
         logits = []
 
@@ -239,35 +241,45 @@ class GradientPass:
         generator = rng.generator(self._seed, f"sequence {rows.start}", "labels")
         return F.nll_loss(log_p_NV, draw(log_p_NV.detach(), generator), reduction="sum")
 
-    def _input(self, stream: LayerStream, index: int, rows: slice) -> Tensor | None:
+    def _input(self, stream: LayerStream, index: int, rows: slice) -> States | None:
         """The input of layer `index`; None for layer 0, whose input are the embeddings."""
         return self._inputs[index - 1].read(rows, stream.device) if index else None
 
-    def _keep_gradient(self, stream: LayerStream, rows: slice, states: Tensor, name: str) -> None:
-        gradient = states.grad
-        if gradient is None or not bool(gradient.isfinite().all()):
-            what = "no" if gradient is None else "a NaN or infinite"
+    def _keep_gradient(self, stream: LayerStream, rows: slice, states: States, name: str) -> None:
+        hidden = states.hidden.grad
+        # What is beside the states may be for other layers than this and the later ones.
+        beside = {
+            key: torch.zeros_like(values) if values.grad is None else values.grad
+            for key, values in states.beside.items()
+            if values.requires_grad
+        }
+        found = [] if hidden is None else [hidden, *beside.values()]
+        if hidden is None or not all(bool(g.isfinite().all()) for g in found):
+            what = "no" if hidden is None else "a NaN or infinite"
             raise NumericalError(
                 f"the loss has {what} gradient in the input of {name} in {stream.compute_dtype}. "
                 "Run with --compute-dtype float32, or without gradients: "
                 f"{WITHOUT}"
             )
-        self._write_gradient(len(stream), rows, gradient)
+        self._write_gradient(len(stream), rows, States(hidden, beside))
 
-    def _write_gradient(self, num_layers: int, rows: slice, gradient: Tensor) -> None:
+    def _write_gradient(self, num_layers: int, rows: slice, gradient: States) -> None:
         if self._gradient is None:
             self._gradient = self._store(num_layers, gradient, "gradient")
         self._gradient.write(rows, gradient)
 
-    def _gradient_of_all(self) -> Tensor:
+    def _turn_gradient(self) -> None:
+        if self._gradient is not None:  # a model of one layer has none
+            self._gradient.turn()
+
+    def _gradient_of_all(self) -> States:
         assert self._gradient is not None, "a layer is done"
         return self._gradient.read(slice(None), torch.device("cpu"))
 
-    def _store(self, num_layers: int, states: Tensor, name: str) -> ActivationStore:
-        num_sequences, length = self._tokens.shape
-        shape = (num_sequences, length, states.shape[-1])
+    def _store(self, num_layers: int, states: States, name: str) -> StatesStore:
         budget_bytes = self._budget_bytes // num_layers
-        return ActivationStore(shape, states.dtype, budget_bytes, self._folder / f"{name}.bin")
+        path = self._folder / f"{name}.bin"
+        return StatesStore(len(self._tokens), states, budget_bytes, path)
 
 
 def watched(
@@ -302,6 +314,24 @@ def draw(log_p_NV: Tensor, generator: torch.Generator) -> Tensor:
     u_N1 = u_N1.to(below_NV.device) * below_NV[:, -1:]
     label_N = torch.searchsorted(below_NV, u_N1, right=True)[:, 0]
     return label_N.clamp(max=log_p_NV.shape[1] - 1)
+
+
+def _recording(values: Tensor) -> Tensor:
+    return values.requires_grad_() if values.is_floating_point() else values
+
+
+def _backward(output: States, gradient: States) -> None:
+    """The backward pass of a layer from the gradients in its output. In what it gives beside its
+    hidden states there is one where a later layer has used it."""
+    # Copies: the hooks may get this very memory, which is written next.
+    pairs = [(output.hidden, gradient.hidden.clone())]
+    pairs += [
+        (values, gradient.beside[key].clone())
+        for key, values in output.beside.items()
+        if key in gradient.beside and values.requires_grad
+    ]
+    tensors = [values for values, _ in pairs]
+    torch.autograd.backward(tensors, [given.to(values.dtype) for values, given in pairs])
 
 
 def _check_gradient(output: Tensor, name: str) -> None:

@@ -223,7 +223,7 @@ class LayerCalibrator:
         def run() -> Tensor:
             output = self._passes.run(index, few, {}, lambda name, x: None)
             assert output is not None, "nothing ends this pass early"
-            return output
+            return output.hidden
 
         self._layer.writers = writers(run, linears, [group.names for group in groups])
 
@@ -287,7 +287,7 @@ class LayerCalibrator:
         with silenced([] if writer is None else [*watched.values(), *writer.later]):
             output = self._passes.run(index, batch, watched, visit, model=model)
         if writer is not None and output is not None:
-            observed.residual = output.float() / writer.gain
+            observed.residual = output.hidden.float() / writer.gain
         return observed
 
     def _with(

@@ -12,16 +12,28 @@ positions and other arguments that its own model computes, and no architecture i
 import contextlib
 import gc
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from vqllm.calibration.layer_calls import (
+    Output,
+    Place,
+    States,
+    changed,
+    entries,
+    handed_on,
+    of_sequences,
+    place_of_states,
+    put_entries,
+)
 from vqllm.checkpoint.source import SourceTensors
 from vqllm.core.protocols import JSON
 from vqllm.errors import ModelError
+from vqllm.hf.dtypes import kept_dtypes, tensors_of
 from vqllm.hf.linears import decoder_name, is_linear, shared_modules
 from vqllm.hf.loading import make_buffers, skeleton
 
@@ -45,7 +57,11 @@ class Layers:
         self.model: Any = model
         self.names, self.device = names, device
         self.layers = [model.get_submodule(name) for name in names]
-        self._returns: dict[int, _Output] = {}
+        self._returns: dict[int, Output] = {}
+        self._handed_on: dict[int, frozenset[Place]] = {}
+        """parts of an output, beside the states, that the model gives to the next layer"""
+        self._places: dict[str, Place] = {}
+        """of what layers need beside the states, by its name"""
         self._own_forward = {
             i: layer.__dict__.get("forward") for i, layer in enumerate(self.layers)
         }
@@ -57,53 +73,61 @@ class Layers:
         self,
         index: int,
         tokens: Tensor,
-        states: Tensor | None,
+        states: States | None,
         *,
         beyond: bool = False,
         grad: bool = False,
-    ) -> Tensor | None:
+    ) -> States | None:
         """The output of loaded layer `index` for a batch; None if a hook ended the layer early; its
         input where the model does not call it for text alone.
 
         Args:
             index: the layer; it must be loaded and of `compute_dtype`.
             tokens: int64 [S, L], what the model is called with.
-            states: the layer's input [S, L, D], or None for the first layer (the embeddings).
+            states: the layer's input, or None for the first layer (the embeddings).
             beyond: go on with what follows the layer, for a hook there that ends the call.
             grad: record what is needed for gradients in `states`.
         """
         # Two hooks on the layer: one puts the stored states in place of its input, one takes its
         # output and ends the call. Layers before it cost nothing: their forward returns its input.
-        result: list[Tensor] = []
-        reached = False
-        layer = self.layers[index]
+        layer, beside = self.layers[index], self._placed(states)
+        visit = _Visit(beside)
 
         def replace_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            nonlocal reached
-            reached = True
+            visit.begin(args, kwargs)
             if states is None:
                 return None
-            place = _place_of_states(args, kwargs)
+            place = place_of_states(args, kwargs)
+            hidden = self._returns.get(index - 1, Output()).in_model(states.hidden)
             if isinstance(place, int):
-                return (*args[:place], states, *args[place + 1 :]), kwargs
-            return args, {**kwargs, place: states}
+                return (*args[:place], hidden, *args[place + 1 :]), kwargs
+            return args, {**kwargs, place: hidden}
 
-        def keep_output(_: nn.Module, args: Any, output: Any) -> None:
-            self._returns[index] = returns = _Output.of(output, self.names[index])
-            result.append(returns.states(output))
-            if not beyond:
+        def keep_output(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
+            self._returns[index] = returns = Output.of(output, tokens, self.names[index])
+            visit.end(returns, output, args, kwargs)
+            # What the next layer is called with shows which parts of the output it gets.
+            is_known = index in self._handed_on or not visit.parts or index + 1 == len(self)
+            if is_known and not beyond:
                 raise LayerDone
+            if not is_known:
+                visit.protect()
 
         def end(*args: Any, **kwargs: Any) -> None:
+            # Called for the next layer, or for one that is for other inputs and is passed over.
+            if visit.parts:
+                self._handed_on[index] = handed_on(visit.parts, args, kwargs)
             raise LayerDone
 
         for earlier in range(index):
-            self.layers[earlier].forward = self._passing_on(earlier)
+            self.layers[earlier].forward = self._passing_on(earlier, beside)
         for later in range(index + 1, len(self)):
-            self.layers[later].forward = end  # a layer that is for other inputs is passed over
+            self.layers[later].forward = end
         handles = [
             layer.register_forward_pre_hook(replace_input, with_kwargs=True),
-            layer.register_forward_hook(keep_output),
+            layer.register_forward_hook(keep_output, with_kwargs=True),
         ]
         try:
             with torch.set_grad_enabled(grad), contextlib.suppress(LayerDone):
@@ -114,20 +138,24 @@ class Layers:
             for other in range(len(self)):
                 if other != index:
                     self._restore_forward(other)
-        if not reached and states is not None and index + 1 < len(self):
+        if not visit.reached and states is not None and index + 1 < len(self):
             return states  # such as the layers that read images, where there are none
-        if not reached:
+        if not visit.reached:
             raise ModelError(f"{self.names[index]} was never called by {type(self.model).__name__}")
-        return result[0] if result else None
+        if visit.hidden is None:
+            return None
+        kept = visit.beside(self._handed_on.get(index, frozenset()), len(tokens))
+        self._places |= {place.name: place for place in kept}
+        return States(visit.hidden, {place.name: value for place, value in kept.items()})
 
     def run_all(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The model's logits [S, L, V] for tokens [S, L], and what its last layer gives [S, L, D].
-        All layers must be loaded."""
+        """The model's logits [S, L, V] for tokens [S, L], and the hidden states that its last layer
+        gives, [S, ..]. All layers must be loaded."""
         states: list[Tensor] = []
 
         def watch(index: int) -> Callable[..., None]:
             def read_output(_: nn.Module, args: Any, output: Any) -> None:
-                self._returns[index] = returns = _Output.of(output, self.names[index])
+                self._returns[index] = returns = Output.of(output, tokens, self.names[index])
                 states[:] = [returns.states(output)]
 
             return read_output
@@ -149,13 +177,14 @@ class Layers:
 
         Args:
             tokens: int64 [S, L], what the model is called with.
-            states: [S, L, D].
+            states: its hidden states, [S, ..].
         """
         # Layer 0 returns the states, all others their input, which are then the same states.
-        first = self._returns[0].like(states.to(self.device))
+        form = self._returns[0]
+        first = form.like(form.in_model(states.to(self.device)), {})
         self.layers[0].forward = lambda *args, **kwargs: first
         for index in range(1, len(self)):
-            self.layers[index].forward = self._passing_on(index)
+            self.layers[index].forward = self._passing_on(index, {})
         try:
             with torch.no_grad():
                 return self.model(input_ids=tokens.to(self.device), use_cache=False).logits
@@ -167,26 +196,35 @@ class Layers:
     def returned(self) -> list[JSON]:
         """The forms of the outputs of all layers that have run, as JSON values."""
         return [
-            {"sequence": own.sequence and own.sequence.__name__, "length": own.length}
+            {
+                "sequence": own.sequence and own.sequence.__name__,
+                "length": own.length,
+                "axis": own.axis,
+            }
             for _, own in sorted(self._returns.items())
         ]
 
     @returned.setter
     def returned(self, values: list[JSON]) -> None:
         types = {None: None, "tuple": tuple, "list": list}
-        outputs = [_Output(types[own["sequence"]], own["length"]) for own in values]
+        outputs = [Output(types[own["sequence"]], own["length"], own["axis"]) for own in values]
         self._returns = dict(enumerate(outputs))
 
     def ready(self, index: int) -> contextlib.AbstractContextManager[nn.Module]:
         """Within, layer `index` can run."""
         return contextlib.nullcontext(self.layers[index])
 
-    def _passing_on(self, index: int) -> Callable[..., Any]:
-        returns = self._returns.get(index, _Output(None))
+    def _placed(self, states: States | None) -> dict[Place, Tensor]:
+        """What is beside the states, by where it comes from."""
+        beside = {} if states is None else states.beside
+        return {self._places[name]: value for name, value in beside.items()}
+
+    def _passing_on(self, index: int, beside: Mapping[Place, Tensor]) -> Callable[..., Any]:
+        returns = self._returns.get(index, Output())
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            place = _place_of_states(args, kwargs)
-            return returns.like(args[place] if isinstance(place, int) else kwargs[place])
+            place = place_of_states(args, kwargs)
+            return returns.like(args[place] if isinstance(place, int) else kwargs[place], beside)
 
         return forward
 
@@ -216,21 +254,28 @@ class LayerStream(Layers):
         device: torch.device,
         compute_dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
+        tensors: SourceTensors | None = None,
     ) -> None:
+        """Args:
+        tensors: those of the folder, opened before; their model becomes that of the stream.
+        """
         # The skeleton has no weights. It shows which modules can stay on disk.
-        self.tensors = SourceTensors.open(folder, trust_remote_code)
-        model = self.tensors.blueprint.model.eval()
+        self.tensors = tensors or SourceTensors.open(folder, trust_remote_code)
+        blueprint = self.tensors.blueprint
+        model = blueprint.model.eval()
         super().__init__(model, layer_names(model), device)
         self.shared = shared_modules(model, self.names)
         self.source_dtype: torch.dtype = model.dtype
-        # Everything outside the layers is cast now; a layer is cast when it is loaded.
         self.compute_dtype = compute_dtype or _compute_dtype(self.source_dtype, device)
+        # What transformers keeps in float32 is read so, and stays so in the compute dtype.
+        self._kept = kept_dtypes(model, model, self.source_dtype, blueprint.origin)
+        self._cast("", model, self.source_dtype)
+        if self.compute_dtype != self.source_dtype:
+            own = skeleton(folder, trust_remote_code=trust_remote_code, dtype=self.compute_dtype)
+            self._kept = kept_dtypes(model, own, self.compute_dtype, blueprint.origin)
+        # Everything outside the layers is cast now; a layer is cast when it is loaded.
         self._load_outside_layers()
         self._cast_outside_layers()
-        if self.compute_dtype != self.source_dtype:
-            self._cast_buffers(
-                skeleton(folder, trust_remote_code=trust_remote_code, dtype=self.compute_dtype)
-            )
 
     @contextlib.contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -242,8 +287,7 @@ class LayerStream(Layers):
         try:
             yield layer
         finally:
-            for module in modules.values():
-                module._apply(lambda tensor: tensor.to("meta"), recurse=False)
+            self._free(modules)
             gc.collect()
 
     def _load_outside_layers(self) -> None:
@@ -276,78 +320,96 @@ class LayerStream(Layers):
                 setattr(module, key, _frozen(values))
         return places.keys() - set(stored)
 
+    def _free(self, modules: Mapping[str, nn.Module]) -> None:
+        """Free all tensors of these modules but buffers that no file stores: they were computed
+        once, for all layers."""
+        for prefix, module in modules.items():
+            computed = {
+                key: value
+                for key, value in module.named_buffers(recurse=False)
+                if f"{prefix}.{key}" not in self.tensors
+            }
+            module._apply(lambda tensor: tensor.to("meta"), recurse=False)
+            module._buffers.update(computed)
+
     @contextlib.contextmanager
     def ready(self, index: int) -> Iterator[nn.Module]:
         with self.layer(index) as layer:
-            yield layer.to(self.compute_dtype)
+            self.cast(index)
+            yield layer
+
+    def cast(self, index: int) -> None:
+        """Cast loaded layer `index` to the compute dtype, without what transformers keeps in
+        float32 in a model of that dtype."""
+        self._cast(self.names[index], self.layers[index], self.compute_dtype)
+
+    def _cast(self, name: str, module: nn.Module, dtype: torch.dtype) -> None:
+        for own, tensor in tensors_of(module, name):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(self._kept.get(own, dtype))
 
     def _cast_outside_layers(self) -> None:
         inside = {id(module) for layer in self.layers for module in layer.modules()}
         cast: dict[nn.Parameter, nn.Parameter] = {}  # so that tied parameters stay tied
-        for module in self.model.modules():
-            if id(module) not in inside:
-                for name, value in module.named_parameters(recurse=False):
-                    if value.is_floating_point() and not value.is_meta:
-                        if value not in cast:
-                            cast[value] = _frozen(value.to(self.compute_dtype))
-                        setattr(module, name, cast[value])
-
-    def _cast_buffers(self, like: nn.Module) -> None:
-        """Cast buffers outside the layers to the dtypes that they have in `like`, a model made in
-        the compute dtype: tables of positions have it (XGLM's), inverse frequencies stay float32.
-        """
-        inside = {id(module) for layer in self.layers for module in layer.modules()}
         for prefix, module in self.model.named_modules():
-            if id(module) not in inside:
-                made = dict(like.get_submodule(prefix).named_buffers(recurse=False))
-                for name, value in module.named_buffers(recurse=False):
-                    if value.is_floating_point():
-                        module._buffers[name] = value.to(made[name].dtype)
+            if id(module) in inside:
+                continue
+            for key, value in module.named_parameters(recurse=False):
+                if value.is_floating_point() and not value.is_meta:
+                    if value not in cast:
+                        cast[value] = _frozen(value.to(self._dtype(f"{prefix}.{key}")))
+                    setattr(module, key, cast[value])
+            # Tables of positions have the model's dtype (XGLM's), inverse frequencies float32.
+            for key, value in module.named_buffers(recurse=False):
+                if value.is_floating_point():
+                    module._buffers[key] = value.to(self._dtype(f"{prefix}.{key}"))
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self._kept.get(name.removeprefix("."), self.compute_dtype)
 
 
-@dataclass(frozen=True)
-class _Output:
-    """What a layer returns: its states alone, or a tuple or list that begins with them."""
+class _Visit:
+    """One call of a layer: what it is given beside its states, and what it gives.
 
-    sequence: type | None
-    length: int = 1
+    Attributes:
+        reached: whether the model called the layer.
+        hidden: its hidden states afterwards, sequences first; None if it was ended early.
+        parts: tensors of its output behind the states.
+    """
 
-    @staticmethod
-    def of(output: Any, name: str) -> "_Output":
-        form = _Output(None)
-        if type(output) in (tuple, list):
-            form = _Output(type(output), len(output))
-        states = form.states(output) if form.length else None
-        if not isinstance(states, Tensor) or states.dim() != 3:
-            shape = f" {tuple(states.shape)}" if isinstance(states, Tensor) else ""
-            raise ModelError(
-                f"{name} returns {type(states).__name__}{shape}; only layers that return states of "
-                "[sequences, tokens, features] can be quantized one by one"
-            )
-        return form
+    def __init__(self, given: Mapping[Place, Tensor]) -> None:
+        self.reached = False
+        self.hidden: Tensor | None = None
+        self.parts: dict[Place, Tensor] = {}
+        self._given = given
+        self._before: dict[Place, Tensor] = {}
+        self._after: dict[Place, Tensor] = {}
 
-    def states(self, output: Any) -> Any:
-        return output[0] if self.sequence else output
+    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """The layer is called."""
+        self.reached = True
+        put_entries(args, kwargs, self._given)
+        self._before = entries(args, kwargs)
 
-    def like(self, states: Tensor) -> Any:
-        """The output of a layer with these states. All else (attention weights, caches) is None: a
-        model does not use it unless a caller requests it."""
-        if self.sequence is None:
-            return states
-        return self.sequence([states, *[None] * (self.length - 1)])
+    def end(
+        self, form: Output, output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """The layer has returned an output of this form."""
+        self.hidden, self.parts = form.states(output), form.parts(output)
+        self._after = entries(args, kwargs)
 
+    def protect(self) -> None:
+        """The model goes on to the next layer, and may write into the states on its way."""
+        assert self.hidden is not None, "the layer has returned"
+        self.hidden = self.hidden.clone()
 
-def _place_of_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
-    """Which argument of a layer's call is its input: the first tensor."""
-    for position, value in enumerate(args):
-        if isinstance(value, Tensor):
-            return position
-    if isinstance(kwargs.get("hidden_states"), Tensor):
-        return "hidden_states"
-    for name, value in kwargs.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return name
-    raise ModelError("a decoder layer is called without a tensor, so its input cannot be given")
+    def beside(self, handed_on: Collection[Place], num_sequences: int) -> dict[Place, Tensor]:
+        """What later layers need: the entries given before and those that this layer has set, and
+        these parts of its output."""
+        given = {place: value for place, value in self._given.items() if place.argument is not None}
+        new = changed(self._before, self._after)
+        new |= {place: part for place, part in self.parts.items() if place in handed_on}
+        return given | of_sequences(new, num_sequences)
 
 
 def linears_of(
@@ -364,7 +426,9 @@ def linears_of(
 
 def layer_names(model: nn.Module) -> list[str]:
     """Full names of the decoder layers: of the list of modules with most parameters in the
-    model's text decoder, or in the model where it has no decoder with such a list."""
+    model's text decoder, or in the model where it has no decoder with such a list. Lists in models
+    of their own inside of it, such as towers for images, come after one of as many entries as the
+    text has layers."""
     inside = decoder_name(model)
     best = _largest_list(model, inside) or _largest_list(model, "")
     if not best:
@@ -379,15 +443,27 @@ def layer_names(model: nn.Module) -> list[str]:
 def _largest_list(model: nn.Module, inside: str) -> str:
     """Full name of the list of modules with most parameters below a module, not itself in a list;
     "" where there is none."""
-    best, best_size = "", 0
+    sizes: dict[str, int] = {}
     for name, module in model.get_submodule(inside).named_modules(prefix=inside):
         if isinstance(module, nn.ModuleList) and not any(
             isinstance(parent, nn.ModuleList) for parent in _parents(model, name)
         ):
-            size = sum(p.numel() for p in module.parameters())
-            if size > best_size:
-                best, best_size = name, size
-    return best
+            sizes[name] = sum(p.numel() for p in module.parameters())
+    config: Any = getattr(model, "config", None)
+    number = getattr(config.get_text_config(), "num_hidden_layers", None) if config else None
+    outer = [*_parents(model, f"{inside}.layers")] if inside else []
+    own = {
+        name: size
+        for name, size in sizes.items()
+        if len(model.get_submodule(name)) == number  # type: ignore[arg-type]
+        and not any(
+            isinstance(parent, PreTrainedModel) and parent not in outer
+            for parent in _parents(model, name)
+        )
+    }
+    found = own if any(own.values()) else sizes
+    best = max(found, key=found.__getitem__, default="")
+    return best if found.get(best) else ""
 
 
 def check_states(model: nn.Module, names: list[str]) -> None:
@@ -400,11 +476,12 @@ def check_states(model: nn.Module, names: list[str]) -> None:
         names: of its layers.
     """
 
+    tokens = torch.zeros(2, 4, dtype=torch.long, device="meta")
+
     def look(_: nn.Module, args: Any, output: Any) -> None:
-        _Output.of(output, names[0])
+        Output.of(output, tokens, names[0])
         raise LayerDone
 
-    tokens = torch.zeros(2, 4, dtype=torch.long, device="meta")
     # A complete mask: the model would read values to make one, and the meta device has none.
     mask = torch.zeros(2, 1, 4, 4, device="meta")
     handle = model.get_submodule(names[0]).register_forward_hook(look)

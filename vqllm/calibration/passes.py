@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vqllm.calibration.activation_store import ActivationStore
+from vqllm.calibration.activation_store import StatesStore
+from vqllm.calibration.layer_calls import States
 from vqllm.calibration.layer_stream import LayerStream
 from vqllm.calibration.replay import Replay
 from vqllm.errors import NumericalError
@@ -55,12 +56,12 @@ class Passes:
         self.tokens = tokens
         self._models = models
         self._aims: Model | None = aims
-        self._wanted: ActivationStore | None = None
+        self._wanted: StatesStore | None = None
         self._is_next = False
         """the wanted outputs are the original model's states after this layer"""
         self._budget_bytes = budget_bytes // 2
         self._folder = folder
-        self._stores: dict[Model, ActivationStore] = {}
+        self._stores: dict[Model, StatesStore] = {}
         self._own: dict[Tensor, Tensor] = {}
         self._replay = Replay(0)
 
@@ -91,7 +92,7 @@ class Passes:
         *,
         model: Model = "quantized",
         beyond: bool = False,
-    ) -> Tensor | None:
+    ) -> States | None:
         """The output of loaded layer `index` for some sequences; None if `visit` ended the pass.
 
         Args:
@@ -118,23 +119,25 @@ class Passes:
                 # Two of them take turns with the original's states.
                 self._wanted = self._new_store(f"wanted-{index % 2}", output)
             self._wanted.write(rows, output)
+        assert self._wanted is not None, "there are sequences"
+        self._wanted.turn()
         self._is_next = self._aims == "original"
 
     def wanted(self, rows_N: Tensor) -> Tensor:
-        """The outputs that `aim` stored, of sequences by number."""
+        """The hidden states that `aim` stored, of sequences by number."""
         assert self._wanted is not None, "aimed before"
-        return self._wanted.read(rows_N, self.stream.device)
+        return self._wanted.read(rows_N, self.stream.device).hidden
 
     def output(self, index: int, rows_N: Tensor) -> Tensor:
-        """The output of loaded layer `index` for sequences by number, in the model that is being
-        quantized; with gradients where they are on."""
+        """The hidden states that loaded layer `index` gives for sequences by number, in the model
+        that is being quantized; with gradients where they are on."""
         states = None
         if index > 0:
             states = self._stores["quantized"].read(rows_N, self.stream.device)
         grad = torch.is_grad_enabled()
         output = self.stream.run(index, self.tokens[rows_N], states, grad=grad)
         assert output is not None, "nothing ends this pass early"
-        return output
+        return output.hidden
 
     def advance(self, index: int) -> None:
         """Replace the stored states by the outputs of loaded layer `index`."""
@@ -146,6 +149,7 @@ class Passes:
                 continue
             for rows, output in self._outputs(index, model):
                 self._store(model, output).write(rows, output)
+            self._stores[model].turn()
         self._replay.close()
 
     def close(self) -> None:
@@ -155,30 +159,28 @@ class Passes:
             if store is not None:
                 store.close()
 
-    def _outputs(self, index: int, model: Model) -> Iterator[tuple[slice, Tensor]]:
+    def _outputs(self, index: int, model: Model) -> Iterator[tuple[slice, States]]:
         """The outputs of loaded layer `index`, batch by batch."""
         for rows in self.batches():
             output = self.run(index, rows, {}, lambda name, x: None, model=model)
             assert output is not None, "nothing ends this pass early"
-            if not bool(torch.isfinite(output).all()):
+            if not bool(torch.isfinite(output.hidden).all()):
                 raise NumericalError(
                     f"the output of {self.stream.names[index]} is not finite in "
                     f"{self.stream.compute_dtype}: run with --compute-dtype float32"
                 )
             yield rows, output
 
-    def _store(self, model: Model, output: Tensor) -> ActivationStore:
+    def _store(self, model: Model, output: States) -> StatesStore:
         if model not in self._stores:
             self._stores[model] = self._new_store(model, output)
         return self._stores[model]
 
-    def _new_store(self, name: str, output: Tensor) -> ActivationStore:
-        num_sequences, length = self.tokens.shape
-        shape = (num_sequences, length, output.shape[-1])
+    def _new_store(self, name: str, output: States) -> StatesStore:
         num_stores = len(self._models) + (self._aims is not None)
         budget_bytes = self._budget_bytes // num_stores
         path = self._folder / f"states-{name}.bin"
-        return ActivationStore(shape, output.dtype, budget_bytes, path)
+        return StatesStore(len(self.tokens), output, budget_bytes, path)
 
     @contextmanager
     def _weights_of(self, model: Model) -> Iterator[None]:

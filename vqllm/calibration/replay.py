@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqllm.calibration.layer_calls import changed, entries
 from vqllm.hf.linears import is_linear
 
 
 class Replay:
     """Stores the outputs of settled children of one layer, up to `budget_bytes`.
 
-    Batches that do not fit, and children that return something else than a tensor or a tuple of
-    tensors, are computed again.
+    Batches that do not fit are computed again; so are children that return something else than a
+    tensor or a tuple of tensors, or set entries of a dict that they are given.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -76,7 +77,8 @@ class _Child:
         self._own: Callable[..., Any] = module.forward
         self._instances_own = module.__dict__.get("forward")
         self._outputs: dict[Hashable, Any] = {}
-        self._called_twice = False
+        self._never = False
+        """its outputs are not stored"""
         module.forward = self._forward
 
     def release(self) -> None:
@@ -88,16 +90,19 @@ class _Child:
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         self.num_calls += 1
         batch = self._replay.batch
-        if self.num_calls > 1 and not self._called_twice:
+        if self.num_calls > 1 and not self._never:
             # Two different outputs in one pass: to store neither is simpler than to store both.
-            self._called_twice = True
+            self._never = True
             self._outputs = {}
         if batch in self._outputs:
             return _copy(self._outputs[batch], _device_of(args, kwargs))
+        before = entries(args, kwargs)
         output = self._own(*args, **kwargs)
+        if changed(before, entries(args, kwargs)):
+            self._never = True
         parts = output if isinstance(output, tuple) else (output,)
         simple = all(part is None or isinstance(part, Tensor) for part in parts)
-        if simple and not self._called_twice:
+        if simple and not self._never:
             size = sum(part.nbytes for part in parts if part is not None)
             if self._replay.take(size):
                 self._outputs[batch] = _copy(output, torch.device("cpu"))

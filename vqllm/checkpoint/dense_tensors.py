@@ -1,8 +1,8 @@
 """The tensors of an ordinary checkpoint from those of a quantized one.
 
-Most come one from one. Where the checkpoint has linears that are parts of a tensor of transformers'
-own model (experts, Conv1D), these are put together again and go through transformers' rules the way
-that saving goes, so that they get the names and shapes that the model's checkpoints have.
+Most come one from one. Where linears have other names in transformers' own model, or are parts of
+one of its tensors (experts, Conv1D), they are put together again and go through transformers' rules
+the way that saving goes, so that they get the names and shapes that the model's checkpoints have.
 
     experts.0.gate_proj.codes, ... ─► experts.gate_up_proj [E, 2 I, C] ─► experts.0.w1.weight, ...
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, revert_weight_conversion
+from transformers.core_model_loading import rename_source_key, revert_weight_conversion
 
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.checkpoint.shards import DTYPE_NAMES, natural_order
@@ -23,6 +23,7 @@ from vqllm.errors import CheckpointError
 from vqllm.hf.conversions import Renaming
 from vqllm.hf.linear_form import Part, fuse, to_linear_form
 from vqllm.hf.loading import explained, skeleton
+from vqllm.hf.rules import by_kind, made_together, undone_by_saving
 
 FLOATS = {name: dtype for dtype, name in DTYPE_NAMES.items() if dtype.is_floating_point}
 """Dtypes of the tensors that a change of dtype concerns, by their names in safetensors files."""
@@ -66,23 +67,44 @@ def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype, source: torch.dtyp
 
 
 class _Parts:
-    """What of a checkpoint are parts of tensors of transformers' own model.
+    """What of a checkpoint goes through transformers' rules on its way to the dense model.
 
     Attributes:
-        taken: the modules and tensors of the checkpoint, as it names them, that they are.
+        taken: the modules and tensors of the checkpoint, as it names them, that do.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         self._checkpoint, self._dtype = checkpoint, dtype
         self._model: Any = skeleton(checkpoint.folder)
         self._tensors = dict(self._model.state_dict())
-        rules = get_model_conversion_mapping(self._model)
         linear = skeleton(checkpoint.folder)
-        parts = to_linear_form(linear)
-        experts = {part.tensor for part in parts.values() if part.expert is not None or part.rows}
+        self._parts = to_linear_form(linear)
+        rules = get_model_conversion_mapping(self._model)
+        self._found = self._find(linear, rules)
+        members: dict[str, dict[str, Part]] = {}
+        for name in self._found:
+            part = self._parts.get(name, Part(name))
+            if part.tensor in self._tensors:
+                members.setdefault(part.tensor, {})[name] = part
+        changed = {tensor for tensor, own in members.items() if self._is_changed(own)}
+        undone = undone_by_saving(
+            rules, [rule for rule in rules if rule.was_used()], self._tensors.keys() - changed
+        )
+        self._model._weight_conversions = undone
+        self._groups = [
+            {tensor: members[tensor] for tensor in group if tensor in members}
+            for group in made_together(self._tensors, undone)
+            if not changed.isdisjoint(group)
+        ]
+        self.taken = {
+            self._found[name] for group in self._groups for own in group.values() for name in own
+        }
+
+    def _find(self, linear: Any, rules: list[Any]) -> dict[str, str]:
+        """The modules that are quantized and all other tensors, as the checkpoint names them, by
+        the parameter of the model in linear form that each is. Marks the rules that are used."""
+        checkpoint, modules = self._checkpoint, dict(linear.named_modules())
         renaming = Renaming(self._model, rules)
-        # The stored matrices and biases, by the parameter that each of them is.
-        modules = dict(linear.named_modules())
         found: dict[str, str] = {}
         for module, spec in checkpoint.linears.items():
             own = renaming.module(module, next(iter(spec.layout())), modules)
@@ -92,35 +114,36 @@ class _Parts:
                     "has no module of that name. Get an undamaged copy."
                 )
             found[f"{own}.weight"] = module
+        renamings, converters = by_kind(rules)
         for name in checkpoint.other_tensors():
             module, _, key = name.rpartition(".")
             own = renaming.module(module, key, modules)
             if own is not None:
                 found[f"{own}.{key}"] = name
-        groups: dict[str, dict[str, Part]] = {}
-        for name, part in parts.items():
-            if name in found:
-                groups.setdefault(part.tensor, {})[name] = part
-        # A Conv1D that is not quantized is stored as it was.
-        self._groups = {
-            tensor: own
-            for tensor, own in groups.items()
-            if tensor in experts or all(found[name] in checkpoint.linears for name in own)
-        }
-        self._found = found
-        self.taken = {found[name] for own in self._groups.values() for name in own}
-        self._model._weight_conversions = [
-            rule for rule in rules if isinstance(rule, WeightConverter) or rule.was_used()
-        ]
+            if own is None or f"{own}.{key}" not in self._parts:
+                rename_source_key(
+                    name, renamings, converters, self._model.base_model_prefix, self._tensors
+                )
+        return found
+
+    def _is_changed(self, own: Mapping[str, Part]) -> bool:
+        """Whether a tensor of transformers' own model with these parts is not stored as in ordinary
+        files. A Conv1D that is not quantized is."""
+        quantized = [self._found[name] in self._checkpoint.linears for name in own]
+        is_expert = any(part.expert is not None or part.rows for part in own.values())
+        return is_expert or all(quantized)
 
     def fused(self) -> Iterator[Made]:
         """The tensors that the parts make together."""
-        for tensor, own in self._groups.items():
-            empty = torch.empty(
-                self._tensors[tensor].shape, dtype=self._dtype_of(own), device="meta"
-            )
-            sizes = {name: value.nbytes for name, value in self._undone(tensor, empty).items()}
-            yield Made(sizes, partial(self._make, tensor, own))
+        for group in self._groups:
+            empty = {
+                tensor: torch.empty(
+                    self._tensors[tensor].shape, dtype=self._dtype_of(own), device="meta"
+                )
+                for tensor, own in group.items()
+            }
+            sizes = {name: value.nbytes for name, value in self._undone(empty).items()}
+            yield Made(sizes, partial(self._make, group))
 
     def _dtype_of(self, own: Mapping[str, Part]) -> torch.dtype:
         """That of the weights; a bias keeps its own."""
@@ -129,20 +152,25 @@ class _Parts:
             return self._dtype
         return FLOATS.get(self._checkpoint.tensors[stored[0]].dtype, self._dtype)
 
-    def _make(self, tensor: str, own: Mapping[str, Part]) -> dict[str, Tensor]:
+    def _make(self, group: Mapping[str, Mapping[str, Part]]) -> dict[str, Tensor]:
+        whole = {tensor: self._whole(tensor, own) for tensor, own in group.items()}
+        return {name: value.contiguous() for name, value in self._undone(whole).items()}
+
+    def _whole(self, tensor: str, own: Mapping[str, Part]) -> Tensor:
         dtype = self._dtype_of(own)
+        if own.keys() == {tensor} and tensor not in self._parts:
+            return self._value(self._found[tensor], dtype)
         values = {name: self._value(self._found[name], dtype) for name in own}
-        whole = fuse(own, values, self._tensors[tensor].shape)
-        return {name: value.contiguous() for name, value in self._undone(tensor, whole).items()}
+        return fuse(own, values, self._tensors[tensor].shape)
 
     def _value(self, name: str, dtype: torch.dtype) -> Tensor:
         if name in self._checkpoint.linears:
             return next(iter(_decoded(self._checkpoint, name, dtype).values()))
         return next(iter(_stored(self._checkpoint, name, dtype).values()))
 
-    def _undone(self, tensor: str, value: Tensor) -> dict[str, Tensor]:
+    def _undone(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         with explained(self._checkpoint.folder):
-            return dict(revert_weight_conversion(self._model, {tensor: value}))
+            return dict(revert_weight_conversion(self._model, tensors))
 
 
 def _decoded(checkpoint: Checkpoint, module: str, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -9,18 +9,16 @@ import torch
 
 from vqllm.checkpoint import atomic
 from vqllm.checkpoint.dense_tensors import Made, dense_tensors
-from vqllm.checkpoint.format import CONFIG, INDEX, JSON, RECORDS, shard_name
+from vqllm.checkpoint.format import CONFIG, INDEX, JSON, shard_name
 from vqllm.checkpoint.reader import Checkpoint
-from vqllm.checkpoint.writer import copy_files, dtype_where_missing, write_json
+from vqllm.checkpoint.side_files import copy_files, without_places
+from vqllm.checkpoint.writer import dtype_where_missing, write_json
 from vqllm.errors import CheckpointError, OutOfSpaceError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 MAX_SHARD_BYTES = 1 << 30
 """Bounds the memory of the conversion: one shard is held at a time."""
-
-REPORT_FILES = (RECORDS, "report.md", "proxy_loss.png")
-"""Pages about the quantized checkpoint, which do not describe the dense one."""
 
 
 def dequantize_checkpoint(folder: str | Path, output: str | Path, dtype: str = "auto") -> Path:
@@ -61,11 +59,10 @@ def dequantize_checkpoint(folder: str | Path, output: str | Path, dtype: str = "
         _write(made, partial, staging, checkpoint.config)
         # The configuration is that of the source, with the new dtype under the keys that it uses.
         config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+        config = without_places(config)
         dtype_keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
         config |= dict.fromkeys(dtype_keys, name)
         copy_files(checkpoint.folder, partial, staging, trust_remote_code=True)
-        for page in REPORT_FILES:
-            (partial / page).unlink(missing_ok=True)
         write_json(partial / CONFIG, config, staging)
         staging.rmdir()
         partial.replace(output)

@@ -6,11 +6,11 @@ its module, in whatever class the folder is loaded: where the source stores
 `backbone.layers.0.q.codes`.
 """
 
-import functools
 from collections.abc import Iterable
 
 from vqllm.errors import ModelError
 from vqllm.hf.blueprint import Blueprint
+from vqllm.hf.loading import listed
 from vqllm_kernels.linear import LinearSpec
 
 
@@ -25,19 +25,27 @@ class FileNames:
     def __init__(self, blueprint: Blueprint, quantized: Iterable[str]) -> None:
         """Args:
         quantized: full names of all modules that will be quantized.
+
+        Raises:
+            ModelError: with experts apart, another tensor would not be read any more.
         """
         self._blueprint = blueprint
         parts = blueprint.parts
-        quantized = list(quantized)
+        self._quantized = frozenset(quantized)
         # Experts are in linear form all together, or none: it is one rule of transformers that
         # merges those of all layers.
-        self._experts_apart = any(self._is_expert(f"{name}.weight") for name in quantized)
+        self._experts_apart = any(self._is_expert(f"{name}.weight") for name in self._quantized)
         self._gone: frozenset[str] = frozenset()
         if self._experts_apart:
             self._gone = frozenset(p.tensor for name, p in parts.items() if self._is_expert(name))
+        if lost := blueprint.conversions.lost_without(self._gone):
+            raise ModelError(
+                f"transformers makes {listed(lost)} and the experts of this model by one rule, so "
+                "that experts cannot be quantized: leave them as they are with a pattern in `skip`."
+            )
         self.differ = any(
             f"{name}.weight" in parts or self.of(f"{name}.weight") != f"{name}.weight"
-            for name in quantized
+            for name in self._quantized
         )
 
     def of(self, name: str) -> str:
@@ -45,15 +53,22 @@ class FileNames:
         origin = self._blueprint.conversions.origins.get(name)
         if origin is not None and not origin.patterns:
             return origin.keys[0]
-        return self._blueprint.conversions.name_in_files(name, self._gone)
+        return self._in_files(name)
 
     def prefix(self, module: str, spec: LinearSpec) -> str:
         """What stands before the names of a quantized module's own tensors."""
-        return self._prefix(module, tuple(spec.layout()))
+        return self._blueprint.conversions.prefix_in_files(module, tuple(spec.layout()))
 
     def module(self, name: str) -> str:
         """A module's name in the files, for one that has no tensors there but its bias."""
-        return self._prefix(name, ("weight",))
+        return self._blueprint.conversions.prefix_in_files(name, ("weight",))
+
+    def check(self) -> None:
+        """Raise ModelError if a tensor that is taken apart has no name in the files."""
+        for name in self._blueprint.parts:
+            module = name.rpartition(".")[0]
+            if self.is_apart(name) and module not in self._quantized:
+                self.of(name)
 
     def is_apart(self, name: str) -> bool:
         """Whether a tensor of the source is taken apart although it is not quantized."""
@@ -74,17 +89,6 @@ class FileNames:
         part = self._blueprint.parts.get(name)
         return part is not None and (part.expert is not None or part.rows is not None)
 
-    @functools.cache  # noqa: B019 - lives as long as a run
-    def _prefix(self, module: str, tensors: tuple[str, ...]) -> str:
-        found = {
-            self._blueprint.conversions.name_in_files(f"{module}.{key}", self._gone).removesuffix(
-                f".{key}"
-            )
-            for key in tensors
-        }
-        if len(found) > 1:
-            raise ModelError(
-                f"transformers names the tensors of {module} differently in the files: leave it as "
-                "it is with a pattern in `skip`."
-            )
-        return found.pop()
+    def _in_files(self, name: str) -> str:
+        own = name.rpartition(".")[0] in self._quantized or self.is_apart(name)
+        return self._blueprint.conversions.name_in_files(name, self._gone, own=own)

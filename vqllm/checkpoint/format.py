@@ -12,7 +12,8 @@ Files
     model.safetensors.index.json       weight_map: {tensor name: file};
                                        metadata.total_size: bytes of all tensors;
                                        metadata.vqllm.sha256: {file: sha256 of the file, hex}
-    all others                         of the source, byte for byte (tokenizer, generation_config)
+    all others                         of the source, byte for byte but for local paths (tokenizer,
+                                       generation_config, ...)
 
     How tensors are spread over files carries no meaning: a reader follows weight_map, or takes
     `model.safetensors` where there is no index. Copies that transformers writes (save_pretrained)
@@ -60,8 +61,8 @@ quantization_config
                      sizes in bits a weight of the linears leave out
     not_quantized    {module: reason}, optional, for people
     recipe           what the checkpoint was made with, optional, for people
-    source           {"model": the original, as its user named it}, optional: the teacher of a
-                     later tuning
+    source           {"model": the original: a hub id, or the name of a folder or file without its
+                     place}, optional: the teacher of a later tuning
     tuning           [{"recipe": ..., "teacher": ...}, ...] what was tuned after rounding, in order,
                      optional, for people
     producer         {"vqllm": version}, optional, for people

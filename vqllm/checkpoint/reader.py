@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from vqllm.checkpoint import checksums
 from vqllm.checkpoint.format import CONFIG, JSON, QUANT_METHOD, RECORDS, QuantizationConfig
 from vqllm.checkpoint.resume.journal import is_unfinished
 from vqllm.checkpoint.shards import (
@@ -20,7 +21,6 @@ from vqllm.checkpoint.shards import (
     StoredTensor,
     read_header,
     read_index,
-    sha256_of,
 )
 from vqllm.core.bits import BitCount
 from vqllm.errors import CheckpointError
@@ -87,7 +87,7 @@ class Checkpoint:
         index = read_index(folder)
         shards = sorted({*index.files.values(), *index.checksums})
         if verify:
-            _verify(folder, index.checksums)
+            checksums.compare(folder, index)
         tensors: dict[str, StoredTensor] = {}
         for shard in shards:
             tensors |= read_header(folder / shard)
@@ -124,6 +124,28 @@ class Checkpoint:
                         f"{self.folder}: {module}.{name} is {stored.dtype} {stored.shape}, but its "
                         f"specification asks for {expected.dtype} {expected.shape}. {DAMAGED}"
                     )
+        if foreign := self._packed_without_module():
+            raise CheckpointError(
+                f"{self.folder}: the packed tensors of {foreign} are there, but its {CONFIG} does "
+                f"not name it among the quantized modules. {DAMAGED}"
+            )
+
+    def _packed_without_module(self) -> str | None:
+        """A module that is not named, but has all tensors of one of the specifications."""
+        known = {*self.linears, *self.quantization.tied}
+        layouts = [
+            {name: (DTYPE_NAMES[own.dtype], own.shape) for name, own in spec.layout().items()}
+            for spec in {id(spec): spec for spec in self.linears.values()}.values()
+        ]
+        modules: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
+        for full, tensor in self.tensors.items():
+            module, _, name = full.rpartition(".")
+            if module not in known:
+                modules.setdefault(module, {})[name] = (tensor.dtype, tensor.shape)
+        for module, tensors in modules.items():
+            if any(layout.items() <= tensors.items() for layout in layouts):
+                return module
+        return None
 
     def read(self, name: str) -> Tensor:
         """One stored tensor. CheckpointError when its file is damaged."""
@@ -248,16 +270,3 @@ def _read_config(folder: Path) -> JSON:
             "an ordinary model; quantize it first."
         )
     return config
-
-
-def _verify(folder: Path, checksums: dict[str, str]) -> None:
-    """Raise CheckpointError for the first shard that does not have its sha256."""
-    for shard, expected in sorted(checksums.items()):
-        path = folder / shard
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing. {DAMAGED}")
-        if sha256_of(path) != expected:
-            read_header(path)  # a truncated file gets the more telling message
-            raise CheckpointError(
-                f"{path} does not have the sha256 that the index records: it is damaged. {DAMAGED}"
-            )

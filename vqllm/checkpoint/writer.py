@@ -1,69 +1,16 @@
-"""The files of a checkpoint beside its shards: index, config.json, the source's other files."""
+"""The files of a checkpoint beside its shards that are written anew: index and config.json."""
 
 import json
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from vqllm.checkpoint import atomic
 from vqllm.checkpoint.format import CONFIG, INDEX, JSON, QuantizationConfig
 from vqllm.checkpoint.shards import read_header
+from vqllm.checkpoint.side_files import without_places
 from vqllm.errors import CheckpointError, ModelError
 from vqllm.hf.other_quantizers import refuse_quantized
-from vqllm.hf.refusals import adapter_files, is_adapter_file
 from vqllm.hf.released_formats import READABLE
-
-logger = logging.getLogger(__name__)
-
-NOT_COPIED = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx",
-    ".onnx_data", ".pkl", ".pickle", ".joblib", ".npz", ".npy", ".tflite", ".mlmodel", ".zip",
-    ".tar", ".gz", ".part",
-}  # fmt: skip
-"""Weights in any format, and archives."""
-
-MAX_COPIED_BYTES = 256 << 20
-"""The largest tokenizer files in use have about 35 MB; a larger file is no small file."""
-
-TEMPLATES = "additional_chat_templates"
-"""The one subfolder that transformers' tokenizers read."""
-
-
-def copied_files(source: Path, trust_remote_code: bool) -> list[Path]:
-    """The small files of a model folder that belong to every copy of it, relative to the folder.
-
-    Not weights, not config.json (which is patched), not the model card (a new one is written), not
-    the files of an adapter (transformers would apply it to the copy too), no hidden file, and
-    Python files only if `trust_remote_code`.
-    """
-    return sorted(_small_files(source, trust_remote_code))
-
-
-def _small_files(source: Path, trust_remote_code: bool) -> Iterator[Path]:
-    for path in [*source.iterdir(), *(source / TEMPLATES).glob("*.jinja")]:
-        name = path.name
-        if not path.is_file() or name.startswith(".") or name in (CONFIG, "README.md"):
-            continue
-        if path.suffix.lower() in NOT_COPIED or name.endswith(".index.json"):
-            continue
-        if is_adapter_file(name):
-            continue
-        if path.suffix == ".py" and not trust_remote_code:
-            continue
-        if path.stat().st_size <= MAX_COPIED_BYTES:
-            yield path.relative_to(source)
-
-
-def copy_files(source: Path, folder: Path, staging: Path, trust_remote_code: bool = False) -> None:
-    """Copy tokenizer, generation_config.json and the like byte for byte."""
-    if adapter := adapter_files(source):
-        logger.warning(
-            "%s also holds an adapter (%s), which is left out of the copy",
-            *(source, ", ".join(adapter)),
-        )
-    for relative in copied_files(source, trust_remote_code):
-        (folder / relative).parent.mkdir(exist_ok=True)
-        atomic.write_bytes(folder / relative, (source / relative).read_bytes(), staging)
 
 
 def read_config(folder: Path) -> JSON:
@@ -89,12 +36,13 @@ def read_dense_config(folder: Path) -> JSON:
 def write_config(
     source: Path, folder: Path, staging: Path, quantization: QuantizationConfig
 ) -> None:
-    """Write the source's config.json with `quantization_config` added and nothing else changed.
+    """Write the source's config.json with `quantization_config` added and nothing else changed, but
+    for local paths.
 
     It is copied, not regenerated: a configuration that transformers writes lacks keys that other
     versions need (without a top-level rope_theta, version 4.57 silently takes its default).
     """
-    config = read_dense_config(source)
+    config = without_places(read_dense_config(source))
     config["quantization_config"] = quantization.to_dict()
     write_json(folder / CONFIG, config, staging)
 

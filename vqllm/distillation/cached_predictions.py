@@ -18,6 +18,7 @@ itself, so that the logits are its own.
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqllm.calibration.activation_store import ActivationStore
+from vqllm.calibration.activation_store import ActivationStore, BesideStore
+from vqllm.calibration.layer_calls import States
 from vqllm.calibration.layer_stream import Layers, LayerStream, layer_names
 from vqllm.calibration.passes import batches
 from vqllm.checkpoint import atomic
@@ -47,7 +49,7 @@ def windows_name(tokens_SL: Tensor) -> str:
 class StoredStates:
     """What the last layer gives for some sequences, in a folder that all processes see.
 
-    NAME-RANK.bin   states of the sequences of one process, [S, L, D], without a header
+    NAME-RANK.bin   hidden states of the sequences of one process, [S, ..], without a header
     NAME.json       what is needed to read them, written when all of them are there
     """
 
@@ -66,10 +68,11 @@ class StoredStates:
         self.own_tokens_SL = (processes or Processes()).own(tokens_SL)
         self._folder, self._name, self._dtype = folder, name, dtype
         self._processes = processes or Processes()
-        self._num, self._length = tokens_SL.shape
+        self._num = len(tokens_SL)
         self._places = {_key(tokens_L): place for place, tokens_L in enumerate(tokens_SL)}
         self._stores: dict[int, ActivationStore] = {}
-        self._features = 0
+        self._shape: list[int] = []
+        """of the states of a sequence"""
 
     def find(self) -> list[JSON] | None:
         """Open what an earlier run completed; what layers return (`Layers.returned`), or None if
@@ -77,20 +80,25 @@ class StoredStates:
         record = self._processes.broadcast(self._read_record)
         return None if record is None else self._open(record)
 
-    def create(self, features: int) -> None:
-        """Begin the file of this process. OutOfSpaceError where those of all would not fit."""
-        self._features = features
-        sizes = [self._num_bytes(rank, features) for rank in self._ranks()]
+    def create(self, states: Tensor) -> None:
+        """Begin the file of this process, for states like these [S, ..]. OutOfSpaceError where
+        those of all would not fit."""
+        self._shape = list(states.shape[1:])
+        sizes = [self._num_bytes(rank, self._shape) for rank in self._ranks()]
         atomic.check_space(self._folder, sum(sizes))
-        self._stores[self._processes.rank] = self._store(self._processes.rank, features)
+        self._stores[self._processes.rank] = self._store(self._processes.rank, self._shape)
 
     def write(self, rows: slice, states: Tensor) -> None:
-        """The states [S, L, D] of some of `own_tokens_SL`."""
+        """The states [S, ..] of some of `own_tokens_SL`."""
         self._stores[self._processes.rank].write(rows, states)
 
     def read_own(self, rows: slice, device: torch.device) -> Tensor:
         """What `write` was given."""
         return self._stores[self._processes.rank].read(rows, device)
+
+    def beside(self) -> BesideStore:
+        """For what layers need beside the states, until all layers have run."""
+        return BesideStore(len(self.own_tokens_SL), 0, self._path(self._processes.rank))
 
     def complete(self, returned: list[JSON]) -> list[JSON]:
         """All states are written, in all processes; what the layers of the first one return.
@@ -105,7 +113,7 @@ class StoredStates:
         self._processes.wait()
 
         def save() -> JSON:
-            record = {"features": self._features, "returned": returned}
+            record = {"shape": self._shape, "returned": returned}
             atomic.write_bytes(self._record_path, json.dumps(record).encode(), self._folder)
             return record
 
@@ -126,7 +134,7 @@ class StoredStates:
         return self._places.get(_key(tokens_L))
 
     def read(self, tokens_SL: Tensor, device: torch.device) -> Tensor:
-        """The states [S, L, D] of some of the sequences, when all are complete.
+        """The states [S, ..] of some of the sequences, when all are complete.
 
         Raises:
             ModelError: one of them is none of these.
@@ -159,28 +167,29 @@ class StoredStates:
                 f"{self._folder}. On several machines the output folder must be one that all of "
                 "them share; or keep the original in memory: --set teacher=live"
             )
-        self._stores = {rank: self._store(rank, record["features"]) for rank in self._ranks()}
+        self._stores = {rank: self._store(rank, record["shape"]) for rank in self._ranks()}
         return record["returned"]
 
     def _ranks(self) -> range:
         """Of the processes that have sequences."""
         return range(min(self._processes.size, self._num))
 
-    def _shape(self, rank: int, features: int) -> tuple[int, int, int]:
-        return len(range(rank, self._num, self._processes.size)), self._length, features
+    def _num_own(self, rank: int) -> int:
+        return len(range(rank, self._num, self._processes.size))
 
-    def _num_bytes(self, rank: int, features: int) -> int:
-        num, length, _ = self._shape(rank, features)
-        return num * length * features * self._dtype.itemsize
+    def _num_bytes(self, rank: int, shape: list[int]) -> int:
+        return self._num_own(rank) * math.prod(shape) * self._dtype.itemsize
 
     def _path(self, rank: int) -> Path:
         return self._folder / f"{self._name}-{rank}.bin"
 
-    def _store(self, rank: int, features: int) -> ActivationStore:
-        return ActivationStore(self._shape(rank, features), self._dtype, 0, self._path(rank))
+    def _store(self, rank: int, shape: list[int]) -> ActivationStore:
+        return ActivationStore((self._num_own(rank), *shape), self._dtype, 0, self._path(rank))
 
     def _is_whole(self, record: JSON) -> bool:
-        sizes = {self._path(r): self._num_bytes(r, record["features"]) for r in self._ranks()}
+        if "shape" not in record:  # an earlier version wrote it
+            return False
+        sizes = {self._path(r): self._num_bytes(r, record["shape"]) for r in self._ranks()}
         return all(p.is_file() and p.stat().st_size == size for p, size in sizes.items())
 
 
@@ -239,24 +248,30 @@ class StreamedPredictions:
     def _run(self, report_progress: Callable[[float], None]) -> None:
         """Store the outputs of the last layer for the sequences of this process."""
         stream, own_SL = self._stream, self._states.own_tokens_SL
+        beside = self._states.beside()
         for index in range(len(stream)) if len(own_SL) else ():
-            with stream.layer(index) as layer:
-                layer.to(stream.compute_dtype)
+            with stream.ready(index):
                 for number, rows in enumerate(batches(own_SL, stream.device)):
                     # The states of a batch take the place of those that the layer was given.
-                    given = None if index == 0 else self._states.read_own(rows, self.device)
+                    given = None
+                    if index > 0:
+                        hidden = self._states.read_own(rows, self.device)
+                        given = States(hidden, beside.read(rows, self.device))
                     output = stream.run(index, own_SL[rows], given)
                     assert output is not None, "no hook ends this pass early"
-                    if not bool(output.isfinite().all()):
+                    if not bool(output.hidden.isfinite().all()):
                         raise NumericalError(
                             f"the output of {stream.names[index]} of the original is not finite "
                             f"in {stream.compute_dtype}: its files are damaged, or the dtype is "
                             "too narrow for this model"
                         )
                     if index == number == 0:
-                        self._states.create(output.shape[-1])
-                    self._states.write(rows, output)
+                        self._states.create(output.hidden)
+                    self._states.write(rows, output.hidden)
+                    beside.write(rows, output.beside)
+                beside.turn()
             report_progress((index + 1) / len(stream))
+        beside.close()
 
 
 class RecordedPredictions:
@@ -312,7 +327,7 @@ class RecordedPredictions:
             return logits
         if not self._states.is_created:
             atomic.make_folder(self._folder)
-            self._states.create(states.shape[-1])
+            self._states.create(states)
         self._states.write(row, stored)
         self._missing.discard(place)
         if not self._missing:

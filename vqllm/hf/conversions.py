@@ -6,7 +6,6 @@ apart, values of 8 bits are multiplied by their scales. Its rules are applied he
 a time, so that no more of a model is in memory than is needed.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from copy import deepcopy
@@ -18,13 +17,15 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
-    WeightRenaming,
     apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
 
 from vqllm.errors import ModelError
+from vqllm.hf.rules import by_kind, without_merged
+
+UNNAMED = "transformers' rules for the model's checkpoints leave no name for its packed tensors"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Conversions:
         self._whole: Any = None
         self._make_whole = make_whole or (lambda: model)
         self._rules = list(get_model_conversion_mapping(model, hf_quantizer=quantizer))
-        self._renamings, self._converters = _by_kind(self._rules)
+        self._renamings, self._converters = by_kind(self._rules)
         self._prefix = model.base_model_prefix
         self._known: dict[str, Any] = model.state_dict()
         stored = sorted(stored, key=dot_natural_key)
@@ -87,13 +88,14 @@ class Conversions:
         self._written = self._rules
         if quantizer is not None:
             self._written = list(get_model_conversion_mapping(model))
-            renamings, converters = _by_kind(self._written)
+            renamings, converters = by_kind(self._written)
             for key in stored:
                 rename_source_key(key, renamings, converters, self._prefix, self._known)
         # What saving undoes: the rules that some stored name needed, as transformers keeps them.
         self._used = [rule for rule in self._written if rule.was_used()]
         self._naming: dict[frozenset[str], tuple[list[Any], list[Any], list[Any]]] = {}
         """the rules for names in files, by the tensors that are gone: undone ones, then all"""
+        self._prefixes: dict[tuple[str, tuple[str, ...]], str] = {}
 
     def convert(
         self, target: str, read: Callable[[str], Tensor], only: int | None = None
@@ -136,31 +138,82 @@ class Conversions:
         operations = self._rule(patterns[0]).operations
         return any(isinstance(own, MergeModulelist) and own.dim == 0 for own in operations)
 
-    def name_in_files(self, name: str, gone: frozenset[str] = frozenset()) -> str:
+    def name_in_files(
+        self, name: str, gone: frozenset[str] = frozenset(), *, own: bool = False
+    ) -> str:
         """The name under which a tensor that the model gets in the place of others is stored, so
         that transformers' rules bring it to `name` again: as saving would name it, or `name`.
 
         Args:
             name: its full name in the model.
             gone: tensors that the model then has no more.
+            own: it is of a module whose tensors only renamings concern (`rules.with_linears`).
 
         Raises:
             ModelError: the rules bring neither there.
         """
         if gone not in self._naming:  # the same for all of a model's names
-            undone, _ = _by_kind(rule.reverse_transform() for rule in reversed(self._used))
-            self._naming[gone] = undone, *_by_kind(without_merged(self._written, gone))
+            undone, _ = by_kind(rule.reverse_transform() for rule in reversed(self._used))
+            self._naming[gone] = undone, *by_kind(without_merged(self._written, gone))
         undone, renamings, converters = self._naming[gone]
         candidates = (apply_renamings(name, undone), name)
         for candidate in candidates:
             known = {name: True}
-            found = rename_source_key(candidate, renamings, converters, self._prefix, known)
+            found = rename_source_key(
+                candidate, renamings, [] if own else converters, self._prefix, known
+            )
             if found == (name, None):
                 return candidate
         raise ModelError(
             f"transformers' names for the checkpoints of {type(self._model).__name__} leave no "
             f"name for {name}: leave it as it is with a pattern in `skip`."
         )
+
+    def prefix_in_files(self, module: str, tensors: tuple[str, ...]) -> str:
+        """What stands in the files before the names of tensors that a module has in the place of
+        others.
+
+        Args:
+            module: its full name in the model.
+            tensors: their names in it.
+
+        Raises:
+            ModelError: the rules bring no name there, or different ones.
+        """
+        if (module, tensors) in self._prefixes:
+            return self._prefixes[module, tensors]
+        found = {
+            self.name_in_files(f"{module}.{key}", own=True).removesuffix(f".{key}")
+            for key in tensors
+        }
+        if len(found) > 1:
+            raise ModelError(
+                f"transformers names the tensors of {module} differently in the files: leave it as "
+                "it is with a pattern in `skip`."
+            )
+        self._prefixes[module, tensors] = found.pop()
+        return self._prefixes[module, tensors]
+
+    def why_unnamed(self, module: str, tensors: tuple[str, ...]) -> str | None:
+        """Why a module cannot have these tensors in the files; None if it can."""
+        try:
+            self.prefix_in_files(module, tensors)
+        except ModelError:
+            return UNNAMED
+        return None
+
+    def lost_without(self, gone: Collection[str]) -> list[str]:
+        """Other tensors of the model that the rules would not make from their stored ones any more
+        if these were gone."""
+        kept = {id(rule) for rule in without_merged(self._rules, gone)}
+        return [
+            target
+            for target, origin in self.origins.items()
+            if origin.patterns
+            and target not in gone
+            and not self.is_decoded(target)  # written as they are in the model
+            and id(self._rule(origin.patterns[0])) not in kept
+        ]
 
     def _rule(self, pattern: str) -> WeightConverter:
         return next(own for own in self._converters if pattern in own.source_patterns)
@@ -187,7 +240,7 @@ class Renaming:
     """What the tensors of a checkpoint are called in a model, by these rules."""
 
     def __init__(self, model: Any, rules: Iterable[Any]) -> None:
-        self._renamings, _ = _by_kind(rules)
+        self._renamings, _ = by_kind(rules)
         self._prefix = model.base_model_prefix
 
     def name(self, name: str, tensor: str) -> str:
@@ -209,28 +262,3 @@ class Renaming:
             if candidate in modules:
                 return candidate
         return None
-
-
-def without_merged(rules: Iterable[Any], gone: Collection[str]) -> list[Any]:
-    """The rules without converters that make one of these tensors, which a model has no more."""
-    return [
-        rule for rule in rules if not (isinstance(rule, WeightConverter) and _makes_any(rule, gone))
-    ]
-
-
-def _makes_any(rule: WeightConverter, names: Collection[str]) -> bool:
-    patterns = [re.compile(_as_regex(target)) for target in rule.target_patterns]
-    return any(pattern.search(name) for pattern in patterns for name in names)
-
-
-def _as_regex(target: str) -> str:
-    """A target pattern as a pattern of what it writes."""
-    return ".*".join(re.escape(piece) for piece in target.replace(r"\.", ".").split(r"\1"))
-
-
-def _by_kind(rules: Iterable[Any]) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-    rules = list(rules)
-    return (
-        [rule for rule in rules if isinstance(rule, WeightRenaming)],
-        [rule for rule in rules if isinstance(rule, WeightConverter)],
-    )

@@ -28,6 +28,9 @@ class Found:
     tied: dict[str, str]
     gone: frozenset[str]
     """tensors of transformers' own model whose parts are linears now"""
+    own: frozenset[str]
+    """modules whose tensors have names of their own in the files: all that are packed, and all
+    linears in the place of tensors that are gone"""
     originals: Mapping[str, nn.Module]
     """the modules that are or will be in linear form, as they were"""
 
@@ -42,10 +45,12 @@ def found_in(model: Any, quantization: QuantizationConfig) -> Found:
     specs = quantization.linears()
     gone: frozenset[str] = frozenset()
     before: dict[str, nn.Module] = {}
+    apart: set[str] = set()
     if quantization.linear_form:
         before = {n: m for n, m in model.named_modules() if has_linear_form(m)}
         parts = to_linear_form(model, only_experts=True)
         gone = frozenset(part.tensor for part in parts.values())
+        apart = {name.rpartition(".")[0] for name in parts}
     rename = Renaming(model, get_model_conversion_mapping(model))
     modules = dict(model.named_modules(remove_duplicate=False))
     names: dict[str, str] = {}
@@ -57,15 +62,16 @@ def found_in(model: Any, quantization: QuantizationConfig) -> Found:
             raise _no_module(model, name, spec)
     if not names:
         raise _no_module(model, *next(iter(specs.items())))
-    tied = {
-        rename.module(name, "weight", modules): names[source]
-        for name, source in quantization.tied.items()
-        if source in names
-    }
+    tied: dict[str, str] = {}
+    for name, source in quantization.tied.items():
+        found = rename.module(name, "weight", modules)
+        if found is not None and source in names:
+            tied[found] = names[source]
     return Found(
         {names[name]: spec for name, spec in specs.items() if name in names},
-        {name: source for name, source in tied.items() if name is not None},
+        tied,
         gone,
+        frozenset({*names.values(), *tied, *apart}),
         {n: m for n, m in before.items() if is_fused(m) or n in names.values()},
     )
 

@@ -20,13 +20,15 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from vqllm.checkpoint import checksums
 from vqllm.checkpoint.format import QUANT_METHOD, QuantizationConfig
 from vqllm.checkpoint.shards import DAMAGED, read_header
 from vqllm.core.tensors import frozen
 from vqllm.errors import CheckpointError
-from vqllm.hf.conversions import without_merged
 from vqllm.hf.linear_form import from_linear_form
 from vqllm.hf.linears import before_lookup
+from vqllm.hf.rules import undone_by_saving, with_linears
+from vqllm.integrations.missing import refuse_missing, refuse_untied
 from vqllm.integrations.module_names import found_in
 from vqllm.integrations.saved_config import (
     check_loads_again,
@@ -81,12 +83,16 @@ class VqllmQuantizer(HfQuantizer):
     the name of the model."""
     _tied: dict[str, str]
     """modules that use the tensors of another one, by full name"""
+    _stored: Collection[str] = ()
+    """names of all tensors in the files"""
     _gone: Collection[str] = ()
     """tensors that the model has no more, because their parts are linears"""
+    _own: Collection[str] = ()
+    """modules that are packed, or are linears in the place of such tensors"""
     _originals: Mapping[str, nn.Module]
     """modules of transformers in whose place there are linears"""
-    _merging: Collection[Any] = ()
-    """transformers' rules that merge what is linears here"""
+    _rules: list[Any]
+    """transformers' own rules for the model's checkpoints"""
     _structure: Mapping[str, Any] | None = None
     """what config.json said about the model's modules when it was loaded"""
 
@@ -94,28 +100,29 @@ class VqllmQuantizer(HfQuantizer):
         self.quantization_config.parse()
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        for path in kwargs.get("checkpoint_files") or ():
-            if str(path).endswith(".safetensors"):
-                read_header(Path(path))  # names a truncated file, which the loader does not
+        files = [Path(own) for own in kwargs.get("checkpoint_files") or ()]
+        files = [file for file in files if file.suffix == ".safetensors"]
+        # The loader itself names neither a truncated file nor a damaged one.
+        self._stored = {name for file in files for name in read_header(file)}
+        checksums.compare_loaded(files)
         quantization = self.quantization_config.parse()
         with torch.device("meta"):
             found = found_in(model, quantization)
-            self._gone, self._originals = found.gone, found.originals
+            self._gone, self._own, self._originals = found.gone, found.own, found.originals
             replace_modules(model, found.specs, found.tied)
         self._declared_ties = _tie_packed(model, {*found.specs, *found.tied}, found.tied)
         self._tied = found.tied
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Without those that merge experts, which are linears of their own here."""
-        kept = without_merged(weight_conversions, self._gone)
-        self._merging = [
-            rule for rule in weight_conversions if not any(rule is own for own in kept)
-        ]
-        return kept
+        self._rules = weight_conversions
+        return with_linears(weight_conversions, self._gone, self._own, model.base_model_prefix)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         packed = _packed_modules(model)
         _check_loaded(model, packed)
+        refuse_untied(model)
+        refuse_missing(model, self._stored)
         for module in packed.values():
             module.requires_grad_(False)  # the loader wraps float tensors anew, with gradient
         if self.pre_quantized and self.quantization_config.dequantize:
@@ -146,8 +153,12 @@ class VqllmQuantizer(HfQuantizer):
         for name, source in tied.items():
             model.set_submodule(name, _dense(packed[name], model.get_submodule(source).weight))
         from_linear_form(model, self._originals)
-        # Saving undoes them, so that experts have the names that the model's checkpoints have.
-        model._weight_conversions = [*self._merging, *getattr(model, "_weight_conversions", ())]
+        # Saving undoes the rules that dense files would have been loaded by.
+        used = [getattr(rule, "rule", rule) for rule in model._weight_conversions]
+        kept = [
+            n for n in model.state_dict() if n not in self._gone and _module(n) not in self._own
+        ]
+        model._weight_conversions = undone_by_saving(self._rules, used, kept)
         self._declare_own_ties(model)
         return model
 
@@ -241,6 +252,10 @@ def _dense_embedding(embedding: VQEmbedding, weight: nn.Parameter) -> nn.Embeddi
         dense = before_lookup(embedding.rest, weight)
     dense.padding_idx = embedding.padding_idx
     return dense
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _tie_packed(

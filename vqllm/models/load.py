@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from vqllm.checkpoint import checksums
 from vqllm.checkpoint.reader import Checkpoint, is_checkpoint
 from vqllm.hf.loading import load_model, load_tokenizer
 from vqllm.hf.refusals import has_tokenizer, refuse_no_tokenizer
@@ -40,13 +41,14 @@ def load(
     """
     folder = models.resolve(path, trust_remote_code=trust_remote_code).path
     if is_checkpoint(folder):
-        Checkpoint.open(folder, verify)
+        Checkpoint.open(folder, verify=False)  # its checksums are compared when it is read
     tokenizer = None
     if has_tokenizer(folder):  # before the model, which takes time and memory
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    model = load_model(
-        folder, trust_remote_code=trust_remote_code, dtype=dtype, device_map=device_map
-    )
+    with checksums.compared(verify):
+        model = load_model(
+            folder, trust_remote_code=trust_remote_code, dtype=dtype, device_map=device_map
+        )
     return model, tokenizer
 
 

@@ -27,6 +27,12 @@ def option_costs(shape: Shape, recipe: Recipe) -> tuple[int, ...]:
     )
 
 
+def layouts(shape: Shape, recipe: Recipe) -> set[tuple[str, ...]]:
+    """Names of the packed tensors that a linear has with each of the codecs that it may get."""
+    specs = (stored_spec(*shape, recipe.with_codec(codec)) for codec in recipe.codecs)
+    return {tuple(spec.layout()) for spec in specs}
+
+
 def options(shape: Shape, recipe: Recipe, limit: float) -> dict[int, int]:
     """Those of the `option_costs` that are below a limit, by the number of the codec in the
     recipe's list."""

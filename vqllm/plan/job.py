@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from vqllm.calibration.layer_stream import LayerStream
+from vqllm.checkpoint.source import SourceTensors
 from vqllm.recipes import Recipe
 
 
@@ -25,9 +26,17 @@ class Job:
     compute_dtype: torch.dtype | None = None
     """dtype in which layers run; None chooses by source dtype and device"""
     trust_remote_code: bool = False
+    is_part: bool = False
+    """whether the checkpoint is a part of another run, and nothing that somebody publishes"""
     activation_budget: int = 4 << 30
     """bytes of activations in memory; beyond, hidden states are in a file in the output folder"""
 
-    def open_stream(self) -> LayerStream:
-        """The unquantized model, layer by layer."""
-        return LayerStream(self.source, self.device, self.compute_dtype, self.trust_remote_code)
+    def open_stream(self, tensors: SourceTensors | None = None) -> LayerStream:
+        """The unquantized model, layer by layer.
+
+        Args:
+            tensors: of the source, opened before, in which no other stream is.
+        """
+        return LayerStream(
+            self.source, self.device, self.compute_dtype, self.trust_remote_code, tensors
+        )

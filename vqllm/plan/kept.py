@@ -29,6 +29,7 @@ low ranks of keys and values (576 x 7168, 160 x 2048), keys of a single head (25
 128 x 896). The number of columns tells small models apart: their keys may have 64 rows too, such
 as 64 x 576. In the smallest, whole states have so few values; see `_width`."""
 
+IS_ROUTER = "a router, it decides which experts run"
 ROUTER = "router"
 """The name of routers wherever they are."""
 BESIDE_EXPERTS = (ROUTER, "gate", "wg", "classifier", "switch")
@@ -46,7 +47,20 @@ def kept_linears(layer: nn.Module, kinds: Collection[SkippedKind]) -> dict[str, 
     if "routers" in kinds:
         for prefix, router in _routers(layer):
             for name, linear in _linears(router, prefix):
-                reasons[name] = f"a router, it decides which experts run ({_size(linear)})"
+                reasons[name] = f"{IS_ROUTER} ({_size(linear)})"
+    return reasons
+
+
+def router_parameters(layer: nn.Module) -> dict[str, str]:
+    """A reason for every module of a router that has a matrix of its own and is no linear, by its
+    name in the decoder layer."""
+    reasons = {}
+    for prefix, router in _routers(layer):
+        for name, module in router.named_modules(prefix=prefix):
+            own = [p for p in module.parameters(recurse=False) if p.dim() >= 2]
+            if own and not is_linear(module):
+                sizes = ", ".join(" x ".join(map(str, p.shape)) for p in own)
+                reasons[name] = f"{IS_ROUTER} ({sizes})"
     return reasons
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from vqllm.hf.linears import is_linear, shared_modules
+from vqllm.plan.kept import router_parameters
 
 SHARED = "several layers, or a layer and something outside, share it"
 
@@ -28,6 +29,11 @@ def why_not_quantized(
     """
     reasons = {}
     shared = shared_modules(model, layers)
+    routers = {
+        f"{layer}.{name}": reason
+        for layer in layers
+        for name, reason in router_parameters(model.get_submodule(layer)).items()
+    }
     for name, module in model.named_modules():
         if name in quantized:
             continue
@@ -41,7 +47,7 @@ def why_not_quantized(
             reasons[name] = (
                 SHARED
                 if inside and module in shared
-                else _reason(name, module, inside, matrices, skip, kept)
+                else _reason(name, module, inside, matrices, skip, {**routers, **kept})
             )
     return reasons
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from vqllm.calibration.layer_stream import linears_of
 from vqllm.hf.linears import shared_modules
-from vqllm.plan.costs import Shape, option_costs
+from vqllm.plan.costs import Shape, layouts, option_costs
 from vqllm.plan.kept import kept_linears
 from vqllm.recipes import Recipe
 
@@ -47,6 +47,7 @@ def select(
     layers: Collection[str],
     recipe: Recipe,
     stored_bytes: Callable[[Iterable[str]], int],
+    why_unnamed: Callable[[str, tuple[str, ...]], str | None] = lambda name, tensors: None,
 ) -> Selection:
     """Divide the linears of a model's decoder layers.
 
@@ -55,11 +56,14 @@ def select(
         layers: full names of its decoder layers.
         stored_bytes: of parameters of these full names in the source model; 0 where that is not
             known, which makes it the size in `model`.
+        why_unnamed: the reason why a module cannot have tensors of these names in the files; None
+            if it can.
     """
     shapes: dict[str, Shape] = {}
     limits: dict[str, float] = {}
     kept: dict[str, str] = {}
     larger: dict[str, str] = {}
+    names_of = cache(lambda shape: layouts(shape, recipe))
     least_bits = cache(lambda shape: min(option_costs(shape, recipe)))
     shared = shared_modules(model, layers)
     for layer_name in layers:
@@ -72,7 +76,10 @@ def select(
             shape = linear.out_features, linear.in_features
             dense = 8 * (stored_bytes([f"{name}.weight"]) or linear.weight.nbytes)
             limit = dense if "larger" in recipe.skip_kinds else math.inf
-            if least_bits(shape) < limit:
+            reasons = {why_unnamed(name, tensors) for tensors in names_of(shape)} - {None}
+            if reasons:
+                kept[name] = min(map(str, reasons))
+            elif least_bits(shape) < limit:
                 shapes[name], limits[name] = shape, limit
             else:
                 larger[name] = _would_be_larger(shape, least_bits(shape), dense)

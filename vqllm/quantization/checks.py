@@ -1,7 +1,8 @@
 """What is looked at before the long part of a run: the model, its linears, its values, the plan."""
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from vqllm.allocation.gradient_statistics import needs_gradients
 from vqllm.calibration.gradients import WITHOUT
 from vqllm.calibration.layer_stream import check_states, layer_names
+from vqllm.checkpoint.file_names import FileNames
 from vqllm.checkpoint.source import SourceTensors, stored_tensors
 from vqllm.checkpoint.writer import read_dense_config
 from vqllm.core.coverage import HALF, kinds_of
@@ -27,7 +29,18 @@ from vqllm.recipes import Recipe
 logger = logging.getLogger(__name__)
 
 
-def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool = False) -> None:
+@dataclass(frozen=True)
+class Checked:
+    """A model that a run will not fail on, as far as can be seen."""
+
+    tensors: SourceTensors
+    """its files; of its weights, none is read yet"""
+    selection: Selection
+
+
+def check_model(
+    source: Path, name: str, recipe: Recipe, trust_remote_code: bool = False
+) -> Checked:
     """Refuse a model that a run would fail on later. Takes less than a second and reads no weights.
 
     Args:
@@ -51,7 +64,8 @@ def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool
     say_other_lists(name, model, names)
     if not predicts_tokens(model.config):
         _check_without_predictions(name, model, recipe)
-    selection = select(model, names, recipe, tensors.num_bytes)
+    conversions = tensors.blueprint.conversions
+    selection = select(model, names, recipe, tensors.num_bytes, conversions.why_unnamed)
     shapes = selection.shapes
     if not shapes:
         reasons = why_not_quantized(model, names, (), recipe.skip, selection.kept)
@@ -63,6 +77,8 @@ def check_model(source: Path, name: str, recipe: Recipe, trust_remote_code: bool
     _check_budget(name, selection, recipe)
     check_states(model, names)
     _check_outside(tensors, model, recipe)
+    FileNames(tensors.blueprint, shapes).check()
+    return Checked(tensors, selection)
 
 
 def _check_without_predictions(name: str, model: PreTrainedModel, recipe: Recipe) -> None:
@@ -83,17 +99,15 @@ def _check_without_predictions(name: str, model: PreTrainedModel, recipe: Recipe
             )
 
 
-def say_what_stays(
-    name: str, model: nn.Module, layers: Collection[str], recipe: Recipe, selection: Selection
-) -> None:
+def say_what_stays(name: str, checked: Checked, recipe: Recipe) -> None:
     """Say of which linears the packed tensors would not be smaller, and when most of a model is not
     quantized.
 
     Args:
         name: what the user called the model.
-        model: on the meta device or elsewhere.
-        layers: full names of its decoder layers.
     """
+    model, selection = checked.tensors.blueprint.model, checked.selection
+    layers = layer_names(model)
     if selection.larger:
         first, reason = next(iter(selection.larger.items()))
         logger.warning(

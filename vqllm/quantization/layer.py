@@ -18,6 +18,7 @@ from vqllm.calibration.hessian import InputHessian
 from vqllm.calibration.layer_calibrator import InputGroup, LayerCalibrator
 from vqllm.checkpoint.packed_matrix import PackedMatrix
 from vqllm.core.progress import Progress
+from vqllm.hf.refusals import listed
 from vqllm.quantization.layer_training import LayerTrainer
 from vqllm.quantization.linear import Statistics, quantize_group
 from vqllm.quantization.loaded_layer import LoadedLayer, install
@@ -74,7 +75,20 @@ def quantize_layer(
         # the output of the layer is left to compute.
         if unfinished and not trainer:
             calibrator.settle(layer.module, unfinished.values())
+    _warn_of_unreached(results)
     return trainer.finished(results) if trainer else results
+
+
+def _warn_of_unreached(results: list[PackedMatrix]) -> None:
+    """Once a layer: a short calibration may miss a hundred experts in each."""
+    experts = {r.name.rpartition(".")[0] for r in results if r.record.num_tokens == 0}
+    if experts:
+        logger.warning(
+            "no calibration token reached %d experts of a layer (%s): they are rounded for the "
+            "inputs of the others; report.md names all",
+            len(experts),
+            listed(experts),
+        )
 
 
 def _stages(groups: list[InputGroup]) -> list[list[InputGroup]]:
@@ -118,12 +132,6 @@ def _quantize_group(
     if not task.trainer:
         for name in group.names:
             del layer.weights[name]
-    if num_tokens == 0:
-        logger.warning(
-            "%s: no calibration token reached this expert; it is rounded for the inputs of "
-            "the others",
-            ", ".join(group.names),
-        )
     # Those of experts are decoded again where they are needed: all of a layer take much memory.
     return [replace(own, decoded_RC=None) for own in made] if group.side else made
 

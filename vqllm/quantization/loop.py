@@ -12,10 +12,9 @@ from torch import Tensor
 from vqllm.allocation.gradient_statistics import GradientStatistics
 from vqllm.calibration.data.calibration_set import calibration_sequences
 from vqllm.calibration.layer_calibrator import LayerCalibrator
-from vqllm.calibration.layer_stream import layer_names, linears_of
+from vqllm.calibration.layer_stream import linears_of
 from vqllm.calibration.passes import Model
 from vqllm.checkpoint.resume.layer_writer import LayerWriter
-from vqllm.checkpoint.source import SourceTensors
 from vqllm.core import memory
 from vqllm.core.coverage import kinds_of
 from vqllm.core.progress import Progress
@@ -24,8 +23,7 @@ from vqllm.errors import ModelError
 from vqllm.plan.job import Job
 from vqllm.plan.not_quantized import why_not_quantized
 from vqllm.plan.packed_spec import stored_spec
-from vqllm.plan.selection import Selection, select
-from vqllm.quantization.checks import check_finite, check_model, say_what_stays
+from vqllm.quantization.checks import Checked, check_finite, check_model, say_what_stays
 from vqllm.quantization.embeddings import EmbeddingAndHead
 from vqllm.quantization.layer import LayerTask, quantize_layer
 from vqllm.quantization.layer_training import LayerTrainer
@@ -45,16 +43,17 @@ class Outcome:
     """int64 [S, L], sequences that nothing was calibrated on"""
 
 
-def open_run(job: Job) -> LayerWriter:
-    """The job's output folder, new or with the finished layers of an earlier run of the same job.
+def open_run(job: Job) -> tuple[LayerWriter, Checked]:
+    """The job's output folder, new or with the finished layers of an earlier run of the same job,
+    and the model.
 
     Raises:
         ModelError: a run would fail on this model; nothing is written then.
         CheckpointError: something else is in the folder; a difference to the earlier run is shown.
     """
-    check_model(job.source, job.model, job.recipe, job.trust_remote_code)
+    checked = check_model(job.source, job.model, job.recipe, job.trust_remote_code)
     settings = {"device": job.device.type, "compute_dtype": str(job.compute_dtype or "auto")}
-    return LayerWriter(
+    folder = LayerWriter(
         job.output,
         job.source,
         job.model,
@@ -62,18 +61,21 @@ def open_run(job: Job) -> LayerWriter:
         settings,
         job.trust_remote_code,
         origin=job.origin,
+        private=job.is_part,
     )
+    return folder, checked
 
 
-def quantize(job: Job, run: LayerWriter, progress: Progress) -> Outcome:
+def quantize(job: Job, run: LayerWriter, checked: Checked, progress: Progress) -> Outcome:
     """Quantize a model into the checkpoint folder of `run`, from its first unfinished layer on.
+    `run` and `checked` are what `open_run` returns.
 
     Every finished layer is on disk before the next one begins; a run that is killed at any moment
     and started again writes the same bytes as one that was not.
     """
     start = time.perf_counter()
     memory.keep_large_blocks_apart()
-    selection = _selection_of(job)
+    say_what_stays(job.model, checked, job.recipe)
     progress.phase("calibration text")
     sequences = run.load_or_make(
         "sequences",
@@ -81,7 +83,7 @@ def quantize(job: Job, run: LayerWriter, progress: Progress) -> Outcome:
     )
     calibrated = time.perf_counter()
 
-    loop = _Loop(job, run, selection, sequences["calibration"], progress)
+    loop = _Loop(job, run, checked, sequences["calibration"], progress)
     loop.quantize_embedding()
     loop.begin_layers()
     for index in loop.layers_to_load():
@@ -109,15 +111,15 @@ class _Loop:
         self,
         job: Job,
         run: LayerWriter,
-        selection: Selection,
+        checked: Checked,
         tokens_SL: Tensor,
         progress: Progress,
     ) -> None:
         self._job, self._recipe, self._run, self._progress = job, job.recipe, run, progress
-        self._selection, self._tokens_SL = selection, tokens_SL
+        self._selection, self._tokens_SL = checked.selection, tokens_SL
         # The pass with gradients opens the model by itself, so it comes before the stream.
-        self._findings = GradientStatistics(job, run, selection, tokens_SL, progress)
-        self._stream = job.open_stream()
+        self._findings = GradientStatistics(job, run, self._selection, tokens_SL, progress)
+        self._stream = job.open_stream(checked.tensors)
         check_finite(self._stream.model, "the model outside its layers")
         self._ends = EmbeddingAndHead(self._stream, run, self._recipe)
         self._allocation = self._findings.allocation()
@@ -169,7 +171,7 @@ class _Loop:
                 moving = vectors_of(module, name, stream.shared, self._run.has)
             vectors = {name: place.parameter.data for name, place in moving.items()}
             check_finite(module, name, linears.values())
-            module.to(stream.compute_dtype)
+            stream.cast(index)
             self._calibrator.begin(linears, [place.parameter for place in moving.values()])
             yield LoadedLayer(index, name, module, linears, weights, moving, vectors)
 
@@ -228,17 +230,6 @@ class _Loop:
         """The lines of the report."""
         ends = [result.record.to_dict() for result in self._ends.results]
         return self._run.all_records() + ends
-
-
-def _selection_of(job: Job) -> Selection:
-    """Which linears of the job's model are to be quantized; says what is not, where that is
-    surprising. No weights are read."""
-    tensors = SourceTensors.open(job.source, job.trust_remote_code)
-    model = tensors.blueprint.model
-    layers = layer_names(model)
-    selection = select(model, layers, job.recipe, tensors.num_bytes)
-    say_what_stays(job.model, model, layers, job.recipe, selection)
-    return selection
 
 
 def _aims(recipe: Recipe) -> Model | None:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from vqllm.core import local_paths
 from vqllm.core.protocols import JSON, Codec, Part, Settings
 from vqllm.errors import RecipeError
 from vqllm.recipes.parts import CodecPart, RoundingPart, TransformParts, TuningPart
@@ -36,8 +37,8 @@ class TuningRecipe(Stages):
         """JSON values with every field present."""
         return self.model_dump(mode="json")
 
-    def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+    def to_yaml(self, with_paths: bool = True) -> str:
+        return _yaml(self.to_dict(), with_paths)
 
 
 class Recipe(Settings):
@@ -213,9 +214,14 @@ class Recipe(Settings):
             del values["skip_kinds"]
         return values
 
-    def to_yaml(self) -> str:
-        values = self.model_dump(mode="json")
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    def to_yaml(self, with_paths: bool = True) -> str:
+        return _yaml(self.model_dump(mode="json"), with_paths)
+
+
+def _yaml(values: JSON, with_paths: bool) -> str:
+    """Every key of a recipe as YAML; of local paths only names unless `with_paths`."""
+    shown = values if with_paths else local_paths.in_values(values)
+    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
 
 
 def fields_of(part: type[Part]) -> dict[str, str]:

@@ -5,6 +5,7 @@ All take what `ComparisonResult.to_dict` returns.
 
 import json
 
+from vqllm.core import local_paths
 from vqllm.core.protocols import JSON
 from vqllm.report.comparison_plot import plot_comparison
 from vqllm.report.pages import PAGE, markdown_table
@@ -31,11 +32,12 @@ HEAD = (
 
 
 def comparison_pages(result: JSON, command: str) -> dict[str, bytes]:
-    """The pages by file name."""
+    """The pages by file name, with names in place of local paths."""
+    result, command = local_paths.in_values(result), local_paths.in_command(command)
     return {
         COMPARISON_PLOT: plot_comparison(result["rows"]),
         COMPARISON_JSON: (json.dumps(result, indent=1, sort_keys=True) + "\n").encode(),
-        COMPARISON_PAGE: _page(result, command).encode(),
+        COMPARISON_PAGE: _page(result, command).encode(errors="replace"),
     }
 
 

@@ -1,9 +1,12 @@
 """The pages beside a checkpoint: report.jsonl, report.md, the model card, the plot."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from vqllm.core import local_paths
 from vqllm.core.protocols import JSON
 from vqllm.report.plot import plot_proxy_loss
 from vqllm.report.summary import Summary, worst
@@ -12,11 +15,21 @@ JSONL, PAGE, CARD, PLOT = "report.jsonl", "report.md", "README.md", "proxy_loss.
 
 
 def report_pages(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> dict[str, bytes]:
-    """The pages about a run by file name. They hold nothing that a repeated run would change."""
+    """The pages about a run by file name. They hold nothing that a repeated run would change, and
+    names in place of local paths.
+
+    Args:
+        recipe_yaml: with names only.
+    """
+    summary = replace(
+        summary,
+        model=local_paths.name_of(summary.model),
+        command=local_paths.in_command(summary.command),
+    )
     return {
         PLOT: plot_proxy_loss(records),
-        PAGE: _page(records, summary, recipe_yaml).encode(),
-        CARD: _card(summary, recipe_yaml).encode(),
+        PAGE: _page(records, summary, recipe_yaml).encode(errors="replace"),
+        CARD: _card(summary, recipe_yaml).encode(errors="replace"),
     }
 
 
@@ -25,9 +38,9 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
     dense_rows = [(name, reason) for name, reason in summary.not_quantized.items()]
     return "\n".join(
         [
-            f"# {summary.model}, {summary.recipe}",
+            f"# {_in_line(summary.model)}, {summary.recipe}",
             "",
-            "    " + summary.command,
+            "    " + _in_line(summary.command),
             "",
             markdown_table(("", ""), summary.lasting_rows()),
             f"![proxy loss by layer and kind of linear]({PLOT})",
@@ -41,6 +54,11 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
             "## Worst linears",
             "",
             markdown_table(("linear", "proxy loss", "SQNR dB", "tokens"), _worst_rows(records)),
+            *_section(
+                "Experts that no calibration token reached, rounded for the inputs of the others",
+                ("expert", "linears"),
+                _unreached_rows(records),
+            ),
             *_section(
                 "Bits that linears got",
                 ("bits of codes", "linears", "weights", "which", "expected KL"),
@@ -94,6 +112,15 @@ def _worst_rows(records: Sequence[JSON]) -> Rows:
         (r["name"], f"{r['proxy_loss']:.4g}", f"{r['sqnr_db']:.2f}", str(r["num_tokens"]))
         for r in worst(records)
     ]
+
+
+def _unreached_rows(records: Sequence[JSON]) -> Rows:
+    linears: dict[str, list[str]] = {}
+    for record in records:
+        if record["num_tokens"] == 0:
+            expert, _, linear = record["name"].rpartition(".")
+            linears.setdefault(expert, []).append(linear)
+    return [(expert, ", ".join(own)) for expert, own in linears.items()]
 
 
 def _fragile_rows(records: Sequence[JSON]) -> Rows:
@@ -217,20 +244,20 @@ def _card(summary: Summary, recipe_yaml: str) -> str:
             "tags: [vqllm, quantized]",
             "---",
             "",
-            f"# {Path(summary.model).name}, quantized with vqllm ({summary.recipe})",
+            f"# {_in_line(Path(summary.model).name)}, quantized with vqllm ({summary.recipe})",
             "",
             "```python",
             "import vqllm  # registers the format with transformers",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            f'model = AutoModelForCausalLM.from_pretrained("{summary.output.name}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{summary.output.name}")',
+            f"model = AutoModelForCausalLM.from_pretrained({_python(summary.output.name)})",
+            f"tokenizer = AutoTokenizer.from_pretrained({_python(summary.output.name)})",
             "```",
             "",
             markdown_table(("", ""), summary.lasting_rows()),
             "Made with",
             "",
-            "    " + summary.command,
+            "    " + _in_line(summary.command),
             "",
             f"```yaml\n{recipe_yaml}```",
             "",
@@ -238,6 +265,16 @@ def _card(summary: Summary, recipe_yaml: str) -> str:
             "",
         ]
     )
+
+
+def _python(name: str) -> str:
+    """A name as Python text on one line."""
+    return json.dumps(name, ensure_ascii=not name.isprintable())
+
+
+def _in_line(name: str) -> str:
+    """A name that a heading can have: on one line."""
+    return " ".join(name.split())
 
 
 def _bits_per_weight(records: Sequence[JSON]) -> float:

@@ -11,6 +11,7 @@ from vqllm.quantization.loop import open_run, sequences_of
 from vqllm.quantization.loop import quantize as run_pipeline
 from vqllm.report.pages import report_pages
 from vqllm.report.summary import Summary
+from vqllm.runs import originals
 from vqllm.runs.hooks import Hooks
 from vqllm.runs.measure import Windows, held_out_windows, measure_against_original
 
@@ -37,14 +38,17 @@ def run(
         VqllmError: a mistake that the message explains; finished layers are kept.
     """
     hooks = hooks or Hooks()
-    with open_run(job) as folder:
+    folder, checked = open_run(job)
+    with folder:
         hooks.prepare(
             folder,
             job.recipe,
             lambda: sequences_of(job.source, job.recipe, job.device, job.trust_remote_code),
         )
         # The checkpoint, complete but for the pages about it.
-        outcome = run_pipeline(job, folder, progress)
+        outcome = run_pipeline(job, folder, checked, progress)
+        if not job.is_part:
+            originals.remember(job.output, job.origin, command, job.recipe.to_dict())
         # Its measurement.
         start = time.perf_counter()
         measured = None
@@ -74,5 +78,6 @@ def run(
             not_quantized=outcome.not_quantized,
         )
         hooks.finish(summary)
-        folder.complete(report_pages(outcome.records, summary, job.recipe.to_yaml()))
+        recipe_yaml = job.recipe.to_yaml(with_paths=False)
+        folder.complete(report_pages(outcome.records, summary, recipe_yaml))
     return summary

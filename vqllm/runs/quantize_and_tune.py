@@ -86,12 +86,13 @@ def check_output(job: Job, teacher: ResolvedModel) -> None:
         if is_unfinished(job.output):
             open_tuned_run(_tuning_job(job, teacher), Processes()).__exit__(None, None, None)
     elif atomic.names_in(rounding.output):
-        open_run(rounding).__exit__(None, None, None)
+        open_run(rounding)[0].__exit__(None, None, None)
 
 
 def _rounding_job(job: Job) -> Job:
     """The part of a job that comes first."""
-    return replace(job, output=job.output / WORK / ROUNDED, recipe=job.recipe.rounding_only())
+    rounded = job.output / WORK / ROUNDED
+    return replace(job, output=rounded, recipe=job.recipe.rounding_only(), is_part=True)
 
 
 def _tuning_job(job: Job, teacher: ResolvedModel) -> TuningJob:

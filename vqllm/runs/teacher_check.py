@@ -9,10 +9,11 @@ from vqllm.checkpoint.reader import Checkpoint, is_checkpoint
 from vqllm.errors import CheckpointError, ModelError
 from vqllm.hf.loading import load_tokenizer, skeleton
 from vqllm.hf.refusals import refuse_adapter
+from vqllm.runs import originals
 
 
 def teacher_of(checkpoint: Checkpoint) -> str:
-    """The original model as the checkpoint names it.
+    """The original model: where it is on this machine, or else as the checkpoint names it.
 
     Raises:
         CheckpointError: it does not say.
@@ -23,7 +24,7 @@ def teacher_of(checkpoint: Checkpoint) -> str:
             f"{checkpoint.folder} does not say which model it was made from: pass it with "
             "--teacher."
         )
-    return source["model"]
+    return originals.recall(checkpoint.folder) or source["model"]
 
 
 def check_folders(folder: Path, teacher: Path, trust_remote_code: bool) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vqllm.calibration.data.calibration_set import SELF
 from vqllm.calibration.data.text_sources import open_source
+from vqllm.calibration.hidden_layers import HiddenLayers
 from vqllm.calibration.layer_stream import Layers, LayerStream
 from vqllm.checkpoint.inspect import bits_per_weight, parameter_counts
 from vqllm.checkpoint.reader import Checkpoint
@@ -27,6 +28,7 @@ from vqllm.evaluation import perplexity as evaluation
 from vqllm.models.load import load_to_run
 from vqllm.report.pages import report_pages
 from vqllm.report.summary import Summary
+from vqllm.runs import originals
 from vqllm.runs.hooks import Hooks
 from vqllm.runs.measure import Windows, held_out_windows
 from vqllm.runs.out_of_memory import memory_explained
@@ -106,6 +108,8 @@ class _TuningRun:
             teacher = self._teacher(torch.cat([*asked, sequences["held_out"]]))
         # The tuned checkpoint, complete but for the pages about it.
         reports = self._tune(student, teacher, sequences)
+        if self._folder is not None:
+            originals.remember(job.output, job.teacher.origin, command, job.recipe.to_dict())
         del student  # what was written is measured
         self._processes.leave()
         if self._folder is None:
@@ -126,7 +130,7 @@ class _TuningRun:
         summary = _summary(job, command, seconds, measured, reports)
         hooks.finish(summary)
         records = list(Checkpoint.open(job.output, verify=False).records().values())
-        self._folder.complete(report_pages(records, summary, job.recipe.to_yaml()))
+        self._folder.complete(report_pages(records, summary, job.recipe.to_yaml(with_paths=False)))
         return summary
 
     def _measured(self, teacher: Any, windows: Windows | None, held_out_SL: Tensor) -> JSON:
@@ -219,8 +223,10 @@ class _TuningRun:
                 report_progress=self._share,
                 processes=self._processes,
                 in_step=self._job.recipe.shard,
-                student_layers=lambda names: Layers(student.model, names, self._job.device),
-                teacher_layers=self._open_original,
+                student_layers=lambda names: HiddenLayers(
+                    Layers(student.model, names, self._job.device)
+                ),
+                teacher_layers=lambda: HiddenLayers(self._open_original()),
             )
             reports.append({"stage": stage.type, **stage(task)})
         return reports

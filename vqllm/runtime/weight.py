@@ -232,9 +232,10 @@ def _apart(out: Any, values: Any) -> Any:
 def written() -> PackedWeightError:
     """The error for what would change packed weights as if they were dense."""
     return PackedWeightError(
-        "packed weights cannot be written into. To change or merge weights, make the model dense "
-        "first: model.dequantize(), or `vqllm dequantize` for a folder; one layer: "
-        "layer.dequantize() gives its weights as an ordinary tensor."
+        "packed weights cannot be written into. To change or merge weights, or to resize a "
+        "quantized vocabulary, make the model dense first: model.dequantize(), or `vqllm "
+        "dequantize` for a folder; one layer: layer.dequantize() gives its weights as an ordinary "
+        "tensor."
     )
 
 

@@ -80,8 +80,8 @@ class DecoderLayers(Protocol):
     def run(
         self, index: int, tokens: Tensor, states: Tensor | None, *, grad: bool = False
     ) -> Tensor | None:
-        """The output [S, L, D] of a layer for tokens [S, L] and its input, which is None for the
-        first one; layers are run in order. `grad`: with what gradients need."""
+        """The hidden states [S, ..] that a layer gives for tokens [S, L] and its input, which is
+        None for the first one; layers are run in order. `grad`: with what gradients need."""
         ...
 
 

@@ -21,7 +21,7 @@ from vqllm._version import __version__
 from vqllm.checkpoint import atomic
 from vqllm.checkpoint.format import CONFIG, FORMAT_VERSION, JSON
 from vqllm.checkpoint.shards import sha256_of
-from vqllm.checkpoint.writer import copied_files
+from vqllm.checkpoint.side_files import copied_files
 from vqllm.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

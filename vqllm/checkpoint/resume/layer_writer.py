@@ -23,7 +23,9 @@ from vqllm.checkpoint.format import (
 from vqllm.checkpoint.packed_matrix import LinearRecord, PackedMatrix
 from vqllm.checkpoint.resume.journal import ROUNDED, WORK, FinishedLayer, identity
 from vqllm.checkpoint.resume.run_folder import RunFolder
+from vqllm.checkpoint.side_files import copy_files
 from vqllm.checkpoint.source import SourceTensors
+from vqllm.core import local_paths
 from vqllm.core.bits import count
 from vqllm.errors import CheckpointError, NumericalError
 from vqllm_kernels.linear import LinearSpec
@@ -42,6 +44,7 @@ class LayerWriter(RunFolder):
         trust_remote_code: bool = False,
         *,
         origin: str,
+        private: bool = False,
     ) -> None:
         """Begin or go on.
 
@@ -50,12 +53,14 @@ class LayerWriter(RunFolder):
             model: the name that its user gave it.
             settings: all else that could change the result: device, dtype.
             origin: the name of the original model that the checkpoint records.
+            private: whether the checkpoint is no result but a part of a run, and says where the
+                original and its texts are. One that may be published has names only.
 
         Raises:
             CheckpointError: something else is in the folder; a difference to the earlier run is
                 shown.
         """
-        self._source, self._origin = source, origin
+        self._source, self._origin, self._private = source, origin, private
         self._recipe, self._trust_remote_code = recipe, trust_remote_code
         if (output / WORK / ROUNDED).is_dir():
             raise CheckpointError(
@@ -275,10 +280,10 @@ class LayerWriter(RunFolder):
             outside_layers=[file_names[result.name] for result in outside],
             tied={self._names.module(name): file_names[other] for name, other in tied.items()},
             linear_form=self._names.differ,
-            recipe=self._recipe,
+            recipe=self._recipe if self._private else local_paths.in_values(self._recipe),
             not_quantized=not_quantized,
             producer={"vqllm": __version__},
-            source={"model": self._origin},
+            source={"model": self._origin if self._private else local_paths.name_of(self._origin)},
         )
         # config.json comes last: with its quantization_config the folder is a checkpoint.
         records = [*self.all_records(), *(result.record.to_dict() for result in outside)]
@@ -287,7 +292,7 @@ class LayerWriter(RunFolder):
             for record in records
         ]
         atomic.write_bytes(self._output / RECORDS, "".join(lines).encode(), self.scratch)
-        writer.copy_files(self._source, self._output, self.scratch, self._trust_remote_code)
+        copy_files(self._source, self._output, self.scratch, self._trust_remote_code)
         writer.write_index(self._output, checksums, self.scratch, writer.read_config(self._source))
         writer.write_config(self._source, self._output, self.scratch, config)
 

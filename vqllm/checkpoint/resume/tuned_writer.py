@@ -13,7 +13,12 @@ from vqllm.checkpoint.packed_matrix import bit_fields
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.checkpoint.resume.journal import identity
 from vqllm.checkpoint.resume.run_folder import RunFolder
+from vqllm.checkpoint.side_files import copy_files, without_places
+from vqllm.core import local_paths
 from vqllm_kernels.linear import LinearSpec
+
+ABOUT_ORIGIN = {"recipe", "source", "tuning"}
+"""Keys of `quantization_config`."""
 
 
 class TunedWriter(RunFolder):
@@ -83,9 +88,9 @@ class TunedWriter(RunFolder):
                 tied=old.tied,
                 linear_form=old.linear_form,
             ),
-            extra={**old.extra, "tuning": [*old.extra.get("tuning", []), record]},
+            extra=_published({**old.extra, "tuning": [*old.extra.get("tuning", []), record]}),
         )
-        writer.copy_files(checkpoint.folder, self._output, self.scratch, trust_remote_code=True)
+        copy_files(checkpoint.folder, self._output, self.scratch, trust_remote_code=True)
         # Bits are those that it has now. Losses stay those of the rounding: tuning follows
         # predictions, not weights.
         lines = [
@@ -94,5 +99,11 @@ class TunedWriter(RunFolder):
         ]
         atomic.write_bytes(self._output / RECORDS, "".join(lines).encode(), self.scratch)
         writer.write_index(self._output, checksums, self.scratch, checkpoint.config)
-        values = {**checkpoint.config, "quantization_config": config.to_dict()}
+        values = {**without_places(checkpoint.config), "quantization_config": config.to_dict()}
         writer.write_json(self._output / CONFIG, values, self.scratch)
+
+
+def _published(extra: JSON) -> JSON:
+    """What a checkpoint says about its origin, with names in place of local paths."""
+    told = {key: local_paths.in_values(extra[key]) for key in extra.keys() & ABOUT_ORIGIN}
+    return {**extra, **told}

@@ -177,7 +177,7 @@ def _check_folders(plan: Plan, store: Store) -> None:
         elif job.recipe.tune is not None:
             quantize_and_tune.check_output(job, plan.model)
         elif atomic.names_in(job.output):
-            open_run(job).__exit__(None, None, None)
+            open_run(job)[0].__exit__(None, None, None)
 
 
 def _identity(plan: Plan) -> JSON:
