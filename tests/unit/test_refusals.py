@@ -108,7 +108,7 @@ def test_every_masked_and_encoder_decoder_type_is_refused(tmp_path: Path) -> Non
 
 def test_decoders_of_every_type_pass(tmp_path: Path) -> None:
     for model_type, name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-        if name not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        if name not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and model_type != "xlnet":
             refuse_other_kinds(tmp_path, {"model_type": model_type, "architectures": [name]})
     for model_type, name in (
         ("qwen3", "Qwen3Model"),
@@ -123,6 +123,13 @@ def test_decoders_of_every_type_pass(tmp_path: Path) -> None:
     refuse_other_kinds(tmp_path, {"model_type": "llama"})
     refuse_other_kinds(tmp_path, {"model_type": "llama", "architectures": None})
     refuse_other_kinds(tmp_path, {"model_type": "bert", "is_decoder": True})
+
+
+def test_a_permutation_language_model_is_refused(tmp_path: Path) -> None:
+    xlnet = {"model_type": "xlnet", "architectures": ["XLNetLMHeadModel"]}
+    with pytest.raises(ModelError, match=r"XLNetLMHeadModel: a permutation .*decoder-only"):
+        refuse_other_kinds(tmp_path, xlnet)
+    refuse_other_kinds(tmp_path, {**xlnet, "attn_type": "uni"})  # Transformer-XL's
 
 
 def test_the_decoder_of_a_bart_alone_loads(tmp_path: Path) -> None:

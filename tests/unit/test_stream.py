@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tests.support.architectures import model_class
+from tests.support.architectures import model_class, tiny_config
 from tests.support.architectures import save_tiny as save_any
 from tests.support.params import slow, slow_but
 from tests.support.tiny import ARCHITECTURES, DIFFERENT, save_tiny
@@ -267,6 +267,32 @@ def test_several_streams_and_what_layers_share(
             )
     calibrator.close()
     assert not list(scratch.glob("*"))
+
+
+TOWERS = {
+    "git": "git.encoder.layer",
+    "chameleon": "model.layers",
+    "phi4_multimodal": "model.layers",
+}
+
+
+@pytest.mark.parametrize("model_type", slow_but(["git"], TOWERS))
+def test_a_tower_inside_the_decoder_is_not_taken_for_its_layers(model_type: str) -> None:
+    """In models so small it has more parameters, or as many."""
+    with torch.device("meta"):
+        model = model_class(model_type)(tiny_config(model_type))
+    assert layer_names(model)[0] == f"{TOWERS[model_type]}.0"
+
+
+def test_a_model_that_does_not_run_in_its_dtype_is_told_another(tmp_path: Path) -> None:
+    """Without a cache xLSTM's state is float32 in transformers."""
+    source = save_any("xlstm", tmp_path / "source", dtype=torch.bfloat16)
+    stream = stream_of(source)
+    with stream.ready(0), pytest.raises(ModelError, match=r"bfloat16: .*--compute-dtype float32"):
+        stream.run(0, TOKENS, None)
+    stream = LayerStream(source, torch.device("cpu"), torch.float32)
+    with stream.ready(0):
+        assert stream.run(0, TOKENS, None) is not None
 
 
 class BlocksConfig(PreTrainedConfig):

@@ -37,6 +37,9 @@ from vqllm.hf.dtypes import kept_dtypes, tensors_of
 from vqllm.hf.linears import decoder_name, is_linear, shared_modules
 from vqllm.hf.loading import make_buffers, skeleton
 
+DTYPES_DIFFER = ("same dtype", "scalar type", "should be the same")
+"""In torch's messages about operands of different dtypes."""
+
 
 class LayerDone(Exception):
     """Ends the model's forward: raised when the wanted layer has run, or by a hook inside the
@@ -130,7 +133,7 @@ class Layers:
             layer.register_forward_hook(keep_output, with_kwargs=True),
         ]
         try:
-            with torch.set_grad_enabled(grad), contextlib.suppress(LayerDone):
+            with torch.set_grad_enabled(grad), self._explained(), contextlib.suppress(LayerDone):
                 self.model(input_ids=tokens.to(self.device), use_cache=False)
         finally:
             for handle in handles:
@@ -213,6 +216,20 @@ class Layers:
     def ready(self, index: int) -> contextlib.AbstractContextManager[nn.Module]:
         """Within, layer `index` can run."""
         return contextlib.nullcontext(self.layers[index])
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Within, ModelError where transformers' code mixes dtypes."""
+        try:
+            yield
+        except RuntimeError as error:
+            dtype, reason = self.model.dtype, str(error).partition("\n")[0]
+            if dtype == torch.float32 or not any(word in reason for word in DTYPES_DIFFER):
+                raise
+            raise ModelError(
+                f"{type(self.model).__name__} does not run in {dtype}: transformers' code for it "
+                f"stops with {reason!r}. Run with --compute-dtype float32."
+            ) from error
 
     def _placed(self, states: States | None) -> dict[Place, Tensor]:
         """What is beside the states, by where it comes from."""

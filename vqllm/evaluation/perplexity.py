@@ -223,7 +223,14 @@ def compare(
 
 def _logits(model: Any, tokens_L: Tensor) -> Tensor:
     """The predictions of tokens 1 to L−1, [L−1, V], in the model's dtype."""
-    output = model(input_ids=tokens_L[None].to(model.device), use_cache=False)
+    tokens = tokens_L[None].to(model.device)
+    try:
+        output = model(input_ids=tokens, use_cache=False)
+    except RuntimeError as error:
+        if "same dtype" not in str(error):
+            raise
+        # xLSTM in 16 bits: without a cache its state is float32, and its products fail.
+        output = model(input_ids=tokens, use_cache=True)
     return output.logits[0, :-1]
 
 

@@ -120,6 +120,11 @@ def refuse_other_kinds(folder: Path, config: Mapping[str, Any]) -> None:
     Args:
         config: of the folder's config.json.
     """
+    if _value(config, "attn_type") == "bi":
+        raise ModelError(
+            f"{folder} holds {_described(config)}: a permutation language model (attn_type 'bi'), "
+            f"whose tokens see those that follow them unless a mask says otherwise. {DECODERS}"
+        )
     if _is_causal(config):
         return
     if any(_is_encoder_decoder(part) for part in _with_text_model(config)):
@@ -150,12 +155,17 @@ def _is_causal(config: Mapping[str, Any]) -> bool:
 
 def _is_encoder_decoder(config: Mapping[str, Any]) -> bool:
     """Whether the configuration says so, or its class does by default."""
+    return bool(_value(config, "is_encoder_decoder"))
+
+
+def _value(config: Mapping[str, Any], key: str) -> Any:
+    """A value of a configuration, or the default of its class."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    value = config.get("is_encoder_decoder")
+    value = config.get(key)
     if value is None and config.get("model_type") in CONFIG_MAPPING:
-        value = getattr(CONFIG_MAPPING[config["model_type"]], "is_encoder_decoder", False)
-    return bool(value)
+        value = getattr(CONFIG_MAPPING[config["model_type"]], key, None)
+    return value
 
 
 def _is_encoder(config: Mapping[str, Any]) -> bool:
