@@ -85,6 +85,12 @@ def test_names_in_the_files_come_back_to_the_module(model_type: str, saved: Any)
         for layer in layers
         for name in linears_of(model.get_submodule(layer), layer, shared_modules(model, layers))
     ]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    matrices += [
+        name
+        for name, module in model.named_modules()
+        if any(module is end for end in ends) and f"{name}.weight" in source
+    ]
     without = gone(blueprint)
     rules = with_linears(blueprint.conversions._rules, without, matrices, model.base_model_prefix)
     renaming = Renaming(model, rules)

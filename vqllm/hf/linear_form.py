@@ -72,13 +72,30 @@ def to_linear_form(model: nn.Module, *, only_experts: bool = False) -> dict[str,
         the parts by the full name of the parameter in the new form.
     """
     parts: dict[str, Part] = {}
+    made: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules()):
         form = None if only_experts and isinstance(module, Conv1D) else linear_form(module)
         if form is not None:
             model.set_submodule(name, form.module)
             for own, part in form.parts.items():
                 parts[f"{name}.{own}"] = replace(part, tensor=f"{name}.{part.tensor}")
+            _share_parts(module, form, made)
     return parts
+
+
+def _share_parts(module: nn.Module, form: LinearForm, made: dict[int, nn.Module]) -> None:
+    """Let parts of a tensor that another module has too be shared by the linear forms of both.
+
+    Args:
+        made: the first form with parts of each tensor so far, by the tensor's id.
+    """
+    ids = {name: id(tensor) for name, tensor in module.named_parameters()}
+    other = {name: made.setdefault(ids[name], form.module) for name in ids}
+    for own, part in form.parts.items():
+        if other[part.tensor] is not form.module:
+            owner, _, key = own.rpartition(".")
+            shared = other[part.tensor].get_parameter(own)
+            setattr(form.module.get_submodule(owner), key, shared)
 
 
 def linear_form(module: nn.Module) -> LinearForm | None:

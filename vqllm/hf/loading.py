@@ -113,7 +113,7 @@ def check_tensors(
         ModelError: tensors are missing or of another shape, or there are more layers than the
             configuration has.
     """
-    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    empty = {name: _Empty(shape) for name, shape in shapes.items()}
     with explained(folder):
         loaded: Any = type(model).from_pretrained(
             None,
@@ -126,6 +126,23 @@ def check_tensors(
         )
     refuse_wrong_tensors(folder, *loaded)
     say_what_is_unused(folder, model, shapes)
+
+
+class _Empty:
+    """What a stored tensor of this shape is to transformers' loader, on the meta device whatever
+    device is asked for: some rules ask for the CPU, where a meta tensor cannot go."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._tensor = torch.empty(shape, device="meta")
+
+    def __getitem__(self, index: object) -> "_Empty":
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tensor, name)
+
+    def to(self, device: object = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self._tensor.to(dtype=dtype)
 
 
 @torch.no_grad()
@@ -149,8 +166,12 @@ def make_buffers(model: nn.Module, device: torch.device) -> None:
         tensor._is_hf_initialized = not tensor.is_meta  # type: ignore[attr-defined]
     for module, key in waiting:
         module._buffers[key]._is_hf_initialized = False  # type: ignore[union-attr]
+    # Only modules with such a buffer in them: what initializes a mixture of experts may ask for
+    # parameters that it does not have in linear form.
+    owners = {module for module, _ in waiting}
     for module in model.modules():
-        module._is_hf_initialized = False  # type: ignore[assignment]
+        concerned = not owners.isdisjoint(module.modules())
+        module._is_hf_initialized = not concerned  # type: ignore[assignment]
     model.initialize_weights()  # type: ignore[operator]
 
 

@@ -25,7 +25,7 @@ from vqllm.checkpoint.format import QUANT_METHOD, QuantizationConfig
 from vqllm.checkpoint.shards import DAMAGED, read_header
 from vqllm.core.tensors import frozen
 from vqllm.errors import CheckpointError
-from vqllm.hf.linear_form import from_linear_form
+from vqllm.hf.linear_form import from_linear_form, is_fused
 from vqllm.hf.linears import before_lookup
 from vqllm.hf.rules import undone_by_saving, with_linears
 from vqllm.integrations.missing import refuse_missing, refuse_untied
@@ -110,6 +110,11 @@ class VqllmQuantizer(HfQuantizer):
             found = found_in(model, quantization)
             self._gone, self._own, self._originals = found.gone, found.own, found.originals
             replace_modules(model, found.specs, found.tied)
+        for name, module in self._originals.items():
+            # What initializes the module around experts may ask for parameters that are gone. All
+            # that it has comes from the files.
+            if is_fused(module):
+                model.get_submodule(_module(name))._is_hf_initialized = True  # type: ignore
         self._declared_ties = _tie_packed(model, {*found.specs, *found.tied}, found.tied)
         self._tied = found.tied
 
