@@ -143,6 +143,7 @@ def _quantize_linear(task: _Task, recipe: Recipe) -> PackedMatrix:
     # The error of the code alone, in the basis where it codes.
     coded_RC = recipe.codec.spec().decode(encoded.tensors, R, C)
     mse = float((coded_RC - W_RC).square().mean() / W_RC.square().mean().clamp_min(1e-30))
+    del coded_RC  # as large as the weights
     # Copies: the input side's state is shared by the group, a fixed table by all linears, and
     # a file takes no tensors that share memory.
     tensors = {
