@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import vqllm
 from tests.support.architectures import model_class, save_tiny
@@ -67,7 +68,17 @@ def densified(module: Any) -> nn.Module:
         return nn.Embedding.from_pretrained(module.dequantize())
     linear = nn.Linear(cols, rows, bias=module.bias is not None)
     linear.weight = nn.Parameter(module.dequantize(), requires_grad=False)
+    linear.bias = module.bias
     return linear
+
+
+def transposed(module: VQLinear) -> nn.Module:
+    """The same as a Conv1D."""
+    conv = Conv1D(module.out_features, module.in_features)
+    conv.weight = nn.Parameter(module.dequantize().T.contiguous(), requires_grad=False)
+    assert module.bias is not None
+    conv.bias = module.bias
+    return conv
 
 
 def of_format(format: str, rows: int, cols: int, whole: bool = True) -> VQLinear:
@@ -207,7 +218,10 @@ def saved_as_it_is(edit: Callable[[Any], None], folder: Path, work: Path) -> Non
         check_other_readers(model, work, want)
     else:
         assert not any(isinstance(module, PackedModule) for module in model.modules())
-    if edit is both_dense:  # equal dense weights of embedding and head are one again
+    if edit in (
+        both_dense,
+        everything_dense,
+    ):  # equal dense weights of embedding and head are one again
         return
     again.save_pretrained(work / "again")
     for path in (work / "saved").iterdir():
@@ -356,6 +370,24 @@ def test_saved_into_its_own_folder(tmp_path: Path) -> None:
     assert torch.allclose(logits(dense), want, atol=1e-4)
 
 
+def test_modules_that_compute_something_else_are_refused(tmp_path: Path) -> None:
+    """A square Conv1D, too, whose weight would be read transposed; an embedding that scales."""
+    for model_type, options, name in (
+        ("gpt2", {}, "transformer.h.0.attn.c_proj"),
+        ("gemma", {"outside": FORMATS["residual"]}, "model.embed_tokens"),
+    ):
+        folder = tmp_path / model_type
+        if model_type == "gpt2":
+            quantize(save_tiny(model_type, folder / "source"), folder / "quantized")
+        else:
+            fake_checkpoint(folder, model_type, **options)
+        model = load(folder / "quantized")
+        module = model.get_submodule(name)
+        model.set_submodule(name, densified(module))
+        with pytest.raises(CheckpointError, match=rf"{name}: (Linear, not Conv1D|Embedding, not)"):
+            model.save_pretrained(tmp_path / "saved")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", slow_but([], ["mixtral", "qwen3_moe", "gpt2", "gemma3"]))
 def test_other_types(model_type: str, tmp_path: Path) -> None:
@@ -364,7 +396,7 @@ def test_other_types(model_type: str, tmp_path: Path) -> None:
     cls = model_class(model_type)
     model = cls.from_pretrained(tmp_path / "quantized", dtype=torch.float32)
     name, module = next((n, m) for n, m in model.named_modules() if isinstance(m, VQLinear))
-    model.set_submodule(name, densified(module))
+    model.set_submodule(name, transposed(module) if model_type == "gpt2" else densified(module))
     want = sample_logits(model)
     model.save_pretrained(tmp_path / "saved")
     again = cls.from_pretrained(tmp_path / "saved", dtype=torch.float32)

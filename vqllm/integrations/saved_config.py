@@ -19,6 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from vqllm.checkpoint.format import QuantizationConfig
 from vqllm.errors import CheckpointError
 from vqllm.hf.conversions import Renaming
+from vqllm.hf.linears import is_linear
 from vqllm.integrations.module_names import found_in
 from vqllm.runtime.packed import PackedModule
 from vqllm.runtime.replace import replace_modules
@@ -145,16 +146,32 @@ def check_loads_again(model: Any, quantization: QuantizationConfig) -> None:
     missing, extra = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
     other = sorted(name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name])
     problems = [
-        f"{len(names)} tensors {how} ({', '.join(names[:SHOWN])})"
+        f"{len(names)} {how} ({', '.join(names[:SHOWN])})"
         for names, how in (
-            (missing, "that it lacks would be random"),
-            (extra, "have no place in what config.json describes"),
-            (other, "have another shape than config.json describes"),
+            (missing, "tensors that it lacks would be random"),
+            (extra, "tensors have no place in what config.json describes"),
+            (other, "tensors have another shape than config.json describes"),
+            (_of_other_classes(model, empty), "modules are not of the class that would be loaded"),
         )
         if names
     ]
     if problems:
         raise CheckpointError(f"{what}: {'; '.join(problems)}. {advice}")
+
+
+def _of_other_classes(model: nn.Module, empty: nn.Module) -> list[str]:
+    """Dense modules that compute something else than those that would be loaded in their places: a
+    linear for a Conv1D, whose weight is transposed, an embedding for one that scales its rows."""
+    theirs = dict(empty.named_modules())
+    found = []
+    for name, own in model.named_modules():
+        other = theirs.get(name)
+        if other is None or next(own.parameters(recurse=False), None) is None:
+            continue
+        alike = type(own).forward is type(other).forward or (is_linear(own) and is_linear(other))
+        if not alike:
+            found.append(f"{name}: {type(own).__name__}, not {type(other).__name__}")
+    return found
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:

@@ -150,7 +150,7 @@ class VqllmQuantizer(HfQuantizer):
                 "place to be. Load without device_map, or write a dense folder: vqllm dequantize."
             )
         # Modules of their own first, so that a tied one finds the dense weight that it shares.
-        tied = self._tied
+        tied = tied_modules(model, self._tied)
         for name, module in packed.items():
             if name not in tied:
                 weight = frozen(module.dequantize(wanted))
