@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from tests.support.mixtures import sample
 from tests.support.params import slow_but
@@ -14,6 +15,7 @@ from tests.support.quantized import Make, maker
 FAMILIES = (
     "mamba", "qwen3_next", "mamba2", "falcon_mamba", "rwkv", "jamba", "bamba",
     "falcon_h1", "zamba2", "qwen3_5_text", "kimi_linear", "nemotron_h", "lfm2", "granitemoehybrid",
+    "recurrent_gemma", "zamba", "xlstm",
 )  # fmt: skip
 """A selective state space and a gated delta net first: they stand for the others by default."""
 
@@ -37,9 +39,14 @@ def _decoded(model: Any, tokens_SL: Tensor) -> Tensor:
     """Logits of the last token, given one token at a time with what the model keeps of the others,
     as generation does."""
     options: dict[str, Any] = {"use_cache": True}
+    states_in_modules = model.config.model_type == "recurrent_gemma"
+    if states_in_modules:  # keys and values are in a cache, which it does not return
+        options["past_key_values"] = DynamicCache(config=model.config)
     output = None
     with torch.no_grad():
         for position in range(tokens_SL.shape[1]):
+            if states_in_modules:
+                options["position_ids"] = torch.tensor([[position]])
             output = model(input_ids=tokens_SL[:, position : position + 1], **options)
             for key in ("past_key_values", "cache_params", "state"):
                 if getattr(output, key, None) is not None:

@@ -147,6 +147,8 @@ class Layers:
             raise ModelError(f"{self.names[index]} was never called by {type(self.model).__name__}")
         if visit.hidden is None:
             return None
+        if visit.parts:  # where no later layer was called
+            self._handed_on.setdefault(index, frozenset())
         kept = visit.beside(self._handed_on.get(index, frozenset()), len(tokens))
         self._places |= {place.name: place for place in kept}
         return States(visit.hidden, {place.name: value for place, value in kept.items()})
