@@ -22,6 +22,7 @@ from vqllm.checkpoint.shards import (
     read_index,
     sha256_of,
 )
+from vqllm.core import json_text, path_names
 from vqllm.core.bits import BitCount
 from vqllm.errors import CheckpointError
 from vqllm.hf.conversions import Renaming
@@ -31,7 +32,7 @@ from vqllm_kernels.linear import LinearSpec
 def is_checkpoint(folder: str | Path) -> bool:
     """Whether `folder` is a finished vqllm checkpoint, of any format version."""
     try:
-        config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+        config = json_text.read(Path(folder) / CONFIG)
         return config["quantization_config"]["quant_method"] == QUANT_METHOD
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -82,15 +83,24 @@ class Checkpoint:
         """
         # First the files by themselves; then whether they fit the specifications.
         folder = Path(folder)
+        if (problem := path_names.problem(folder)) is not None:
+            raise CheckpointError(f"{path_names.shown(folder)} is no checkpoint: {problem}.")
         config = _read_config(folder)
         quantization = QuantizationConfig.parse(config["quantization_config"], str(folder / CONFIG))
         index = read_index(folder)
         shards = sorted({*index.files.values(), *index.checksums})
-        if verify:
-            _verify(folder, index.checksums)
         tensors: dict[str, StoredTensor] = {}
         for shard in shards:
             tensors |= read_header(folder / shard)
+        # Sizes come before the bytes, which may be many more than they should.
+        found = sum(tensor.num_bytes for tensor in tensors.values())
+        if index.checksums and index.total_size not in (None, found):
+            raise CheckpointError(
+                f"{folder}: the index announces {index.total_size} bytes of tensors, and the "
+                f"shards have {found}. {DAMAGED}"
+            )
+        if verify:
+            _verify(folder, index.checksums)
         # Index and headers must name the same tensors.
         missing = sorted(index.files.keys() - tensors.keys())
         if missing:
@@ -239,7 +249,7 @@ def _read_config(folder: Path) -> JSON:
             )
         raise CheckpointError(f"{folder} is no checkpoint: it has no {CONFIG}.")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json_text.read(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. {DAMAGED}") from error
     if not isinstance(config, dict) or not isinstance(config.get("quantization_config"), dict):
@@ -254,10 +264,7 @@ def _verify(folder: Path, checksums: dict[str, str]) -> None:
     """Raise CheckpointError for the first shard that does not have its sha256."""
     for shard, expected in sorted(checksums.items()):
         path = folder / shard
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing. {DAMAGED}")
         if sha256_of(path) != expected:
-            read_header(path)  # a truncated file gets the more telling message
             raise CheckpointError(
                 f"{path} does not have the sha256 that the index records: it is damaged. {DAMAGED}"
             )
