@@ -92,15 +92,6 @@ class Checkpoint:
         tensors: dict[str, StoredTensor] = {}
         for shard in shards:
             tensors |= read_header(folder / shard)
-        # Sizes come before the bytes, which may be many more than they should.
-        found = sum(tensor.num_bytes for tensor in tensors.values())
-        if index.checksums and index.total_size not in (None, found):
-            raise CheckpointError(
-                f"{folder}: the index announces {index.total_size} bytes of tensors, and the "
-                f"shards have {found}. {DAMAGED}"
-            )
-        if verify:
-            _verify(folder, index.checksums)
         # Index and headers must name the same tensors.
         missing = sorted(index.files.keys() - tensors.keys())
         if missing:
@@ -116,6 +107,15 @@ class Checkpoint:
             )
         checkpoint = cls(folder, config, quantization, index.files, tensors)
         checkpoint._check_linears()
+        # Sizes come before the bytes, which may be many more than they should.
+        found = sum(tensor.num_bytes for tensor in tensors.values())
+        if index.checksums and index.total_size not in (None, found):
+            raise CheckpointError(
+                f"{folder}: the index announces {index.total_size} bytes of tensors, and the "
+                f"shards have {found}. {DAMAGED}"
+            )
+        if verify:
+            _verify(folder, index.checksums)
         return checkpoint
 
     def _check_linears(self) -> None:

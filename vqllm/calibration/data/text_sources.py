@@ -82,8 +82,9 @@ def open_source(source: str | Path) -> TextSource:
         return _file(path, column)
     # What looks like a path is never taken for a data set of the hub.
     if path.is_absolute() or name.startswith((".", "~")) or path.suffix in STRUCTURED + PLAIN:
-        what = "is no ordinary file" if path.exists() else "is not there"
-        raise CalibrationError(f"{name} {what}: pass a text file, a folder or a data set's id.")
+        if path.exists():
+            raise CalibrationError(f"{name} is no ordinary file: pass a text file or a folder.")
+        raise CalibrationError(f"there is no file or folder {name}.")
     return HubDataset(name, column)
 
 
