@@ -39,6 +39,7 @@ def quantize(
     eval_text: str | Path | None = None,
     eval_windows: int | None = None,
     trust_remote_code: bool = False,
+    allow_bin: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> Summary:
@@ -62,6 +63,8 @@ def quantize(
             sources.
         eval_windows: use the first windows of 2048 tokens of the text only.
         trust_remote_code: whether Python code in the model's folder may run.
+        allow_bin: whether weights that are pickles (`pytorch_model.bin`) may be loaded, as tensors
+            and nothing else, and converted to safetensors in the cache, once.
         progress: receives events; None logs a line per layer.
         command: what the report says the checkpoint was made with.
 
@@ -83,6 +86,7 @@ def quantize(
         eval_text=eval_text,
         eval_windows=eval_windows,
         trust_remote_code=trust_remote_code,
+        allow_bin=allow_bin,
     )
     return commands.quantize(given, command, progress or LogProgress())
 
@@ -102,6 +106,7 @@ def tune(
     eval_text: str | Path | None = None,
     eval_windows: int | None = None,
     trust_remote_code: bool = False,
+    allow_bin: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> Summary | None:
@@ -114,7 +119,7 @@ def tune(
         teacher: the original model; None takes the one that the checkpoint names.
         time: stop each stage after so long ("20m"), at the best state so far.
         calibration: as in `quantize`; so are seed, changes, device, evaluate, eval_text,
-            eval_windows, trust_remote_code, progress and command.
+            eval_windows, trust_remote_code, allow_bin, progress and command.
 
     Returns:
         None in all but the first of several processes (`torchrun`), which share the sequences of
@@ -137,6 +142,7 @@ def tune(
         eval_text=eval_text,
         eval_windows=eval_windows,
         trust_remote_code=trust_remote_code,
+        allow_bin=allow_bin,
     )
     return commands.tune(given, command, progress or LogProgress())
 
@@ -156,6 +162,7 @@ def compare(
     eval_windows: int | None = None,
     keep_checkpoints: bool = True,
     trust_remote_code: bool = False,
+    allow_bin: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> ComparisonResult:
@@ -166,7 +173,7 @@ def compare(
 
     Args:
         model: as in `quantize`; so are calibration, seed, changes, device, compute_dtype,
-            eval_windows, trust_remote_code, progress and command.
+            eval_windows, trust_remote_code, allow_bin, progress and command.
         output: a folder for the members and the pages about them; a comparison that was stopped
             goes on, and recipes may be added to it.
         recipe: shipped names, patterns over them (`trellis-*`), YAML files and Recipes.
@@ -196,6 +203,7 @@ def compare(
         eval_windows=eval_windows,
         keep_checkpoints=keep_checkpoints,
         trust_remote_code=trust_remote_code,
+        allow_bin=allow_bin,
     )
     return commands.compare(given, command, progress or LogProgress())
 
@@ -352,7 +360,7 @@ def _chat(tokenizer: Any, prompt: str) -> str:
         return tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # a template is a program: jinja raises what it raises
         raise EvaluationError(
             f"--chat cannot be used with this model: {error} Leave it out for models that were "
             "not tuned to chat."

@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from vqllm.core import path_names
 from vqllm.errors import EvaluationError, VqllmError
 
 app = typer.Typer(
@@ -54,6 +55,9 @@ WIDE = 400
 
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="run Python code found in the model's folder")
+]
+AllowBin = Annotated[
+    bool, typer.Option("--allow-bin", help="convert pytorch_model.bin to safetensors, once")
 ]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
@@ -100,6 +104,7 @@ def quantize(
         bool, typer.Option("--eval/--no-eval", help="measure the result against the original")
     ] = True,
     trust_remote_code: Trust = False,
+    allow_bin: AllowBin = False,
 ) -> None:
     """Quantize a model into a folder that transformers loads."""
     from vqllm import api
@@ -121,6 +126,7 @@ def quantize(
             eval_text=eval_text,
             eval_windows=eval_windows,
             trust_remote_code=trust_remote_code,
+            allow_bin=allow_bin,
             progress=progress,
             command=shlex.join(["vqllm", *sys.argv[1:]]),
         )
@@ -152,6 +158,7 @@ def tune(
         bool, typer.Option("--eval/--no-eval", help="measure the result against the original")
     ] = True,
     trust_remote_code: Trust = False,
+    allow_bin: AllowBin = False,
 ) -> None:
     """Train what codes leave free, against the original's predictions."""
     from vqllm import api
@@ -172,6 +179,7 @@ def tune(
             eval_text=eval_text,
             eval_windows=eval_windows,
             trust_remote_code=trust_remote_code,
+            allow_bin=allow_bin,
             progress=progress,
             command=shlex.join(["vqllm", *sys.argv[1:]]),
         )
@@ -211,6 +219,7 @@ def compare(
     json_file: Annotated[Path | None, typer.Option("--json", help="write results here too")] = None,
     plot: Annotated[Path | None, typer.Option(help="draw the plot here too (PNG)")] = None,
     trust_remote_code: Trust = False,
+    allow_bin: AllowBin = False,
 ) -> None:
     """Quantize a model with several recipes, measure all of them, and rank them."""
     from vqllm import api
@@ -236,6 +245,7 @@ def compare(
             eval_windows=eval_windows,
             keep_checkpoints=keep_checkpoints,
             trust_remote_code=trust_remote_code,
+            allow_bin=allow_bin,
             progress=progress,
             command=shlex.join(["vqllm", *sys.argv[1:]]),
         )
@@ -566,12 +576,29 @@ def main() -> None:
         elif isinstance(error, VqllmError):
             err.print(f"vqllm: {error}", style="red", markup=False, highlight=False)
             code = 2
+        elif isinstance(error, OSError) and error.strerror and not _wants_more():
+            err.print(f"vqllm: {_of_the_system(error)}", style="red", markup=False, highlight=False)
+            code = 2
         else:
             raise
     # Newer typers return the code for Ctrl-C where older ones raise Abort.
     if code == INTERRUPTED:
         err.print("vqllm: interrupted. Finished layers are kept: the same command goes on.")
     raise SystemExit(code)
+
+
+def _wants_more() -> bool:
+    """Whether the user asked for more lines, and so for the whole trace of an error."""
+    return logging.getLogger("vqllm").level == logging.DEBUG
+
+
+def _of_the_system(error: OSError) -> str:
+    """What the system said about a file or a folder."""
+    place = path_names.shown(str(error.filename)) if error.filename is not None else "a file"
+    return (
+        f"{place}: {error.strerror}. Look whether it is there, whether you may read and write it, "
+        "and whether its disk has room; -v shows where this came from."
+    )
 
 
 PLAIN = str.maketrans({"→": "->", "×": "x", "−": "-", "≥": ">=", "⁶": "^6", "…": "..."})
@@ -609,8 +636,13 @@ def _noting(interrupts: list[int]) -> Iterator[None]:
         interrupts.append(number)
         signal.default_int_handler(number, frame)
 
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)  # so that what is open is closed, as after Ctrl-C
+
     signal.signal(signal.SIGINT, note)
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, before)

@@ -1,9 +1,21 @@
 """Errors that a user can act on. Each message says what came, what is allowed and what to do."""
 
+MAX_MESSAGE = 6000
+"""Characters of a message. What it quotes may come from a file of any size."""
+
 
 class VqllmError(Exception):
     """Base of every error caused by input, environment or data. The command line prints its message
     without a traceback and exits with code 2."""
+
+    def __init__(self, message: str = "", *others: object) -> None:
+        if len(message) > MAX_MESSAGE:
+            # What to do stands at the end.
+            half = MAX_MESSAGE // 2
+            left_out = len(message) - 2 * half
+            shown = f" [... {left_out} characters ...] "
+            message = message[:half] + shown + message[-half:]
+        super().__init__(message, *others)
 
 
 class RecipeError(VqllmError):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vqllm_kernels import plugins
 from vqllm_kernels.kernels import Kernels, Kind, NoKernels
-from vqllm_kernels.layout import TensorLayout, not_finite
+from vqllm_kernels.layout import TensorLayout, check_numbers, not_finite
 
 SpecClass = TypeVar("SpecClass", bound="type[FormatSpec]")
 
@@ -101,6 +101,7 @@ class FormatSpec(ABC):
     @classmethod
     def _from_fields(cls, values: dict[str, Any]) -> Self:
         known = {f.name for f in fields(cls)}
+        check_numbers(cls, values)
         if set(values) != known:
             raise ValueError(
                 f"format {cls.format_id}: fields {sorted(values)}, expected {sorted(known)}"

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 
@@ -46,3 +46,12 @@ def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
             bad = int((~tensor.isfinite()).sum())
             return f"{bad} of the {tensor.numel()} numbers of {name} are NaN or infinite"
     return None
+
+
+def check_numbers(spec: type, values: dict[str, Any]) -> None:
+    """Raise ValueError where a field has true or false in the place of a number."""
+    kinds = {field.name: field.type for field in fields(spec)}
+    for name, value in values.items():
+        inner = value if isinstance(value, list) else [value]
+        if kinds.get(name) not in (bool, "bool") and any(isinstance(own, bool) for own in inner):
+            raise ValueError(f"{name} is {value!r}, which is no number")

@@ -13,7 +13,7 @@ from torch import Tensor
 from vqllm_kernels import plugins
 from vqllm_kernels.bitpack import pack_bits, packed_bytes, unpack_bits
 from vqllm_kernels.hadamard import reference as hadamard
-from vqllm_kernels.layout import TensorLayout, not_finite
+from vqllm_kernels.layout import TensorLayout, check_numbers, not_finite
 from vqllm_kernels.transform_spec import Tensors, TransformSpec
 
 if TYPE_CHECKING:
@@ -267,6 +267,7 @@ def from_dict(values: dict[str, Any], size: int) -> TransformSpec:
     known = {f.name for f in fields(spec)} - {"size"}
     if set(rest) != known:
         raise ValueError(f"transform {kind}: fields {sorted(rest)}, expected {sorted(known)}")
+    check_numbers(spec, rest)
     return spec(size=size, **rest)
 
 

@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from vqllm.errors import VqllmError
+from vqllm.errors import MAX_MESSAGE, VqllmError
 
-LONGEST = 2000
+LONGEST = MAX_MESSAGE + 100
 """Characters of a message; a damaged file must not become one."""
 SECONDS = 10
 """Of processor time to a refusal."""

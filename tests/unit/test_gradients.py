@@ -240,14 +240,18 @@ def change_gradients(
     gradients.run = changed  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize(("value", "message"), [(0.0, "has no gradient"), (torch.nan, "has a NaN")])
-def test_gradients_that_weigh_nothing_are_refused(
-    value: float, message: str, tmp_path: Path
-) -> None:
+def test_gradients_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     gradients = gradient_pass(save_tiny(tmp_path / "source", "llama"))
-    change_gradients(gradients, lambda name, g: g * value)
-    with pytest.raises(NumericalError, match=rf"the loss {message}.* hessian\.weights=none"):
+    change_gradients(gradients, lambda name, g: g * torch.nan)
+    with pytest.raises(NumericalError, match=r"the loss has a NaN.* hessian\.weights=none"):
         token_weights(gradients)
+
+
+def test_without_a_gradient_all_tokens_weigh_the_same(tmp_path: Path) -> None:
+    gradients = gradient_pass(save_tiny(tmp_path / "source", "llama"))
+    change_gradients(gradients, lambda name, g: g * ("up_proj" not in name))
+    for name, weight_SL in token_weights(gradients).items():
+        assert bool((weight_SL == 1).all()) == ("up_proj" in name)
 
 
 def test_linears_that_see_some_tokens_only_have_no_weights(tmp_path: Path) -> None:
@@ -305,9 +309,14 @@ def test_hessians_of_outputs(
     assert unpack(packed, "model.layers.0.expert", 4) is None
 
 
-@pytest.mark.parametrize(("value", "message"), [(0.0, "has no gradient"), (torch.nan, "has a NaN")])
-def test_outputs_without_gradients_are_refused(value: float, message: str) -> None:
+def test_outputs_with_gradients_that_are_not_finite_are_refused() -> None:
     outputs = OutputHessians(1.0)
-    outputs.visit("q", slice(0, 2), torch.zeros(2, 3, 4), torch.full((2, 3, 5), value))
-    with pytest.raises(NumericalError, match=rf"{message}.* outputs of q\..* two_sided"):
+    outputs.visit("q", slice(0, 2), torch.zeros(2, 3, 4), torch.full((2, 3, 5), torch.nan))
+    with pytest.raises(NumericalError, match=r"has a NaN.* outputs of q\..* two_sided"):
         outputs.finish()
+
+
+def test_outputs_without_gradients_have_no_hessian() -> None:
+    outputs = OutputHessians(1.0)
+    outputs.visit("q", slice(0, 2), torch.zeros(2, 3, 4), torch.zeros(2, 3, 5))
+    assert unpack(outputs.finish(), "q", 5) is None

@@ -199,7 +199,7 @@ def test_bad_gguf_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         resolve(write_gguf(tmp_path / "part.gguf", split_count=2))
     whole = write_gguf(tmp_path / "whole.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ModelError, match=r"cut\.gguf cannot be loaded"):
+    with pytest.raises(ModelError, match=r"cut\.gguf is damaged"):
         resolve(tmp_path / "cut.gguf")
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("", (), {"free": 10})())
     with pytest.raises(OutOfSpaceError, match="VQLLM_CACHE"):

@@ -44,8 +44,8 @@ def choose_codecs(
     allocation = recipe.allocation
     assert allocation is not None, "asked for"
     # Options of a linear: the bits that each codec takes, and the loss expected with it. A codec
-    # that would make it larger is none. For a linear that no token reached the loss is 0 with each
-    # codec, so it gets the cheapest.
+    # that would make it larger is none. For a linear that no token reached, or whose outputs have
+    # no gradient, the loss is 0 with each codec, so it gets the cheapest.
     shapes, items, numbers = selection.shapes, [], []
     for name, shape in shapes.items():
         costs = options(shape, recipe, selection.limits[name])
@@ -64,6 +64,12 @@ def choose_codecs(
         spent / numel,
         expected,
     )
+    if idle := [name for name, item in zip(shapes, items) if not any(item.losses)]:
+        logger.warning(
+            "the predictions do not depend on %d linears, which get the cheapest codec: %s",
+            len(idle),
+            ", ".join(idle),
+        )
     return {
         name: torch.tensor([own[pick], item.losses[pick]], dtype=torch.float64)
         for name, item, own, pick in zip(shapes, items, numbers, picks)

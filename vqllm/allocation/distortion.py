@@ -2,6 +2,7 @@
 
 import torch
 
+from vqllm.core import threads
 from vqllm.core.protocols import Codec
 from vqllm.core.tiles import to_tiles
 
@@ -18,4 +19,5 @@ def gaussian_mse(codec: Codec) -> float:
     X_IJE = to_tiles(W_RC, codec.tile)
     state = codec.fit(X_IJE, None, torch.Generator().manual_seed(SEED + 1))
     X_hat_IJE = codec.decode(codec.encode(X_IJE, state), state)
-    return float((X_hat_IJE - X_IJE).double().square().sum() / X_IJE.double().square().sum())
+    error, energy = (threads.total(X.double().square()) for X in (X_hat_IJE - X_IJE, X_IJE))
+    return float(error / energy)

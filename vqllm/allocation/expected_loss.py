@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vqllm.calibration.gradients import WITHOUT
-from vqllm.core import linalg
+from vqllm.core import linalg, threads
 from vqllm.errors import NumericalError
 from vqllm.plan.packed_spec import transformed
 from vqllm.recipes import Recipe
@@ -57,14 +57,16 @@ def expected_losses(
     # S has the entries of I − L⁻¹ squared: those of L⁻¹ without its diagonal of ones.
     S_CC = inverse_CC.square_()
     torch.diagonal(S_CC).zero_()
-    sigma_C1 = W_prime.square().mean().expand(len(S_CC), 1)
+    sigma_C1 = threads.mean(W_prime.square()).expand(len(S_CC), 1)
     losses = []
     for error in mse:
         # (I − mse Sᵀ) var(A) = σ², a triangular system.
         var_C1 = torch.linalg.solve_triangular(
             S_CC.T * -error, sigma_C1, upper=True, unitriangular=True
         )
-        losses.append(float(len(W_RC) * error * (var_C1[:, 0] * cost_C).double().sum() / 2))
+        losses.append(
+            float(len(W_RC) * error * threads.total((var_C1[:, 0] * cost_C).double()) / 2)
+        )
     return losses
 
 

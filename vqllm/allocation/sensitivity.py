@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vqllm.calibration.gradients import Findings, Visitor
-from vqllm.core import linalg
+from vqllm.core import linalg, threads
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Sensitivity(Visitor):
             g_SLR = g.flatten(0, -2)[::step, None].float()
         if name in self._roles:
             own = x_SLC.square().sum(-1) * g_SLR.square().sum(-1)
-            self._traces[name] = self._traces.get(name, 0.0) + float(own.sum())
+            self._traces[name] = self._traces.get(name, 0.0) + float(threads.total(own))
             name = self._roles[name]
         if name not in self._sums:
             H_CC = x_SLC.new_zeros(x_SLC.shape[-1], x_SLC.shape[-1])

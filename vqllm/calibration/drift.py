@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vqllm.core import threads
+
 ROUNDING_ERRORS = 8
 """Units of the last place by which a sum of the stream and an output may differ from the layer's
 own, where some layers add in another order."""
@@ -48,7 +50,7 @@ class Drift:
         x_NC = x_NC.float()
         gap_NC = _weighted(x0_NC.float() - x_NC, weight_N)
         self.input_CC.addmm_(gap_NC.T, x_NC)
-        self.mass += len(x_NC) if weight_N is None else float(weight_N.sum())
+        self.mass += len(x_NC) if weight_N is None else float(threads.total(weight_N))
 
     def add_residual(self, gap_NR: Tensor, x_NC: Tensor, weight_N: Tensor | None) -> None:
         """Add the drift r⁰ − r of the stream before the linear, for tokens that `add` was given."""
@@ -111,7 +113,7 @@ def _gain(run: Callable[[], Tensor], linear: nn.Linear, later: Iterable[nn.Linea
     y = outputs[0].float().reshape(with_it.shape)  # some models join the axes of the tokens
     change = with_it.float() - without.float()
     # The least-squares fit change ≈ gain · y must be exact up to rounding.
-    gain = float((change * y).sum() / y.square().sum().clamp_min(1e-30))
+    gain = float(threads.total(change * y) / threads.total(y.square()).clamp_min(1e-30))
     parts = without.float().abs() + (gain * y).abs() + with_it.float().abs()
     tolerance = ROUNDING_ERRORS * torch.finfo(with_it.dtype).eps * parts
     added = bool(((change - gain * y).abs() <= tolerance).all())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vqllm.calibration.drift import Drift
-from vqllm.core import linalg
+from vqllm.core import linalg, threads
 from vqllm.errors import NumericalError
 
 
@@ -46,7 +46,7 @@ class InputHessian:
             self.mass += len(x_NC)
         else:
             x_NC = x_NC * weight_N.sqrt()[:, None]
-            self.mass += float(weight_N.sum())
+            self.mass += float(threads.total(weight_N))
         linalg.add_symmetric(self.total_CC, x_NC, x_NC)
         self.num_tokens += x_NC.shape[0]
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vqllm.calibration.gradients import WITHOUT, Findings, Visitor
-from vqllm.core import linalg
+from vqllm.core import linalg, threads
 from vqllm.errors import NumericalError
 from vqllm.hf.experts import roles_of
 
@@ -35,8 +35,8 @@ class TokenWeights(Visitor):
     """Collects the weight of each token of `tokens`, [S, L], in the Hessian of each linear: its
     mean square divided by the mean of all, to a power.
 
-    Findings are float32 [S, L] with mean 1, and empty tensors for linears whose input has only some
-    of the tokens.
+    Findings are float32 [S, L] with mean 1 (1 each where there is no gradient at all), and empty
+    tensors for linears whose input has only some of the tokens.
     """
 
     def __init__(self, tokens: Tensor, power: float) -> None:
@@ -57,10 +57,13 @@ class TokenWeights(Visitor):
         """The weights of the layer's linears."""
         findings = {name: torch.empty(0) for name in self._partial}
         for name in self._squares.keys() - self._partial:
-            mean = self._squares[name].mean()
+            mean = threads.mean(self._squares[name])
             _check_mean(mean, name)
+            if mean == 0:  # nothing tells tokens apart
+                findings[name] = torch.ones_like(self._squares[name])
+                continue
             powers_SL = (self._squares[name] / mean) ** self._power
-            findings[name] = powers_SL / powers_SL.mean()
+            findings[name] = powers_SL / threads.mean(powers_SL)
         self._squares, self._partial = {}, set()
         return findings
 
@@ -107,15 +110,18 @@ class OutputHessians(Visitor):
         """The packed Hessians of the layer's linears."""
         packed = {}
         for name, H_KBB in self._sums.items():
-            mean = torch.diagonal(H_KBB, dim1=1, dim2=2).sum() / self._num_rows[name]
+            mean = threads.total(torch.diagonal(H_KBB, dim1=1, dim2=2)) / self._num_rows[name]
             _check_mean(mean, name)
+            if mean == 0:  # as of one that no token reached
+                continue
             packed[name] = _pack(H_KBB / mean)
         self._sums = {}
         return packed
 
 
 def unpack(packed: Mapping[str, Tensor], name: str, num_rows: int) -> Tensor | None:
-    """H_O of a linear, float32 [R, R], its mean diagonal 1; None for one that no token reached.
+    """H_O of a linear, float32 [R, R], its mean diagonal 1; None for one that no token reached, or
+    whose outputs have no gradient.
 
     Args:
         packed: the findings of `OutputHessians` for its layer.
@@ -137,10 +143,10 @@ def unpack(packed: Mapping[str, Tensor], name: str, num_rows: int) -> Tensor | N
 
 
 def _check_mean(mean: Tensor, name: str) -> None:
-    if not bool(mean.isfinite() & (mean > 0)):
+    if not bool(mean.isfinite()):
         raise NumericalError(
-            f"the loss has {'no' if mean == 0 else 'a NaN or infinite'} gradient in the outputs of "
-            f"{name}. Run with --compute-dtype float32, or without gradients: {WITHOUT}"
+            f"the loss has a NaN or infinite gradient in the outputs of {name}. Run "
+            f"with --compute-dtype float32, or without gradients: {WITHOUT}"
         )
 
 

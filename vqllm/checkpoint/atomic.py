@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vqllm.checkpoint.shards import sha256_of
+from vqllm.core import path_names
 from vqllm.errors import CheckpointError, OutOfSpaceError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -67,6 +68,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor], staging: Path) -> str:
 
 def make_folder(folder: Path) -> None:
     """Make a folder and its parents. CheckpointError where that is not possible."""
+    _check_name(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -79,12 +81,21 @@ def names_in(folder: Path) -> list[str]:
     Raises:
         CheckpointError: it is a file, or cannot be read.
     """
+    _check_name(folder)
     try:
         return sorted(path.name for path in folder.iterdir())
     except FileNotFoundError:
         return []
     except OSError as error:
         raise _no_output(folder, error) from error
+
+
+def _check_name(folder: Path) -> None:
+    if (problem := path_names.problem(folder)) is not None:
+        raise CheckpointError(
+            f"{path_names.shown(folder)} cannot be an output folder: {problem}. Choose "
+            "another name."
+        )
 
 
 def _no_output(folder: Path, error: OSError) -> CheckpointError:

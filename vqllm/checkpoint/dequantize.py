@@ -1,11 +1,12 @@
 """A quantized checkpoint written back as an ordinary Hugging Face folder."""
 
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from vqllm.checkpoint import atomic
 from vqllm.checkpoint.dense_tensors import Made, dense_tensors
@@ -51,41 +52,71 @@ def dequantize_checkpoint(folder: str | Path, output: str | Path, dtype: str = "
     source = DTYPES[_dtype_name("auto", checkpoint.config)]
     made = dense_tensors(checkpoint, DTYPES[name], source)
     atomic.check_space(output, _num_bytes(made))
-    # Written to a folder beside the output, whose renaming at the end makes it appear complete.
-    partial = _new_folder_beside(output.absolute())
-    staging = partial / ".staging"
-    staging.mkdir()
     try:
-        _write(made, partial, staging, checkpoint.config)
-        # The configuration is that of the source, with the new dtype under the keys that it uses.
-        config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-        config = without_places(config)
-        dtype_keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-        config |= dict.fromkeys(dtype_keys, name)
-        copy_files(checkpoint.folder, partial, staging, trust_remote_code=True)
-        write_json(partial / CONFIG, config, staging)
-        staging.rmdir()
-        partial.replace(output)
+        with _folder_beside(output.absolute()) as partial:
+            _write_folder(checkpoint, made, name, partial)
+            _publish(partial, output)
     except OutOfSpaceError as error:
         raise OutOfSpaceError(
             f"no space left for {output}: the dense model has {_num_bytes(made) / 1e6:.1f} MB. "
             "Nothing was left there. Free some space or choose another output folder."
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     atomic.sync_folder(output.absolute().parent)
     return output
 
 
-def _new_folder_beside(output: Path) -> Path:
-    """An empty folder on the same disk under a name of its own, with the mode of any new folder."""
-    atomic.make_folder(output.parent)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name[:64]}.", dir=output.parent))
-    probe = partial / "mode"
-    probe.mkdir()
-    partial.chmod(probe.stat().st_mode)
-    probe.rmdir()
-    return partial
+def _write_folder(checkpoint: Checkpoint, made: Sequence[Made], dtype: str, folder: Path) -> None:
+    """Everything of the ordinary folder, into one that is empty."""
+    staging = folder / ".staging"
+    staging.mkdir()
+    _write(made, folder, staging, checkpoint.config)
+    # The configuration is that of the source, with the new dtype under the keys that it uses.
+    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    config = without_places(config)
+    dtype_keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    config |= dict.fromkeys(dtype_keys, dtype)
+    copy_files(checkpoint.folder, folder, staging, trust_remote_code=True)
+    write_json(folder / CONFIG, config, staging)
+    staging.rmdir()
+
+
+@contextmanager
+def _folder_beside(output: Path) -> Iterator[Path]:
+    """An empty folder on the same disk, which one process has at a time and nothing stays of.
+
+    Its place follows from the output's name, so that the next run removes what a killed one left.
+
+    Raises:
+        CheckpointError: it cannot be made, or another process writes the same output.
+    """
+    place = output.with_name(f".{output.name[:64]}.partial")
+    atomic.make_folder(place)
+    lock = FileLock(place / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError) as error:  # OSError: it has just finished and taken the place away
+        raise CheckpointError(
+            f"another process is writing to {output}. Wait for it, stop it, or choose another "
+            "output folder."
+        ) from error
+    try:
+        shutil.rmtree(place / "folder", ignore_errors=True)
+        (place / "folder").mkdir()
+        yield place / "folder"
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        lock.release()
+
+
+def _publish(partial: Path, output: Path) -> None:
+    """Rename a complete folder. CheckpointError where another process came first."""
+    try:
+        partial.replace(output)
+    except OSError as error:
+        raise CheckpointError(
+            f"{output} cannot be written: {error.strerror}. The output must be a new or an empty "
+            "folder that nothing else writes to."
+        ) from error
 
 
 def _dtype_name(dtype: str, config: dict[str, object]) -> str:

@@ -269,6 +269,9 @@ def spec_to_dict(spec: LinearSpec) -> JSON:
 
 def spec_from_dict(values: JSON) -> LinearSpec:
     """The specification that `spec_to_dict` described. ValueError for anything unknown."""
+    for key in ("rows", "cols"):
+        if type(values[key]) is not int or values[key] < 1:
+            raise ValueError(f"{key} is {values[key]!r}, expected a number of at least 1")
     return LinearSpec.from_dict(values, values["rows"], values["cols"])
 
 
@@ -294,7 +297,7 @@ def _canonical(spec: LinearSpec) -> str:
 def _linear_spec(id: str, values: JSON) -> LinearSpec:
     try:
         return spec_from_dict(values)
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise CheckpointError(
             f"the checkpoint's layer specification {id!r} cannot be read: {error!r}. A newer vqllm "
             "may know it (pip install --upgrade vqllm); otherwise get an undamaged copy."

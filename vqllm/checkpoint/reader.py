@@ -22,6 +22,7 @@ from vqllm.checkpoint.shards import (
     read_header,
     read_index,
 )
+from vqllm.core import json_text, path_names
 from vqllm.core.bits import BitCount
 from vqllm.errors import CheckpointError
 from vqllm.hf.conversions import Renaming
@@ -31,7 +32,7 @@ from vqllm_kernels.linear import LinearSpec
 def is_checkpoint(folder: str | Path) -> bool:
     """Whether `folder` is a finished vqllm checkpoint, of any format version."""
     try:
-        config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+        config = json_text.read(Path(folder) / CONFIG)
         return config["quantization_config"]["quant_method"] == QUANT_METHOD
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -82,12 +83,12 @@ class Checkpoint:
         """
         # First the files by themselves; then whether they fit the specifications.
         folder = Path(folder)
+        if (problem := path_names.problem(folder)) is not None:
+            raise CheckpointError(f"{path_names.shown(folder)} is no checkpoint: {problem}.")
         config = _read_config(folder)
         quantization = QuantizationConfig.parse(config["quantization_config"], str(folder / CONFIG))
         index = read_index(folder)
         shards = sorted({*index.files.values(), *index.checksums})
-        if verify:
-            checksums.compare(folder, index)
         tensors: dict[str, StoredTensor] = {}
         for shard in shards:
             tensors |= read_header(folder / shard)
@@ -106,6 +107,15 @@ class Checkpoint:
             )
         checkpoint = cls(folder, config, quantization, index.files, tensors)
         checkpoint._check_linears()
+        # Sizes come before the bytes, which may be many more than they should.
+        found = sum(tensor.num_bytes for tensor in tensors.values())
+        if index.checksums and index.total_size not in (None, found):
+            raise CheckpointError(
+                f"{folder}: the index announces {index.total_size} bytes of tensors, and the "
+                f"shards have {found}. {DAMAGED}"
+            )
+        if verify:
+            checksums.compare(folder, index)
         return checkpoint
 
     def _check_linears(self) -> None:
@@ -261,7 +271,7 @@ def _read_config(folder: Path) -> JSON:
             )
         raise CheckpointError(f"{folder} is no checkpoint: it has no {CONFIG}.")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json_text.read(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. {DAMAGED}") from error
     if not isinstance(config, dict) or not isinstance(config.get("quantization_config"), dict):

@@ -1,15 +1,17 @@
 """Safetensors files without their tensors: headers, checksums, which tensor is in which file."""
 
 import hashlib
-import json
 import math
 import re
+import reprlib
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from vqllm.checkpoint.format import INDEX, JSON, SINGLE
+from vqllm.core import json_text
 from vqllm.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -53,22 +55,20 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     # A safetensors file is 8 bytes of header length, the header in JSON, then the bytes of all
     # tensors without gaps: so the header gives the size that the file must have.
     try:
-        size = path.stat().st_size
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):  # a pipe would never end
+            raise ValueError("no ordinary file")
+        size = about.st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
+            header = json_text.loads(file.read(length))
         header.pop("__metadata__", None)
-        tensors = {
-            name: StoredTensor(
-                info["dtype"],
-                tuple(info["shape"]),
-                info["data_offsets"][1] - info["data_offsets"][0],
-            )
-            for name, info in header.items()
-        }
+        tensors = {name: _stored_tensor(info) for name, info in header.items()}
         expected = 8 + length + sum(tensor.num_bytes for tensor in tensors.values())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing. {DAMAGED}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}. {DAMAGED}") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -79,6 +79,15 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             f"damaged. {DAMAGED}"
         )
     return tensors
+
+
+def _stored_tensor(info: JSON) -> StoredTensor:
+    """An entry of a header. ValueError for values of other types than they have."""
+    dtype, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
+    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
+    if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"a tensor with the entry {reprlib.repr(info)}")
+    return StoredTensor(dtype, tuple(shape), end - begin)
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
@@ -98,6 +107,8 @@ class ShardIndex:
 
     files: dict[str, str]
     checksums: dict[str, str]
+    total_size: int | None = None
+    """bytes of all tensors, if the index says so"""
 
 
 def read_index(folder: Path) -> ShardIndex:
@@ -118,9 +129,11 @@ def read_index(folder: Path) -> ShardIndex:
             f"{folder} has no {INDEX} and no {SINGLE}: its weights are missing. {DAMAGED}"
         )
     try:
-        index: JSON = json.loads(path.read_text(encoding="utf-8"))
+        index: JSON = json_text.read(path)
         files = {str(name): str(file) for name, file in index["weight_map"].items()}
-        recorded = index.get("metadata", {}).get("vqllm", {}).get("sha256", {})
+        metadata = index.get("metadata", {})
+        recorded = metadata.get("vqllm", {}).get("sha256", {})
+        size = metadata.get("total_size")
         checksums = {str(file): str(digest) for file, digest in recorded.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}. {DAMAGED}") from error
@@ -128,4 +141,4 @@ def read_index(folder: Path) -> ShardIndex:
     outside = sorted(file for file in {*files.values(), *checksums} if Path(file).name != file)
     if outside:
         raise CheckpointError(f"{path} names files outside its folder: {', '.join(outside)}.")
-    return ShardIndex(files, checksums)
+    return ShardIndex(files, checksums, size if type(size) is int else None)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vqllm.checkpoint import atomic
-from vqllm.core import local_paths
+from vqllm.core import json_text, local_paths
 from vqllm.errors import ModelError
 from vqllm.hf.refusals import adapter_files
 
@@ -126,8 +126,8 @@ def _published(relative: Path, data: bytes) -> bytes:
     if not relative.name.endswith("config.json"):
         return data
     try:
-        values = json.loads(data)
-    except (ValueError, RecursionError):
+        values = json_text.loads(data)
+    except ValueError:
         return data  # whoever reads it says what is wrong with it
     found = without_places(values)
     return data if found == values else (json.dumps(found, indent=2) + "\n").encode()

@@ -1,6 +1,5 @@
 """The tensors of an ordinary checkpoint folder, read one by one from its safetensors files."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vqllm.checkpoint.shards import StoredTensor, read_header
+from vqllm.core import json_text
 from vqllm.errors import CheckpointError, ModelError
 from vqllm.hf.blueprint import Blueprint
 from vqllm.hf.loading import listed
@@ -35,7 +35,7 @@ class SourceTensors:
             names.setdefault(part.tensor, []).append(name)
         self._names = {tensor: names.get(tensor, [tensor]) for tensor in self._origins}
         """the parameters of the linear form that each tensor of transformers' own model holds"""
-        self._last: tuple[str, Tensor] | None = None
+        self._last: tuple[str | tuple[str, int], Tensor] | None = None
 
     @classmethod
     def open(cls, folder: Path, trust_remote_code: bool = False) -> "SourceTensors":
@@ -192,9 +192,9 @@ def weight_map(folder: Path) -> dict[str, Path]:
         )
     # The index must be an object of file names, and all these files must be there.
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = json_text.read(index)["weight_map"]
         right = isinstance(names, dict) and all(map(_is_file_name, names.values()))
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{index} is damaged: {error!r}. Get an undamaged copy.") from error
     if not right:
         raise ModelError(

@@ -8,6 +8,7 @@ from vqllm.checkpoint import atomic
 from vqllm.checkpoint.format import CONFIG, INDEX, JSON, QuantizationConfig
 from vqllm.checkpoint.shards import read_header
 from vqllm.checkpoint.side_files import without_places
+from vqllm.core import json_text
 from vqllm.errors import CheckpointError, ModelError
 from vqllm.hf.other_quantizers import refuse_quantized
 from vqllm.hf.released_formats import READABLE
@@ -17,7 +18,7 @@ def read_config(folder: Path) -> JSON:
     """The folder's config.json. ModelError when it is missing or damaged."""
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json_text.read(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error} Pass a folder with a model.") from error
     if not isinstance(config, dict):

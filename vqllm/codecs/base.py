@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vqllm.codecs.search.compiled import has_numba
+from vqllm.core import threads
 from vqllm.core.protocols import Codec, State
 from vqllm.core.registry import Registry
 from vqllm.errors import NumericalError, RecipeError
@@ -91,6 +92,7 @@ class ScaledCodec(Codec, ABC):
         return {"scale": scale.clamp(min=MIN_SCALE).float().reshape(1)}
 
 
+@threads.one_thread()
 def root_mean_square(X_IJE: Tensor, weight_IJE: Tensor | None) -> Tensor:
     """The root of the (weighted) mean square of all weights, float64 scalar."""
     if weight_IJE is None:

@@ -36,6 +36,7 @@ from torch import Tensor
 from vqllm.codecs import lloyd
 from vqllm.codecs.base import CODECS, check_finite, weigh
 from vqllm.codecs.kmeans import ClusteredCodec, narrowed
+from vqllm.core import threads
 from vqllm.core.protocols import Point, State
 from vqllm.errors import RecipeError
 from vqllm_kernels.bitpack import pack_bits, unpack_bits
@@ -406,6 +407,7 @@ def _int8_scale(entries_GHKE: Tensor) -> Tensor:
     return entries_GHKE.abs().amax((2, 3), keepdim=True) / _LARGEST_INT8
 
 
+@threads.one_thread()
 def _factorised(entries_GHKE: Tensor, rank: int) -> State:
     """`coefficients` [G, H, rank] and `basis` [rank, K] nearest to sorted codebooks of numbers."""
     # The basis has the `rank` largest eigenvectors of Σ c cᵀ over all codebooks c, which leave the

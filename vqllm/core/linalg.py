@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from vqllm.core import threads
 from vqllm.errors import NumericalError
 
 STRIPE = 1024
@@ -46,6 +47,7 @@ def damp(H_CC: Tensor, damping: float) -> Tensor:
     return damped
 
 
+@threads.one_thread()
 def cholesky(H_CC: Tensor) -> Tensor:
     """Lower M with H = M Mᵀ, in the dtype of H; only the lower triangle of H is read.
 

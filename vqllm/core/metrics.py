@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from vqllm.core import threads
+
 
 def proxy_loss(W_RC: Tensor, W_hat_RC: Tensor, H_CC: Tensor) -> float:
     """tr((W−Ŵ) H (W−Ŵ)ᵀ) / tr(W H Wᵀ): the relative error of the linear's output.
@@ -14,6 +16,7 @@ def proxy_loss(W_RC: Tensor, W_hat_RC: Tensor, H_CC: Tensor) -> float:
     return _ratio(_weighted_energy(W_RC - W_hat_RC, H_CC), _weighted_energy(W_RC, H_CC))
 
 
+@threads.one_thread()
 def sqnr_db(W_RC: Tensor, W_hat_RC: Tensor) -> float:
     """10 log10(‖W‖² / ‖W−Ŵ‖²), decibels; inf for equal matrices."""
     # In place: a float64 copy of an expert of 4096 x 14336 takes 0.5 GB.
@@ -62,6 +65,7 @@ def code_entropy(codes_IJM: Tensor) -> float:
     return total
 
 
+@threads.one_thread()
 def _entropy(symbols_N: Tensor) -> float:
     """The empirical entropy of symbols, times their number, in bits."""
     counts = torch.bincount(symbols_N).double().cpu()
@@ -71,7 +75,7 @@ def _entropy(symbols_N: Tensor) -> float:
 
 def _weighted_energy(A_RC: Tensor, H_CC: Tensor) -> float:
     """tr(A H Aᵀ)."""
-    return float((A_RC @ H_CC).double().mul_(A_RC).sum())
+    return float(threads.total((A_RC @ H_CC).double().mul_(A_RC)))
 
 
 def _ratio(error: float, signal: float) -> float:
@@ -88,4 +92,4 @@ def output_error(own: Tensor, wanted: Tensor) -> Tensor:
     """
     wanted = wanted.float()
     error = (own.float() - wanted).square().sum(-1)
-    return (error / wanted.square().sum(-1).clamp_min(1e-30)).mean()
+    return threads.mean(error / wanted.square().sum(-1).clamp_min(1e-30))

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers import __version__ as transformers_version
 
 from vqllm.errors import ModelError, VqllmError
+from vqllm.hf.claims import refuse_claims
 from vqllm.hf.classes import auto_class
 from vqllm.hf.next_tokens import say_what_is_unused
 from vqllm.hf.refusals import (
@@ -79,7 +80,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The configuration in `folder`. ModelError when it cannot be understood."""
+    """The configuration in `folder`. ModelError when it cannot be understood, or claims more than
+    its weights can be."""
+    refuse_claims(folder)
     with explained(folder):
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 

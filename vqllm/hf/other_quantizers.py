@@ -1,10 +1,10 @@
 """Which method a model was quantized by, as its folder says in one of the usual ways."""
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from vqllm.core import json_text
 from vqllm.errors import ModelError
 
 CONFIGS = {"quantization_config": None, "compression_config": "compressed-tensors"}
@@ -87,7 +87,7 @@ def _named(values: Mapping[str, Any]) -> str | None:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json_text.read(path)
     except (OSError, ValueError):
         return {}  # its name says enough
     return values if isinstance(values, dict) else {}

@@ -3,11 +3,11 @@
 Everything here reads JSON and the names of files: it takes no time, and comes before all else.
 """
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vqllm.core import json_text
 from vqllm.errors import ModelError
 
 SHOWN = 3
@@ -81,7 +81,7 @@ def _adapter_kind(folder: Path) -> str:
 
 def _adapter_json(folder: Path) -> Mapping[str, Any]:
     try:
-        values = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        values = json_text.read(folder / ADAPTER_CONFIG)
     except (OSError, ValueError):
         return {}  # it only adds names to a message
     return values if isinstance(values, dict) else {}

@@ -1,5 +1,5 @@
 """From what a user names (a hub id, a folder, a GGUF file, demo) to a folder or a loaded model.
 
-May import: hf, checkpoint.
+May import: core, hf, checkpoint.
 Start at `resolve.py`.
 """

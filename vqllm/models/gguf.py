@@ -23,6 +23,7 @@ import numpy as np
 
 from vqllm.errors import ModelError, OutOfSpaceError
 from vqllm.hf.refusals import DECODERS, listed
+from vqllm.models import gguf_claims
 from vqllm.models.cache import build_once, cache_dir
 
 logger = logging.getLogger(__name__)
@@ -48,11 +49,17 @@ def convert(file: Path) -> Path:
         ModelError: no GGUF file, a part of a split one, or one that transformers cannot load.
         OutOfSpaceError: no room for the dense weights in the cache.
     """
-    with file.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise ModelError(f"{file} is not a GGUF file: it does not begin with the bytes 'GGUF'.")
-        stream.seek(0)
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        with file.open("rb") as stream:
+            if stream.read(4) != b"GGUF":
+                raise ModelError(
+                    f"{file} is not a GGUF file: it does not begin with the bytes 'GGUF'."
+                )
+            gguf_claims.check(file)
+            stream.seek(0)
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
     target = folder_of(sha256)
     return build_once(target, lambda folder: _write(file.resolve(), folder))
 
@@ -71,7 +78,7 @@ def _write(file: Path, folder: Path) -> None:
         pre = _metadata(file, folder)
         # A folder of its own, because `from_pretrained` also reads tokenizer and configuration
         # files that lie beside the GGUF file, and the result must depend on the file alone.
-        with tempfile.TemporaryDirectory() as alone:
+        with tempfile.TemporaryDirectory(dir=folder) as alone:  # goes with it if we are killed
             (Path(alone) / file.name).symlink_to(file)
             tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=file.name)
             loaded: Any = AutoModelForCausalLM.from_pretrained(

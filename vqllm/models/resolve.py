@@ -1,16 +1,16 @@
 """Where a model comes from: what the user calls MODEL becomes a folder that transformers loads."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vqllm.checkpoint.source import INDEX, SINGLE, stored_tensors, weight_map
+from vqllm.core import json_text, path_names
 from vqllm.errors import ModelError
 from vqllm.hf import refusals
 from vqllm.hf.other_quantizers import ORIGINAL, is_of_mlx, method_of
 from vqllm.hf.refusals import listed
-from vqllm.models import demo
+from vqllm.models import bin_weights, demo
 from vqllm.models import gguf as gguf_model
 
 # What is fetched from the hub: weights that cannot hold code, configuration, tokenizer files.
@@ -46,18 +46,25 @@ class ResolvedModel:
         return str(Path(self.name).expanduser().absolute())
 
 
-def resolve(model: str | Path, *, trust_remote_code: bool = False) -> ResolvedModel:
+def resolve(
+    model: str | Path, *, trust_remote_code: bool = False, allow_bin: bool = False
+) -> ResolvedModel:
     """Find, fetch or convert a model.
 
     Args:
         model: "demo" (a folder of that name is `./demo`), a local folder, a `.gguf` file, or the
             id of a repository on the Hugging Face hub.
         trust_remote_code: whether Python files of the model may be fetched and executed.
+        allow_bin: whether weights as pickles (`pytorch_model.bin`) are converted, once.
 
     Raises:
         ModelError: there is no such model, or it is not one that can be loaded; says what to do.
     """
     name = str(model)
+    if (problem := path_names.problem(model)) is not None:
+        raise ModelError(
+            f"{path_names.shown(model)} cannot be a model: {problem}. Give it another name."
+        )
     path = Path(model).expanduser()
     hub_id = None
     if name == "demo":
@@ -73,6 +80,8 @@ def resolve(model: str | Path, *, trust_remote_code: bool = False) -> ResolvedMo
         )
     elif not path.is_dir():
         path, hub_id = _from_hub(name, trust_remote_code), name
+    if path.is_dir() and not has_safetensors(path) and bin_weights.files_of(path):
+        path = bin_weights.convert(path, allow_bin)
     check_folder(path, trust_remote_code=trust_remote_code)
     return ResolvedModel(name, path, hub_id)
 
@@ -151,10 +160,10 @@ def _check_code(path: Path, config: dict[str, Any], trust_remote_code: bool) -> 
 def _check_weights(path: Path, config: dict[str, Any]) -> None:
     """Raise ModelError unless there are safetensors files, of dense weights or of a method that
     config.json names."""
-    if not (path / SINGLE).is_file() and not (path / INDEX).is_file():
+    if not has_safetensors(path):
         if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
             raise ModelError(
-                f"{path} has its weights as pickles, which can execute code and are not read. Load "
+                f"{path} has its weights as pickles, under names that are not read. Load "
                 "them with transformers in a place you trust and `save_pretrained` once: that "
                 "writes safetensors."
             )
@@ -169,6 +178,11 @@ def _check_weights(path: Path, config: dict[str, Any]) -> None:
         weight_map(path)
     else:
         _check_dtypes(path, config)
+
+
+def has_safetensors(path: Path) -> bool:
+    """Whether a folder has weights in the form that is read."""
+    return (path / SINGLE).is_file() or (path / INDEX).is_file()
 
 
 def _check_dtypes(path: Path, config: dict[str, Any]) -> None:
@@ -196,8 +210,8 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        values = json_text.read(path)
+    except ValueError as error:
         raise ModelError(f"{path} is damaged: {error}. Fetch the model again.") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path} holds {type(values).__name__}, expected a JSON object.")

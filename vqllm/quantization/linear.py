@@ -10,7 +10,7 @@ from torch import Tensor
 from vqllm.calibration import saliency
 from vqllm.calibration.drift import Drift
 from vqllm.checkpoint.packed_matrix import LinearRecord, PackedMatrix, bit_fields
-from vqllm.core import linalg, metrics
+from vqllm.core import linalg, metrics, threads
 from vqllm.core.protocols import JSON, Codec, OutputRounding
 from vqllm.errors import NumericalError
 from vqllm.plan.packed_spec import Transformed, linear_spec, transformed
@@ -142,7 +142,8 @@ def _quantize_linear(task: _Task, recipe: Recipe) -> PackedMatrix:
         raise NumericalError(f"{name}, damping {recipe.hessian.damping}: {error}") from error
     # The error of the code alone, in the basis where it codes.
     coded_RC = recipe.codec.spec().decode(encoded.tensors, R, C)
-    mse = float((coded_RC - W_RC).square().mean() / W_RC.square().mean().clamp_min(1e-30))
+    error, energy = (threads.mean(A_RC.square()) for A_RC in (coded_RC - W_RC, W_RC))
+    mse = float(error / energy.clamp_min(1e-30))
     del coded_RC  # as large as the weights
     # Copies: the input side's state is shared by the group, a fixed table by all linears, and
     # a file takes no tensors that share memory.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vqllm.checkpoint.packed_matrix import LinearRecord, PackedMatrix, bit_fields
-from vqllm.core import linalg, metrics, rng
+from vqllm.core import linalg, metrics, rng, threads
 from vqllm.core.protocols import JSON, Codec, State
 from vqllm.core.tiles import to_tiles
 from vqllm.errors import NumericalError
@@ -244,7 +244,7 @@ def _add(
 ) -> tuple[float, float]:
     """`sums` with tr(E H Eᵀ) and tr(W H Wᵀ) added; H is the identity by default."""
     error, signal = (
-        float(((A_RC if H_CC is None else A_RC @ H_CC).double() * A_RC).sum())
+        float(threads.total((A_RC if H_CC is None else A_RC @ H_CC).double() * A_RC))
         for A_RC in (E_RC, W_RC)
     )
     return sums[0] + error, sums[1] + signal

@@ -12,6 +12,10 @@ NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 2026-13-01."""
 
 
+MAX_DEPTH, MAX_VALUES = 50, 100_000
+"""Far more than any recipe has."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML, in which a mapping has each key once. PyYAML itself takes the last without a word."""
 
@@ -27,7 +31,29 @@ class _Loader(yaml.SafeLoader):
 
 def parse_yaml(text: str) -> Any:
     """The value that a text in YAML means; raises one of `NOT_YAML`."""
-    return yaml.load(text, _Loader)
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _size(node, {}, 0)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _size(node: Any, known: dict[int, int], depth: int) -> int:
+    """How many values a node stands for, with those that its aliases repeat. YAMLError for more
+    than a recipe can have, or for a node that is a part of itself."""
+    if depth > MAX_DEPTH:
+        raise yaml.YAMLError(f"it is nested more than {MAX_DEPTH} levels deep, or without end")
+    if id(node) not in known:
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for pair in inner for part in (pair if isinstance(pair, tuple) else (pair,))]
+        known[id(node)] = 1 + sum(_size(part, known, depth + 1) for part in parts)
+    if known[id(node)] > MAX_VALUES:
+        raise yaml.YAMLError(f"its aliases repeat more than {MAX_VALUES} values")
+    return known[id(node)]
 
 
 def read_yaml(file: Path) -> Any:

@@ -65,6 +65,11 @@ def _page(records: Sequence[JSON], summary: Summary, recipe_yaml: str) -> str:
                 _allocated_rows(records),
             ),
             *_section(
+                "Linears that the predictions do not depend on",
+                ("linear", "bits of codes"),
+                _idle_rows(records),
+            ),
+            *_section(
                 "Fragile linears, coded with more bits",
                 ("linear", "proxy loss before", "after", "bits"),
                 _fragile_rows(records),
@@ -153,6 +158,15 @@ def _allocated_rows(records: Sequence[JSON]) -> Rows:
             f"{sum(r['expected_kl'] for r in group):.3g}",
         )
         for bits, group in sorted(by_bits.items(), key=lambda item: float(item[0]))
+    ]
+
+
+def _idle_rows(records: Sequence[JSON]) -> Rows:
+    """Linears without an expected loss, which get the cheapest codec of a budget."""
+    return [
+        (record["name"], f"{record['bits_codes'] / (record['rows'] * record['cols']):.3f}")
+        for record in records
+        if record.get("expected_kl") == 0
     ]
 
 

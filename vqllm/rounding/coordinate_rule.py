@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from vqllm.core import threads
 from vqllm.core.least_squares import StateProblem
 from vqllm.core.protocols import Codec, Rounding, State
 from vqllm.core.tiles import to_tiles
@@ -120,4 +121,4 @@ class Coordinate(Rounding):
 
 def _loss(E_RC: Tensor, H_CC: Tensor) -> float:
     """tr(E H Eᵀ)."""
-    return float(((E_RC @ H_CC).double() * E_RC).sum())
+    return float(threads.total((E_RC @ H_CC).double() * E_RC))

@@ -49,6 +49,7 @@ class QuantizeArguments(_Arguments):
     eval_text: str | Path | None = None
     eval_windows: int | None = None
     trust_remote_code: bool = False
+    allow_bin: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class TuneArguments(_Arguments):
     eval_text: str | Path | None = None
     eval_windows: int | None = None
     trust_remote_code: bool = False
+    allow_bin: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class CompareArguments(_Arguments):
     eval_windows: int | None = None
     keep_checkpoints: bool = True
     trust_remote_code: bool = False
+    allow_bin: bool = False
 
     def of_member(
         self, recipe: str | Path | Recipe, changes: tuple[str, ...], output: Path
@@ -108,6 +111,7 @@ class CompareArguments(_Arguments):
             eval_text=self.eval_text,
             eval_windows=self.eval_windows,
             trust_remote_code=self.trust_remote_code,
+            allow_bin=self.allow_bin,
         )
 
 

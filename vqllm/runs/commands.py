@@ -37,7 +37,9 @@ def quantize(given: QuantizeArguments, command: str | None, progress: Progress) 
     command = command or given.call()
     _check_windows(given.eval_text, given.eval_windows)
     recipe = recipe_of(given)
-    model = models.resolve(given.model, trust_remote_code=given.trust_remote_code)
+    model = models.resolve(
+        given.model, trust_remote_code=given.trust_remote_code, allow_bin=given.allow_bin
+    )
     job = _job(given, recipe, model)
     evaluate = given.evaluate and _is_measurable(given, job.source)
     windows = _windows(given, job.source) if evaluate else None
@@ -68,7 +70,7 @@ def tune(given: TuneArguments, command: str | None, progress: Progress) -> Summa
     job = TuningJob(
         recipe=_tuning_recipe(given),
         checkpoint=checkpoint,
-        teacher=_teacher(checkpoint, given.teacher, given.trust_remote_code),
+        teacher=_teacher(checkpoint, given),
         output=Path(given.output),
         device=device_of(given.device),
         trust_remote_code=given.trust_remote_code,
@@ -91,7 +93,9 @@ def compare(given: CompareArguments, command: str | None, progress: Progress) ->
         given.changes,
         lambda origin, changes: recipe_of(member_of(origin, changes)),
     )
-    model = models.resolve(given.model, trust_remote_code=given.trust_remote_code)
+    model = models.resolve(
+        given.model, trust_remote_code=given.trust_remote_code, allow_bin=given.allow_bin
+    )
     jobs, commands = {}, {}
     for member in members:
         own = member_of(member.origin, member.changes, member.name)
@@ -176,15 +180,14 @@ def _job(given: QuantizeArguments, recipe: Recipe, model: ResolvedModel) -> Job:
     )
 
 
-def _teacher(
-    checkpoint: Checkpoint, named: str | Path | None, trust_remote_code: bool
-) -> ResolvedModel:
+def _teacher(checkpoint: Checkpoint, given: TuneArguments) -> ResolvedModel:
     """The original: as named, or as the checkpoint names it."""
-    if named is not None:
-        return models.resolve(named, trust_remote_code=trust_remote_code)
+    options = {"trust_remote_code": given.trust_remote_code, "allow_bin": given.allow_bin}
+    if given.teacher is not None:
+        return models.resolve(given.teacher, **options)
     name = teacher_of(checkpoint)
     try:
-        return models.resolve(name, trust_remote_code=trust_remote_code)
+        return models.resolve(name, **options)
     except ModelError as error:
         raise ModelError(
             f"{checkpoint.folder} was made from {name!r}, which is not found from here: pass it "

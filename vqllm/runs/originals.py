@@ -8,10 +8,10 @@ the folder too, and `vqllm tune` needs no `--teacher`.
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 
 from vqllm.checkpoint.format import INDEX
+from vqllm.core import json_text
 from vqllm.core.protocols import JSON
 from vqllm.models.cache import cache_dir
 
@@ -36,7 +36,7 @@ def remember(checkpoint: Path, original: str, command: str, recipe: JSON) -> Non
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+        partial = path.with_name(f"{path.name}.part")
         partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
     except OSError as error:
@@ -49,7 +49,7 @@ def remember(checkpoint: Path, original: str, command: str, recipe: JSON) -> Non
 def recall(checkpoint: Path) -> str | None:
     """The original of a checkpoint that was made on this machine; None if that is not known."""
     try:
-        values = json.loads(_path(checkpoint).read_text(encoding="utf-8"))
+        values = json_text.read(_path(checkpoint))
     except (OSError, ValueError):
         return None
     name = values.get("model") if isinstance(values, dict) else None

@@ -34,7 +34,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from vqllm.core import linalg
+from vqllm.core import linalg, threads
 from vqllm.core.hadamard import matrix
 from vqllm.core.protocols import State, Transform
 from vqllm.transforms.base import TRANSFORMS
@@ -128,6 +128,7 @@ def _named_blocks(A_CC: Tensor, spec: BlockDiagonalSpec) -> dict[str, Tensor]:
     return {name: A.cpu().double() for name, A in blocks.items()}
 
 
+@threads.one_thread()
 def _weight_moments(W_RC: Tensor, spec: BlockDiagonalSpec) -> dict[str, Tensor]:
     """WᵀW / R of the columns of each block, [K, G, G] by stored name, float64 on the CPU.
 
@@ -146,6 +147,7 @@ def _weight_moments(W_RC: Tensor, spec: BlockDiagonalSpec) -> dict[str, Tensor]:
     return moments
 
 
+@threads.one_thread()
 def _wush(M_W: Tensor, M_X: Tensor, even: bool) -> Tensor:
     """T of each block, [K, G, G]; `even` makes 1 the mean square of W' in each."""
     eye = torch.eye(M_W.shape[-1], dtype=torch.float64)
@@ -156,6 +158,7 @@ def _wush(M_W: Tensor, M_X: Tensor, even: bool) -> Tensor:
     return matrix(M_W.shape[-1]).double() @ (gain[..., None] * (U.mT @ B_W.mT))
 
 
+@threads.one_thread()
 def _normalised(T: dict[str, Tensor]) -> dict[str, Tensor]:
     """Each block times a number, so that the gains have geometric mean 1 and stay in the range."""
     # The gain of a block is |det T|^(1/block); the mean counts each feature once.

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from vqllm.core import path_names
 from vqllm.errors import CalibrationError
 
 BETWEEN_DOCUMENTS = "\n\n"
@@ -67,6 +68,10 @@ def open_source(source: str | Path) -> TextSource:
             "the name of a text is empty: pass a file, a folder (. is the current one) or a data "
             "set's id."
         )
+    if (problem := path_names.problem(name)) is not None:
+        raise CalibrationError(
+            f"{path_names.shown(name)} cannot be a text: {problem}. Give it another name."
+        )
     # A file whose own name has a "#" goes before a column.
     if not Path(name).expanduser().exists() and "#" in name:
         name, column = name.rsplit("#", 1)
@@ -77,6 +82,8 @@ def open_source(source: str | Path) -> TextSource:
         return _file(path, column)
     # What looks like a path is never taken for a data set of the hub.
     if path.is_absolute() or name.startswith((".", "~")) or path.suffix in STRUCTURED + PLAIN:
+        if path.exists():
+            raise CalibrationError(f"{name} is no ordinary file: pass a text file or a folder.")
         raise CalibrationError(f"there is no file or folder {name}.")
     return HubDataset(name, column)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vqllm.checkpoint import atomic
 from vqllm.checkpoint.resume.journal import LOCK, WORK, differences
+from vqllm.core import json_text
 from vqllm.core.protocols import JSON
 from vqllm.errors import CheckpointError
 
@@ -126,7 +127,7 @@ class Store:
 
 def _read(path: Path, remedy: str) -> JSON:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json_text.read(path)
         if not isinstance(values, dict):
             raise ValueError(f"{type(values).__name__} in place of an object")
     except (OSError, ValueError) as error:

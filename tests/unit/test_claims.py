@@ -1,0 +1,135 @@
+"""What files claim is compared with what they are, before time or memory is spent on it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.tiny import save_tiny
+from vqllm.checkpoint.shards import read_header
+from vqllm.core import json_text, path_names
+from vqllm.errors import MAX_MESSAGE, CheckpointError, ModelError, RecipeError, VqllmError
+from vqllm.hf.claims import refuse_claims
+from vqllm.models.resolve import resolve
+from vqllm.recipes import load
+from vqllm.recipes.yaml_text import NOT_YAML, parse_yaml
+
+
+def change(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_hidden_layers": 1 << 31},
+        {"num_hidden_layers": 5000},
+        {"text_config": {"num_hidden_layers": 1 << 31}},
+        {"num_experts": 1 << 31},
+    ],
+)
+def test_more_layers_or_experts_than_tensors(values: dict[str, Any], tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", "llama", num_hidden_layers=1)
+    refuse_claims(source)
+    change(source, **values)
+    with pytest.raises(ModelError, match=r"config\.json is damaged: num_\w+ is"):
+        refuse_claims(source)
+
+
+@pytest.mark.parametrize("depth", [101, 2000, 100_000])
+def test_nested_json(depth: int, tmp_path: Path) -> None:
+    text = "[" * depth + "]" * depth
+    with pytest.raises(ValueError, match="nested more than 100"):
+        json_text.loads(text)
+    source = save_tiny(tmp_path / "source", "llama", num_hidden_layers=1)
+    (source / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"config\.json is damaged: nested more than"):
+        resolve(source)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &x [*x]",
+        "a: &x {b: *x}",
+        "[" * 200 + "]" * 200,
+        "[" * 5000 + "]" * 5000,
+        "a: &a [1,1,1,1,1,1,1,1,1]\n"
+        + "".join(f"{y}: &{y} [{','.join(9 * [f'*{x}'])}]\n" for x, y in zip("abcdefg", "bcdefgh")),
+    ],
+)
+def test_yaml_without_end(text: str, tmp_path: Path) -> None:
+    with pytest.raises(NOT_YAML):
+        parse_yaml(text)
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=r"recipe\.yaml is not YAML") as caught:
+        load(tmp_path / "recipe.yaml")
+    assert len(str(caught.value)) <= MAX_MESSAGE + 100
+
+
+def test_aliases_are_taken() -> None:
+    assert parse_yaml("a: &x [1, 2]\nb: *x") == {"a": [1, 2], "b": [1, 2]}
+    assert parse_yaml("") is None
+
+
+def test_messages_are_bounded() -> None:
+    message = str(VqllmError("a" * 10**6 + " what to do"))
+    assert len(message) <= MAX_MESSAGE + 100
+    assert message.endswith("what to do")
+
+
+def header(**entry: Any) -> bytes:
+    text = json.dumps(
+        {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | entry}
+    ).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(4)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"shape": "I64"},
+        {"shape": [True]},
+        {"shape": [-1]},
+        {"shape": [1.5]},
+        {"shape": None},
+        {"dtype": 3},
+        {"data_offsets": [0]},
+        {"data_offsets": "04"},
+        {"data_offsets": {"a": 1, "b": 2}},
+    ],
+)
+def test_headers_with_other_types(entry: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(header())
+    assert read_header(file)["x"].num_bytes == 4
+    file.write_bytes(header(**entry))
+    with pytest.raises(CheckpointError, match="is not a safetensors file"):
+        read_header(file)
+
+
+def test_pipes_and_sparse_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(CheckpointError, match="no ordinary file"):
+        read_header(tmp_path / "pipe.safetensors")
+    with (tmp_path / "sparse.safetensors").open("wb") as file:
+        file.write(header())
+        file.truncate(1 << 40)
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        read_header(tmp_path / "sparse.safetensors")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, os.fsdecode(b"caf\xe9"), "a\0b"])
+def test_names_that_no_library_takes(name: str) -> None:
+    assert path_names.problem(name) is not None
+    assert len(path_names.shown(name)) <= 300
+    with pytest.raises(ModelError, match="cannot be a model: "):
+        resolve(name)
+
+
+def test_other_names() -> None:
+    assert path_names.problem("größe/大きさ\n") is None
+    assert "\n" not in path_names.shown("a\nb")

@@ -1,0 +1,73 @@
+"""What a killed command leaves is removed by the next one, and two commands do not mix."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from tests.support.fake_checkpoint import FORMATS, fake_checkpoint
+from vqllm.checkpoint.dequantize import dequantize_checkpoint
+from vqllm.errors import CheckpointError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_checkpoint(tmp_path_factory.mktemp("fake"), "llama", FORMATS["e8p"]).folder
+
+
+def test_what_a_killed_dequantize_left_is_removed(checkpoint: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".dense.partial" / "folder"
+    left.mkdir(parents=True)
+    (left / "model-00001-of-00001.safetensors").write_bytes(bytes(1000))
+    (left.parent / "lock").touch()
+    dequantize_checkpoint(checkpoint, tmp_path / "dense")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+    assert {path.name for path in (tmp_path / "dense").iterdir()} >= {"config.json"}
+
+
+def test_only_one_writes_a_folder(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / ".dense.partial").mkdir()
+    with (
+        FileLock(tmp_path / ".dense.partial" / "lock"),
+        pytest.raises(CheckpointError, match="another process is writing"),
+    ):
+        dequantize_checkpoint(checkpoint, tmp_path / "dense")
+    dequantize_checkpoint(checkpoint, tmp_path / "dense")
+    with pytest.raises(CheckpointError, match="not empty"):
+        dequantize_checkpoint(checkpoint, tmp_path / "dense")
+
+
+SLOW = """
+import sys, time
+from vqllm import cli
+from vqllm.checkpoint import dequantize
+dequantize._write = lambda *_: (print("begun", flush=True), time.sleep(600))
+sys.argv = ["vqllm", "dequantize", *sys.argv[1:]]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL], ids=lambda kill: kill.name)
+def test_a_killed_dequantize(kill: signal.Signals, checkpoint: Path, tmp_path: Path) -> None:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", SLOW, str(checkpoint), "--output", str(tmp_path / "dense")]
+    running = subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
+    )
+    assert running.stdout is not None
+    assert running.stdout.readline() == "begun\n"
+    time.sleep(0.2)
+    running.send_signal(kill)
+    running.wait()
+    running.stdout.close()
+    if kill is signal.SIGTERM:  # it could clean up
+        assert list(tmp_path.iterdir()) == []
+    dequantize_checkpoint(checkpoint, tmp_path / "dense")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
