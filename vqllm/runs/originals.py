@@ -2,7 +2,8 @@
 
 What may be published has the original's name only. Its place, the texts and the whole command are
 in a file of the user's own cache, found by the checkpoint's index, so that it serves for a copy of
-the folder too, and `vqllm tune` needs no `--teacher`.
+the folder too, and `vqllm tune` needs no `--teacher`. Equal checkpoints in two places, made of two
+copies of a model, have a file each.
 """
 
 import hashlib
@@ -48,8 +49,10 @@ def remember(checkpoint: Path, original: str, command: str, recipe: JSON) -> Non
 
 def recall(checkpoint: Path) -> str | None:
     """The original of a checkpoint that was made on this machine; None if that is not known."""
+    own = _path(checkpoint)
     try:
-        values = json_text.read(_path(checkpoint))
+        copies = sorted(own.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)
+        values = json_text.read(own if own in copies or not copies else copies[-1])
     except (OSError, ValueError):
         return None
     name = values.get("model") if isinstance(values, dict) else None
@@ -58,4 +61,5 @@ def recall(checkpoint: Path) -> str | None:
 
 def _path(checkpoint: Path) -> Path:
     digest = hashlib.sha256((checkpoint / INDEX).read_bytes()).hexdigest()
-    return cache_dir() / "originals" / f"{digest}.json"
+    place = hashlib.sha256(os.fsencode(checkpoint.absolute())).hexdigest()
+    return cache_dir() / "originals" / digest / f"{place[:16]}.json"
