@@ -9,6 +9,7 @@ copies of a model, have a file each.
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 
 from vqllm.checkpoint.format import INDEX
