@@ -423,3 +423,10 @@ def test_damaged_text_is_refused_by_name(tmp_path: Path) -> None:
 def test_an_empty_name_is_not_the_current_folder(name: str) -> None:
     with pytest.raises(CalibrationError, match="name of a text is empty"):
         open_source(name)
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", " \n\t", "\u00a0\u3000"])
+def test_blank_text_is_refused(blank: str, tmp_path: Path) -> None:
+    (tmp_path / "blank.txt").write_text(blank * 9000, encoding="utf-8")
+    with pytest.raises(CalibrationError, match=r"blank\.txt is blank where sequences were taken"):
+        load_tokens(tmp_path / "blank.txt", TOKENIZER, 4, 16, seed=0)

@@ -19,6 +19,9 @@ from vqllm.recipes import Recipe
 
 logger = logging.getLogger(__name__)
 
+SHOWN = 14
+"""Names that a warning lists: two layers of a Llama."""
+
 
 @dataclass(frozen=True)
 class Allocated:
@@ -66,9 +69,10 @@ def choose_codecs(
     )
     if idle := [name for name, item in zip(shapes, items) if not any(item.losses)]:
         logger.warning(
-            "the predictions do not depend on %d linears, which get the cheapest codec: %s",
+            "the predictions do not depend on %d linears, which get the cheapest codec: %s%s",
             len(idle),
-            ", ".join(idle),
+            ", ".join(idle[:SHOWN]),
+            f" and {len(idle) - SHOWN} more (report.md names all)" if len(idle) > SHOWN else "",
         )
     return {
         name: torch.tensor([own[pick], item.losses[pick]], dtype=torch.float64)

@@ -44,6 +44,8 @@ ROOM_PER_TOKEN = 8
 # at least one sequence to hold out.
 STREAM_FACTOR = 4
 PIECE_CHARACTERS = 1 << 14
+BLANK_TOKENS = 1000
+"""Text with as many different tokens is not blank: no vocabulary has so many of blanks alone."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,23 @@ def load_tokens(
             generator = rng.generator(seed, f"source {index}", purpose)
             places.append(torch.rand(share, generator=generator, dtype=torch.float64))
         if any(len(places_S) for places_S in places):
-            own = _cut(open_source(name), tokenizer, length, *places)
+            source = open_source(name)
+            own = _cut(source, tokenizer, length, *places)
+            _refuse_blank(source, tokenizer, own)
             calibration.append(own.calibration)
             held_out.append(own.held_out)
     return Sequences(_with_first(calibration, first), _with_first(held_out, first))
+
+
+def _refuse_blank(source: TextSource, tokenizer: Any, sequences: Sequences) -> None:
+    """Raise CalibrationError for text of blanks and line ends alone: it has tokens, and says nothing
+    about the inputs that a model really gets."""
+    used = torch.cat([sequences.calibration.flatten(), sequences.held_out.flatten()]).unique()
+    if 0 < len(used) < BLANK_TOKENS and not tokenizer.decode(used).strip():
+        raise CalibrationError(
+            f"{source.name} is blank where sequences were taken: nothing but spaces and line ends. "
+            "Give text that is like what the model will read."
+        )
 
 
 def _with_first(parts: Sequence[Tensor], first: int | None) -> Tensor:
