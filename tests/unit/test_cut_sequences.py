@@ -248,6 +248,7 @@ def test_a_large_file_is_read_only_where_needed(
         return TOKENIZER(piece, **options)
 
     counting.bos_token_id = None  # type: ignore[attr-defined]
+    counting.decode = TOKENIZER.decode  # type: ignore[attr-defined]
     tokens = load_tokens(text, counting, 10, 100, seed=0).calibration
     assert tokenized < 0.2 * text.stat().st_size
     blocks = text.stat().st_size // sources.BLOCK_BYTES

@@ -44,8 +44,6 @@ ROOM_PER_TOKEN = 8
 # at least one sequence to hold out.
 STREAM_FACTOR = 4
 PIECE_CHARACTERS = 1 << 14
-BLANK_TOKENS = 1000
-"""Text with as many different tokens is not blank: no vocabulary has so many of blanks alone."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +105,13 @@ def load_tokens(
 
 
 def _refuse_blank(source: TextSource, tokenizer: Any, sequences: Sequences) -> None:
-    """Raise CalibrationError for text of blanks and line ends alone: it has tokens, and says nothing
-    about the inputs that a model really gets."""
-    used = torch.cat([sequences.calibration.flatten(), sequences.held_out.flatten()]).unique()
-    if 0 < len(used) < BLANK_TOKENS and not tokenizer.decode(used).strip():
+    """Raise CalibrationError for text of blanks and line ends alone: it has tokens, and says
+    nothing about the inputs that a model really gets."""
+    tokens = torch.cat([sequences.calibration, sequences.held_out])
+    # A sequence may begin or end in a character of several tokens, which is decoded to U+FFFD.
+    if len(tokens) and not any(
+        tokenizer.decode(own).strip(" \n\t\ufffd").strip() for own in tokens
+    ):
         raise CalibrationError(
             f"{source.name} is blank where sequences were taken: nothing but spaces and line ends. "
             "Give text that is like what the model will read."
