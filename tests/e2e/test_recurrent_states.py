@@ -1,16 +1,19 @@
 """Models with a state in place of keys and values, decoded token by token: after 64 tokens the
 state of the quantized model gives what that of the dense folder gives."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
+from tests.support.architectures import save_tiny
 from tests.support.mixtures import sample
 from tests.support.params import slow_but
-from tests.support.quantized import Make, maker
+from tests.support.quantized import Make, maker, quantize
+from vqllm.checkpoint.dequantize import dequantize_checkpoint
 
 FAMILIES = (
     "mamba", "qwen3_next", "mamba2", "falcon_mamba", "rwkv", "jamba", "bamba",
@@ -54,3 +57,18 @@ def _decoded(model: Any, tokens_SL: Tensor) -> Tensor:
     assert output is not None
     assert len(options) > 1, "the model keeps something"
     return output.logits[:, -1].float()
+
+
+@pytest.mark.slow
+def test_rwkv_runs_without_writing_into_its_weights(tmp_path: Path) -> None:
+    """transformers halves them in place, and states with them, every so many layers."""
+    source = save_tiny("rwkv", tmp_path / "source", rescale_every=1)
+    quantize(source, tmp_path / "out")
+    dequantize_checkpoint(tmp_path / "out", tmp_path / "dense", dtype="float32")
+    ours, dense = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)(
+            sample(16)
+        ).logits
+        for name in ("out", "dense")
+    )
+    assert float((ours - dense).detach().norm() / dense.detach().norm()) < 1e-3

@@ -138,6 +138,11 @@ class VqllmQuantizer(HfQuantizer):
         alone = [m for m in packed.values() if id(m) not in grouped and not m.is_offloaded()]
         own_tensors([*groups, *([module] for module in alone)])
         self._structure = structure(model.config)
+        for module in model.modules():
+            # RWKV halves weights in place before it runs, and states to match, against overflow in
+            # float16. Without both its outputs are the same.
+            if hasattr(module, "_rescale_layers"):
+                module._rescale_layers = _leave_layers
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
@@ -223,6 +228,10 @@ def register() -> None:
     # Only configs of these types may carry loading attributes such as `dequantize`.
     if config not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (config,)
+
+
+def _leave_layers() -> None:
+    """In the place of a method that writes into weights."""
 
 
 def _packed_modules(model: nn.Module) -> dict[str, PackedModule]:
