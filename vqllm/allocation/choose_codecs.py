@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vqllm.allocation.budget import Item, allocate
+from vqllm.core.listing import listed
 from vqllm.core.protocols import Codec
 from vqllm.plan.costs import options
 from vqllm.plan.selection import Selection
@@ -69,10 +70,9 @@ def choose_codecs(
     )
     if idle := [name for name, item in zip(shapes, items) if not any(item.losses)]:
         logger.warning(
-            "the predictions do not depend on %d linears, which get the cheapest codec: %s%s",
+            "the predictions do not depend on %d linears, which get the cheapest codec: %s",
             len(idle),
-            ", ".join(idle[:SHOWN]),
-            f" and {len(idle) - SHOWN} more (report.md names all)" if len(idle) > SHOWN else "",
+            listed(idle, SHOWN),
         )
     return {
         name: torch.tensor([own[pick], item.losses[pick]], dtype=torch.float64)

@@ -8,9 +8,9 @@ its module, in whatever class the folder is loaded: where the source stores
 
 from collections.abc import Iterable
 
+from vqllm.core.listing import listed
 from vqllm.errors import ModelError
 from vqllm.hf.blueprint import Blueprint
-from vqllm.hf.loading import listed
 from vqllm_kernels.linear import LinearSpec
 
 

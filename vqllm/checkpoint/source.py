@@ -10,9 +10,9 @@ from torch import Tensor
 
 from vqllm.checkpoint.shards import StoredTensor, read_header
 from vqllm.core import json_text
+from vqllm.core.listing import listed
 from vqllm.errors import CheckpointError, ModelError
 from vqllm.hf.blueprint import Blueprint
-from vqllm.hf.loading import listed
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

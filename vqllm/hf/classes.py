@@ -48,3 +48,8 @@ def auto_class(config: Any) -> Any:
 def predicts_tokens(config: Any) -> bool:
     """Whether the model gives logits of the next token at every position."""
     return auto_class(config) in (AutoModelForCausalLM, AutoModelForImageTextToText)
+
+
+def is_own_class(model: Any) -> bool:
+    """Whether a model is of the class that its folder's config.json names."""
+    return type(model).__name__ in (getattr(model.config, "architectures", None) or ())

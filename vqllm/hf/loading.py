@@ -25,7 +25,6 @@ from vqllm.hf.refusals import (
     refuse_empty_tokenizer,
     refuse_no_tokenizer,
 )
-from vqllm.hf.refusals import listed as listed
 from vqllm.hf.released_formats import dequantizing_config
 from vqllm.hf.wrong_tensors import refuse_wrong_tensors
 

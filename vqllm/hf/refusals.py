@@ -3,15 +3,13 @@
 Everything here reads JSON and the names of files: it takes no time, and comes before all else.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from vqllm.core import json_text
 from vqllm.errors import ModelError
 
-SHOWN = 3
-"""Names in a message; a model may have thousands of tensors."""
 DECODERS = (
     "Only decoder-only language models are quantized and measured (GPT, Llama, Qwen and the like): "
     "pass one of these."
@@ -30,13 +28,6 @@ SAVE_TOKENIZER = (
     "Save the model's tokenizer into the folder, complete: "
     "AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER)."
 )
-
-
-def listed(names: Collection[str], shown: int = SHOWN) -> str:
-    """The first few names, and how many more there are."""
-    first = sorted(names)[:shown]
-    more = f" and {len(names) - len(first)} more" if len(names) > len(first) else ""
-    return ", ".join(first) + more
 
 
 def refuse_adapter(folder: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from vqllm.core.listing import listed
 from vqllm.errors import ModelError
 from vqllm.hf import next_tokens, wrapped_names
-from vqllm.hf.refusals import listed
 
 LOOKS = {
     r"^tok_embeddings\.|^layers\.\d+\.attention\.w[qkvo]\.": "Meta's or Mistral's own format",

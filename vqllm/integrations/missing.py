@@ -10,8 +10,9 @@ from collections.abc import Collection
 from typing import Any
 
 from vqllm.checkpoint.shards import DAMAGED
+from vqllm.core.listing import listed
 from vqllm.errors import CheckpointError, ModelError
-from vqllm.hf.refusals import listed
+from vqllm.hf.classes import is_own_class
 
 
 def refuse_missing(model: Any, stored: Collection[str]) -> None:
@@ -77,7 +78,5 @@ def refuse_untied(model: Any) -> None:
 def _must_have(model: Any, name: str) -> bool:
     """Whether a tensor belongs to what the checkpoint was made of: all of a model of its own class,
     and what every other class on it has in common with that."""
-    if type(model).__name__ in (getattr(model.config, "architectures", None) or ()):
-        return True
     base = model.base_model
-    return base is model or name.startswith(f"{model.base_model_prefix}.")
+    return is_own_class(model) or base is model or name.startswith(f"{model.base_model_prefix}.")

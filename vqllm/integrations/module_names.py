@@ -14,6 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from vqllm.checkpoint.format import QuantizationConfig
 from vqllm.errors import CheckpointError
+from vqllm.hf.classes import is_own_class
 from vqllm.hf.conversions import Renaming
 from vqllm.hf.linear_form import has_linear_form, is_fused, to_linear_form
 from vqllm.hf.next_tokens import further_layer
@@ -87,7 +88,4 @@ def _no_module(model: Any, name: str, spec: LinearSpec) -> CheckpointError:
 def _must_have(model: nn.Module, *names: str) -> bool:
     """Whether a missing module, by what it may be called, means damage: the model is of the class
     that the folder is of, and was not asked to have fewer layers."""
-    architectures = getattr(model.config, "architectures", None) or []
-    if type(model).__name__ not in architectures:
-        return False
-    return not any(further_layer(model, f"{name}.") for name in names)
+    return is_own_class(model) and not any(further_layer(model, f"{name}.") for name in names)

@@ -17,6 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
 from vqllm.checkpoint.format import QuantizationConfig
+from vqllm.core.listing import listed
 from vqllm.errors import CheckpointError
 from vqllm.hf.conversions import Renaming
 from vqllm.hf.linears import is_linear
@@ -146,7 +147,7 @@ def check_loads_again(model: Any, quantization: QuantizationConfig) -> None:
     missing, extra = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
     other = sorted(name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name])
     problems = [
-        f"{len(names)} {how} ({', '.join(names[:SHOWN])})"
+        f"{len(names)} {how} ({listed(names, SHOWN)})"
         for names, how in (
             (missing, "tensors that it lacks would be random"),
             (extra, "tensors have no place in what config.json describes"),

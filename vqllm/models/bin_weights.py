@@ -19,8 +19,8 @@ from vqllm.checkpoint.format import CONFIG, shard_name
 from vqllm.checkpoint.side_files import copied_files
 from vqllm.checkpoint.writer import write_json
 from vqllm.core import json_text
-from vqllm.errors import ModelError, OutOfSpaceError
-from vqllm.models.cache import build_once, cache_dir
+from vqllm.errors import ModelError
+from vqllm.models.cache import build_once, cache_dir, check_room
 
 logger = logging.getLogger(__name__)
 
@@ -91,12 +91,7 @@ def _not_allowed(folder: Path) -> ModelError:
 
 def _write(folder: Path, files: list[Path], made: Path) -> None:
     needed = sum(file.stat().st_size for file in files)
-    free = shutil.disk_usage(made).free
-    if needed > free:
-        raise OutOfSpaceError(
-            f"the weights of {folder} take {needed / 1e9:.1f} GB as safetensors, the cache "
-            f"{made.parent} has {free / 1e9:.1f} GB free. Make room, or set VQLLM_CACHE."
-        )
+    check_room(made, needed, f"the weights of {folder} as safetensors")
     logger.info("converting the pickles of %s to safetensors in %s", folder, made.parent)
     weight_map: dict[str, str] = {}
     total = 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from vqllm.errors import ModelError
+from vqllm.errors import ModelError, OutOfSpaceError
 
 
 def cache_dir() -> Path:
@@ -59,3 +59,18 @@ def _sync(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+def check_room(folder: Path, num_bytes: int, what: str) -> None:
+    """Raise OutOfSpaceError unless there is room for as many bytes where `build_once` builds.
+
+    Args:
+        folder: that is being built.
+        what: will take them, for the message.
+    """
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise OutOfSpaceError(
+            f"{what} take {num_bytes / 1e9:.1f} GB, the cache {folder.parent} has "
+            f"{free / 1e9:.1f} GB free. Make room, or set VQLLM_CACHE."
+        )

@@ -13,7 +13,6 @@ which are restored here:
 import hashlib
 import json
 import logging
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from vqllm.core.listing import listed
 from vqllm.errors import ModelError, OutOfSpaceError
-from vqllm.hf.refusals import DECODERS, listed
+from vqllm.hf.refusals import DECODERS
 from vqllm.models import gguf_claims
-from vqllm.models.cache import build_once, cache_dir
+from vqllm.models.cache import build_once, cache_dir, check_room
 
 logger = logging.getLogger(__name__)
 
@@ -130,12 +130,7 @@ def _metadata(file: Path, folder: Path) -> str | None:
         )
     _refuse_other_kinds(file, reader, value)
     needed = 2 * sum(int(tensor.n_elements) for tensor in reader.tensors)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OutOfSpaceError(
-            f"the dense float16 weights of {file.name} take {needed / 1e9:.1f} GB, the cache "
-            f"{folder.parent} has {free / 1e9:.1f} GB free. Make room, or set VQLLM_CACHE."
-        )
+    check_room(folder, needed, f"the dense float16 weights of {file.name}")
     # Only byte-level vocabularies ("gpt2") have a pre-tokenizer that may need a fix.
     return value("tokenizer.ggml.pre") if value("tokenizer.ggml.model") == "gpt2" else None
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from vqllm.checkpoint.source import INDEX, SINGLE, stored_tensors, weight_map
 from vqllm.core import json_text, path_names
+from vqllm.core.listing import listed
 from vqllm.errors import ModelError
 from vqllm.hf import refusals
 from vqllm.hf.other_quantizers import ORIGINAL, is_of_mlx, method_of
-from vqllm.hf.refusals import listed
 from vqllm.models import bin_weights, demo
 from vqllm.models import gguf as gguf_model
 

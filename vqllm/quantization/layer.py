@@ -17,8 +17,8 @@ from vqllm.allocation.choose_codecs import Allocated
 from vqllm.calibration.hessian import InputHessian
 from vqllm.calibration.layer_calibrator import InputGroup, LayerCalibrator
 from vqllm.checkpoint.packed_matrix import PackedMatrix
+from vqllm.core.listing import listed
 from vqllm.core.progress import Progress
-from vqllm.hf.refusals import listed
 from vqllm.quantization.layer_training import LayerTrainer
 from vqllm.quantization.linear import Statistics, quantize_group
 from vqllm.quantization.loaded_layer import LoadedLayer, install
