@@ -288,3 +288,12 @@ def test_a_name_that_no_rule_brings_back_is_refused(saved: Any) -> None:
     # While the merged experts are there, a tensor of one expert goes into them.
     with pytest.raises(ModelError, match="with a pattern in `skip`"):
         conversions.name_in_files("model.layers.0.mlp.experts.0.w1.weight")
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_what_is_read_keeps_no_larger_tensor_in_memory(model_type: str, saved: Any) -> None:
+    tensors = SourceTensors.open(saved(model_type))
+    for name in tensors.blueprint.model.state_dict():
+        if name in tensors:
+            value = tensors.read(name)
+            assert value.untyped_storage().nbytes() == value.nbytes, name
