@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from vqllm.calibration.data.calibration_set import calibration_sequences
 from vqllm.calibration.layer_calibrator import LayerCalibrator
-from vqllm.calibration.layer_stream import LayerStream, linears_of
+from vqllm.calibration.layer_stream import LayerStream
+from vqllm.hf.decoder_layers import linears_of
 from vqllm.models import resolve as models
 from vqllm.models.cache import build_once, cache_dir
 

@@ -10,7 +10,8 @@ import torch
 from tests.support.params import slow
 from tests.support.tiny import save_tiny
 from vqllm.calibration.layer_calibrator import LayerCalibrator
-from vqllm.calibration.layer_stream import LayerStream, linears_of
+from vqllm.calibration.layer_stream import LayerStream
+from vqllm.hf.decoder_layers import linears_of
 from vqllm.quantization.linear import Statistics, quantize_group
 from vqllm.recipes import from_dict
 

@@ -13,12 +13,12 @@ import torch
 
 from tests.support.tiny import tiny_model
 from vqllm import recipes
-from vqllm.calibration.layer_stream import layer_names
 from vqllm.core import memory
 from vqllm.core.pareto import pareto_front
 from vqllm.distillation.cached_predictions import RecordedPredictions
 from vqllm.errors import CheckpointError, RecipeError
 from vqllm.evaluation import perplexity as evaluation
+from vqllm.hf.decoder_layers import layer_names
 from vqllm.hf.linears import is_linear
 from vqllm.recipes import Recipe
 from vqllm.report.comparison import comparison_notes, comparison_pages, comparison_rows

@@ -13,12 +13,12 @@ from tests.support.architectures import model_class, save_tiny
 from tests.support.mixtures import FORMS, MULTIMODAL, OTHERS
 from tests.support.params import slow_but
 from tests.support.tiny import save_tiny as save_dense
-from vqllm.calibration.layer_stream import layer_names, linears_of
 from vqllm.checkpoint.file_names import FileNames
 from vqllm.checkpoint.source import SourceTensors
 from vqllm.errors import ModelError
 from vqllm.hf.blueprint import Blueprint
 from vqllm.hf.conversions import Conversions, Renaming
+from vqllm.hf.decoder_layers import layer_names, linears_of
 from vqllm.hf.linears import shared_modules
 from vqllm.hf.rules import with_linears
 

@@ -14,7 +14,8 @@ from vqllm.calibration import passes as passes_module
 from vqllm.calibration.drift import Drift, silenced
 from vqllm.calibration.hessian import InputHessian
 from vqllm.calibration.layer_calibrator import LayerCalibrator
-from vqllm.calibration.layer_stream import LayerStream, linears_of
+from vqllm.calibration.layer_stream import LayerStream
+from vqllm.hf.decoder_layers import linears_of
 from vqllm.quantization import linear as group
 from vqllm.quantization.target import corrected
 

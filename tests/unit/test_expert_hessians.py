@@ -14,7 +14,8 @@ from vqllm.calibration import passes as passes_module
 from vqllm.calibration.expert_hessians import merged, shrunk
 from vqllm.calibration.hessian import InputHessian
 from vqllm.calibration.layer_calibrator import InputGroup, LayerCalibrator
-from vqllm.calibration.layer_stream import LayerStream, linears_of
+from vqllm.calibration.layer_stream import LayerStream
+from vqllm.hf.decoder_layers import linears_of
 from vqllm.hf.experts import LinearExperts
 
 C = 6

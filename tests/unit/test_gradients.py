@@ -17,10 +17,11 @@ from vqllm.calibration import saliency as saliency_module
 from vqllm.calibration.gradients import Choice, Findings, GradientPass, Visitor, draw
 from vqllm.calibration.layer_calibrator import LayerCalibrator
 from vqllm.calibration.layer_calls import States
-from vqllm.calibration.layer_stream import LayerStream, linears_of
+from vqllm.calibration.layer_stream import LayerStream
 from vqllm.calibration.saliency import OutputHessians, TokenWeights, unpack
 from vqllm.core import rng
 from vqllm.errors import ModelError, NumericalError
+from vqllm.hf.decoder_layers import linears_of
 
 TOKENS = torch.randint(3, 384, (5, 24), generator=torch.Generator().manual_seed(0))
 

@@ -12,8 +12,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from tests.support.tiny import ARCHITECTURES, tiny_config
 from vqllm import recipes
 from vqllm.allocation.choose_codecs import choose_codecs
-from vqllm.calibration.layer_stream import layer_names
 from vqllm.errors import RecipeError
+from vqllm.hf.decoder_layers import layer_names
 from vqllm.hf.linears import is_linear
 from vqllm.plan.costs import option_costs, options
 from vqllm.plan.kept import has_few_rows, kept_linears

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.tiny import tiny_model, tiny_tokenizer
 from vqllm import recipes
-from vqllm.calibration.layer_stream import layer_names
+from vqllm.hf.decoder_layers import layer_names
 from vqllm.plan import other_lists
 from vqllm.quantization import checks
 

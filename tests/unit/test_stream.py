@@ -22,15 +22,11 @@ from tests.support.params import slow, slow_but
 from tests.support.tiny import ARCHITECTURES, DIFFERENT, save_tiny
 from vqllm.calibration import passes as passes_module
 from vqllm.calibration.layer_calibrator import LayerCalibrator
-from vqllm.calibration.layer_stream import (
-    Layers,
-    LayerStream,
-    check_states,
-    layer_names,
-    linears_of,
-)
+from vqllm.calibration.layer_stream import LayerStream
+from vqllm.calibration.layers import Layers, check_states
 from vqllm.calibration.passes import Model
 from vqllm.errors import ModelError, NumericalError
+from vqllm.hf.decoder_layers import layer_names, linears_of
 from vqllm.hf.dtypes import tensors_of
 from vqllm.hf.loading import skeleton
 

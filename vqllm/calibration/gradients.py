@@ -27,10 +27,11 @@ from torch.nn import functional as F
 
 from vqllm.calibration.activation_store import StatesStore
 from vqllm.calibration.layer_calls import States
-from vqllm.calibration.layer_stream import LayerStream, linears_of
+from vqllm.calibration.layer_stream import LayerStream
 from vqllm.calibration.passes import batches
 from vqllm.core import rng
 from vqllm.errors import ModelError, NumericalError
+from vqllm.hf.decoder_layers import linears_of
 from vqllm.hf.experts import expert_linears
 
 WITHOUT = (

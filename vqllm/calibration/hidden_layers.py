@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from torch import Tensor
 
 from vqllm.calibration.layer_calls import States
-from vqllm.calibration.layer_stream import Layers
+from vqllm.calibration.layers import Layers
 from vqllm.errors import ModelError
 
 

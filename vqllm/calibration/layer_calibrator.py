@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from vqllm.calibration.drift import Drift, Writer, silenced, writers
 from vqllm.calibration.expert_hessians import LayerExperts
 from vqllm.calibration.hessian import InputGroup, InputHessian
-from vqllm.calibration.layer_stream import LayerDone, LayerStream
+from vqllm.calibration.layer_stream import LayerStream
+from vqllm.calibration.layers import LayerDone
 from vqllm.calibration.passes import Model, Passes
 from vqllm.core import metrics
 from vqllm.errors import ModelError

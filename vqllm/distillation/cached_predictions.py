@@ -30,12 +30,14 @@ from torch import Tensor
 
 from vqllm.calibration.activation_store import ActivationStore, BesideStore
 from vqllm.calibration.layer_calls import States
-from vqllm.calibration.layer_stream import Layers, LayerStream, layer_names
+from vqllm.calibration.layer_stream import LayerStream
+from vqllm.calibration.layers import Layers
 from vqllm.calibration.passes import batches
 from vqllm.checkpoint import atomic
 from vqllm.core.distributed import Processes
 from vqllm.core.protocols import JSON
 from vqllm.errors import CheckpointError, ModelError, NumericalError
+from vqllm.hf.decoder_layers import layer_names
 
 logger = logging.getLogger(__name__)
 

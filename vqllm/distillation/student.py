@@ -20,12 +20,12 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from vqllm.calibration.layer_stream import layer_names
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.core.distributed import Processes
 from vqllm.core.tensors import frozen
 from vqllm.distillation.coded_weights import CodedWeights, codecs_of
 from vqllm.distillation.fit_scales import fit
+from vqllm.hf.decoder_layers import layer_names
 from vqllm.hf.linears import decoder_name
 from vqllm.plan.packed_spec import as_stored, scaled
 from vqllm.runtime import PackedModule, VQLinear

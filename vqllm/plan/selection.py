@@ -8,7 +8,7 @@ from functools import cache
 
 from torch import nn
 
-from vqllm.calibration.layer_stream import linears_of
+from vqllm.hf.decoder_layers import linears_of
 from vqllm.hf.linears import shared_modules
 from vqllm.plan.costs import Shape, layouts, option_costs
 from vqllm.plan.kept import kept_linears

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from vqllm.allocation.gradient_statistics import needs_gradients
 from vqllm.calibration.gradients import WITHOUT
-from vqllm.calibration.layer_stream import check_states, layer_names
+from vqllm.calibration.layers import check_states
 from vqllm.checkpoint.file_names import FileNames
 from vqllm.checkpoint.source import SourceTensors, stored_tensors
 from vqllm.checkpoint.writer import read_dense_config
@@ -19,6 +19,7 @@ from vqllm.core.coverage import HALF, kinds_of
 from vqllm.errors import ModelError, NumericalError, RecipeError
 from vqllm.hf import loading
 from vqllm.hf.classes import predicts_tokens
+from vqllm.hf.decoder_layers import layer_names
 from vqllm.plan.costs import code_bits, options
 from vqllm.plan.not_quantized import why_not_quantized
 from vqllm.plan.other_lists import say_other_lists

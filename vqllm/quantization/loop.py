@@ -12,7 +12,6 @@ from torch import Tensor
 from vqllm.allocation.gradient_statistics import GradientStatistics
 from vqllm.calibration.data.calibration_set import calibration_sequences
 from vqllm.calibration.layer_calibrator import LayerCalibrator
-from vqllm.calibration.layer_stream import linears_of
 from vqllm.calibration.passes import Model
 from vqllm.checkpoint.resume.layer_writer import LayerWriter
 from vqllm.core import memory
@@ -20,6 +19,7 @@ from vqllm.core.coverage import kinds_of
 from vqllm.core.progress import Progress
 from vqllm.core.protocols import JSON
 from vqllm.errors import ModelError
+from vqllm.hf.decoder_layers import linears_of
 from vqllm.plan.job import Job
 from vqllm.plan.not_quantized import why_not_quantized
 from vqllm.plan.packed_spec import stored_spec

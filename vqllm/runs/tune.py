@@ -13,7 +13,8 @@ from torch import Tensor
 from vqllm.calibration.data.calibration_set import SELF
 from vqllm.calibration.data.text_sources import open_source
 from vqllm.calibration.hidden_layers import HiddenLayers
-from vqllm.calibration.layer_stream import Layers, LayerStream
+from vqllm.calibration.layer_stream import LayerStream
+from vqllm.calibration.layers import Layers
 from vqllm.checkpoint.inspect import bits_per_weight, parameter_counts
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.checkpoint.resume.journal import WORK
