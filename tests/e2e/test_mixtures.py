@@ -33,7 +33,14 @@ from vqllm.integrations.transformers import VqllmConfig
 from vqllm.runtime import VQEmbedding, VQLinear
 
 QUICK = ("mixtral", "gpt_oss", "qwen3_moe", "llama4", "gemma3", "gpt2")
-EVERY = ("mixtral", "gemma3", *FORMS, *(name for name in OTHERS if name != "mixtral"), *MULTIMODAL)
+EVERY = (
+    "mixtral",
+    "gemma3",
+    "gemma3n_text",
+    *FORMS,
+    *(name for name in OTHERS if name != "mixtral"),
+    *MULTIMODAL,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 families = pytest.mark.parametrize("model_type", slow_but(QUICK, EVERY))

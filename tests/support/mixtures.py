@@ -38,7 +38,6 @@ OTHERS = (
     "ernie4_5_moe",
     "exaone_moe",
     "flex_olmo",
-    "gemma3n_text",
     "gemma4_text with experts",
     "glm4_moe",
     "glm4_moe_lite",

@@ -23,7 +23,14 @@ from vqllm.hf.linears import shared_modules
 from vqllm.hf.rules import with_linears
 
 HALVES = "model.layers.1.mlp.experts.gate_up_proj"
-EVERY = ("gemma3", "mixtral", *FORMS, *(n for n in OTHERS if n != "mixtral"), *MULTIMODAL)
+EVERY = (
+    "gemma3",
+    "gemma3n_text",
+    "mixtral",
+    *FORMS,
+    *(n for n in OTHERS if n != "mixtral"),
+    *MULTIMODAL,
+)
 QUICK = ("mixtral", "gpt_oss", "gemma3", "laguna", "llama4", "dbrx", "gpt2", "jetmoe")
 
 
