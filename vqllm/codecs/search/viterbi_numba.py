@@ -14,6 +14,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from vqllm.codecs.search import viterbi_int16
+
 # No reassociation: costs are the same with any vector width. `contract` is fused multiply-add.
 _JIT = {"nogil": True, "cache": True, "fastmath": {"contract", "nnan", "ninf", "nsz"}}
 
@@ -196,14 +198,25 @@ def tail_biting(
     num_around: int,
     num_threads: int,
 ) -> NDArray[np.int32]:
-    """Closed paths of small squared error, the states [N, T]; see `viterbi.tail_biting`."""
+    """Closed paths of small squared error, the states [N, T]; see `viterbi.tail_biting`.
+
+    With costs of 16 bits where the trellis and the weights fit them, else in float32.
+    """
     values_VS = np.ascontiguousarray(values_SV.T)
     path_NT = np.empty(x_NTV.shape[:2], np.int32)
     bounds = np.linspace(0, len(x_NTV), num_threads + 1).astype(int)
     parts = [slice(a, b) for a, b in pairwise(bounds) if b > a]
+    quick = None
+    if viterbi_int16.fits(values_SV, shift_T):
+        quick = viterbi_int16.Int16Search(values_SV, shift_T, num_around)
 
     def search(part: slice) -> None:
-        _tail_biting(x_NTV[part], values_VS, shift_T, num_around, path_NT[part])
+        x, path = x_NTV[part], path_NT[part]
+        left = np.ones(len(x), bool) if quick is None else quick.paths(x, path)
+        if left.any():
+            found = np.empty((int(left.sum()), x.shape[1]), np.int32)
+            _tail_biting(x[left], values_VS, shift_T, num_around, found)
+            path[left] = found
 
     if len(parts) == 1:
         search(parts[0])
