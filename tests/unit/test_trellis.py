@@ -29,6 +29,12 @@ def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def in_float32(monkeypatch):
+    """From now on."""
+    monkeypatch.setattr(viterbi_int16, "fits", lambda *_: False)
+    viterbi._compiled.cache_clear()
+
+
 def distortion(codec, num_tiles=256):
     X_IJE = random(1, num_tiles, 256)
     state = codec.fit(X_IJE, None, torch.Generator())
@@ -162,7 +168,7 @@ def test_compiled_search_is_as_good_as_the_one_in_torch(rate, num_weights, monke
 def test_costs_of_16_bits_lose_nothing(code, state_bits, rate, monkeypatch):
     codec = trellis(code=code, state_bits=state_bits, bits=rate)
     errors = [distortion(codec, 96)]
-    monkeypatch.setattr(viterbi_int16, "fits", lambda *_: False)
+    in_float32(monkeypatch)
     errors.append(distortion(codec, 96))
     assert errors[0] != errors[1]  # two searches
     assert errors[0] == pytest.approx(errors[1], rel=2e-3)
@@ -174,10 +180,32 @@ def test_weights_beyond_16_bits_are_searched_in_float32(size, monkeypatch):
     x_NTV = random(4, 32, 1, seed=1)
     x_NTV[1, 5], x_NTV[3, 31] = size, -size
     found = viterbi.tail_biting(x_NTV, values_SV, [2] * 32)
-    monkeypatch.setattr(viterbi_int16, "fits", lambda *_: False)
+    in_float32(monkeypatch)
     exact = viterbi.tail_biting(x_NTV, values_SV, [2] * 32)
     assert torch.equal(found[[1, 3]], exact[[1, 3]])
     assert bool((found[:, 0] >> 2 == found[:, -1] & 63).all())
+
+
+def test_values_that_were_written_to_are_read_again():
+    values_SV, x_NTV = random(1 << 9, 1), random(4, 64, 1, seed=1)
+    first = viterbi.tail_biting(x_NTV, values_SV, [2] * 64)
+    values_SV.neg_()
+    second = viterbi.tail_biting(x_NTV, values_SV, [2] * 64)
+    assert torch.equal(second, viterbi.tail_biting(x_NTV, values_SV.clone(), [2] * 64))
+    assert not torch.equal(first, second)
+
+
+def test_threads_change_nothing():
+    values_SV, x_NTV = random(1 << 9, 1), random(7, 64, 1, seed=1)
+    own = torch.get_num_threads()
+    found = []
+    try:
+        for num_threads in (1, 2, 3, 11):
+            torch.set_num_threads(num_threads)
+            found.append(viterbi.tail_biting(x_NTV, values_SV, [2] * 64))
+    finally:
+        torch.set_num_threads(own)
+    assert all(torch.equal(found[0], other) for other in found)
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1.0, 100.0])

@@ -171,13 +171,10 @@ class Trellis(ScaledCodec):
         table_bits = 0
         if self.code == "hybrid":
             table_bits = self.table_bits or _TABLE_BITS
-        return TrellisSpec(
-            tile_rows=self.tile_rows,
-            code=self.code,
-            tile_bits=round(self.rate * reference.WEIGHTS),
-            state_bits=self.state_bits,
-            step_weights=self._step_weights,
-            table_bits=table_bits,
+        tile_bits = round(self.rate * reference.WEIGHTS)
+        return _spec(
+            *(self.tile_rows, self.code, tile_bits),
+            *(self.state_bits, self._step_weights, table_bits),
         )
 
     def fit(self, X_IJE: Tensor, weight_IJE: Tensor | None, generator: torch.Generator) -> State:
@@ -216,12 +213,33 @@ class Trellis(ScaledCodec):
         )
 
 
+@cache
+def _spec(
+    tile_rows: int,
+    code: reference.Code,
+    tile_bits: int,
+    state_bits: int,
+    step_weights: int,
+    table_bits: int,
+) -> TrellisSpec:
+    """Asked for with every column of tiles; checking it takes as long as coding some of them."""
+    return TrellisSpec(
+        tile_rows=tile_rows,
+        code=code,
+        tile_bits=tile_bits,
+        state_bits=state_bits,
+        step_weights=step_weights,
+        table_bits=table_bits,
+    )
+
+
 def _encode(x_NE: Tensor, spec: TrellisSpec, values_SV: Tensor) -> Tensor:
     """Words of the best paths of tiles of weights in units of the scale: int32 [N, M]."""
     x_NTV = x_NE.unflatten(1, (-1, spec.step_weights))
     return reference.words(viterbi.tail_biting(x_NTV, values_SV, _shifts(spec)), spec.tile_bits)
 
 
+@cache
 def _shifts(spec: TrellisSpec) -> list[int]:
     """New bits of every step."""
     ends = reference.step_ends(spec.tile_bits, reference.WEIGHTS // spec.step_weights)

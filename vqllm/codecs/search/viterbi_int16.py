@@ -278,9 +278,11 @@ class Int16Search:
     ) -> None:
         num_steps, num_weights = len(shift_T), values_SV.shape[1]
         self._scale = min(SCALE, _LIMIT / max(float(np.abs(values_SV).max()), 1e-30))
-        words_VS = np.rint(values_SV.T * self._scale).astype(np.int16)
-        self._first = _aligned(words_VS[0])
-        self._second = _aligned(words_VS[1]) if num_weights == 2 else None
+        words_VS = [np.rint(values_S * self._scale) for values_S in values_SV.T]
+        self._first, *second = [_aligned(len(words_S)) for words_S in words_VS]
+        self._second = second[0] if second else None
+        for target_S, words_S in zip((self._first, *second), words_VS):
+            target_S[:] = words_S
         self._shift_T, self._num_around = shift_T, num_around
         is_fine = int(shift_T.sum()) >= FINE_RATE * num_steps * num_weights
         self._fine = True if is_fine else None
@@ -292,7 +294,7 @@ class Int16Search:
         most = _LIMIT / self._scale
         fits_N = np.abs(x_NTV).max(axis=(1, 2), initial=0) <= most
         words_NTV = np.rint(np.clip(x_NTV, -most, most) * self._scale).astype(np.int16)
-        best_TG = _aligned(np.zeros((num_steps + 1) * num_groups, np.int16))
+        best_TG = _aligned((num_steps + 1) * num_groups)
         _tail_biting(
             *(words_NTV, self._first, self._second, self._shift_T, self._num_around, self._fine),
             *(path_NT, best_TG.reshape(num_steps + 1, num_groups)),
@@ -300,9 +302,8 @@ class Int16Search:
         return ~fits_N | (path_NT[:, 0] < 0)
 
 
-def _aligned(words: NDArray[np.int16]) -> NDArray[np.int16]:
-    """A copy that begins with a line of the cache, which no vector then shares with another."""
-    space = np.empty(len(words) + LANES, np.int16)
+def _aligned(num: int) -> NDArray[np.int16]:
+    """Memory that begins with a line of the cache, which no vector then shares with another."""
+    space = np.empty(num + LANES, np.int16)
     start = -space.ctypes.data // space.itemsize % LANES
-    space[start : start + len(words)] = words
-    return space[start : start + len(words)]
+    return space[start : start + num]
