@@ -74,6 +74,7 @@ def _points(
 class Trellis(ScaledCodec):
     """Tiles of 256 weights, 1 to 8 bits a weight in steps of a sixteenth."""
 
+    alike: ClassVar[bool] = True
     exact: ClassVar[bool] = False
     points: ClassVar[tuple[Point, ...]] = (
         *_points("mul1", 8, {1: 0.3085, 2: 0.0842, 3: 0.0237, 4: 0.0075}, _RUN),
