@@ -1,11 +1,12 @@
 """Format trellis-v1: a bitshift trellis over tiles of 256 weights; the bits are in `reference`."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from vqllm_kernels.cpu.kernels import PackedKernels
 from vqllm_kernels.formats import FormatSpec, register
 from vqllm_kernels.kernels import Kernels, Kind
 from vqllm_kernels.layout import TensorLayout
@@ -13,6 +14,12 @@ from vqllm_kernels.trellis import reference
 
 MIN_STATE_BITS, MAX_STATE_BITS = 4, 16
 MAX_TABLE_BITS = 15
+PACKED_TILE_ROWS = (16, 32, 64)
+"""Rows of the tiles that are multiplied as they are stored on a CPU: whole registers of rows, and
+whole pieces of 4 columns."""
+
+if TYPE_CHECKING:
+    from vqllm_kernels.cpu.parts import Part
 
 
 @register
@@ -97,4 +104,18 @@ class TrellisSpec(FormatSpec):
             from vqllm_kernels.trellis.kernels import TrellisKernels
 
             return TrellisKernels(self)
+        if kind == "packed":
+            return PackedKernels(spec=self, parts=self._parts, reason=self._not_packed())
         return super().kernels(kind)
+
+    def _parts(self, tensors: dict[str, Tensor]) -> "list[Part]":
+        from vqllm_kernels.cpu import instructions, trellis
+
+        return [trellis.part(self, tensors, instructions.instructions())]
+
+    def _not_packed(self) -> str | None:
+        if self.code not in reference.MULTIPLIERS:
+            return f"code {self.code} is no sum of bytes"
+        if self.tile_rows not in PACKED_TILE_ROWS:
+            return f"tiles of {self.tile_rows} rows; packed products take {PACKED_TILE_ROWS}"
+        return None
