@@ -20,7 +20,7 @@ from vqllm.codecs.base import CODECS, ScaledCodec, check_finite
 from vqllm.codecs.search import viterbi
 from vqllm.core.protocols import Point, State
 from vqllm.errors import RecipeError
-from vqllm_kernels.trellis import reference, reference_v2
+from vqllm_kernels.trellis import reference
 from vqllm_kernels.trellis.spec import ParityTrellisSpec, TrellisSpec
 
 _RATE_UNIT = reference.WORD / reference.WEIGHTS
@@ -266,13 +266,7 @@ class Trellis(ScaledCodec):
         return codes_IJM, state
 
     def _values(self, state: State) -> Tensor:
-        spec = self.spec()
-        if isinstance(spec, ParityTrellisSpec):
-            return reference_v2.values(spec.masks, spec.state_bits, state["table"])
-        device = state["scale"].device
-        return reference.values(
-            spec.code, spec.state_bits, spec.table_bits, state.get("table"), device
-        )
+        return self.spec().values(state.get("table"), state["scale"].device)
 
 
 def _best_scale(code: str, state_bits: int, rate: float) -> float:

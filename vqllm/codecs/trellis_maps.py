@@ -11,4 +11,4 @@ def best(state_bits: int, rate: float, table_bits: int | None = None) -> tuple[i
     Args:
         table_bits: of `TABLE_BITS`; None takes the better one for the rate.
     """
-    return (0xEF1, 0x880, 0x5BA, 0xAC3, 0x925, 0x413)
+    return (0xD8C, 0x6A1, 0x252, 0x108, 0x98F, 0xF96)

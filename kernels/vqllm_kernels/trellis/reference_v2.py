@@ -16,6 +16,8 @@ are not in the masks, and moved masks take bits from where they lie (one or two 
 products over GF(2) a byte, the instruction GF2P8AFFINEQB).
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -33,10 +35,17 @@ def indices(masks: tuple[int, ...], states: Tensor) -> Tensor:
     return index
 
 
+@cache
+def index_of_states(masks: tuple[int, ...], state_bits: int, device: torch.device) -> Tensor:
+    """The entry of every state, int64 [2^L]."""
+    with torch.inference_mode(False):
+        return indices(masks, torch.arange(1 << state_bits, device=device))
+
+
 def values(masks: tuple[int, ...], state_bits: int, table_K1: Tensor) -> Tensor:
     """The values of all states before the scale, float32 [2^L, 1]; the table in any dtype."""
-    states = torch.arange(1 << state_bits, dtype=torch.int64, device=table_K1.device)
-    return torch.nn.functional.embedding(indices(masks, states), table_K1.float())
+    index_S = index_of_states(masks, state_bits, table_K1.device)
+    return torch.nn.functional.embedding(index_S, table_K1.float())
 
 
 def decode(

@@ -77,6 +77,10 @@ class TrellisSpec(FormatSpec):
             tensors["table"] = TensorLayout(table, torch.float16, "codebook")
         return tensors
 
+    def values(self, table: Tensor | None, device: torch.device) -> Tensor:
+        """The values of all states, float32 [2^L, V]; `table` is the stored one, if there is."""
+        return reference.values(self.code, self.state_bits, self.table_bits, table, device)
+
     def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Tensor:
         return reference.decode(
             tensors,
@@ -107,6 +111,8 @@ class ParityTrellisSpec(FormatSpec):
     """
 
     format_id: ClassVar[str] = "trellis-v2"
+    code: ClassVar[str] = "gf2"
+    step_weights: ClassVar[int] = 1
 
     tile_rows: int
     tile_bits: int
@@ -132,10 +138,22 @@ class ParityTrellisSpec(FormatSpec):
             "table": TensorLayout((1 << len(self.masks), 1), torch.int8, "codebook"),
         }
 
+    def values(self, table: Tensor | None, device: torch.device) -> Tensor:
+        """The values of all states, float32 [2^L, 1]; `table` is the stored one."""
+        assert table is not None
+        return reference_v2.values(self.masks, self.state_bits, table)
+
     def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Tensor:
         return reference_v2.decode(
             tensors, self.tile, self.tile_bits, self.state_bits, self.masks, rows, cols
         )
+
+    def kernels(self, kind: Kind) -> Kernels:
+        if kind == "triton":
+            from vqllm_kernels.trellis.kernels import TrellisKernels
+
+            return TrellisKernels(self)
+        return super().kernels(kind)
 
 
 def _ring_problem(tile_rows: int, tile_bits: int, state_bits: int, num_steps: int) -> str | None:
