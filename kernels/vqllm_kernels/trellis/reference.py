@@ -226,6 +226,11 @@ def decode(
     codes = tensors["codes"].to(torch.int32) & 0xFFFF
     table = values(code, state_bits, table_bits, tensors.get("table"), codes.device)
     X_IJE = decode_tiles(codes, table, tensors["scale"], tile_bits, state_bits)
+    return matrix(X_IJE, tile, rows, cols)
+
+
+def matrix(X_IJE: Tensor, tile: tuple[int, int], rows: int, cols: int) -> Tensor:
+    """Tiles put together and cut to size, float32 [rows, cols]."""
     X = X_IJE.unflatten(-1, tile).transpose(1, 2)
     return X.flatten(2).flatten(0, 1)[:rows, :cols]
 
