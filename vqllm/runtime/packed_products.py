@@ -1,4 +1,4 @@
-"""Products of linears of one input with their packed weights, one call of compiled code on a CPU."""
+"""Products of linears of one input with their packed weights, one compiled call on a CPU."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

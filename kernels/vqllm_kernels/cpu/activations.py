@@ -7,9 +7,10 @@ get the same integers, as bytes or as words.
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from vqllm_kernels.compiled import njit
 
 LARGEST = 32512
 """The largest magnitude of q: 127 · 256, so that both bytes of it are signed."""
@@ -17,15 +18,16 @@ MAX_ROWS = 16
 """Rows of x that a kernel takes."""
 
 
-NUM_ARGUMENTS = 8
+NUM_ARGUMENTS = 9
 """int64 that a kernel is given, in this order: threads, rows of tiles, tiles of a row, the address
 of the codes, that of the operand and the bytes from one part of it to the next, the address of y,
-float32 [rows, padded rows of W], and that of float64 [2, rows], the factor of each row of x and
-what is subtracted from its sums before."""
-NUM_PANEL_ARGUMENTS = 8
+float32 [rows, padded rows of W], that of float64 [2, rows], the factor of each row of x and what is
+subtracted from its sums before, and that of what the code looks up, or 0."""
+NUM_PANEL_ARGUMENTS = 9
 """int64 that a kernel that decodes is given, in this order: threads, the first row of tiles and the
 one after the last, tiles of a row, then the addresses of the codes and of bfloat16 [padded columns,
-..], the bytes from one column to the next, and the address of four numbers of the format."""
+..], the bytes from one column to the next, the address of four numbers of the format, and that of
+what the code looks up, or 0."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,9 @@ class Operand:
     """How a kernel wants x: int32 [parts, padded columns / step_weights]."""
 
     step_weights: int
-    """Columns of an int32, 1 or 2: a column repeats where there are fewer than it holds."""
+    """Columns of an int32, 1, 2 or 4: they repeat where there are fewer than it holds."""
     is_bytes: bool
-    """One row, its high and its low bytes two parts; else words of 16 bits, a part for each row."""
+    """The high and the low bytes of each row are two parts; else words of 16 bits are one."""
     rows: int
     """Rows of x that the kernel is compiled for."""
     factors: tuple[float, float]
@@ -45,10 +47,10 @@ class Operand:
 
     @property
     def parts(self) -> int:
-        return 2 if self.is_bytes else self.rows
+        return 2 * self.rows if self.is_bytes else self.rows
 
 
-@numba.njit(nogil=True, cache=True)
+@njit()
 def round_rows(
     x_NC: NDArray[np.float32],
     factors: NDArray[np.float32],
@@ -74,16 +76,16 @@ def round_rows(
         offset_N[n] = sums[0] * offsets[0] + sums[1] * offsets[1]
         if is_bytes:
             if step_weights == 1:
-                _bytes_alone(q, out_PW[0], out_PW[1])
+                _bytes_alone(q, out_PW[2 * n], out_PW[2 * n + 1])
+            elif step_weights == 2:
+                _bytes_in_pairs(q, out_PW[2 * n], out_PW[2 * n + 1])
             else:
-                _bytes_in_pairs(q, out_PW[0], out_PW[1])
+                _bytes_in_fours(q, out_PW[2 * n], out_PW[2 * n + 1])
         elif step_weights == 1:
             _words_alone(q, out_PW[n])
         else:
             _words_in_pairs(q, out_PW[n])
-    for n in range(num_rows, len(out_PW)):
-        if not is_bytes:
-            out_PW[n] = 0
+    out_PW[num_rows * (2 if is_bytes else 1) :] = 0
     return True
 
 
@@ -91,10 +93,10 @@ _MAGIC = np.float32(1.5 * (1 << 23))
 """What is added to a number below 2^22 to have it rounded, to even, in the lowest bits."""
 _MAGIC_BITS = np.int32(_MAGIC.view(np.int32))
 _INFINITE = np.int32(0x7F800000)
-_TINY = np.float32(1e-30)
+_TINY = np.float32(1e-33)
 
 
-@numba.njit(nogil=True, cache=True)
+@njit()
 def _round(
     x: NDArray[np.float32],
     factors: NDArray[np.float32],
@@ -133,7 +135,7 @@ def _round(
     return True, np.float64(largest) / LARGEST
 
 
-@numba.njit(nogil=True, cache=True)
+@njit()
 def _bytes_alone(q: NDArray[np.int32], high: NDArray[np.int32], low: NDArray[np.int32]) -> None:
     """A column in all four bytes."""
     for i in range(len(q)):
@@ -142,7 +144,7 @@ def _bytes_alone(q: NDArray[np.int32], high: NDArray[np.int32], low: NDArray[np.
         low[i] = (q[i] & np.int32(255)) * np.int32(0x01010101)
 
 
-@numba.njit(nogil=True, cache=True)
+@njit()
 def _bytes_in_pairs(q: NDArray[np.int32], high: NDArray[np.int32], low: NDArray[np.int32]) -> None:
     """Two columns in turn."""
     for i in range(len(q) // 2):
@@ -154,14 +156,26 @@ def _bytes_in_pairs(q: NDArray[np.int32], high: NDArray[np.int32], low: NDArray[
         low[i] = both * np.int32(0x00010001)
 
 
-@numba.njit(nogil=True, cache=True)
+@njit()
+def _bytes_in_fours(q: NDArray[np.int32], high: NDArray[np.int32], low: NDArray[np.int32]) -> None:
+    """Four columns."""
+    for i in range(len(q) // 4):
+        upper = lower = np.int32(0)
+        for k in range(4):
+            v = q[4 * i + k]
+            upper |= (((v + np.int32(128)) >> np.int32(8)) & np.int32(255)) << np.int32(8 * k)
+            lower |= (v & np.int32(255)) << np.int32(8 * k)
+        high[i], low[i] = upper, lower
+
+
+@njit()
 def _words_alone(q: NDArray[np.int32], out: NDArray[np.int32]) -> None:
     """A column in both words."""
     for i in range(len(q)):
         out[i] = (q[i] & np.int32(0xFFFF)) * np.int32(0x00010001)
 
 
-@numba.njit(nogil=True, cache=True)
+@njit()
 def _words_in_pairs(q: NDArray[np.int32], out: NDArray[np.int32]) -> None:
     """Two columns."""
     for i in range(len(q) // 2):

@@ -8,10 +8,10 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba import types
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vqllm_kernels.compiled import entry, njit
 from vqllm_kernels.cpu import hadamard, memory, threads
 from vqllm_kernels.kernels import Tensors
 from vqllm_kernels.transforms import HadamardSpec, ScaleSpec, TransformSpec
@@ -89,7 +89,6 @@ def _rows() -> int:
     """The address of a C function of the numbers of `Chain.rows`."""
     threads.available()
 
-    @numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True, cache=True)
     def transform(pointer: Any) -> None:
         a = numba.carray(pointer, (4 + NUM_CHAIN,))
         num_threads, num_rows, size = a[0], a[1], a[4]
@@ -101,10 +100,10 @@ def _rows() -> int:
             through(v[0], a[4:], spare)
             write(v, True, a[3] + n * size * 2)
 
-    return transform.address
+    return entry(transform)
 
 
-@numba.njit(nogil=True, cache=True)
+@njit()
 def through(v: NDArray[np.float32], numbers: NDArray[np.int64], spare: NDArray[np.float32]) -> None:
     """A chain of one row, in place."""
     size, before, twos, m, core, after, transpose = numbers
@@ -115,7 +114,7 @@ def through(v: NDArray[np.float32], numbers: NDArray[np.int64], spare: NDArray[n
         v *= numba.carray(memory.pointer(after), (size,), np.float32)
 
 
-@numba.njit(nogil=True, cache=True)
+@njit()
 def read(x: int, is_bfloat16: bool, out: NDArray[np.float32]) -> None:
     if is_bfloat16:
         bits = numba.carray(memory.pointer(x), out.shape, np.uint16)
@@ -127,7 +126,7 @@ def read(x: int, is_bfloat16: bool, out: NDArray[np.float32]) -> None:
         out[:] = numba.carray(memory.pointer(x), out.shape, np.float32)
 
 
-@numba.njit(nogil=True, cache=True)
+@njit()
 def write(y: NDArray[np.float32], is_bfloat16: bool, out: int) -> None:
     if not is_bfloat16:
         numba.carray(memory.pointer(out), y.shape, np.float32)[:] = y

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -19,6 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from vqllm_kernels.compiled import njit
 from vqllm_kernels.hadamard import matrices
 
 WIDTH = 16
@@ -57,7 +57,7 @@ def order(size: int) -> Order:
     return Order(twos, np.ascontiguousarray(core), twos**-0.5)
 
 
-@numba.njit(nogil=True, cache=True)
+@njit()
 def transform(
     v: NDArray[np.float32],
     twos: int,
@@ -85,7 +85,7 @@ def transform(
             _mix(own, twos, core, transpose, spare)
 
 
-@numba.njit(nogil=True, cache=True)
+@njit()
 def _few(v: NDArray[np.float32], twos: int) -> None:
     """Sylvester's transform of runs of fewer than 16 values."""
     h = 1
@@ -97,7 +97,7 @@ def _few(v: NDArray[np.float32], twos: int) -> None:
         h *= 2
 
 
-@numba.njit(nogil=True, cache=True)
+@njit()
 def _mix(
     v: NDArray[np.float32],
     twos: int,
@@ -155,7 +155,7 @@ def multiply_rows(
     along: Any,
     down: Any,
 ):
-    """out[a, b] = Σ_k core[a, k] values[k, b] for a few rows a, with products and sums rounded once.
+    """out[a, b] = Σ_k core[a, k] values[k, b] for a few rows a, each product and sum rounded once.
 
     Args:
         rows: a constant.

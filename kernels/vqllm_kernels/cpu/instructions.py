@@ -15,7 +15,7 @@ Instructions = Literal["avx512", "avx2", "portable"]
 
 NEEDED: dict[Instructions, frozenset[str]] = {
     "avx512": frozenset(
-        ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512vnni")
+        ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512vnni", "gfni")
     ),
     "avx2": frozenset(("avx2", "fma")),
     "portable": frozenset(),

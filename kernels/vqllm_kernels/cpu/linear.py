@@ -1,6 +1,6 @@
 """A whole packed linear, or several of one input, as one call of compiled code.
 
-    x  ── scales, Hadamard ──▶  x'  ── integers ──▶  product  ──▶  y'  ── Hadamard, scales, bias ──▶  y
+    x  ── scales, Hadamard ──▶  x'  ── integers, product ──▶  y'  ── Hadamard, scales ──▶  y
 
 What does not change from call to call is written down once, as addresses and sizes: `Linears`.
 """
@@ -8,12 +8,12 @@ What does not change from call to call is written down once, as addresses and si
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vqllm_kernels.compiled import njit, said_if_long
 from vqllm_kernels.cpu import activations, chains, memory, panels, threads
 from vqllm_kernels.cpu.activations import MAX_ROWS, NUM_ARGUMENTS, Operand
 from vqllm_kernels.cpu.chains import Chain
@@ -60,7 +60,8 @@ class Linears:
         rows = next(r for r in ROWS if num_rows <= r)
         plan = self._plans.get(rows)
         if plan is None:
-            plan = self._plans[rows] = _Plan.of(self, rows)
+            with said_if_long():
+                plan = self._plans[rows] = _Plan.of(self, rows)
         ys = [x.new_empty(*x.shape[:-1], member.rows) for member in self.members]
         addresses = np.array([y.data_ptr() for y in ys], np.int64)
         is_finite = _multiply(
@@ -127,6 +128,7 @@ class _Plan:
                         member.rows,
                         member.cols,
                         part is member.parts[-1],
+                        0 if product.table is None else product.table.data_ptr(),
                         *member.output.numbers(),
                     ]
                 )
@@ -143,7 +145,7 @@ class _Plan:
         )
 
 
-@numba.njit(nogil=True, cache=True)
+@njit()
 def _multiply(
     x: int,
     num_rows: int,
@@ -199,7 +201,7 @@ def _multiply(
         arguments[:3] = used, row_tiles, p[5]
         arguments[3], arguments[4] = p[3], words[p[1]].ctypes.data
         arguments[5] = 4 * (padded // operands[p[1], 1])
-        arguments[6], arguments[7] = y.ctypes.data, own.ctypes.data
+        arguments[6], arguments[7], arguments[8] = y.ctypes.data, own.ctypes.data, p[11]
         if used > 1:
             threads.run(p[2], arguments.ctypes.data, used)
         else:
@@ -215,7 +217,7 @@ def _multiply(
                 y[:, :num_rows_W] = total
         if is_last:
             for n in range(num_rows):
-                chains.through(y[n, :num_rows_W], p[11:], spare)
+                chains.through(y[n, :num_rows_W], p[12:], spare)
             chains.write(y[:num_rows, :num_rows_W], is_bfloat16, ys[p[0]])
     # Arrays whose addresses only are used live until they are named for the last time.
     return len(words) + len(arguments) + len(own) > 0

@@ -51,6 +51,7 @@ def _multiply(x_NC: Tensor, part: Part, rows: int, y_NR: Tensor, is_first: bool)
             panel_CR.data_ptr(),
             2 * panel_CR.shape[1],
             numbers.ctypes.data,
+            0 if part.table is None else part.table.data_ptr(),
         )
         threads.start(part.panel(), arguments.ctypes.data, used)
         start, end = first * tile_rows, min(stop * tile_rows, rows)

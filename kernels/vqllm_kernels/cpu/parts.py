@@ -15,6 +15,8 @@ class Product:
     address: int
     """Of a C function of one address: that of NUM_ARGUMENTS numbers."""
     operand: Operand
+    table: Tensor | None
+    """What it looks up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,3 +34,5 @@ class Part:
     """The address of the kernel that decodes: a C function of NUM_PANEL_ARGUMENTS numbers."""
     panel_numbers: tuple[float, float, float, float]
     """What it is given, as float32."""
+    table: Tensor | None
+    """What it looks up."""

@@ -10,9 +10,10 @@ import logging
 from functools import cache
 
 import llvmlite.binding
-import numba
 import torch
 from numba import types
+
+from vqllm_kernels.compiled import njit
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +70,13 @@ def start(function: int, argument: int, threads: int) -> None:
     run(function, argument, threads)
 
 
-@numba.njit(nogil=True, cache=True)
+@njit()
 def number() -> int:
     """Of the thread that runs, in its team; 0 outside of one."""
     return _thread_number()
 
 
-@numba.njit(nogil=True, cache=True)
+@njit()
 def run(function: int, argument: int, threads: int) -> None:
     """function(argument) on a team of threads, by addresses; a C function that asks `number`."""
     _parallel(function, argument, threads, 0)

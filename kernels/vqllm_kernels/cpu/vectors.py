@@ -35,6 +35,7 @@ class Vectors:
         self.bytes = ir.VectorType(INT8, 4 * self.lanes)
         self.words = ir.VectorType(INT16, 2 * self.lanes)
         self.ints = ir.VectorType(INT32, self.lanes)
+        self.quarter = ir.VectorType(INT8, 16)
         self.floats = ir.VectorType(ir.FloatType(), self.lanes)
 
     def int64(self, value: int) -> Value:
@@ -176,6 +177,65 @@ class Vectors:
         data = self.b.bitcast(value, self.bytes)
         pair = [ones, data] if is_signed else [data, ones]
         return self.b.bitcast(self.b.call(function, pair), self.ints)
+
+    def bits_from(self, value: Value, starts: Sequence[int]) -> Value:
+        """Eight bits for every byte, from the 64 bits that it lies in, a constant place for each;
+        "avx512" only."""
+        function = self._function(
+            "llvm.x86.avx512.pmultishift.qb.512", self.bytes, [self.bytes, self.bytes]
+        )
+        places = ir.Constant(self.bytes, [start % 64 for start in starts])
+        return self.b.call(function, [places, value])
+
+    def times_matrix(self, value: Value, matrix: int) -> Value:
+        """Every byte, a vector over GF(2), times a matrix of 8 x 8, the row of bit i in byte 7 - i.
+
+        "avx512" only.
+        """
+        function = self._function(
+            "llvm.x86.vgf2p8affineqb.512", self.bytes, [self.bytes, self.bytes, INT8]
+        )
+        rows = [matrix >> 8 * i & 255 for i in range(8)] * (self.lanes // 2)
+        return self.b.call(function, [value, ir.Constant(self.bytes, rows), ir.Constant(INT8, 0)])
+
+    def shuffled_by(self, entries: Sequence[int], index: Value) -> Value:
+        """One of 16 constant bytes for every byte, below 16, of int32; "avx2" only."""
+        table = ir.Constant(self.bytes, list(entries) * 2)
+        return self.b.bitcast(self._look_up_16(table, self.b.bitcast(index, self.bytes)), self.ints)
+
+    def look_up(self, table: Sequence[Value], index: Value) -> Value:
+        """Bytes of a table of 64 or 128 int8, in registers of 64 ("avx512") or of 16 ("avx2")."""
+        if self.wide:
+            if len(table) == 1:
+                name, kinds = "llvm.x86.avx512.permvar.qi.512", [self.bytes, self.bytes]
+                return self.b.call(self._function(name, self.bytes, kinds), [table[0], index])
+            name, kinds = "llvm.x86.avx512.vpermi2var.qi.512", [self.bytes] * 3
+            arguments = [table[0], index, table[1]]
+            return self.b.call(self._function(name, self.bytes, kinds), arguments)
+        twice = ir.Constant(ir.VectorType(INT32, 32), [i % 16 for i in range(32)])
+        found = [
+            self._look_up_16(self.b.shuffle_vector(part, part, twice), index) for part in table
+        ]
+        bit = 4
+        while len(found) > 1:
+            # The sign of a byte chooses: the bit of the index moves there.
+            moved = self.b.shl(self.b.bitcast(index, self.ints), self.all_ints(7 - bit))
+            signs = self.b.bitcast(moved, self.bytes)
+            chosen = self.b.icmp_signed("<", signs, ir.Constant(self.bytes, [0] * 32))
+            found = [self.b.select(chosen, found[i + 1], found[i]) for i in range(0, len(found), 2)]
+            bit += 1
+        return found[0]
+
+    def _look_up_16(self, table: Value, index: Value) -> Value:
+        name = "llvm.x86.avx2.pshuf.b"
+        return self.b.call(self._function(name, self.bytes, [self.bytes] * 2), [table, index])
+
+    def word_pairs(self, value: Value) -> list[Value]:
+        """int8 in bytes 0 and 2 of every int32 as two int16, and those in bytes 1 and 3."""
+        words = self.b.bitcast(value, self.words)
+        eight = ir.Constant(self.words, [8] * 2 * self.lanes)
+        even = self.b.ashr(self.b.shl(words, eight), eight)
+        return [self.b.bitcast(v, self.ints) for v in (even, self.b.ashr(words, eight))]
 
     def word_halves(self, value: Value) -> tuple[Value, Value]:
         """The low and the high int16 of every int32, as int32."""
