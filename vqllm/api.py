@@ -12,6 +12,7 @@ from vqllm.core.protocols import JSON
 from vqllm.errors import EvaluationError
 from vqllm.evaluation import perplexity as evaluation
 from vqllm.evaluation import speed
+from vqllm.hf.running import explained_run
 from vqllm.models.load import load as load
 from vqllm.models.load import load_to_run
 from vqllm.recipes import Recipe, TuningRecipe
@@ -347,7 +348,7 @@ def generate(
             f"a prompt of {num_tokens} tokens and {max_new_tokens} new ones are more than the "
             f"{longest} positions of this model: pass a shorter prompt or fewer --max-new-tokens."
         )
-    with torch.inference_mode():
+    with torch.inference_mode(), explained_run(target):
         tokens = target.generate(
             **inputs.to(target.device), max_new_tokens=max_new_tokens, do_sample=False
         )

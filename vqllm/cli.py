@@ -579,6 +579,9 @@ def main() -> None:
         elif isinstance(error, OSError) and error.strerror and not _wants_more():
             err.print(f"vqllm: {_of_the_system(error)}", style="red", markup=False, highlight=False)
             code = 2
+        elif _is_of_memory(error) and not _wants_more():
+            err.print(f"vqllm: {OUT_OF_MEMORY}", style="red", markup=False, highlight=False)
+            code = 2
         else:
             raise
     # Newer typers return the code for Ctrl-C where older ones raise Abort.
@@ -590,6 +593,21 @@ def main() -> None:
 def _wants_more() -> bool:
     """Whether the user asked for more lines, and so for the whole trace of an error."""
     return logging.getLogger("vqllm").level == logging.DEBUG
+
+
+OUT_OF_MEMORY = (
+    "out of memory. Finished layers are kept: the same command goes on. Fewer or shorter sequences "
+    "(--set calibration.sequences=, calibration.length=) take less; -v shows where it ended."
+)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: torch has a class of its own for that of a GPU only."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def _of_the_system(error: OSError) -> str:
