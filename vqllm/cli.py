@@ -287,6 +287,7 @@ def evaluate_(
     device: Device = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write results here")] = None,
     trust_remote_code: Trust = False,
+    allow_bin: AllowBin = False,
 ) -> None:
     """Perplexity, KL and top-1 agreement with a baseline, and lm-eval tasks."""
     from vqllm import api
@@ -306,6 +307,7 @@ def evaluate_(
         limit=limit,
         device=device,
         trust_remote_code=trust_remote_code,
+        allow_bin=allow_bin,
     )
     _print_rows(result_rows(results))
     if json_file:
@@ -324,6 +326,7 @@ def bench(
     device: Device = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write results here")] = None,
     trust_remote_code: Trust = False,
+    allow_bin: AllowBin = False,
 ) -> None:
     """Tokens a second, memory, and the time of every kind of linear, beside the original's."""
     from vqllm import api
@@ -340,6 +343,7 @@ def bench(
         rounds=rounds,
         device=device,
         trust_remote_code=trust_remote_code,
+        allow_bin=allow_bin,
     )
     _print_rows(speed_rows(results))
     table = Table("linears", "format", "one token a sequence", "us", "dense us", "prompt")
@@ -360,6 +364,7 @@ def generate(
     chat: Annotated[bool, typer.Option(help="wrap the prompt in the chat template")] = False,
     device: Device = None,
     trust_remote_code: Trust = False,
+    allow_bin: AllowBin = False,
 ) -> None:
     """Generate text greedily."""
     from vqllm import api
@@ -371,6 +376,7 @@ def generate(
         chat=chat,
         device=device,
         trust_remote_code=trust_remote_code,
+        allow_bin=allow_bin,
     )
     out.print(text, markup=False, highlight=False)
 
