@@ -578,7 +578,7 @@ def main() -> None:
         code = 2
     except Exception as error:
         if isinstance(error, typer.Abort) or interrupts:
-            code = INTERRUPTED
+            code = 128 + interrupts[-1] if interrupts else INTERRUPTED
         elif isinstance(error, VqllmError):
             err.print(f"vqllm: {error}", style="red", markup=False, highlight=False)
             code = 2
@@ -644,29 +644,37 @@ def _print_anywhere() -> None:
             stream.reconfigure(errors="vqllm-nearest")
 
 
+STOPS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+"""Signals that end a command with all that it has open closed, as Ctrl-C does."""
+
+
 @contextmanager
 def _noting(interrupts: list[int]) -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt as ever, and is added to the list.
+    """Ctrl-C raises KeyboardInterrupt as ever, the signals of `STOPS` raise SystemExit, and their
+    numbers are added to the list.
 
     The exception alone does not tell: a library's clean-up may fail on what the interrupt left half
     done (accelerate's hooks, once in 25 runs), and compiled code may make another error of it
     (torch's tensor constructor a ValueError).
     """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield  # who started this takes Ctrl-C as they see fit
-        return
 
     def note(number: int, frame: FrameType | None) -> None:
         interrupts.append(number)
         signal.default_int_handler(number, frame)
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)  # so that what is open is closed, as after Ctrl-C
+        interrupts.append(number)
+        signal.signal(number, signal.SIG_IGN)  # a second one would end the removal of a folder
+        raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGINT, note)
-    before = signal.signal(signal.SIGTERM, stop)
+    # Each by itself, and only where nobody else has chosen: a shell's job in the background ignores
+    # Ctrl-C, and is ended by SIGTERM all the same.
+    ours = {number: stop for number in STOPS if signal.getsignal(number) is signal.SIG_DFL}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        ours[signal.SIGINT] = note
+    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
