@@ -5,18 +5,22 @@ in NUMBA_CACHE_DIR. Without any of them it refuses to compile at all; here it th
 every process, which is said once.
 """
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numba
-from numba import types
+from numba import extending, types
 
 logger = logging.getLogger(__name__)
 
+intrinsic: Any = extending.intrinsic
+"""numba's, whose type does not tell what it makes of a function."""
 ENTRY = types.void(types.CPointer(types.int64))
 """A C function of the address of some int64."""
 
@@ -26,7 +30,7 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:
-            return numba.njit(nogil=True, cache=True, **options)(function)
+            return numba.njit(nogil=True, cache=True, **options)(_stamped(function))
         except RuntimeError as error:
             _say(str(error))
             return numba.njit(nogil=True, **options)(function)
@@ -37,12 +41,32 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 def entry(function: Callable[[Any], None]) -> int:
     """The address of a C function of the address of some int64, compiled now."""
     try:
-        return numba.cfunc(ENTRY, nopython=True, cache=True)(function).address
+        return _address(numba.cfunc(ENTRY, cache=True)(_stamped(function)))
     except RuntimeError as error:
         if "cannot cache function" not in str(error):
             raise
         _say(str(error))
-        return numba.cfunc(ENTRY, nopython=True)(function).address
+        return _address(numba.cfunc(ENTRY)(function))
+
+
+def _address(compiled: Any) -> int:
+    return compiled.address
+
+
+def _stamped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under a name on disk that changes with the source of any of the kernels.
+
+    numba compares the file of a function, but not those of the functions that it calls.
+    """
+    function.__qualname__ = f"{function.__qualname__}_{_stamp()}"
+    return function
+
+
+@cache
+def _stamp() -> str:
+    folder = Path(__file__).parent
+    files = [Path(__file__), *sorted((folder / "cpu").glob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 LONG = 2.0

@@ -14,9 +14,11 @@ from torch import Tensor
 from tests.support.params import slow_but
 from vqllm_kernels import dispatch
 from vqllm_kernels.cpu import bound, instructions
+from vqllm_kernels.e8p.spec import E8PSpec
 from vqllm_kernels.formats import FormatSpec
 from vqllm_kernels.kernels import Call
 from vqllm_kernels.linear import BoundLinear, LinearSpec
+from vqllm_kernels.residual.spec import ResidualSpec
 from vqllm_kernels.transforms import HadamardSpec, ScaleSpec
 from vqllm_kernels.trellis import reference
 from vqllm_kernels.trellis.spec import ParityTrellisSpec, TrellisSpec
@@ -61,8 +63,10 @@ EVERY: dict[str, FormatSpec] = {
     "gf2 2, 2^8": parities(2, 8),
     "gf2 2, 2^16": parities(2, 16),
     "gf2 3, few entries": parities(3, 12, 3),
+    "e8p": E8PSpec(),
+    "e8p twice": ResidualSpec(stages=(E8PSpec(), E8PSpec())),
 }
-QUICK = ("bytes2 1.5", "bytes4 2.5", "1mad 3.5", "gf2 2.75", "gf2 4, head", "gf2 2, 2^16")
+QUICK = ("bytes2 1.5", "bytes4 2.5", "1mad 3.5", "gf2 2.75", "gf2 4, head", "e8p twice")
 SHAPES = ((70, 130), (129, 36), (33, 64))
 """Rows and columns that fit no tile."""
 

@@ -18,16 +18,16 @@ MAX_ROWS = 16
 """Rows of x that a kernel takes."""
 
 
-NUM_ARGUMENTS = 9
+NUM_ARGUMENTS = 10
 """int64 that a kernel is given, in this order: threads, rows of tiles, tiles of a row, the address
 of the codes, that of the operand and the bytes from one part of it to the next, the address of y,
 float32 [rows, padded rows of W], that of float64 [2, rows], the factor of each row of x and what is
-subtracted from its sums before, and that of what the code looks up, or 0."""
-NUM_PANEL_ARGUMENTS = 9
+subtracted from its sums before, that of what the code looks up, or 0, and the rows of W."""
+NUM_PANEL_ARGUMENTS = 10
 """int64 that a kernel that decodes is given, in this order: threads, the first row of tiles and the
 one after the last, tiles of a row, then the addresses of the codes and of bfloat16 [padded columns,
-..], the bytes from one column to the next, the address of four numbers of the format, and that of
-what the code looks up, or 0."""
+..], the bytes from one column to the next, the address of four numbers of the format, that of what
+the code looks up, or 0, and the rows of W."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Operand:
     """f, for even and for odd columns."""
     offsets: tuple[float, float]
     """What the kernel's values are too large by, before f, for even and for odd columns."""
+    in_planes: bool = False
+    """Of 8 times 8 columns the first of each come first, then the second of each, and so on."""
 
     @property
     def parts(self) -> int:
@@ -57,6 +59,7 @@ def round_rows(
     offsets: NDArray[np.float64],
     step_weights: int,
     is_bytes: bool,
+    in_planes: bool,
     out_PW: NDArray[np.int32],
     step_N: NDArray[np.float64],
     offset_N: NDArray[np.float64],
@@ -70,10 +73,13 @@ def round_rows(
     q = np.zeros(out_PW.shape[1] * step_weights, np.int32)
     sums = np.empty(2, np.int64)
     for n in range(num_rows):
+        q[x_NC.shape[1] :] = 0
         is_finite, step_N[n] = _round(x_NC[n], factors, q, sums)
         if not is_finite:
             return False
         offset_N[n] = sums[0] * offsets[0] + sums[1] * offsets[1]
+        if in_planes:
+            _transpose(q)
         if is_bytes:
             if step_weights == 1:
                 _bytes_alone(q, out_PW[2 * n], out_PW[2 * n + 1])
@@ -133,6 +139,16 @@ def _round(
         evens += q[cols - 1]
     sums[0], sums[1] = evens, odds
     return True, np.float64(largest) / LARGEST
+
+
+@njit()
+def _transpose(q: NDArray[np.int32]) -> None:
+    """Every 64 columns as a matrix of 8 x 8, the other way round."""
+    for start in range(0, len(q), 64):
+        for i in range(8):
+            for j in range(i):
+                a, b = start + 8 * i + j, start + 8 * j + i
+                q[a], q[b] = q[b], q[a]
 
 
 @njit()

@@ -15,10 +15,9 @@ import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from vqllm_kernels.compiled import njit
+from vqllm_kernels.compiled import intrinsic, njit
 from vqllm_kernels.hadamard import matrices
 
 WIDTH = 16
@@ -111,7 +110,7 @@ def _mix(
     along, down = (m, 1) if transpose else (1, m)
     if twos >= WIDTH:
         for a in range(0, m - m % ROWS, ROWS):
-            multiply_rows(  # pyright: ignore[reportCallIssue]
+            multiply_rows(
                 ROWS,
                 v[a * twos :].ctypes.data,
                 spare.ctypes.data,
@@ -122,7 +121,7 @@ def _mix(
                 4 * down,
             )
         for a in range(m - m % ROWS, m):
-            multiply_rows(  # pyright: ignore[reportCallIssue]
+            multiply_rows(
                 1,
                 v[a * twos :].ctypes.data,
                 spare.ctypes.data,

@@ -27,6 +27,8 @@ class PackedKernels(ReferenceKernels):
     """The codes of stored tensors with their kernels, as `cpu.parts` says."""
     reason: str | None = None
     """Why no linear of this spec can be multiplied, or None."""
+    wide_only: bool = False
+    """Whether decoded weights are faster without AVX-512."""
 
     @property
     def takes_blocks(self) -> bool:
@@ -37,7 +39,7 @@ class PackedKernels(ReferenceKernels):
             return self.reason
         if call.dtype not in (torch.bfloat16, torch.float16):
             return f"{call.dtype} has more digits than the 16 bits that x is rounded to"
-        return missing()
+        return missing(self.wide_only)
 
     def matmuls(
         self,
@@ -60,14 +62,22 @@ class PackedKernels(ReferenceKernels):
         return sums(ys, adds, dtype)
 
 
-def missing() -> str | None:
-    """What this machine lacks for products with packed weights, or None."""
+def missing(wide_only: bool = False) -> str | None:
+    """What this machine lacks for packed products that are faster than others, or None.
+
+    Who chose a set of instructions is not told that another is faster.
+    """
     if problem := _no_compiler():
         return problem
     from vqllm_kernels.cpu import instructions
 
-    if instructions.instructions() == "portable" and not instructions.is_chosen():
-        return "neither AVX-512 (VBMI, VNNI) nor AVX2: decoded weights are faster"
+    own = instructions.instructions()
+    if own == "avx512" or instructions.is_chosen():
+        return None
+    if wide_only:
+        return "no AVX-512 (VBMI, VNNI, GFNI): decoded weights are faster"
+    if own == "portable":
+        return "neither AVX-512 (VBMI, VNNI, GFNI) nor AVX2: decoded weights are faster"
     return None
 
 

@@ -136,7 +136,7 @@ class _Plan:
         return cls(
             np.array(linears.input.numbers(), np.int64),
             np.array(
-                [[o.parts, o.step_weights, o.is_bytes] for o in operands],
+                [[o.parts, o.step_weights, o.is_bytes, o.in_planes] for o in operands],
                 np.int64,
             ),
             np.array([[*o.factors, *o.offsets] for o in operands], np.float64),
@@ -181,6 +181,7 @@ def _multiply(
             constants[k, 2:],
             o[1],
             o[2] != 0,
+            o[3] != 0,
             words[k, : o[0] * (padded // o[1])].reshape(o[0], padded // o[1]),
             of_row[k, 0],
             of_row[k, 1],
@@ -202,6 +203,7 @@ def _multiply(
         arguments[3], arguments[4] = p[3], words[p[1]].ctypes.data
         arguments[5] = 4 * (padded // operands[p[1], 1])
         arguments[6], arguments[7], arguments[8] = y.ctypes.data, own.ctypes.data, p[11]
+        arguments[9] = num_rows_W
         if used > 1:
             threads.run(p[2], arguments.ctypes.data, used)
         else:

@@ -8,7 +8,8 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+
+from vqllm_kernels.compiled import intrinsic
 
 
 @intrinsic

@@ -52,6 +52,7 @@ def _multiply(x_NC: Tensor, part: Part, rows: int, y_NR: Tensor, is_first: bool)
             2 * panel_CR.shape[1],
             numbers.ctypes.data,
             0 if part.table is None else part.table.data_ptr(),
+            rows,
         )
         threads.start(part.panel(), arguments.ctypes.data, used)
         start, end = first * tile_rows, min(stop * tile_rows, rows)

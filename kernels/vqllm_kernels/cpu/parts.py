@@ -33,6 +33,6 @@ class Part:
     panel: Callable[[], int]
     """The address of the kernel that decodes: a C function of NUM_PANEL_ARGUMENTS numbers."""
     panel_numbers: tuple[float, float, float, float]
-    """What it is given, as float32."""
+    """What the latter is given, as float32."""
     table: Tensor | None
-    """What it looks up."""
+    """And what it looks up."""

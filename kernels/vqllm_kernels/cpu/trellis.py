@@ -8,10 +8,9 @@ import numba
 import numpy as np
 import torch
 from numba import types
-from numba.extending import intrinsic
 from torch import Tensor
 
-from vqllm_kernels.compiled import entry, njit
+from vqllm_kernels.compiled import entry, intrinsic, njit
 from vqllm_kernels.cpu import memory, parities, threads
 from vqllm_kernels.cpu.activations import NUM_ARGUMENTS, NUM_PANEL_ARGUMENTS, Operand
 from vqllm_kernels.cpu.byte_sums import ByteSums

@@ -98,37 +98,26 @@ class Vectors:
         """One register of as many bytes as are wanted, from as few loads as hold them."""
         width = len(wanted)
         if size < width:  # 64 bytes of a smaller piece, in two halves that overlap
-            halves = [self._window(address, at, width // 2) for at in (0, size - width // 2)]
             half = width // 2
-            places = [i if i < half else i - (size - half) + half for i in wanted]
-            return self._shuffled(*halves, places)
-        value, starts = None, []
+            a, b = self._window(address, 0, half), self._window(address, size - half, half)
+            return self._shuffled(a, b, [i if i < half else i - size + width for i in wanted])
+        starts: list[int] = []
         while rest := [i for i in wanted if not any(s <= i < s + width for s in starts)]:
             # At a ring's end there is more than one: its last bytes come before its first.
             starts.append(min(*rest, size - width))
-        for n, start in enumerate(starts):
-            one = self._window(address, start, width)
-            if value is None:
-                # The byte itself where it is in the first load; others are put in later.
-                places = [i - start if start <= i < start + width else 0 for i in wanted]
-                if len(starts) > 1 and n == 0:
-                    two = self._window(address, starts[1], width)
-                    places = [
-                        i - start
-                        if start <= i < start + width
-                        else (i - starts[1] + width if starts[1] <= i < starts[1] + width else 0)
-                        for i in wanted
-                    ]
-                    value = self._shuffled(one, two, places)
-                else:
-                    value = self._shuffled(one, one, places)
-            elif n > 1:
-                before = starts[:n]
-                places = [
-                    k if any(s <= i < s + width for s in before) else i - start + width
-                    for k, i in enumerate(wanted)
-                ]
-                value = self._shuffled(value, one, places)
+        loads = [self._window(address, start, width) for start in starts]
+        found = [0 for _ in wanted]  # the load that has each byte
+        for n in range(len(starts) - 1, -1, -1):
+            found = [n if starts[n] <= i < starts[n] + width else f for i, f in zip(wanted, found)]
+        value = loads[0]
+        for n in range(max(1, len(loads) - 1)):
+            # Bytes of the next load join those that are in their places already.
+            other = loads[min(n + 1, len(loads) - 1)]
+            places = []
+            for k, (i, f) in enumerate(zip(wanted, found)):
+                before = i - starts[0] if n == 0 else k
+                places.append(i - starts[f] + width if f == n + 1 else before if f <= n else 0)
+            value = self._shuffled(value, other, places)
         return value
 
     def _window(self, address: Value, start: int, width: int) -> Value:
@@ -197,6 +186,23 @@ class Vectors:
         )
         rows = [matrix >> 8 * i & 255 for i in range(8)] * (self.lanes // 2)
         return self.b.call(function, [value, ir.Constant(self.bytes, rows), ir.Constant(INT8, 0)])
+
+    def shuffle_of_16(self, entries: Sequence[int], index: Value) -> Value:
+        """One of 16 constant bytes for every byte, below 16; "avx512" only."""
+        table = ir.Constant(self.bytes, [entry & 255 for entry in entries] * 4)
+        function = self._function(
+            "llvm.x86.avx512.pshuf.b.512", self.bytes, [self.bytes, self.bytes]
+        )
+        return self.b.call(function, [table, index])
+
+    def spread_long(self, address: Value, offset: int) -> Value:
+        """The 8 bytes at an address, in every 8 bytes; "avx512" only."""
+        kind = ir.VectorType(INT64, self.lanes // 2)
+        one = self.load(address, offset, INT64, align=4)
+        empty = ir.Constant(kind, ir.Undefined)
+        first = self.b.insert_element(empty, one, ir.Constant(INT32, 0))
+        order = ir.Constant(ir.VectorType(INT32, self.lanes // 2), [0] * (self.lanes // 2))
+        return self.b.bitcast(self.b.shuffle_vector(first, empty, order), self.ints)
 
     def shuffled_by(self, entries: Sequence[int], index: Value) -> Value:
         """One of 16 constant bytes for every byte, below 16, of int32; "avx2" only."""
