@@ -602,7 +602,7 @@ def _wants_more() -> bool:
 
 
 OUT_OF_MEMORY = (
-    "out of memory. Finished layers are kept: the same command goes on. Fewer or shorter sequences "
+    "out of memory. What is finished is kept: the same command goes on. Fewer or shorter sequences "
     "(--set calibration.sequences=, calibration.length=) take less; -v shows where it ended."
 )
 

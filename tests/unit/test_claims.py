@@ -88,6 +88,20 @@ def test_nested_json(depth: int, tmp_path: Path) -> None:
         resolve(source)
 
 
+def test_json_of_more_values_or_bytes_than_any_model_has(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="more than 3000000 values"):
+        json_text.loads("[" + "[]," * 2_000_000 + "[]]")
+    with pytest.raises(ValueError, match="more than 3000000 values"):
+        json_text.loads(b"[" + b"1," * 4_000_000 + b"1]")
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match="more than any such file has"):
+        json_text.read(tmp_path / "config.json")
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match="no ordinary file"):
+        json_text.read(tmp_path / "pipe.json")
+
+
 @pytest.mark.parametrize(
     "text",
     [

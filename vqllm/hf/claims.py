@@ -55,30 +55,38 @@ def refuse_claims(folder: Path) -> None:
         raise ModelError(
             f"{folder / CONFIG} cannot be read: {error}. Fetch the model again."
         ) from error
+    refuse_sizes(config, folder / CONFIG)
+    for key, number in _numbers(config):
+        if key in LAYERS and number > FEW and number > (stored := len(_sizes(folder))):
+            raise _too_many(folder / CONFIG, key, number, f"its files have {stored} tensors")
+
+
+def refuse_sizes(config: Any, file: Path) -> None:
+    """Raise ModelError where the values of a configuration, from this file, name more than any
+    model has."""
     for key, number in _numbers(config):
         if key in EXPERTS and number > MANY_EXPERTS:
-            raise _too_many(folder, key, number, "experts are more than any model has")
+            raise _too_many(file, key, number, "experts are more than any model has")
         if number > SIZES.get("head_dim" if key.endswith("head_dim") else key, number):
-            raise _too_many(folder, key, number, "no model has so many")
-        if key in LAYERS and number > FEW and number > (stored := len(_sizes(folder))):
-            raise _too_many(folder, key, number, f"its files have {stored} tensors")
+            raise _too_many(file, key, number, "no model has so many")
 
 
-def refuse_larger(model: Any, stored: int, folder: str) -> None:
+def refuse_larger(model: Any, stored: int, place: str) -> None:
     """Raise ModelError for a model, on the meta device, of many more numbers than are stored.
 
     transformers fills what is not stored, or in another shape, before it says so.
 
     Args:
         stored: how many numbers its files have, or can have.
+        place: of its configuration, for the message.
     """
     sizes = {name: tensor.numel() for name, tensor in model.named_parameters()}
     if sum(sizes.values()) > max(NUMBERS * stored, FEW_NUMBERS):
         name = max(sizes, key=sizes.__getitem__)
         raise ModelError(
-            f"{folder}: config.json asks for {sum(sizes.values())} numbers, {sizes[name]} of them "
-            f"for {name}, and the files have at most {stored}. It is that of another model, or was "
-            "changed: put back the one that was written with these weights."
+            f"{place} asks for {sum(sizes.values())} numbers, {sizes[name]} of them for {name}, "
+            f"and the files have at most {stored}. It is that of another model, or was changed: "
+            "put back the one that was written with these weights."
         )
 
 
@@ -90,10 +98,8 @@ def stored_numbers(folder: Path, quantized: bool) -> int:
     return sum(_sizes(folder))
 
 
-def _too_many(folder: Path, key: str, number: float, but: str) -> ModelError:
-    return ModelError(
-        f"{folder / CONFIG} is damaged: {key} is {number}, and {but}. Fetch the model again."
-    )
+def _too_many(file: Path, key: str, number: float, but: str) -> ModelError:
+    return ModelError(f"{file} is damaged: {key} is {number}, and {but}. Fetch the model again.")
 
 
 def _numbers(values: Any) -> Iterator[tuple[str, float]]:

@@ -45,7 +45,7 @@ def load_model(folder: Path, *, trust_remote_code: bool = False, **options: Any)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     quantized = getattr(config, "quantization_config", None) is not None
     whole = skeleton(folder, trust_remote_code=trust_remote_code)
-    refuse_larger(whole, stored_numbers(folder, quantized), str(folder))
+    refuse_larger(whole, stored_numbers(folder, quantized), f"{folder}/config.json")
     del whole
     if (dense := dequantizing_config(config)) is not None:
         options["quantization_config"] = dense

@@ -113,7 +113,8 @@ class VqllmQuantizer(HfQuantizer):
             self._gone, self._own, self._originals = found.gone, found.own, found.originals
             replace_modules(model, found.specs, found.tied)
         if files:
-            refuse_larger(model, sum(own.numel for own in stored.values()), str(files[0].parent))
+            found_numbers = sum(own.numel for own in stored.values())
+            refuse_larger(model, found_numbers, f"{files[0].parent}/config.json")
         for name, module in self._originals.items():
             # What initializes the module around experts may ask for parameters that are gone. All
             # that it has comes from the files.
