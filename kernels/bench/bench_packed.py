@@ -2,10 +2,11 @@
 
     python kernels/bench/bench_packed.py [--output FILE.csv] [--threads N] [--rows 1 8 256]
 
-A linear has scales and Hadamard transforms on both sides, as in the default recipes, and all of that
-is timed. The contenders take turns, and each of them goes through so many copies of its weights that
-none is left in a cache (`--megabytes` of the dense ones): in a model no weight is read twice a token.
-Times are medians over rounds of the time of one call; speedup is the median of the ratios of rounds.
+A linear has scales and Hadamard transforms on both sides, as in the default recipes, and all of
+that is timed. The contenders take turns, and each of them goes through so many copies of its
+weights that none is left in a cache (`--megabytes` of the dense ones): in a model no weight is read
+twice a token. Times are medians over rounds of one call's; speedup is the median of the ratios of
+rounds.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from itertools import cycle
 from operator import truediv
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench_cpu import processor
@@ -130,10 +132,9 @@ def measure(
     found = []
     for number in numbers:
         x = torch.randn(number, cols).bfloat16()
-        turns = cycle(range(copies))
         times = in_turns(
-            packed=lambda: packed[next(turns)](x),
-            bfloat16=lambda: torch.nn.functional.linear(x, dense[next(turns)]),
+            packed=over(packed, lambda linears, x=x: linears(x)),
+            bfloat16=over(dense, lambda W, x=x: torch.nn.functional.linear(x, W)),
         )
         found.append(
             {
@@ -148,6 +149,12 @@ def measure(
             }
         )
     return found
+
+
+def over(copies: list[Any], call: Callable[[Any], object]) -> Callable[[], object]:
+    """The call with one copy after the other."""
+    turns = cycle(copies)
+    return lambda: call(next(turns))
 
 
 def in_turns(**calls: Callable[[], object]) -> dict[str, list[float]]:

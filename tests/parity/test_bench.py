@@ -35,3 +35,11 @@ def test_dry_run_of_the_look_ups(tmp_path: Path) -> None:
     command = [sys.executable, str(FOLDER / "bench_cpu.py"), "--dry-run", "--output", str(file)]
     subprocess.run(command, capture_output=True, check=True)
     assert len(file.read_text().splitlines()) == 6
+
+
+def test_dry_run_of_packed_linears(tmp_path: Path) -> None:
+    file = tmp_path / "packed.csv"
+    command = [sys.executable, str(FOLDER / "bench_packed.py"), "--dry-run", "--output", str(file)]
+    chosen = ["--only", "bytes2, 2 bits", "e8p, 2 bits", "--rows", "1", "20"]
+    subprocess.run([*command, *chosen], capture_output=True, check=True)
+    assert len(file.read_text().splitlines()) == 5
