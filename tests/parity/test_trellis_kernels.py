@@ -7,7 +7,7 @@ from tests.support.kernels import assert_no_worse, plain_product, random_activat
 from tests.support.params import each_with_one_of, slow_but
 from vqllm_kernels import activations, dispatch, formats, gpu
 from vqllm_kernels.trellis import reference
-from vqllm_kernels.trellis.kernels import moments_of
+from vqllm_kernels.trellis.reference import moments_of
 from vqllm_kernels.trellis.spec import ParityTrellisSpec, TrellisSpec
 
 pytestmark = [

@@ -61,7 +61,7 @@ def convert(file: Path) -> Path:
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
     target = folder_of(sha256)
-    return build_once(target, lambda folder: _write(file.resolve(), folder))
+    return build_once(target, lambda folder: write(file.resolve(), folder))
 
 
 def folder_of(sha256: str) -> Path:
@@ -69,7 +69,9 @@ def folder_of(sha256: str) -> Path:
     return cache_dir() / "gguf" / f"{sha256}-{CONVERSION}"
 
 
-def _write(file: Path, folder: Path) -> None:
+def write(file: Path, folder: Path) -> None:
+    """Write the model of a GGUF file, which is known to be one, into a folder of the cache. Errors
+    are those of `convert`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -177,7 +177,7 @@ def _describe(
     name: str, module: PackedModule, num_rows: int, groups: Mapping[int, list[str]]
 ) -> ChosenImplementation:
     device = module.device
-    faster_packed = isinstance(module, VQLinear) and module.is_faster_packed(device, num_rows)
+    faster_packed = isinstance(module, VQLinear) and module.beats_kept_weights(device, num_rows)
     if module.keeps_weights() and not faster_packed:
         implementation = "dense weights, kept"
         reason = f"weight cache {cache.weight_cache()!r} on {device.type}"
@@ -196,7 +196,9 @@ def _describe(
         num_rows=num_rows,
         implementation=implementation,
         reason=reason,
-        group=() if faster_packed else tuple(groups.get(id(getattr(module, "group", None)), ())),
+        group=()
+        if implementation == "lookup"
+        else tuple(groups.get(id(getattr(module, "group", None)), ())),
     )
 
 

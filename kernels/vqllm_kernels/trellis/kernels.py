@@ -84,7 +84,7 @@ class TrellisKernels(launch.TritonKernels):
         # 3inst: sums of two float16, less their mean; the deviation comes at the end.
         factor, mean = 1.0, 0.0
         if mode == "3inst":
-            moments = moments_of(spec.code, spec.state_bits)
+            moments = reference.moments_of(spec.code, spec.state_bits)
             factor, mean = 1 / moments.deviations[0], moments.means[0]
         # A step of a program: a tile for each lane, or one part of its rows.
         step_tiles = WARPS // self.parts * 4
@@ -182,7 +182,7 @@ def _wanted(kernels: TrellisKernels, cols: int) -> Wanted | None:
     if kernels.mode != "bytes":
         return None
     spec = kernels.spec
-    moments = moments_of(spec.code, spec.state_bits)
+    moments = reference.moments_of(spec.code, spec.state_bits)
     return Wanted(
         padded_cols=spec.grid(1, cols)[1] * spec.tile[1],
         factors=(1 / moments.deviations[0], 1 / moments.deviations[-1]),
@@ -190,31 +190,10 @@ def _wanted(kernels: TrellisKernels, cols: int) -> Wanted | None:
     )
 
 
-@dataclass(frozen=True)
-class Moments:
-    """What turns sums of bytes into values: (sum − mean) / deviation, for each of the V."""
-
-    means: tuple[float, ...]
-    deviations: tuple[float, ...]
-
-
-@cache
-def moments_of(code: str, state_bits: int) -> Moments:
-    """The moments over all states."""
-    states = torch.arange(1 << state_bits, dtype=torch.int64)
-    if code in reference.MULTIPLIERS:
-        sums = reference.byte_sums(code, states).double()
-    else:
-        sums = reference.raw_values(code, states)
-    means = sums.mean(0)
-    deviations = (sums - means).square().mean(0).sqrt()
-    return Moments(tuple(means.tolist()), tuple(deviations.tolist()))
-
-
 @cache
 def _table_by_sum(code: str, state_bits: int, device: torch.device) -> Tensor:
     """The value of every sum of bytes that are read as unsigned: float32 [1021] or [2 · 511]."""
-    moments = moments_of(code, state_bits)
+    moments = reference.moments_of(code, state_bits)
     num = 4 // len(moments.means)
     sums = torch.arange(num * 255 + 1, dtype=torch.float64) - num * 128
     values = [(sums - m) / d for m, d in zip(moments.means, moments.deviations)]

@@ -35,6 +35,7 @@ drawn at random, on Gaussian weights at 2.5 to 4 and at 1.5 to 2.25 bits. Signed
 tensor core multiplies, so the register with x is an operand as it is.
 """
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
 
@@ -130,6 +131,27 @@ def byte_sums(code: str, states: Tensor) -> Tensor:
     if WEIGHTS_OF_STEP.get(code) == 2:
         return torch.stack((b[0] + b[2], b[1] + b[3]), -1)
     return (b[0] + b[1] + b[2] + b[3])[..., None]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What turns sums of bytes into values: (sum − mean) / deviation, for each of the V."""
+
+    means: tuple[float, ...]
+    deviations: tuple[float, ...]
+
+
+@cache
+def moments_of(code: str, state_bits: int) -> Moments:
+    """The moments over all states."""
+    states = torch.arange(1 << state_bits, dtype=torch.int64)
+    if code in MULTIPLIERS:
+        sums = byte_sums(code, states).double()
+    else:
+        sums = raw_values(code, states)
+    means = sums.mean(0)
+    deviations = (sums - means).square().mean(0).sqrt()
+    return Moments(tuple(means.tolist()), tuple(deviations.tolist()))
 
 
 def raw_values(code: str, states: Tensor) -> Tensor:

@@ -5,11 +5,12 @@ trellis-v2 an index that is linear in the state leads to a small table of int8 (
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from vqllm_kernels.cpu.kernels import PackedKernels
 from vqllm_kernels.formats import FormatSpec, register
 from vqllm_kernels.kernels import Kernels, Kind
 from vqllm_kernels.layout import TensorLayout
@@ -17,6 +18,14 @@ from vqllm_kernels.trellis import reference, reference_v2
 
 MIN_STATE_BITS, MAX_STATE_BITS = 4, 16
 MAX_TABLE_BITS = 15
+PACKED_TILE_ROWS = (16, 32, 64)
+"""Rows of the tiles that are multiplied as they are stored on a CPU: whole registers of rows, and
+whole pieces of 4 columns."""
+
+if TYPE_CHECKING:
+    from vqllm_kernels.cpu.parts import Part
+PACKED_TABLE_BITS = 7
+"""Bits of an index that packed products take: two registers of entries."""
 MAX_MASKS = 8
 """Bits of an index of trellis-v2: it fits a byte."""
 
@@ -98,7 +107,21 @@ class TrellisSpec(FormatSpec):
             from vqllm_kernels.trellis.kernels import TrellisKernels
 
             return TrellisKernels(self)
+        if kind == "packed":
+            return PackedKernels(spec=self, parts=self._parts, reason=self._not_packed())
         return super().kernels(kind)
+
+    def _parts(self, tensors: dict[str, Tensor]) -> "list[Part]":
+        from vqllm_kernels.cpu import instructions, trellis
+
+        return [trellis.part(self, tensors, instructions.instructions())]
+
+    def _not_packed(self) -> str | None:
+        if self.code not in reference.MULTIPLIERS:
+            return f"code {self.code} is no sum of bytes"
+        if self.tile_rows not in PACKED_TILE_ROWS:
+            return f"tiles of {self.tile_rows} rows; packed products take {PACKED_TILE_ROWS}"
+        return None
 
 
 @register
@@ -153,7 +176,29 @@ class ParityTrellisSpec(FormatSpec):
             from vqllm_kernels.trellis.kernels import TrellisKernels
 
             return TrellisKernels(self)
+        if kind == "packed":
+            return PackedKernels(spec=self, parts=self._parts, reason=self._not_packed())
         return super().kernels(kind)
+
+    def _parts(self, tensors: dict[str, Tensor]) -> "list[Part]":
+        from vqllm_kernels.cpu import instructions, trellis
+
+        return [trellis.part(self, tensors, instructions.instructions())]
+
+    def _not_packed(self) -> str | None:
+        if self.tile_rows not in PACKED_TILE_ROWS:
+            return f"tiles of {self.tile_rows} rows; packed products take {PACKED_TILE_ROWS}"
+        if len(self.masks) > PACKED_TABLE_BITS:
+            return f"a table of 2^{len(self.masks)} entries; packed products take 2^7"
+        # The windows of 8 weights of two rows, or of 4 of one, lie in a word.
+        rate = self.tile_bits / reference.WEIGHTS
+        weights, bits = (8, 64) if self.tile_rows == 64 else (4, 32)
+        if (weights - 1) * rate + 8 + self.state_bits > bits:
+            return (
+                f"{rate:g} bits a weight and states of {self.state_bits} bits in tiles of "
+                f"{self.tile_rows} rows: more than the {bits} bits that are read at once"
+            )
+        return None
 
 
 def _ring_problem(tile_rows: int, tile_bits: int, state_bits: int, num_steps: int) -> str | None:
