@@ -31,7 +31,8 @@ ROUNDS = 3
 """Passes that train a table in each round of the halving; tables are kept from round to round."""
 MUTANTS, MUTANT_TILES = 12, 192
 """Changes of each survivor in a generation, and what they are compared on."""
-CHECK_TILES = 1024
+CHECK_TILES, SHOWN = 1024, 2
+"""What the figures are measured on, and of how many maps they are."""
 
 
 @dataclass
@@ -66,7 +67,7 @@ def main() -> None:
     for _ in range(args.generations):
         best = search.next_generation(best)
         print("best so far", _text(best[0].masks), f"{best[0].mse:.5f}", flush=True)
-    for own in best:
+    for own in best[:SHOWN]:
         print(search.checked(own))
     for code in filter(None, args.compare.split(",")):
         print(f"{code}, 2^{args.state_bits} states, {args.bits:g} bits: {search.of_code(code):.5f}")
