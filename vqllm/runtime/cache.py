@@ -30,8 +30,9 @@ def set_weight_cache(mode: Mode) -> None:
             embedding, which decodes no more rows than it looks up, keeps them with "on" only.
 
     With "auto" and "off" codes are multiplied as they are stored where that is possible, and large
-    linears whose codebooks have at most 256 entries multiply a single row on the CPU by look-up (`vqllm_kernels.lut.cpu`), for which they keep a copy of
-    their codes of one byte each: an eighth to a quarter of a byte a weight for the formats in use.
+    linears whose codebooks have at most 256 entries multiply a single row on the CPU by look-up
+    (`vqllm_kernels.lut.cpu`), for which they keep a copy of their codes of one byte each: an eighth
+    to a quarter of a byte a weight for the formats in use.
     """
     global _mode, _told
     if mode not in get_args(Mode):
