@@ -145,3 +145,21 @@ class TestMetrics:
         assert metrics.gaussian_efficiency(0.0, 2) == math.inf
         with pytest.raises(ValueError, match="undefined"):
             metrics.gaussian_efficiency(0.1, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_symmetric_products_are_as_exact_as_float32(dtype: torch.dtype) -> None:
+    x_NC = torch.randn(300, 700, generator=torch.Generator().manual_seed(0)).to(dtype)
+    total_CC = torch.zeros(700, 700)
+    for part in x_NC.split(100):
+        linalg.add_symmetric(total_CC, part, part)
+    exact_CC = x_NC.double().T @ x_NC.double()
+    error = (linalg.symmetric(total_CC).double() - exact_CC).abs().max()
+    assert error < 2e-6 * exact_CC.abs().max()
+
+
+def test_other_products_are_not_rounded() -> None:
+    x_NC = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    before = x_NC @ x_NC
+    linalg.add_symmetric(torch.zeros(64, 64), x_NC.bfloat16(), x_NC.bfloat16())
+    assert torch.equal(x_NC @ x_NC, before)

@@ -1,5 +1,7 @@
 """Layers run one at a time see and give what they do inside the whole model."""
 
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +174,51 @@ def test_a_child_with_an_unfinished_linear_runs_again(tmp_path: Path) -> None:
             found.append(calibrator.hessians(0, linears, [late])[0].total_CC)
         calibrator.close()
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("budget", "passes"), [(1 << 30, 1), (0, 2)], ids=["kept", "no room"])
+@pytest.mark.parametrize("arch", ["llama", "gpt_neox"])
+def test_each_part_of_a_layer_runs_once(
+    arch: str, budget: int, passes: int, tmp_path: Path
+) -> None:
+    """Group by group, as rounding goes, with weights that change in between."""
+    source = save_tiny(tmp_path / "source", arch)
+    results = []
+    for settle in (False, True):
+        stream = stream_of(source)
+        calibrator = LayerCalibrator(stream, TOKENS, budget, tmp_path)
+        hessians = []
+        calls: Counter[str] = Counter()
+
+        def count(*_: object, name: str, calls: Counter[str] = calls) -> None:
+            calls[name] += 1
+
+        for index in range(2):
+            with stream.layer(index) as layer:
+                linears = linears_of(layer, stream.names[index])
+                calibrator.begin(linears)
+                groups = calibrator.groups(index, linears)
+                unfinished = dict(linears)
+                for name, linear in linears.items():
+                    linear.register_forward_hook(partial(count, name=name))
+                for group in groups:
+                    hessians += calibrator.hessians(index, linears, [group])
+                    for name in group.names:
+                        weight = unfinished.pop(name).weight
+                        weight.data = weight.data + 0.1
+                    if settle and unfinished:
+                        calibrator.settle(layer, unfinished.values())
+                calibrator.advance(index)
+        num_batches = 3
+        if settle and arch == "llama":
+            assert calls["model.layers.1.mlp.gate_proj"] == passes * num_batches
+            assert calls["model.layers.1.self_attn.q_proj"] == (1 if budget else 4) * num_batches
+        results.append((hessians, states_of(calibrator)))
+        calibrator.close()
+    (plain, plain_states), (kept, kept_states) = results
+    for a, b in zip(plain, kept):
+        assert torch.equal(a.total_CC, b.total_CC)
+    assert torch.equal(plain_states, kept_states)
 
 
 OTHER_ARCHITECTURES = {

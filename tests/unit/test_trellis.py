@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vqllm.codecs import CODECS
-from vqllm.codecs.search import compiled, viterbi
+from vqllm.codecs.search import compiled, viterbi, viterbi_int16
 from vqllm.errors import RecipeError
 from vqllm_kernels import formats
 from vqllm_kernels.trellis import reference
@@ -27,6 +27,18 @@ def shifts(tile_bits, num_steps):
 
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def in_float32(monkeypatch):
+    """From now on."""
+    monkeypatch.setattr(viterbi_int16, "fits", lambda *_: False)
+    viterbi._compiled.cache_clear()
+
+
+def distortion(codec, num_tiles=256):
+    X_IJE = random(1, num_tiles, 256)
+    state = codec.fit(X_IJE, None, torch.Generator())
+    return float((codec.decode(codec.encode(X_IJE, state), state) - X_IJE).square().mean())
 
 
 def ring(bits, shift_T, state_bits):
@@ -143,6 +155,69 @@ def test_compiled_search_is_as_good_as_the_one_in_torch(rate, num_weights, monke
     torch.testing.assert_close(errors[0].mean(), errors[1].mean(), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("code", "state_bits", "rate"),
+    [
+        ("bytes2", 10, 1.75),
+        ("mul1", 8, 2),
+        ("mul1", 10, 1.5),
+        ("bytes4", 10, 3.5),
+        ("bytes4", 10, 4),
+    ],
+)
+def test_costs_of_16_bits_lose_nothing(code, state_bits, rate, monkeypatch):
+    codec = trellis(code=code, state_bits=state_bits, bits=rate)
+    errors = [distortion(codec, 96)]
+    in_float32(monkeypatch)
+    errors.append(distortion(codec, 96))
+    assert errors[0] != errors[1]  # two searches
+    assert errors[0] == pytest.approx(errors[1], rel=2e-3)
+
+
+@pytest.mark.parametrize("size", [6.0, 1e4, 1e30])
+def test_weights_beyond_16_bits_are_searched_in_float32(size, monkeypatch):
+    values_SV = random(1 << 8, 1)
+    x_NTV = random(4, 32, 1, seed=1)
+    x_NTV[1, 5], x_NTV[3, 31] = size, -size
+    found = viterbi.tail_biting(x_NTV, values_SV, [2] * 32)
+    in_float32(monkeypatch)
+    exact = viterbi.tail_biting(x_NTV, values_SV, [2] * 32)
+    assert torch.equal(found[[1, 3]], exact[[1, 3]])
+    assert bool((found[:, 0] >> 2 == found[:, -1] & 63).all())
+
+
+def test_values_that_were_written_to_are_read_again():
+    values_SV, x_NTV = random(1 << 9, 1), random(4, 64, 1, seed=1)
+    first = viterbi.tail_biting(x_NTV, values_SV, [2] * 64)
+    values_SV.neg_()
+    second = viterbi.tail_biting(x_NTV, values_SV, [2] * 64)
+    assert torch.equal(second, viterbi.tail_biting(x_NTV, values_SV.clone(), [2] * 64))
+    assert not torch.equal(first, second)
+
+
+def test_threads_change_nothing():
+    values_SV, x_NTV = random(1 << 9, 1), random(7, 64, 1, seed=1)
+    own = torch.get_num_threads()
+    found = []
+    try:
+        for num_threads in (1, 2, 3, 11):
+            torch.set_num_threads(num_threads)
+            found.append(viterbi.tail_biting(x_NTV, values_SV, [2] * 64))
+    finally:
+        torch.set_num_threads(own)
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1.0, 100.0])
+def test_rings_close_whatever_the_weights(factor):
+    """Weights far from all values, and values far apart: costs reach the end of 16 bits."""
+    values_SV = random(1 << 9, 1) * factor
+    x_NTV = torch.where(random(20, 64, 1, seed=1) > 0, 5.0, -5.0)
+    for shift in (1, 2, 4):
+        found = viterbi.tail_biting(x_NTV, values_SV, [shift] * 64)
+        assert bool((found[:, 0] >> shift == found[:, -1] & (511 >> shift)).all())
+
+
 def test_without_numba_it_is_said_once(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "numba", None)
     compiled.has_numba.cache_clear()
@@ -159,23 +234,12 @@ def test_without_numba_it_is_said_once(monkeypatch, caplog):
 
 @pytest.mark.parametrize(("code", "worse"), [("table", "mul1"), ("hybrid", "mul2")])
 def test_training_a_table_pays(code, worse):
-    def distortion(code):
-        codec = trellis(code=code, state_bits=8)
-        X_IJE = random(16, 16, 256)
-        state = codec.fit(X_IJE, None, torch.Generator())
-        return float((codec.decode(codec.encode(X_IJE, state), state) - X_IJE).square().mean())
-
-    assert distortion(code) < 0.96 * distortion(worse)
+    own, other = (trellis(code=name, state_bits=8) for name in (code, worse))
+    assert distortion(own) < 0.96 * distortion(other)
 
 
 def test_more_states_are_better():
-    def distortion(state_bits):
-        codec = trellis(state_bits=state_bits)
-        X_IJE = random(16, 16, 256)
-        state = codec.fit(X_IJE, None, torch.Generator())
-        return float((codec.decode(codec.encode(X_IJE, state), state) - X_IJE).square().mean())
-
-    errors = [distortion(state_bits) for state_bits in (6, 8, 10, 12)]
+    errors = [distortion(trellis(state_bits=state_bits)) for state_bits in (6, 8, 10, 12)]
     assert errors == sorted(errors, reverse=True)
 
 

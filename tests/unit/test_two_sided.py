@@ -56,6 +56,33 @@ def test_uncoupled_outputs_give_ldlq(options: dict[str, object], rows: int, cols
     assert torch.equal(got, expected)
 
 
+def test_diagonals_code_what_block_after_block_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = codec_of(
+        {"type": "trellis", "bits": 2, "code": "bytes2", "state_bits": 8, "tile_rows": 32}
+    )
+    for rows, cols in ((160, 192), (100, 90), (20, 50)):
+        W, H, H_O, state = problem(codec, rows, cols)
+        found = []
+        for alike in (True, False):
+            monkeypatch.setattr(type(codec), "alike", alike)
+            codes, _ = TwoSided(rows=32).with_outputs(H_O)(W, H, codec, state)
+            found.append(loss(W - decoded(codec, codes, state, W), H_O, H))
+        assert found[0] == pytest.approx(found[1], rel=0.02)
+
+
+def test_threads_change_no_code() -> None:
+    codec = codec_of({"type": "trellis", "bits": 2, "state_bits": 8, "tile_rows": 64})
+    W, H, H_O, state = problem(codec, 640, 128)
+    before, found = torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 2, 4):
+            torch.set_num_threads(num_threads)
+            found.append(TwoSided(rows=64).with_outputs(H_O)(W, H, codec, state)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], codes) for codes in found)
+
+
 @pytest.mark.parametrize("options", CODES, ids=lambda options: options["type"])
 def test_the_loss_of_both_sides_falls_below_that_of_ldlq(options: dict[str, object]) -> None:
     codec = codec_of(options)

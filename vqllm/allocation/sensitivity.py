@@ -80,10 +80,10 @@ class Sensitivity(Visitor):
         # sequences every step-th token, each one a sequence by itself.
         if x.dim() == 3 and len(x) == rows.stop - rows.start:
             own = slice(-rows.start % step, None, step)
-            x_SLC, g_SLR = x[own].float(), g[own].float()
+            x_own, g_own = x[own], g[own]
         else:
-            x_SLC = x.flatten(0, -2)[::step, None].float()
-            g_SLR = g.flatten(0, -2)[::step, None].float()
+            x_own, g_own = (a.flatten(0, -2)[::step, None] for a in (x, g))
+        x_SLC, g_SLR = x_own.float(), g_own.float()
         if name in self._roles:
             own = x_SLC.square().sum(-1) * g_SLR.square().sum(-1)
             self._traces[name] = self._traces.get(name, 0.0) + float(threads.total(own))
@@ -101,6 +101,7 @@ class Sensitivity(Visitor):
             weight_SL = torch.diagonal(gg_SLL, dim1=1, dim2=2) ** self._power
             linalg.add_symmetric(H_CC, x_NC * weight_SL.reshape(-1, 1), x_NC)
         else:
+            x_NC = x_own.flatten(0, 1)  # in its own dtype
             linalg.add_symmetric(H_CC, x_NC, x_NC)
 
     def finish(self) -> Findings:

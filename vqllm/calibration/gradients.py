@@ -41,6 +41,8 @@ WITHOUT = (
 LOGIT_BYTES = 1 << 28
 """Size of the logits of a batch in float32, unless a single sequence has more. Their gradients and
 the probabilities take as much each."""
+DRAWN = 16
+"""Tokens whose labels are drawn at a time on a CPU."""
 FORWARD = 0.1
 """Rough share of the forward pass in the time of both; the visitors run in the backward pass."""
 
@@ -309,12 +311,18 @@ def draw(log_p_NV: Tensor, generator: torch.Generator) -> Tensor:
         log_p_NV: logarithms of probabilities, float32.
         generator: on the CPU.
     """
-    # The label is the first token whose cumulative probability is above u.
     u_N1 = torch.rand(len(log_p_NV), 1, generator=generator, dtype=torch.float64)
-    below_NV = log_p_NV.exp().cumsum(-1, dtype=torch.float64)
-    u_N1 = u_N1.to(below_NV.device) * below_NV[:, -1:]
-    label_N = torch.searchsorted(below_NV, u_N1, right=True)[:, 0]
-    return label_N.clamp(max=log_p_NV.shape[1] - 1)
+    u_N1 = u_N1.to(log_p_NV.device)
+    # A few tokens at a time on a CPU: the float64 sums of all would take a third of the time to
+    # compute, and the rest to come by as memory.
+    num = DRAWN if log_p_NV.device.type == "cpu" else len(log_p_NV)
+    labels = []
+    for own_NV, u_n1 in zip(log_p_NV.split(num), u_N1.split(num)):
+        # The label is the first token whose cumulative probability is above u.
+        below_NV = own_NV.exp().cumsum(-1, dtype=torch.float64)
+        label_N1 = torch.searchsorted(below_NV, u_n1 * below_NV[:, -1:], right=True)
+        labels.append(label_N1[:, 0])
+    return torch.cat(labels).clamp(max=log_p_NV.shape[1] - 1)
 
 
 def _recording(values: Tensor) -> Tensor:

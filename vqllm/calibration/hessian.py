@@ -41,11 +41,10 @@ class InputHessian:
 
     def add(self, x_NC: Tensor, weight_N: Tensor | None = None) -> None:
         """Add a batch of tokens, any float dtype, [N, C], each with its weight, 0 or more."""
-        x_NC = x_NC.float()
         if weight_N is None:
             self.mass += len(x_NC)
         else:
-            x_NC = x_NC * weight_N.sqrt()[:, None]
+            x_NC = x_NC.float() * weight_N.sqrt()[:, None]
             self.mass += float(threads.total(weight_N))
         linalg.add_symmetric(self.total_CC, x_NC, x_NC)
         self.num_tokens += x_NC.shape[0]

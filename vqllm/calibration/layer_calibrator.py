@@ -103,8 +103,9 @@ class LayerCalibrator:
             inputs.append((x, [name]))
 
         few = slice(0, max(1, GROUP_TOKENS // self._passes.tokens.shape[1]))
-        self._passes.run(index, few, linears, visit)
         layer, name = self._stream.layers[index], self._stream.names[index]
+        with self._passes.learning(layer):
+            self._passes.run(index, few, linears, visit)
         self._layer.experts = LayerExperts(expert_linears(layer, name, linears), self._shrinkage)
         self._layer.repeats = max(num_calls.values(), default=0) > 1
         experts = self._layer.experts.linears.keys()
@@ -184,8 +185,8 @@ class LayerCalibrator:
         return hessian
 
     def settle(self, layer: nn.Module, unfinished: Iterable[nn.Module]) -> None:
-        """All linears of `layer` but `unfinished` have their final weights: outputs that depend on
-        finished ones only are computed once for all further passes."""
+        """All linears of `layer` but `unfinished` have their final weights: what depends on
+        finished ones only is computed once for all further passes."""
         # A linear that `groups` did not reach is finished last, wherever it runs.
         if not self._layer.unreached:
             self._passes.settle(layer, unfinished)
@@ -279,8 +280,8 @@ class LayerCalibrator:
             observed.inputs[name].append(x.clone())  # a layer may write into it later
             observed.routed[name].append(self._layer.experts.weights(name, x))
             waiting.discard(name)
-            # The rest of the layer is of no use here. Four input groups measured one after the
-            # other cost 1.4 passes through a Llama layer instead of 4.
+            # The rest of the layer is of no use here. With what `settle` stores, four input groups
+            # measured one after the other cost one pass through a Llama layer instead of 4.
             if not waiting and not self._layer.repeats and writer is None:
                 raise LayerDone
 

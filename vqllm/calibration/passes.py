@@ -6,7 +6,7 @@ and, if needed, for the original one beside it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -36,8 +36,8 @@ class Passes:
     """Runs `tokens`, int64 [S, L], through the layers of a stream, one layer after another.
 
     Half of `budget_bytes` is for the hidden states between layers; states that exceed it are in
-    mapped files below `folder`. The other half is for outputs inside a layer that further passes
-    need; outputs that exceed it are computed again.
+    mapped files below `folder`. The other half is for states inside a layer that further passes
+    need; those that exceed it are computed again.
     """
 
     def __init__(
@@ -74,9 +74,13 @@ class Passes:
         if "original" in self._models:
             self._own = {parameter: parameter.data for parameter in parameters}
 
+    def learning(self, layer: nn.Module) -> AbstractContextManager[None]:
+        """Within, the loaded `layer` runs once, to its end, on any sequences."""
+        return self._replay.learning(layer)
+
     def settle(self, layer: nn.Module, unfinished: Iterable[nn.Module]) -> None:
-        """All linears of `layer` but `unfinished` have their final weights: outputs that depend on
-        finished ones only are computed once for all further passes."""
+        """All linears of `layer` but `unfinished` have their final weights: what depends on
+        finished ones only is computed once for all further passes."""
         self._replay.settle(layer, unfinished)
 
     def batches(self) -> Iterator[slice]:

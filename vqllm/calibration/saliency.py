@@ -96,13 +96,15 @@ class OutputHessians(Visitor):
         name = self._roles.get(name, name)
         self._num_rows[name] = g.shape[-1]
         # g |g|^(power − 1), so that g gᵀ has the weight |g|^(2 power − 2).
-        g_NR = g.flatten(0, -2).float()
+        g_NR = g.flatten(0, -2)
         if self._power < 1:
+            g_NR = g_NR.float()
             norm_N1 = g_NR.norm(dim=1, keepdim=True)
             g_NR = torch.where(norm_N1 > 0, g_NR * norm_N1.clamp_min(1e-30) ** (self._power - 1), 0)
         g_NKB = _blocks(g_NR)
         if name not in self._sums:
-            self._sums[name] = g_NKB.new_zeros(*g_NKB.shape[1:], g_NKB.shape[2])
+            num_blocks, size = g_NKB.shape[1:]
+            self._sums[name] = torch.zeros(num_blocks, size, size, device=g.device)
         for H_BB, g_NB in zip(self._sums[name], g_NKB.unbind(1)):
             linalg.add_symmetric(H_BB, g_NB, g_NB)
 

@@ -9,6 +9,7 @@ steps that take different numbers of new bits, spread evenly; at 2.5 bits that c
 dB above Shannon's limit with 2^12 states, between 0.67 dB at 2 bits and 0.86 dB at 3).
 """
 
+from functools import cache, lru_cache
 from typing import ClassVar, Literal
 
 import torch
@@ -70,6 +71,7 @@ def _points(
 class Trellis(ScaledCodec):
     """Tiles of 256 weights, 1 to 8 bits a weight in steps of a sixteenth."""
 
+    alike: ClassVar[bool] = True
     exact: ClassVar[bool] = False
     points: ClassVar[tuple[Point, ...]] = (
         *_points("mul1", 8, {1: 0.3085, 2: 0.0842, 3: 0.0237, 4: 0.0075}, _RUN),
@@ -196,22 +198,14 @@ class Trellis(ScaledCodec):
     def spec(self) -> TrellisSpec | ParityTrellisSpec:
         tile_bits = round(self.rate * reference.WEIGHTS)
         if self.code == "gf2":
-            return ParityTrellisSpec(
-                tile_rows=self.tile_rows,
-                tile_bits=tile_bits,
-                state_bits=self.state_bits,
-                masks=trellis_maps.best(self.state_bits, self.rate, self.table_bits),
-            )
+            masks = trellis_maps.best(self.state_bits, self.rate, self.table_bits)
+            return _parity_spec(self.tile_rows, tile_bits, self.state_bits, masks)
         table_bits = 0
         if self.code == "hybrid":
             table_bits = self.table_bits or _TABLE_BITS
-        return TrellisSpec(
-            tile_rows=self.tile_rows,
-            code=self.code,
-            tile_bits=tile_bits,
-            state_bits=self.state_bits,
-            step_weights=self._step_weights,
-            table_bits=table_bits,
+        return _spec(
+            *(self.tile_rows, self.code, tile_bits),
+            *(self.state_bits, self._step_weights, table_bits),
         )
 
     def fit(self, X_IJE: Tensor, weight_IJE: Tensor | None, generator: torch.Generator) -> State:
@@ -272,7 +266,46 @@ class Trellis(ScaledCodec):
         return codes_IJM, state
 
     def _values(self, state: State) -> Tensor:
-        return self.spec().values(state.get("table"), state["scale"].device)
+        spec, table = self.spec(), state.get("table")
+        if isinstance(spec, ParityTrellisSpec) and table is not None and not table.requires_grad:
+            return _parity_values(spec, viterbi.Same(table))
+        return spec.values(table, state["scale"].device)
+
+
+@cache
+def _spec(
+    tile_rows: int,
+    code: reference.Code,
+    tile_bits: int,
+    state_bits: int,
+    step_weights: int,
+    table_bits: int,
+) -> TrellisSpec:
+    """Asked for with every column of tiles; checking it takes as long as coding some of them."""
+    return TrellisSpec(
+        tile_rows=tile_rows,
+        code=code,
+        tile_bits=tile_bits,
+        state_bits=state_bits,
+        step_weights=step_weights,
+        table_bits=table_bits,
+    )
+
+
+@lru_cache(maxsize=4)
+def _parity_values(spec: ParityTrellisSpec, table: viterbi.Same) -> Tensor:
+    """The same tensor for all columns of tiles, so that the search prepares it once."""
+    return spec.values(table.tensor, table.tensor.device)
+
+
+@cache
+def _parity_spec(
+    tile_rows: int, tile_bits: int, state_bits: int, masks: tuple[int, ...]
+) -> ParityTrellisSpec:
+    """The same for code gf2."""
+    return ParityTrellisSpec(
+        tile_rows=tile_rows, tile_bits=tile_bits, state_bits=state_bits, masks=masks
+    )
 
 
 def _best_scale(code: str, state_bits: int, rate: float) -> float:

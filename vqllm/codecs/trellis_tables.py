@@ -24,6 +24,7 @@ _PARITY_ROUNDS, _PARITY_TILES = 24, 96
 """The same for the 64 or 128 entries of a table that parities lead to."""
 
 
+@cache
 def shifts(tile_bits: int, step_weights: int) -> list[int]:
     """New bits of every step."""
     ends = reference.step_ends(tile_bits, reference.WEIGHTS // step_weights)

@@ -1,5 +1,8 @@
 """Factorisations of H for the rounding rules. Deterministic, and none of them alters its input."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -121,12 +124,38 @@ little more and lose speed of the product."""
 
 def add_symmetric(total_CC: Tensor, a_NC: Tensor, b_NC: Tensor) -> None:
     """Add aᵀ b, known to be symmetric, to `total_CC` in place: only the blocks on and above the
-    diagonal. `symmetric` completes the sum."""
+    diagonal. `symmetric` completes the sum.
+
+    Args:
+        total_CC: float32.
+        a_NC, b_NC: of any floating dtype. Two in bfloat16 are multiplied as such where the
+            processor can; each product then is exact in float32, and so are the sums.
+    """
+    in_bfloat16 = a_NC.dtype == b_NC.dtype == torch.bfloat16
+    a_NC, b_NC = a_NC.to(total_CC), b_NC.to(total_CC)
     num_features = len(total_CC)
     size = -(-num_features // -(-num_features // BLOCK))
-    for start in range(0, num_features, size):
-        rows = slice(start, start + size)
-        total_CC[rows, start:].addmm_(a_NC[:, rows].T, b_NC[:, start:])
+    with _multiplied_in_bfloat16() if in_bfloat16 else nullcontext():
+        for start in range(0, num_features, size):
+            rows = slice(start, start + size)
+            total_CC[rows, start:].addmm_(a_NC[:, rows].T, b_NC[:, start:])
+
+
+@contextmanager
+def _multiplied_in_bfloat16() -> Iterator[None]:
+    """Within, float32 matrices are rounded to bfloat16 before a CPU multiplies them, if it has
+    instructions for that; sums stay float32. Matrices that were bfloat16 before lose nothing.
+
+    With AMX a product takes less than half the time, and its error is a quarter: a sum of float32
+    products is rounded with each of them.
+    """
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def symmetric(total_CC: Tensor) -> Tensor:

@@ -1,8 +1,12 @@
-"""Resident memory of this process: its peak, and a setting so that it does not grow with layers."""
+"""Resident memory of this process: its peak, settings so that it does not grow with layers, and
+what it costs to find garbage."""
 
 import ctypes
+import gc
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _M_MMAP_THRESHOLD = -3  # malloc.h of glibc
@@ -45,3 +49,18 @@ def keep_large_blocks_apart() -> None:
         return
     if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)
+
+
+@contextmanager
+def old_objects_kept() -> Iterator[None]:
+    """Within, or in a function that it decorates, garbage is looked for among new objects only.
+
+    A layer that is done is freed by `gc.collect()`. Among the 400,000 objects that torch and
+    transformers consist of, that takes 0.3 s.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

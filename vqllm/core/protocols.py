@@ -78,6 +78,9 @@ class Codec(Part, ABC):
 
     weighted: ClassVar[bool] = False
     """Whether `encode` makes use of `weight_E`."""
+    alike: ClassVar[bool] = False
+    """Whether the code of a tile depends on its weights and the state alone: not on its place, and
+    not on `weight_E`. Rules may then code tiles of different columns together."""
     exact: ClassVar[bool] = True
     """Whether `encode` finds the nearest reproduction, or only one close to it."""
     points: ClassVar[tuple[Point, ...]]

@@ -66,6 +66,7 @@ def open_run(job: Job) -> tuple[LayerWriter, Checked]:
     return folder, checked
 
 
+@memory.old_objects_kept()
 def quantize(job: Job, run: LayerWriter, checked: Checked, progress: Progress) -> Outcome:
     """Quantize a model into the checkpoint folder of `run`, from its first unfinished layer on.
     `run` and `checked` are what `open_run` returns.

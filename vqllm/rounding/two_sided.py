@@ -21,10 +21,11 @@ which leaves Σ_b Σ_k tr(D_O,b G D_k Gᵀ) of the gaps G between targets and co
 
 Inside a block of rows the outputs count as uncoupled. H_O = I is LDLQ.
 
+A codec that codes all tiles alike gets those of several blocks at a time (`diagonals.py`).
+
 Source: Tseng et al., "YAQA", arXiv 2505.22988, section 3.1: its update W + L_Oᵀ ΔW L_I + L_Oᵀ ΔW +
 ΔW L_I with strictly triangular parts is (I + L_O)ᵀ ΔW (I + L_I), the same in one formula. YAQA goes
-along anti-diagonals of single tiles; blocks of whole rows need H's factors once and code more tiles
-at a time.
+along anti-diagonals of single tiles; blocks of whole rows need H's factors once.
 """
 
 import logging
@@ -41,6 +42,7 @@ from vqllm.core.protocols import Codec, OutputRounding, State
 from vqllm.errors import NumericalError, RecipeError
 from vqllm.rounding.base import ROUNDINGS
 from vqllm.rounding.columns import PADDING, TileColumns
+from vqllm.rounding.diagonals import code_along_diagonals
 from vqllm.rounding.ldlq import STRIPE, feedback
 
 logger = logging.getLogger(__name__)
@@ -83,6 +85,8 @@ class TwoSided(OutputRounding):
         columns = TileColumns.of(W_RC, H_CC, codec, state, self.order)
         factors = linalg.block_ldl(columns.H_CC, columns.width)
         L_RR = self._output_feedback(rows)
+        if columns.codec.alike and columns.outer is None:
+            return code_along_diagonals(columns, factors[0], L_RR, rows), state
         W_RC = columns.W_RC
         E_RC = torch.zeros_like(W_RC)
         codes: list[Tensor] = []

@@ -84,12 +84,19 @@ def states(codes: Tensor, tile_bits: int, state_bits: int, num_steps: int) -> Te
     Returns:
         int32 [..., num_steps].
     """
-    end_S = torch.tensor(step_ends(tile_bits, num_steps), device=codes.device)
-    # The last word that the window touches and the one before it, around the ring.
+    before_S, last_S, shift_S = _windows(tile_bits, num_steps, codes.device)
+    window = (codes[..., before_S] << WORD) | codes[..., last_S]
+    return (window >> shift_S) & ((1 << state_bits) - 1)
+
+
+@cache
+def _windows(tile_bits: int, num_steps: int, device: torch.device) -> tuple[Tensor, ...]:
+    """The last word that the window of each step touches, the one before it around the ring, and
+    the bits behind the window: [S] each, the words first."""
+    end_S = torch.tensor(step_ends(tile_bits, num_steps), device=device)
     last_S = (end_S - 1) // WORD
     shift_S = ((last_S + 1) * WORD - end_S).to(torch.int32)
-    window = (codes[..., last_S - 1] << WORD) | codes[..., last_S]
-    return (window >> shift_S) & ((1 << state_bits) - 1)
+    return (last_S - 1) % (tile_bits // WORD), last_S, shift_S
 
 
 def words(states_NS: Tensor, tile_bits: int) -> Tensor:
@@ -98,14 +105,31 @@ def words(states_NS: Tensor, tile_bits: int) -> Tensor:
     Args:
         states_NS: int32 [N, num_steps]; only the new bits of each step are read.
     """
-    num_steps = states_NS.shape[1]
+    step_WP, new_WP, left_WP, right_WP = _parts(tile_bits, states_NS.shape[1], states_NS.device)
+    parts_NWP = (states_NS[:, step_WP] & new_WP) << left_WP >> right_WP
+    return (parts_NWP & (1 << WORD) - 1).sum(2, dtype=torch.int32)
+
+
+@cache
+def _parts(tile_bits: int, num_steps: int, device: torch.device) -> tuple[Tensor, ...]:
+    """What words are made of: the steps with bits in each word, a mask of the new bits of these
+    steps, and how far they are shifted to the left and to the right: [W, P] each. Words of fewer
+    steps have masks of 0 behind them."""
     ends = step_ends(tile_bits, num_steps)
-    step = [t for t, (a, b) in enumerate(zip([0, *ends], ends)) for _ in range(b - a)]
-    place = [b - 1 - i for a, b in zip([0, *ends], ends) for i in range(a, b)]
-    place_B = torch.tensor(place, dtype=torch.int32, device=states_NS.device)
-    bits_NWb = ((states_NS[:, step] >> place_B) & 1).unflatten(1, (-1, WORD))
-    weight_b = 1 << torch.arange(WORD - 1, -1, -1, dtype=torch.int32, device=states_NS.device)
-    return (bits_NWb * weight_b).sum(2, dtype=torch.int32)
+    parts = []
+    for start in range(0, tile_bits, WORD):
+        stop = start + WORD
+        parts.append(
+            [
+                (t, (1 << end - begin) - 1, max(stop - end, 0), max(end - stop, 0))
+                for t, (begin, end) in enumerate(zip([0, *ends], ends))
+                if begin < stop and end > start
+            ]
+        )
+    most = max(map(len, parts))
+    table_WP4 = torch.tensor([own + [(0, 0, 0, 0)] * (most - len(own)) for own in parts])
+    step_WP, *others = table_WP4.unbind(2)
+    return (step_WP.to(device), *(values_WP.to(device, torch.int32) for values_WP in others))
 
 
 @cache

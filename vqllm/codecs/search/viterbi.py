@@ -8,12 +8,17 @@ bits. A test compares the guess with a search of all paths of small tiles.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vqllm.codecs.search.compiled import has_numba
 from vqllm_kernels import gpu
+
+if TYPE_CHECKING:
+    from vqllm.codecs.search import viterbi_numba
 
 MAX_STATES = 1 << 24
 """States of all tiles together that the search in torch has in memory: 64 MB of costs."""
@@ -35,15 +40,8 @@ def tail_biting(x_NTV: Tensor, values_SV: Tensor, shifts: list[int], around: int
     num_around = min(-(-around * state_bits // min(shifts)), len(shifts) // 2)
     # Compiled by numba on a CPU, a Triton kernel on a GPU, torch where there is neither.
     if x_NTV.device.type == "cpu" and has_numba():
-        from vqllm.codecs.search import viterbi_numba
-
-        path_NT = viterbi_numba.tail_biting(
-            x_NTV.contiguous().numpy(),
-            values_SV.contiguous().numpy(),
-            torch.tensor(shifts).numpy(),
-            num_around,
-            torch.get_num_threads(),
-        )
+        compiled = _compiled(Same(values_SV), tuple(shifts), num_around)
+        path_NT = compiled.paths(x_NTV.contiguous().numpy(), torch.get_num_threads())
         return torch.from_numpy(path_NT)
     if x_NTV.device.type == "cuda" and gpu.declines(x_NTV.device) is None:
         from vqllm_kernels.trellis import viterbi as kernel
@@ -51,6 +49,30 @@ def tail_biting(x_NTV: Tensor, values_SV: Tensor, shifts: list[int], around: int
         return _tail_biting(kernel.search, x_NTV, values_SV, shifts, num_around)
     chunks = x_NTV.split(max(1, MAX_STATES // len(values_SV)))
     return torch.cat([_tail_biting(search, x, values_SV, shifts, num_around) for x in chunks])
+
+
+class Same:
+    """A tensor as a key: equal to the same one, unless it was written to."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._version = None if tensor.is_inference() else tensor._version
+
+    def __hash__(self) -> int:
+        return id(self.tensor)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Same) or self.tensor is not other.tensor:
+            return False
+        return self._version == other._version
+
+
+@lru_cache(maxsize=4)
+def _compiled(values: Same, shifts: tuple[int, ...], num_around: int) -> "viterbi_numba.Search":
+    """The search on the CPU. Rounding codes a matrix column by column, each with the same."""
+    from vqllm.codecs.search import viterbi_numba
+
+    return viterbi_numba.Search(values.tensor.contiguous().numpy(), shifts, num_around)
 
 
 Search = Callable[[Tensor, Tensor, list[int], Tensor | None], Tensor]

@@ -7,12 +7,17 @@ the errors. On one core of an AMD EPYC with AVX-512 the halves run at 32 and 9 Â
 (L = 12, k = 2); with offsets in place of slices at 9 and 7, one predecessor after another at 19.
 """
 
+import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import pairwise
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from vqllm.codecs.search import viterbi_int16
 
 # No reassociation: costs are the same with any vector width. `contract` is fused multiply-add.
 _JIT = {"nogil": True, "cache": True, "fastmath": {"contract", "nnan", "ninf", "nsz"}}
@@ -189,25 +194,52 @@ def _tail_biting(x_NTV, values_VS, shift_T, num_around, path_NT):
         )
 
 
-def tail_biting(
-    x_NTV: NDArray[np.float32],
-    values_SV: NDArray[np.float32],
-    shift_T: NDArray[np.int64],
-    num_around: int,
-    num_threads: int,
-) -> NDArray[np.int32]:
-    """Closed paths of small squared error, the states [N, T]; see `viterbi.tail_biting`."""
-    values_VS = np.ascontiguousarray(values_SV.T)
-    path_NT = np.empty(x_NTV.shape[:2], np.int32)
-    bounds = np.linspace(0, len(x_NTV), num_threads + 1).astype(int)
-    parts = [slice(a, b) for a, b in pairwise(bounds) if b > a]
+class Search:
+    """The search for a trellis: `values_SV` are the values of the states, float32 [2^L, V],
+    `shifts` the new bits of every step, `num_around` the steps on each side of the place where the
+    ring closes that are searched first.
 
-    def search(part: slice) -> None:
-        _tail_biting(x_NTV[part], values_VS, shift_T, num_around, path_NT[part])
+    With costs of 16 bits where the trellis and the weights fit them, else in float32.
+    """
 
-    if len(parts) == 1:
-        search(parts[0])
-    else:
-        with ThreadPoolExecutor(len(parts)) as pool:
-            list(pool.map(search, parts))
-    return path_NT
+    def __init__(self, values_SV: NDArray[np.float32], shifts: Sequence[int], num_around: int):
+        self._values_VS = np.ascontiguousarray(values_SV.T)
+        self._shift_T = np.array(shifts)
+        self._num_around = num_around
+        self._short = None
+        if viterbi_int16.fits(values_SV, self._shift_T):
+            self._short = viterbi_int16.Int16Search(values_SV, self._shift_T, num_around)
+
+    def paths(self, x_NTV: NDArray[np.float32], num_threads: int) -> NDArray[np.int32]:
+        """Closed paths of small squared error, the states [N, T]; see `viterbi.tail_biting`."""
+        num_tiles = len(x_NTV)
+        path_NT = np.empty(x_NTV.shape[:2], np.int32)
+        bounds = [num_tiles * i // num_threads for i in range(num_threads + 1)]
+        parts = [slice(a, b) for a, b in pairwise(bounds) if b > a]
+
+        def search(part: slice) -> None:
+            self._search(x_NTV[part], path_NT[part])
+
+        if len(parts) > 1:
+            others = [_pool(os.getpid(), num_threads).submit(search, part) for part in parts[1:]]
+            search(parts[0])
+            for other in others:
+                other.result()
+        elif parts:
+            search(parts[0])
+        return path_NT
+
+    def _search(self, x_NTV: NDArray[np.float32], path_NT: NDArray[np.int32]) -> None:
+        left_N = np.ones(len(x_NTV), bool)
+        if self._short is not None:
+            left_N = self._short.paths(x_NTV, path_NT)
+        if left_N.any():
+            found = np.empty((int(left_N.sum()), x_NTV.shape[1]), np.int32)
+            _tail_biting(x_NTV[left_N], self._values_VS, self._shift_T, self._num_around, found)
+            path_NT[left_N] = found
+
+
+@cache
+def _pool(process: int, num_threads: int) -> ThreadPoolExecutor:
+    """Threads beside the caller's. A process that was forked has none of those of its parent."""
+    return ThreadPoolExecutor(num_threads - 1, thread_name_prefix=f"viterbi-{process}")
