@@ -213,9 +213,12 @@ def _products(
         if all(select.multiplied_packed(spec.format, x.dtype) for spec in specs):
             from vqllm_kernels.cpu import bound
 
-            linears = bound.kept(
-                packed, (*texts, *rows), lambda: _each_bound(packed, texts, rows, cols)
-            )
+            def every() -> list[BoundLinear]:
+                for spec in specs:
+                    select.choose(x_NC, spec.format)
+                return _each_bound(packed, texts, rows, cols)
+
+            linears = bound.kept(packed, (*texts, *rows), every)
             ys = None if linears is None else linears(x_NC)
             if ys is not None:
                 return ys

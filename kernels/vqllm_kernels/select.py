@@ -210,6 +210,11 @@ def matmul(x_NC: Tensor, spec: FormatSpec) -> Kernels:
     return MATMUL.take(call, spec)
 
 
+def choose(x_NC: Tensor, spec: FormatSpec) -> None:
+    """Choose for a product, and note the choice, without making it."""
+    matmul(x_NC, spec)
+
+
 def decode(tensors: Tensors, spec: FormatSpec, dtype: torch.dtype) -> Kernels:
     """What decodes the stored tensors of a format to `dtype`."""
     device = next(iter(tensors.values())).device

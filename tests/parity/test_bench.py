@@ -19,7 +19,7 @@ def test_dry_run_measures_every_contender() -> None:
     # Two formats, a linear and three of one input, two batches.
     assert len(done.stdout.splitlines()) == 8
     assert "'rows': '48+16+16'" in done.stdout
-    assert "'implementation': 'reference'" in done.stdout
+    assert "'implementation': 'packed'" in done.stdout
 
 
 def test_dry_run_of_a_whole_model(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_dry_run_of_a_whole_model(tmp_path: Path) -> None:
     subprocess.run([*command, "--formats", "trellis 2 bits"], capture_output=True, check=True)
     (row,) = json.loads((tmp_path / "model-cpu.json").read_text())
     assert row["speedup"] > 0
-    assert row["kernels"] == ["dense weights, kept"]
+    assert row["kernels"] == ["packed"]
 
 
 def test_dry_run_of_the_look_ups(tmp_path: Path) -> None:

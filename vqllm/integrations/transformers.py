@@ -105,7 +105,7 @@ class VqllmQuantizer(HfQuantizer):
         files = [file for file in files if file.suffix == ".safetensors"]
         # The loader itself names neither a truncated file nor a damaged one.
         stored = {name: own for file in files for name, own in read_header(file).items()}
-        self._stored = stored.keys()
+        self._stored = set(stored)
         checksums.compare_loaded(files)
         quantization = self.quantization_config.parse()
         with torch.device("meta"):

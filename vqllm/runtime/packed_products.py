@@ -30,14 +30,15 @@ class PackedProducts:
             x: [..., cols], with a row at least.
         """
         if self._made_from is None or not self._made_from.holds():
-            self._make(members)
+            self._make(members, x)
         return None if self._linears is None else self._linears(x)
 
-    def _make(self, members: Sequence["VQLinear"]) -> None:
+    def _make(self, members: Sequence["VQLinear"], x: Tensor) -> None:
         from vqllm_kernels.cpu.bound import linears_of
 
         every = []
         for member in members:
+            dispatch.choose(x.reshape(-1, x.shape[-1]), member.spec.format)
             own, states = member.spec.split(member.packed)
             stages = list(zip(member.spec.transforms, states))
             every.append(BoundLinear(member.spec, member.spec.row_blocks(), own, stages))

@@ -203,7 +203,7 @@ def _describe(
 
 
 def _choice(module: VQLinear, num_rows: int) -> dispatch.Choice:
-    """The choice for the product; a kind of call that was never made is made once, with zeros."""
+    """The choice for the product; it is made here for a kind of call that there was not."""
     call = dispatch.Call(
         operation="matmul",
         spec=module.spec.format,
@@ -213,9 +213,8 @@ def _choice(module: VQLinear, num_rows: int) -> dispatch.Choice:
     )
     made = {choice.call: choice for choice in dispatch.choices()}
     if call not in made:
-        with torch.no_grad():
-            zeros = torch.zeros(num_rows, module.in_features, dtype=call.dtype, device=call.device)
-            module.packed_product(zeros)
+        x = torch.empty(num_rows, module.in_features, dtype=call.dtype, device=call.device)
+        dispatch.choose(x, call.spec)
         made = {choice.call: choice for choice in dispatch.choices()}
     return made[call]
 
