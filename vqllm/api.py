@@ -12,6 +12,7 @@ from vqllm.core.protocols import JSON
 from vqllm.errors import EvaluationError
 from vqllm.evaluation import perplexity as evaluation
 from vqllm.evaluation import speed
+from vqllm.hf.running import explained_run
 from vqllm.models.load import load as load
 from vqllm.models.load import load_to_run
 from vqllm.recipes import Recipe, TuningRecipe
@@ -220,6 +221,7 @@ def evaluate(
     limit: int | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    allow_bin: bool = False,
 ) -> JSON:
     """Measure a model; the same as `vqllm eval`.
 
@@ -232,6 +234,7 @@ def evaluate(
         window_length: tokens of a window.
         data: folder of local task files, in place of `$VQLLM_DATA`.
         limit: items of each task.
+        trust_remote_code, allow_bin: as in `quantize`.
 
     Returns:
         JSON values: "text" with perplexities, "tasks" with lm-eval's metrics.
@@ -252,7 +255,9 @@ def evaluate(
 
         manager = lm_eval.task_manager(tasks, data=data, limit=limit)
     # Perplexity on the text, or the comparison with the baseline.
-    target, tokenizer = load_to_run(model, device_of(device), trust_remote_code)
+    target, tokenizer = load_to_run(
+        model, device_of(device), trust_remote_code, allow_bin=allow_bin
+    )
     results: JSON = {"model": str(model)}
     if text is not None:
         tokens = evaluation.text_windows(text, tokenizer, num_windows, window_length)
@@ -260,7 +265,9 @@ def evaluate(
         if baseline is None:
             results["text"] = evaluation.perplexity(target, tokens, label).to_dict()
         else:
-            original, other = load_to_run(baseline, device_of(device), trust_remote_code)
+            original, other = load_to_run(
+                baseline, device_of(device), trust_remote_code, allow_bin=allow_bin
+            )
             evaluation.check_same_tokens(
                 tokens, evaluation.text_windows(text, other, num_windows, window_length)
             )
@@ -283,6 +290,7 @@ def bench(
     rounds: int = 3,
     device: str | None = None,
     trust_remote_code: bool = False,
+    allow_bin: bool = False,
 ) -> JSON:
     """Time a model, beside its original or alone; the same as `vqllm bench`.
 
@@ -293,6 +301,7 @@ def bench(
         prompt_tokens: random tokens before the first generated one.
         new_tokens: tokens generated after that.
         rounds: measured rounds, after one that is not.
+        trust_remote_code, allow_bin: as in `quantize`.
 
     Returns:
         what `vqllm.evaluation.speed.bench` says.
@@ -304,10 +313,14 @@ def bench(
         batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds
     )
     place = device_of(device)
-    target, _ = load_to_run(model, place, trust_remote_code, needs_tokenizer=False)
+    target, _ = load_to_run(
+        model, place, trust_remote_code, needs_tokenizer=False, allow_bin=allow_bin
+    )
     original = None
     if baseline is not None:
-        original, _ = load_to_run(baseline, place, trust_remote_code, needs_tokenizer=False)
+        original, _ = load_to_run(
+            baseline, place, trust_remote_code, needs_tokenizer=False, allow_bin=allow_bin
+        )
     return speed.bench(target, original, load)
 
 
@@ -319,6 +332,7 @@ def generate(
     chat: bool = False,
     device: str | None = None,
     trust_remote_code: bool = False,
+    allow_bin: bool = False,
 ) -> str:
     """Prompt and greedy continuation; the same as `vqllm generate`.
 
@@ -330,7 +344,9 @@ def generate(
         raise EvaluationError(f"{max_new_tokens} new tokens: it must be 1 or more.")
     if not is_unicode(prompt):
         raise EvaluationError("the prompt has lone surrogates: pass text that is valid Unicode.")
-    target, tokenizer = load_to_run(model, device_of(device), trust_remote_code)
+    target, tokenizer = load_to_run(
+        model, device_of(device), trust_remote_code, allow_bin=allow_bin
+    )
     if chat:
         prompt = _chat(tokenizer, prompt)
     # What the model cannot go on from is refused here, where the message can say what to do.
@@ -347,7 +363,7 @@ def generate(
             f"a prompt of {num_tokens} tokens and {max_new_tokens} new ones are more than the "
             f"{longest} positions of this model: pass a shorter prompt or fewer --max-new-tokens."
         )
-    with torch.inference_mode():
+    with torch.inference_mode(), explained_run(target):
         tokens = target.generate(
             **inputs.to(target.device), max_new_tokens=max_new_tokens, do_sample=False
         )

@@ -287,6 +287,7 @@ def evaluate_(
     device: Device = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write results here")] = None,
     trust_remote_code: Trust = False,
+    allow_bin: AllowBin = False,
 ) -> None:
     """Perplexity, KL and top-1 agreement with a baseline, and lm-eval tasks."""
     from vqllm import api
@@ -306,6 +307,7 @@ def evaluate_(
         limit=limit,
         device=device,
         trust_remote_code=trust_remote_code,
+        allow_bin=allow_bin,
     )
     _print_rows(result_rows(results))
     if json_file:
@@ -324,6 +326,7 @@ def bench(
     device: Device = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write results here")] = None,
     trust_remote_code: Trust = False,
+    allow_bin: AllowBin = False,
 ) -> None:
     """Tokens a second, memory, and the time of every kind of linear, beside the original's."""
     from vqllm import api
@@ -340,6 +343,7 @@ def bench(
         rounds=rounds,
         device=device,
         trust_remote_code=trust_remote_code,
+        allow_bin=allow_bin,
     )
     _print_rows(speed_rows(results))
     table = Table("linears", "format", "one token a sequence", "us", "dense us", "prompt")
@@ -360,6 +364,7 @@ def generate(
     chat: Annotated[bool, typer.Option(help="wrap the prompt in the chat template")] = False,
     device: Device = None,
     trust_remote_code: Trust = False,
+    allow_bin: AllowBin = False,
 ) -> None:
     """Generate text greedily."""
     from vqllm import api
@@ -371,6 +376,7 @@ def generate(
         chat=chat,
         device=device,
         trust_remote_code=trust_remote_code,
+        allow_bin=allow_bin,
     )
     out.print(text, markup=False, highlight=False)
 
@@ -572,12 +578,15 @@ def main() -> None:
         code = 2
     except Exception as error:
         if isinstance(error, typer.Abort) or interrupts:
-            code = INTERRUPTED
+            code = 128 + interrupts[-1] if interrupts else INTERRUPTED
         elif isinstance(error, VqllmError):
             err.print(f"vqllm: {error}", style="red", markup=False, highlight=False)
             code = 2
         elif isinstance(error, OSError) and error.strerror and not _wants_more():
             err.print(f"vqllm: {_of_the_system(error)}", style="red", markup=False, highlight=False)
+            code = 2
+        elif _is_of_memory(error) and not _wants_more():
+            err.print(f"vqllm: {OUT_OF_MEMORY}", style="red", markup=False, highlight=False)
             code = 2
         else:
             raise
@@ -590,6 +599,21 @@ def main() -> None:
 def _wants_more() -> bool:
     """Whether the user asked for more lines, and so for the whole trace of an error."""
     return logging.getLogger("vqllm").level == logging.DEBUG
+
+
+OUT_OF_MEMORY = (
+    "out of memory. What is finished is kept: the same command goes on. Fewer or shorter sequences "
+    "(--set calibration.sequences=, calibration.length=) take less; -v shows where it ended."
+)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: torch has a class of its own for that of a GPU only."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def _of_the_system(error: OSError) -> str:
@@ -620,29 +644,37 @@ def _print_anywhere() -> None:
             stream.reconfigure(errors="vqllm-nearest")
 
 
+STOPS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+"""Signals that end a command with all that it has open closed, as Ctrl-C does."""
+
+
 @contextmanager
 def _noting(interrupts: list[int]) -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt as ever, and is added to the list.
+    """Ctrl-C raises KeyboardInterrupt as ever, the signals of `STOPS` raise SystemExit, and their
+    numbers are added to the list.
 
     The exception alone does not tell: a library's clean-up may fail on what the interrupt left half
     done (accelerate's hooks, once in 25 runs), and compiled code may make another error of it
     (torch's tensor constructor a ValueError).
     """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield  # who started this takes Ctrl-C as they see fit
-        return
 
     def note(number: int, frame: FrameType | None) -> None:
         interrupts.append(number)
         signal.default_int_handler(number, frame)
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)  # so that what is open is closed, as after Ctrl-C
+        interrupts.append(number)
+        signal.signal(number, signal.SIG_IGN)  # a second one would end the removal of a folder
+        raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGINT, note)
-    before = signal.signal(signal.SIGTERM, stop)
+    # Each by itself, and only where nobody else has chosen: a shell's job in the background ignores
+    # Ctrl-C, and is ended by SIGTERM all the same.
+    ours = {number: stop for number in STOPS if signal.getsignal(number) is signal.SIG_DFL}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        ours[signal.SIGINT] = note
+    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

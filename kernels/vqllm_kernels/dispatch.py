@@ -12,6 +12,8 @@
     triton          decodes in registers, feeds the tensor cores       CUDA, up to 64 rows of x
     dense           decodes W (with a kernel if there is one), then    CUDA, more rows, or a format
                     torch's product in the dtype of x                  without a kernel
+    packed          multiplies codes as they are stored, by products   CPU, activations of 16 bits
+                    of integers (numba)
     lookup          looks up products with the entries of a small      CPU, up to 8 rows of x
                     codebook (numba)
     reference       the definition in torch, products in float32       every other case
@@ -31,13 +33,22 @@ This module only gathers names. Which file answers what:
 
 from vqllm_kernels.kernels import Call
 from vqllm_kernels.ops import decode, decode_rows, dense, linear, linears, matmul, transform
-from vqllm_kernels.select import Choice, beats_kept_weights, choices, force, forget
+from vqllm_kernels.select import (
+    Choice,
+    beats_kept_weights,
+    choices,
+    choose,
+    force,
+    forget,
+    multiplied_packed,
+)
 
 __all__ = [
     "Call",
     "Choice",
     "beats_kept_weights",
     "choices",
+    "choose",
     "decode",
     "decode_rows",
     "dense",
@@ -46,5 +57,6 @@ __all__ = [
     "linear",
     "linears",
     "matmul",
+    "multiplied_packed",
     "transform",
 ]

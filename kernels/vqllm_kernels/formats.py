@@ -18,6 +18,7 @@ _FORMATS: dict[str, type["FormatSpec"]] = {}
 
 _WITHOUT: dict[Kind, str] = {
     "triton": "has no kernel",
+    "packed": "has no product with packed weights",
     "lookup": "is no table of at most 256 entries",
 }
 """What is said of a format without kernels of a kind."""

@@ -8,41 +8,14 @@ left to the caller. `select` chooses the kernels; everything here works with any
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vqllm_kernels import select
 from vqllm_kernels.kernels import Kernels, Operand, Tensors, Wanted
-from vqllm_kernels.linear import LinearSpec
+from vqllm_kernels.linear import BoundLinear, Stage
 from vqllm_kernels.transforms import HadamardSpec, ScaleSpec, TransformSpec
-
-Stage = tuple[TransformSpec, Tensors]
-"""A transform and its stored tensors."""
-
-
-@dataclass(frozen=True)
-class BoundLinear:
-    """A linear with its tensors."""
-
-    spec: LinearSpec
-    blocks: list[tuple[int, int]]
-    """`spec.row_blocks()`"""
-    own: Tensors
-    """The tensors of the format."""
-    stages: list[Stage]
-    """In the order in which they were applied to W."""
-
-    @property
-    def inputs(self) -> list[Stage]:
-        """In the order in which they are applied to an input."""
-        return [stage for stage in self.stages if stage[0].side == "in"]
-
-    @property
-    def outputs(self) -> list[Stage]:
-        """In the order in which they are applied to an output."""
-        return [stage for stage in reversed(self.stages) if stage[0].side == "out"]
 
 
 def products(x_NC: Tensor, every: Sequence[BoundLinear]) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """What kernels are to the rest of the package: the protocol that those of every format follow.
 
-A format has an object for each kind of kernels, "triton" on a CUDA device, "lookup" on a CPU. To
+A format has an object for each kind of kernels, "triton" on a CUDA device, "packed" and "lookup" on
+a CPU. To
 give a format kernels, add one file with a class that has the members of `Kernels` (for Triton,
 derive it from `launch.TritonKernels`, which has the host side), and let the format's spec name it:
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, Tensor]
 
-Kind = Literal["triton", "lookup"]
+Kind = Literal["triton", "packed", "lookup"]
 
 Operation = Literal["matmul", "decode", "transform"]
 

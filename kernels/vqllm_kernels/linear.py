@@ -134,3 +134,30 @@ class LinearSpec:
                 for t in values["transforms"]
             ),
         )
+
+
+Stage = tuple[TransformSpec, dict[str, Tensor]]
+"""A transform and its stored tensors."""
+
+
+@dataclass(frozen=True)
+class BoundLinear:
+    """A linear with its tensors."""
+
+    spec: LinearSpec
+    blocks: list[tuple[int, int]]
+    """`spec.row_blocks()`"""
+    own: dict[str, Tensor]
+    """The tensors of the format."""
+    stages: list[Stage]
+    """In the order in which they were applied to W."""
+
+    @property
+    def inputs(self) -> list[Stage]:
+        """In the order in which they are applied to an input."""
+        return [stage for stage in self.stages if stage[0].side == "in"]
+
+    @property
+    def outputs(self) -> list[Stage]:
+        """In the order in which they are applied to an output."""
+        return [stage for stage in reversed(self.stages) if stage[0].side == "out"]

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from vqllm_kernels import formats, select, transforms
 from vqllm_kernels.formats import FormatSpec
-from vqllm_kernels.forward import BoundLinear, product_transpose, products
-from vqllm_kernels.linear import LinearSpec
+from vqllm_kernels.forward import product_transpose, products
+from vqllm_kernels.linear import BoundLinear, LinearSpec
 from vqllm_kernels.transforms import HadamardSpec, TransformSpec
 
 
@@ -203,10 +203,32 @@ def _check_features(x: Tensor, cols: int) -> None:
     torch._check(x.shape[-1] == cols, lambda: f"x has {x.shape[-1]} features, W has {cols}")
 
 
+def _products(
+    x: Tensor, packed: list[Tensor], texts: list[str], rows: list[int], cols: int
+) -> list[Tensor]:
+    """y [N, rows] of linears of one input: one call of compiled code where there is one."""
+    x_NC = x.reshape(-1, cols)
+    if x.device.type == "cpu" and len(x_NC):
+        specs = [linear_of(text, own, cols)[0] for text, own in zip(texts, rows)]
+        if all(select.multiplied_packed(spec.format, x.dtype) for spec in specs):
+            from vqllm_kernels.cpu import bound
+
+            def every() -> list[BoundLinear]:
+                for spec in specs:
+                    select.choose(x_NC, spec.format)
+                return _each_bound(packed, texts, rows, cols)
+
+            linears = bound.kept(packed, (*texts, *rows), every)
+            ys = None if linears is None else linears(x_NC)
+            if ys is not None:
+                return ys
+    return products(x_NC, _each_bound(packed, texts, rows, cols))
+
+
 def _linear_op(
     x: Tensor, packed: list[Tensor], bias: Tensor | None, text: str, rows: int, cols: int
 ) -> Tensor:
-    [y_NR] = products(x.reshape(-1, cols), [_bound(text, rows, cols, packed)])
+    [y_NR] = _products(x, packed, [text], [rows], cols)
     if bias is not None:
         y_NR = y_NR + bias
     return y_NR.view(*x.shape[:-1], rows)
@@ -235,7 +257,7 @@ def _linear_backward(ctx, grad):
 def _linears_op(
     x: Tensor, packed: list[Tensor], texts: list[str], rows: list[int], cols: int
 ) -> list[Tensor]:
-    ys = products(x.reshape(-1, cols), _each_bound(packed, texts, rows, cols))
+    ys = _products(x, packed, texts, rows, cols)
     return [y_NR.view(*x.shape[:-1], own) for y_NR, own in zip(ys, rows)]
 
 

@@ -121,7 +121,7 @@ class Selection(Generic[S, K]):
 def _order(device: torch.device, operation: Operation) -> tuple[str, ...]:
     """Names of implementations, the preferred one first."""
     if device.type == "cpu" and operation == "matmul":
-        return ("lookup", "reference")
+        return ("packed", "lookup", "reference")
     if device.type != "cuda":
         return ("reference",)
     return ("triton", "dense") if operation == "matmul" else ("triton", "reference")
@@ -145,8 +145,15 @@ def _lookup_limits(call: Call) -> str | None:
     return None
 
 
+def _packed_limits(call: Call) -> str | None:
+    if call.device.type != "cpu":
+        return f"the tensors are on {call.device.type}, not on a CPU"
+    return None
+
+
 _LIMITS: dict[str, Callable[[Call], str | None]] = {
     "triton": _triton_limits,
+    "packed": _packed_limits,
     "lookup": _lookup_limits,
 }
 """Why an implementation takes a call of no format whatever, or None."""
@@ -154,6 +161,10 @@ _LIMITS: dict[str, Callable[[Call], str | None]] = {
 
 def _triton(spec: FormatSpec) -> Kernels:
     return spec.kernels("triton")
+
+
+def _packed(spec: FormatSpec) -> Kernels:
+    return spec.kernels("packed")
 
 
 def _lookup(spec: FormatSpec) -> Kernels:
@@ -178,7 +189,13 @@ def _reference_transforms(spec: HadamardSpec) -> TransformKernels:
 
 MATMUL = Selection[FormatSpec, Kernels](
     "matmul",
-    {"triton": _triton, "dense": _dense, "lookup": _lookup, "reference": _reference},
+    {
+        "triton": _triton,
+        "dense": _dense,
+        "packed": _packed,
+        "lookup": _lookup,
+        "reference": _reference,
+    },
 )
 DECODE = Selection[FormatSpec, Kernels]("decode", {"triton": _triton, "reference": _reference})
 TRANSFORM = Selection[HadamardSpec, TransformKernels](
@@ -193,6 +210,11 @@ def matmul(x_NC: Tensor, spec: FormatSpec) -> Kernels:
     return MATMUL.take(call, spec)
 
 
+def choose(x_NC: Tensor, spec: FormatSpec) -> None:
+    """Choose for a product, and note the choice, without making it."""
+    matmul(x_NC, spec)
+
+
 def decode(tensors: Tensors, spec: FormatSpec, dtype: torch.dtype) -> Kernels:
     """What decodes the stored tensors of a format to `dtype`."""
     device = next(iter(tensors.values())).device
@@ -205,15 +227,33 @@ def transform(v: Tensor, spec: HadamardSpec) -> TransformKernels:
     return TRANSFORM.take(call, spec)
 
 
-def beats_kept_weights(spec: LinearSpec, device: torch.device, num_rows: int) -> bool:
+def beats_kept_weights(
+    spec: LinearSpec, device: torch.device, num_rows: int, dtype: torch.dtype
+) -> bool:
     """Whether the packed product of so many rows of x is faster than torch's with weights that were
-    decoded before: where the codes of a large matrix are looked up on a CPU."""
-    return (
-        device.type == "cpu"
-        and num_rows <= LOOKUP_ROWS
+    decoded before: where codes are multiplied as they are stored on a CPU, whatever the rows, and
+    where those of a large matrix are looked up."""
+    if device.type != "cpu":
+        return False
+    return multiplied_packed(spec.format, dtype) or (
+        num_rows <= LOOKUP_ROWS
         and spec.rows * spec.cols >= lookup.fewest_weights(spec.cols)
         and _looked_up(spec.format)
     )
+
+
+@torch.compiler.assume_constant_result
+def multiplied_packed(spec: FormatSpec, dtype: torch.dtype) -> bool:
+    """Whether codes of a format are multiplied as they are stored, on a CPU."""
+    if (forced := _forced.get()) is not None:
+        return forced == "packed"
+    return _multiplied_packed(spec, dtype)
+
+
+@cache
+def _multiplied_packed(spec: FormatSpec, dtype: torch.dtype) -> bool:
+    call = Call(operation="matmul", spec=spec, device=torch.device("cpu"), dtype=dtype, batch=1)
+    return spec.kernels("packed").declines(call) is None
 
 
 @torch.compiler.assume_constant_result
@@ -247,6 +287,7 @@ def choices() -> list[Choice]:
 def forget() -> None:
     """Drop all choices, so that they are made and logged again."""
     _choices.clear()
+    _multiplied_packed.cache_clear()
     for selection in (MATMUL, DECODE, TRANSFORM):
         selection.forget()
 

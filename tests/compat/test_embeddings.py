@@ -64,7 +64,9 @@ def test_load_equals_dense_and_saves_the_same(
     assert not any(parameter.requires_grad for parameter in embedding.parameters())
     assert model.dtype == embedding.weight.dtype == dtype
     expected = logits(fake.dense_model(dtype))
-    assert torch.allclose(logits(model), expected, rtol=0, atol=1e-5 if dtype.itemsize > 2 else 0.1)
+    # Packed products of bfloat16 round at other places than torch's.
+    allowed = 1e-6 if dtype == torch.float32 else 0.02
+    assert (logits(model) - expected).norm() < allowed * expected.norm()
 
     model.save_pretrained(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] in str(dtype)

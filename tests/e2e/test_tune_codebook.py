@@ -141,6 +141,10 @@ def test_the_report_and_the_checkpoint(finished, rounded) -> None:
             ["codebooks"],
         ),
         (
+            {"type": "trellis", "bits": 2, "code": "gf2", "state_bits": 8, "tile_rows": 16},
+            ["codebooks"],
+        ),
+        (
             {"type": "trellis", "bits": 2, "code": "bytes2", "state_bits": 8, "tile_rows": 16},
             ["rows", "columns"],
         ),

@@ -259,6 +259,13 @@ def trellis_decode_case(values: dict, dtype: str, rows: int = 4096, cols: int = 
 
 
 QKV = (4096, 1024, 1024)
+GF2 = {
+    "format": "trellis-v2",
+    "tile_rows": 64,
+    "tile_bits": 512,
+    "state_bits": 12,
+    "masks": [0x1, 0x802, 0x5BA, 0xAC3, 0x925, 0xFFF],
+}
 BYTES2, BYTES4 = trellis_values("bytes2", 2, 14), trellis_values("bytes4", 3, 12)
 CASES: dict[str, tuple[ModuleType, Case]] = {
     "bytes2, 2 bits": (trellis, trellis_case(BYTES2, 1, "bf16")),
@@ -277,6 +284,7 @@ CASES: dict[str, tuple[ModuleType, Case]] = {
     "mul1, 4 bits, 16 tokens": (trellis, trellis_case(trellis_values("mul1", 4, 12), 16, "bf16")),
     "3inst, 2 bits": (trellis, trellis_case(trellis_values("3inst", 2, 16), 1, "fp16")),
     "hybrid, 2 bits": (trellis, trellis_case(trellis_values("hybrid", 2, 16), 1, "fp16")),
+    "gf2, 2 bits": (trellis, trellis_case(GF2, 1, "bf16")),
     "bytes2 decode": (trellis, trellis_decode_case(BYTES2, "bf16")),
     "bytes4 decode": (trellis, trellis_decode_case(BYTES4, "bf16")),
     # Arguments of 1 are constants to the compiler.

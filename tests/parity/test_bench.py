@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from vqllm_kernels.cpu import instructions
+
+PACKED = instructions.instructions() != "portable"
 FOLDER = Path(__file__).parents[2] / "kernels" / "bench"
 
 
@@ -19,7 +22,8 @@ def test_dry_run_measures_every_contender() -> None:
     # Two formats, a linear and three of one input, two batches.
     assert len(done.stdout.splitlines()) == 8
     assert "'rows': '48+16+16'" in done.stdout
-    assert "'implementation': 'reference'" in done.stdout
+    implementation = "packed" if PACKED else "reference"
+    assert f"'implementation': '{implementation}'" in done.stdout
 
 
 def test_dry_run_of_a_whole_model(tmp_path: Path) -> None:
@@ -27,7 +31,7 @@ def test_dry_run_of_a_whole_model(tmp_path: Path) -> None:
     subprocess.run([*command, "--formats", "trellis 2 bits"], capture_output=True, check=True)
     (row,) = json.loads((tmp_path / "model-cpu.json").read_text())
     assert row["speedup"] > 0
-    assert row["kernels"] == ["dense weights, kept"]
+    assert row["kernels"] == (["packed"] if PACKED else ["dense weights, kept"])
 
 
 def test_dry_run_of_the_look_ups(tmp_path: Path) -> None:
@@ -35,3 +39,11 @@ def test_dry_run_of_the_look_ups(tmp_path: Path) -> None:
     command = [sys.executable, str(FOLDER / "bench_cpu.py"), "--dry-run", "--output", str(file)]
     subprocess.run(command, capture_output=True, check=True)
     assert len(file.read_text().splitlines()) == 6
+
+
+def test_dry_run_of_packed_linears(tmp_path: Path) -> None:
+    file = tmp_path / "packed.csv"
+    command = [sys.executable, str(FOLDER / "bench_packed.py"), "--dry-run", "--output", str(file)]
+    chosen = ["--only", "bytes2, 2 bits", "e8p, 2 bits", "--rows", "1", "20"]
+    subprocess.run([*command, *chosen], capture_output=True, check=True)
+    assert len(file.read_text().splitlines()) == 5

@@ -1,4 +1,4 @@
-"""The kernels of trellis-v1 against its reference."""
+"""The kernels of trellis-v1 and trellis-v2 against their references."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from tests.support.kernels import assert_no_worse, plain_product, random_activat
 from tests.support.params import each_with_one_of, slow_but
 from vqllm_kernels import activations, dispatch, formats, gpu
 from vqllm_kernels.trellis import reference
-from vqllm_kernels.trellis.kernels import moments_of
-from vqllm_kernels.trellis.spec import TrellisSpec
+from vqllm_kernels.trellis.reference import moments_of
+from vqllm_kernels.trellis.spec import ParityTrellisSpec, TrellisSpec
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -30,6 +30,13 @@ def trellis(
     )
 
 
+def parities(rate: float, masks: tuple[int, ...], tile_rows: int = 64) -> ParityTrellisSpec:
+    return ParityTrellisSpec(
+        tile_rows=tile_rows, tile_bits=round(rate * 256), state_bits=12, masks=masks
+    )
+
+
+SIX_MASKS = (0x1, 0x802, 0x5BA, 0xAC3, 0x925, 0xFFF)
 SPECS = {
     "bytes4": trellis(),
     "bytes4, 3 bits, 2^16": trellis(rate=3, state_bits=16),
@@ -48,6 +55,8 @@ SPECS = {
     "hybrid": trellis("hybrid", state_bits=16),
     "table": trellis("table", state_bits=8),
     "table, pairs": trellis("table", 3, 10, 16, step_weights=2),
+    "gf2": parities(2, SIX_MASKS),
+    "gf2, 4 bits, 7 masks, 16 rows": parities(4, (0x84F, *SIX_MASKS), 16),
 }
 SHAPES = [(37, 40, 3), (130, 72, 1), (64, 600, 9)]
 """(rows, cols, tokens): parts of tiles, more tile rows than one, more steps than one."""
@@ -60,7 +69,10 @@ def in_bytes(x_NC: torch.Tensor, spec: TrellisSpec) -> tuple[torch.Tensor, torch
 
 
 def check_matmul(
-    spec: TrellisSpec, shape: tuple[int, int, int], dtype: torch.dtype, device: str
+    spec: TrellisSpec | ParityTrellisSpec,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: str,
 ) -> None:
     rows, cols, num_tokens = shape
     tensors = random_tensors(spec, rows, cols, device)

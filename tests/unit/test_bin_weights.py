@@ -2,13 +2,19 @@
 
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.main import get_command
 
+from tests.support.quantized import write_words
 from tests.support.tiny import save_tiny
+from vqllm import api
+from vqllm.cli import app
 from vqllm.errors import ModelError
 from vqllm.models import bin_weights
 from vqllm.models.resolve import resolve
@@ -55,6 +61,38 @@ def test_pickles_are_converted_once_and_on_request(num: int, source: Path) -> No
     assert (found / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert not [path for path in found.rglob("*") if path.suffix == ".bin"]
     assert resolve(source).path == found  # what was converted is read without being asked again
+
+
+def test_every_command_with_a_model_takes_the_flag() -> None:
+    for command in get_command(app).commands.values():  # type: ignore[attr-defined]
+        options = {option for own in command.params for option in own.opts}
+        assert ("--allow-bin" in options) == ("--trust-remote-code" in options), command.name
+
+
+def test_running_a_model_of_pickles(source: Path, tmp_path: Path) -> None:
+    as_pickles(source)
+    text = write_words(tmp_path / "words.txt")
+    runs: list[Callable[..., object]] = [
+        lambda **flag: api.generate(source, "a", max_new_tokens=1, device="cpu", **flag),
+        lambda **flag: api.evaluate(
+            source,
+            baseline=source,
+            text=text,
+            num_windows=1,
+            window_length=16,
+            device="cpu",
+            **flag,
+        ),
+        lambda **flag: api.bench(
+            source, baseline=source, prompt_tokens=4, new_tokens=1, rounds=1, device="cpu", **flag
+        ),
+        lambda **flag: api.load(source, **flag),
+    ]
+    for run in runs:
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        with pytest.raises(ModelError, match="--allow-bin"):
+            run()
+        assert run(allow_bin=True)
 
 
 class Evil:

@@ -6,12 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+from tests.support.architectures import save_tiny as save_tiny_of
+from tests.support.fake_checkpoint import fake_checkpoint
+from tests.support.quantized import quantize
 from tests.support.tiny import save_tiny
+from vqllm import api
 from vqllm.checkpoint.shards import read_header
 from vqllm.core import json_text, path_names
 from vqllm.errors import MAX_MESSAGE, CheckpointError, ModelError, RecipeError, VqllmError
 from vqllm.hf.claims import refuse_claims
+from vqllm.hf.loading import load_model
 from vqllm.models.resolve import resolve
 from vqllm.recipes import load
 from vqllm.recipes.yaml_text import NOT_YAML, parse_yaml
@@ -29,14 +35,46 @@ def change(folder: Path, **values: Any) -> None:
         {"num_hidden_layers": 5000},
         {"text_config": {"num_hidden_layers": 1 << 31}},
         {"num_experts": 1 << 31},
+        {"head_dim": 1 << 31},
+        {"text_config": {"qk_rope_head_dim": 1 << 17}},
+        {"rope_parameters": {"partial_rotary_factor": 1e7}},
+        {"mamba_chunk_size": 10**5},
+        {"n_heads": 10**8},
+        {"max_seq_len": 10**8},
     ],
 )
-def test_more_layers_or_experts_than_tensors(values: dict[str, Any], tmp_path: Path) -> None:
+def test_sizes_that_no_model_has(values: dict[str, Any], tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source", "llama", num_hidden_layers=1)
     refuse_claims(source)
     change(source, **values)
-    with pytest.raises(ModelError, match=r"config\.json is damaged: num_\w+ is"):
+    with pytest.raises(ModelError, match=r"config\.json is damaged: \w+ is"):
         refuse_claims(source)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "intermediate_size", "num_key_value_heads"])
+def test_larger_tensors_than_stored(key: str, tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", "llama", num_hidden_layers=1)
+    load_model(source)
+    change(source, **{key: 10**7})
+    with pytest.raises(ModelError, match=r"config\.json asks for \d+ numbers, .* have at most"):
+        load_model(source)
+
+
+def test_larger_tensors_than_a_checkpoint_has(tmp_path: Path) -> None:
+    folder = fake_checkpoint(tmp_path, num_hidden_layers=1).folder
+    AutoModelForCausalLM.from_pretrained(folder)
+    change(folder, vocab_size=10**7)
+    with pytest.raises(ModelError, match=r"config\.json asks for \d+ numbers, .* have at most"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_models_that_load_and_do_not_run(tmp_path: Path) -> None:
+    source = save_tiny_of("mixtral", tmp_path / "source")
+    change(source, num_experts_per_tok=1000)
+    with pytest.raises(ModelError, match=r"MixtralForCausalLM does not run: .*out of range"):
+        api.generate(source, "a", max_new_tokens=1, device="cpu")
+    with pytest.raises(ModelError, match=r"MixtralForCausalLM does not run: .*out of range"):
+        quantize(source, tmp_path / "output")
 
 
 @pytest.mark.parametrize("depth", [101, 2000, 100_000])
@@ -48,6 +86,20 @@ def test_nested_json(depth: int, tmp_path: Path) -> None:
     (source / "config.json").write_text(text)
     with pytest.raises(ModelError, match=r"config\.json is damaged: nested more than"):
         resolve(source)
+
+
+def test_json_of_more_values_or_bytes_than_any_model_has(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="more than 3000000 values"):
+        json_text.loads("[" + "[]," * 2_000_000 + "[]]")
+    with pytest.raises(ValueError, match="more than 3000000 values"):
+        json_text.loads(b"[" + b"1," * 4_000_000 + b"1]")
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match="more than any such file has"):
+        json_text.read(tmp_path / "config.json")
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match="no ordinary file"):
+        json_text.read(tmp_path / "pipe.json")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ import gguf
 import numpy as np
 import pytest
 
+from tests.unit.test_models import write_gguf
 from vqllm.errors import ModelError
 from vqllm.models import gguf_claims
+from vqllm.models.resolve import resolve
 
 
 def write(file: Path, layers: int = 2, **options: gguf.GGUFEndian) -> bytes:
@@ -74,3 +76,17 @@ def test_truncated_and_extended_files(tmp_path: Path) -> None:
         stream.truncate(1 << 40)
     with pytest.raises(ModelError, match="more than its tensors can take"):
         gguf_claims.check(file)
+
+
+@pytest.mark.parametrize("key", [b"llama.embedding_length", b"llama.attention.head_count"])
+def test_larger_models_than_the_tensors(
+    key: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VQLLM_CACHE", str(tmp_path / "cache"))
+    file = write_gguf(tmp_path / "tiny.gguf")
+    data = bytearray(file.read_bytes())
+    start = after(bytes(data), key, 4)
+    data[start : start + 4] = struct.pack("<I", 10**7)
+    file.write_bytes(data)
+    with pytest.raises(ModelError, match=r"tiny\.gguf (asks for|is damaged|cannot be loaded)"):
+        resolve(file)

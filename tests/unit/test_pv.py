@@ -42,6 +42,7 @@ CODEC_OPTIONS = {
     "split": {"type": "split", "share": 0.25, "first": {**PAIRS, "index_bits": 6}, "rest": PAIRS},
     "trellis": {"type": "trellis", "bits": 2, "state_bits": 8},
     "table": {"type": "trellis", "code": "table", "bits": 2, "state_bits": 8},
+    "gf2": {"type": "trellis", "code": "gf2", "bits": 2, "state_bits": 8},
 }
 
 

@@ -254,7 +254,7 @@ def test_more_states_are_better():
             "5 bits; allowed are multiples of 0.0625 from 1 to 4 with code",
         ),
         ({"code": "mul1", "step_weights": 2}, "2 weights a step; allowed: "),
-        ({"code": "mul1", "table_bits": 9}, "only hybrid has a table"),
+        ({"code": "mul1", "table_bits": 9}, "only hybrid and gf2 have a table"),
         (
             {"bits": 8, "state_bits": 8},
             "8 bits; allowed are multiples of 0.0625 from 1 to 7 with code",

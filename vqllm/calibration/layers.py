@@ -27,6 +27,7 @@ from vqllm.calibration.layer_calls import (
 )
 from vqllm.core.protocols import JSON
 from vqllm.errors import ModelError
+from vqllm.hf.running import explained_run
 
 DTYPES_DIFFER = ("same dtype", "scalar type", "should be the same")
 """In torch's messages about operands of different dtypes."""
@@ -124,7 +125,12 @@ class Layers:
             layer.register_forward_hook(keep_output, with_kwargs=True),
         ]
         try:
-            with torch.set_grad_enabled(grad), self._explained(), contextlib.suppress(LayerDone):
+            with (
+                torch.set_grad_enabled(grad),
+                explained_run(self.model),
+                self._explained(),
+                contextlib.suppress(LayerDone),
+            ):
                 self.model(input_ids=tokens.to(self.device), use_cache=False)
         finally:
             for handle in handles:

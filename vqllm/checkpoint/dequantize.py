@@ -1,7 +1,6 @@
 """A quantized checkpoint written back as an ordinary Hugging Face folder."""
 
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +20,6 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 MAX_SHARD_BYTES = 1 << 30
 """Bounds the memory of the conversion: one shard is held at a time."""
-REMOVALS = 3
-"""Times that the working folder is removed: once of some thirty, on a busy machine, it stayed after
-SIGTERM, for a reason that was not found."""
 
 
 def dequantize_checkpoint(folder: str | Path, output: str | Path, dtype: str = "auto") -> Path:
@@ -108,11 +104,7 @@ def _folder_beside(output: Path) -> Iterator[Path]:
         (place / "folder").mkdir()
         yield place / "folder"
     finally:
-        for _ in range(REMOVALS):
-            shutil.rmtree(place, ignore_errors=True)
-            if not place.exists():
-                break
-            time.sleep(0.1)
+        shutil.rmtree(place, ignore_errors=True)
         lock.release()
 
 

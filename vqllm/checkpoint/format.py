@@ -71,7 +71,8 @@ quantization_config
 
 The weights of M
     1.  `codec` has the key "format", a format id, and the fields of that format. It gives names,
-        shapes and dtypes of the stored tensors, and W' [R, C] from them:
+        shapes and dtypes of the stored tensors, and W' [R, C] from them. A reader refuses an id
+        that it does not know; what stands under an id never changes:
 
         convolutional-v1  vqllm_kernels.convolutional.reference
         d4-v1             vqllm_kernels.d4.reference
@@ -87,6 +88,7 @@ The weights of M
         sparse-v1         vqllm_kernels.sparse.reference
         split-v1          vqllm_kernels.split.reference
         trellis-v1        vqllm_kernels.trellis.reference
+        trellis-v2        vqllm_kernels.trellis.reference_v2
 
         Codes narrower than a byte are packed as vqllm_kernels.bitpack says: least significant bit
         first, every row padded to a whole byte.

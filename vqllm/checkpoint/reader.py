@@ -28,6 +28,8 @@ from vqllm.errors import CheckpointError
 from vqllm.hf.conversions import Renaming
 from vqllm_kernels.linear import LinearSpec
 
+MAX_REPORT_BYTES = 1 << 30
+
 
 def is_checkpoint(folder: str | Path) -> bool:
     """Whether `folder` is a finished vqllm checkpoint, of any format version."""
@@ -250,14 +252,15 @@ class Checkpoint:
 
     def _report_lines(self) -> Iterator[JSON]:
         path = self.folder / RECORDS
-        if not path.is_file():
+        if not path.is_file() or path.stat().st_size > MAX_REPORT_BYTES:
             return
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            # The report is for people: a damaged line is no obstacle.
-            with suppress(ValueError, TypeError, RecursionError):
-                record = json.loads(line)
-                if record["name"] in self.linears:
-                    yield record
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                # The report is for people: a damaged line is no obstacle.
+                with suppress(ValueError, TypeError, RecursionError):
+                    record = json.loads(line)
+                    if record["name"] in self.linears:
+                        yield record
 
 
 def _read_config(folder: Path) -> JSON:

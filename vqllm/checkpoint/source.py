@@ -223,5 +223,5 @@ def _header(path: Path) -> dict[str, StoredTensor]:
             return header
     except CheckpointError as error:
         raise ModelError(str(error)) from error
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # the last where it cannot be mapped
         raise ModelError(f"{path} cannot be read: {error} Get an undamaged copy.") from error

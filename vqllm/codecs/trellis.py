@@ -9,19 +9,20 @@ steps that take different numbers of new bits, spread evenly; at 2.5 bits that c
 dB above Shannon's limit with 2^12 states, between 0.67 dB at 2 bits and 0.86 dB at 3).
 """
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 
+from vqllm.codecs import trellis_maps, trellis_tables
 from vqllm.codecs.base import CODECS, ScaledCodec, check_finite
 from vqllm.codecs.search import viterbi
 from vqllm.core.protocols import Point, State
 from vqllm.errors import RecipeError
 from vqllm_kernels.trellis import reference
-from vqllm_kernels.trellis.spec import TrellisSpec
+from vqllm_kernels.trellis.spec import ParityTrellisSpec, TrellisSpec
 
 _RATE_UNIT = reference.WORD / reference.WEIGHTS
 """Rates are multiples of a sixteenth of a bit: whole words of 16 bits a tile."""
@@ -43,10 +44,6 @@ within 1 %. With the scales above they lose 0.1 % at 2 bits, 1 % at 2.5 and 3 % 
 
 _TABLE_BITS = 9
 """Default for the hybrid code: 512 pairs, 2 KB."""
-_ROUNDS = 60
-"""Passes that train a table. At 2^8 states and 2 bits the distortion is 0.0842 with the computed
-values, 0.0818 after 5 rounds, 0.0798 after 20."""
-
 
 _QTIP = "QTIP, arXiv 2406.11235, tables 1 and 2"
 _TABLE = "a random table: QTIP, arXiv 2406.11235, table 2"
@@ -97,6 +94,12 @@ class Trellis(ScaledCodec):
         *_points("bytes2", 16, {2: 0.0715}),
         *_points("hybrid", 12, {2: 0.0750}),
         *_points("hybrid", 16, {2: 0.0710, 3: 0.0189, 4: 0.00590}, _PALETTE),
+        *_points("gf2", 8, {2: 0.0740, 3: 0.0197, 3.5: 0.0108, 4: 0.00527}),
+        *_points("gf2", 10, {2: 0.0715, 3: 0.0186, 4: 0.00496}),
+        *_points("gf2", 12, {1.5: 0.1384, 2: 0.0696, 2.5: 0.0360, 3: 0.0180, 3.5: 0.00934}),
+        *_points("gf2", 12, {4: 0.00475}),
+        *_points("gf2", 14, {2: 0.0687}),
+        *_points("gf2", 16, {2: 0.0681}),
         *_points("table", 8, {2: 0.0795, 3: 0.0216, 4: 0.00595}),
         *_points("table", 12, {1: 0.2803, 2: 0.0733}, _TABLE),
     )
@@ -112,11 +115,12 @@ class Trellis(ScaledCodec):
         le=16,
         description="L: the search takes time proportional to 2^L; 8 to 10 is fast, 16 the best",
     )
-    code: reference.Code = Field(
+    code: Literal[reference.Code, "gf2"] = Field(
         "mul1",
         description="the values of the states: 1mad, mul1, 3inst, bytes4 (computed), mul2, bytes2 "
         "(computed, 2 weights a step), hybrid (a small trained table, 2 weights a step), table (a "
-        "trained table of all states)",
+        "trained table of all states), gf2 (a trained table of 64 or 128 bytes, found by sums of "
+        "bits of the state)",
     )
     step_weights: int | None = Field(
         None, ge=1, le=2, description="weights a step; null is what the code has, 1 for table"
@@ -125,7 +129,8 @@ class Trellis(ScaledCodec):
         None,
         ge=1,
         le=15,
-        description=f"hybrid: 2^table_bits entries; null is {_TABLE_BITS}",
+        description=f"2^table_bits entries, of hybrid (null is {_TABLE_BITS}) or of gf2 (6 or 7; "
+        "null is the better one for `bits`)",
     )
     tile_rows: int = Field(
         16, description="rows of a tile of 256 weights: a power of two up to 256"
@@ -139,16 +144,36 @@ class Trellis(ScaledCodec):
                 f"codec trellis: {self.rate:g} bits; allowed are multiples of {_RATE_UNIT} from 1 "
                 f"to {most:g} with code {self.code} and state_bits {self.state_bits}"
             )
-        if self.table_bits is not None and self.code != "hybrid":
+        if self.table_bits is not None and self.code not in ("hybrid", "gf2"):
             raise RecipeError(
                 f"codec trellis: table_bits {self.table_bits} with code {self.code}; only hybrid "
-                "has a table of a size of its own"
+                "and gf2 have a table of a size of its own"
             )
+        if self.code == "gf2":
+            self._check_parities()
         try:
             self.spec()
         except ValueError as error:
             raise RecipeError(f"codec trellis: {error}") from error
         return self
+
+    def _check_parities(self) -> None:
+        """Raise RecipeError for options that code gf2 does not have."""
+        if self.step_weights not in (None, 1):
+            raise RecipeError(
+                f"codec trellis: code gf2 with {self.step_weights} weights a step; allowed: 1"
+            )
+        states, tables = trellis_maps.STATE_BITS, trellis_maps.TABLE_BITS
+        if self.state_bits not in states:
+            raise RecipeError(
+                f"codec trellis: code gf2 with state_bits {self.state_bits}; allowed are "
+                f"{states[0]} to {states[-1]}"
+            )
+        if self.table_bits not in (None, *tables):
+            raise RecipeError(
+                f"codec trellis: code gf2 with table_bits {self.table_bits}; allowed are "
+                f"{' and '.join(map(str, tables))}"
+            )
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -164,34 +189,53 @@ class Trellis(ScaledCodec):
 
     @property
     def gaussian_scale(self) -> float:  # type: ignore[override]
-        # A trained table has the scale in it.
+        if self.code == "gf2":
+            return float(self._trained_table().abs().max()) / trellis_tables.LARGEST
+        # A trained table of floats has the scale in it.
         stored = self.code in reference.STORED
         return 1.0 if stored else _best_scale(self.code, self.state_bits, self.rate)
 
-    def spec(self) -> TrellisSpec:
+    def spec(self) -> TrellisSpec | ParityTrellisSpec:
+        tile_bits = round(self.rate * reference.WEIGHTS)
+        if self.code == "gf2":
+            masks = trellis_maps.best(self.state_bits, self.rate, self.table_bits)
+            return _parity_spec(self.tile_rows, tile_bits, self.state_bits, masks)
         table_bits = 0
         if self.code == "hybrid":
             table_bits = self.table_bits or _TABLE_BITS
-        tile_bits = round(self.rate * reference.WEIGHTS)
         return _spec(
             *(self.tile_rows, self.code, tile_bits),
             *(self.state_bits, self._step_weights, table_bits),
         )
 
     def fit(self, X_IJE: Tensor, weight_IJE: Tensor | None, generator: torch.Generator) -> State:
-        """`scale` float32 [1]; for a code with a stored table `table` float16 as well."""
+        """`scale` float32 [1]; for a code with a stored table `table` as well: float16 as it is
+        stored, or the integers of code gf2 in float32."""
         state = super().fit(X_IJE, weight_IJE, generator)
-        if self.code in reference.STORED:
-            state["table"] = _trained_table(self.spec()).to(X_IJE.device)
+        if self.code == "gf2":
+            unit = self.gaussian_scale
+            state["table"] = (self._trained_table() / unit).round().to(X_IJE.device)
+        elif self.code in reference.STORED:
+            state["table"] = self._trained_table().to(X_IJE.device)
         return state
+
+    def _trained_table(self) -> Tensor:
+        """A table for unit Gaussian weights, whose training begins at the scale of mul1."""
+        spec, scale = self.spec(), _best_scale("mul1", self.state_bits, self.rate)
+        if isinstance(spec, ParityTrellisSpec):
+            return trellis_tables.parity_table(spec, scale)
+        return trellis_tables.trained_table(spec, scale)
 
     def encode(
         self, X_IJE: Tensor, state: State, col: int = 0, weight_E: Tensor | None = None
     ) -> Tensor:
         check_finite(X_IJE, self)
         x_NE = X_IJE.flatten(0, 1) / state["scale"]
-        words_NM = _encode(x_NE, self.spec(), self._values(state))
-        return words_NM.unflatten(0, X_IJE.shape[:2])
+        x_NTV = x_NE.unflatten(1, (-1, self._step_weights))
+        tile_bits = self.spec().tile_bits
+        shift_T = trellis_tables.shifts(tile_bits, self._step_weights)
+        path_NT = viterbi.tail_biting(x_NTV, self._values(state), shift_T)
+        return reference.words(path_NT, tile_bits).unflatten(0, X_IJE.shape[:2])
 
     def decode(self, codes_IJM: Tensor, state: State, col: int = 0) -> Tensor:
         spec = self.spec()
@@ -199,19 +243,33 @@ class Trellis(ScaledCodec):
             codes_IJM, self._values(state), state["scale"], spec.tile_bits, spec.state_bits
         )
 
+    def project(self, state: State) -> State:
+        if self.code != "gf2":
+            return super().project(state)
+        # Integers that training moved beyond the largest one are divided, and the scale grows.
+        table_K1 = state["table"].detach().float()
+        excess = (table_K1.abs().max() / trellis_tables.LARGEST).clamp(min=1)
+        scale = state["scale"].detach().float() * excess
+        return {**state, "scale": scale, "table": (table_K1 / excess).round()}
+
     def pack(self, codes_IJM: Tensor, state: State) -> dict[str, Tensor]:
-        return {"codes": codes_IJM.to(torch.int16), **state}
+        packed = {"codes": codes_IJM.to(torch.int16), **state}
+        if self.code == "gf2":
+            packed["table"] = state["table"].to(torch.int8)
+        return packed
 
     def unpack(self, tensors: dict[str, Tensor], rows: int, cols: int) -> tuple[Tensor, State]:
         codes_IJM = tensors["codes"].to(torch.int32) & 0xFFFF
-        return codes_IJM, {name: t for name, t in tensors.items() if name != "codes"}
+        state = {name: t for name, t in tensors.items() if name != "codes"}
+        if self.code == "gf2":
+            state["table"] = state["table"].float()
+        return codes_IJM, state
 
     def _values(self, state: State) -> Tensor:
-        spec = self.spec()
-        device = state["scale"].device
-        return reference.values(
-            spec.code, spec.state_bits, spec.table_bits, state.get("table"), device
-        )
+        spec, table = self.spec(), state.get("table")
+        if isinstance(spec, ParityTrellisSpec) and table is not None and not table.requires_grad:
+            return _parity_values(spec, viterbi.Same(table))
+        return spec.values(table, state["scale"].device)
 
 
 @cache
@@ -234,17 +292,20 @@ def _spec(
     )
 
 
-def _encode(x_NE: Tensor, spec: TrellisSpec, values_SV: Tensor) -> Tensor:
-    """Words of the best paths of tiles of weights in units of the scale: int32 [N, M]."""
-    x_NTV = x_NE.unflatten(1, (-1, spec.step_weights))
-    return reference.words(viterbi.tail_biting(x_NTV, values_SV, _shifts(spec)), spec.tile_bits)
+@lru_cache(maxsize=4)
+def _parity_values(spec: ParityTrellisSpec, table: viterbi.Same) -> Tensor:
+    """The same tensor for all columns of tiles, so that the search prepares it once."""
+    return spec.values(table.tensor, table.tensor.device)
 
 
 @cache
-def _shifts(spec: TrellisSpec) -> list[int]:
-    """New bits of every step."""
-    ends = reference.step_ends(spec.tile_bits, reference.WEIGHTS // spec.step_weights)
-    return [b - a for a, b in zip([0, *ends], ends)]
+def _parity_spec(
+    tile_rows: int, tile_bits: int, state_bits: int, masks: tuple[int, ...]
+) -> ParityTrellisSpec:
+    """The same for code gf2."""
+    return ParityTrellisSpec(
+        tile_rows=tile_rows, tile_bits=tile_bits, state_bits=state_bits, masks=masks
+    )
 
 
 def _best_scale(code: str, state_bits: int, rate: float) -> float:
@@ -264,46 +325,3 @@ def _interpolate(x: float, xs: tuple[float, ...], ys: tuple[float, ...]) -> floa
     i = next(i for i, known in enumerate(xs) if known >= x)
     part = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
     return ys[i - 1] + part * (ys[i] - ys[i - 1])
-
-
-@cache
-def _trained_table(spec: TrellisSpec) -> Tensor:
-    """A table for unit Gaussian weights, float16: entries become the means of the weights that have
-    their code.
-
-    The Lloyd algorithm with fresh Gaussian tiles in every round, the sums of earlier rounds
-    counting half as much with each. Trained once in a process; the same for every matrix.
-    """
-    generator = torch.Generator().manual_seed(0)
-    entries = 1 << (spec.table_bits or spec.state_bits)
-    table_KV = _first_table(spec, generator)
-    num_tiles = max(64, min(1024, 4 * entries * spec.step_weights // 16))
-    sums_KV, counts_K = torch.zeros_like(table_KV).double(), torch.zeros(entries).double()
-    for _ in range(_ROUNDS):
-        # Paths of new weights with the table so far, rounded as it will be stored.
-        x_NTV = torch.randn(num_tiles, reference.WEIGHTS, generator=generator)
-        x_NTV = x_NTV.unflatten(1, (-1, spec.step_weights))
-        values_SV = reference.values(
-            spec.code, spec.state_bits, spec.table_bits, table_KV.half(), table_KV.device
-        )
-        state_N = viterbi.tail_biting(x_NTV, values_SV, _shifts(spec)).flatten().long()
-        # Each step used one entry, with signs: the weights times these signs are its samples.
-        entry_N, sign_NV = reference.entries(spec.code, spec.table_bits, state_N)
-        x_NV = x_NTV.flatten(0, 1).double() * sign_NV
-        counts_K = counts_K / 2 + torch.bincount(entry_N, minlength=entries).double()
-        totals = [torch.bincount(entry_N, column, entries) for column in x_NV.unbind(1)]
-        sums_KV = sums_KV / 2 + torch.stack(totals, 1)
-        # An entry with two samples or fewer keeps its value; samples of earlier rounds count less.
-        trained = counts_K[:, None] > 2
-        table_KV = torch.where(trained, sums_KV / counts_K[:, None], table_KV).float()
-    return table_KV.half()
-
-
-def _first_table(spec: TrellisSpec, generator: torch.Generator) -> Tensor:
-    """Where training begins, in units of the weights: the values of mul1 or Gaussian entries."""
-    scale = _best_scale("mul1", spec.state_bits, spec.tile_bits / reference.WEIGHTS)
-    if spec.code == "table" and spec.step_weights == 1:
-        cpu = torch.device("cpu")
-        return scale * reference.computed_values("mul1", spec.state_bits, cpu)
-    entries = 1 << (spec.table_bits or spec.state_bits)
-    return scale * torch.randn(entries, spec.step_weights, generator=generator)

@@ -27,6 +27,7 @@ from vqllm.distillation.coded_weights import CodedWeights, codecs_of
 from vqllm.distillation.fit_scales import fit
 from vqllm.hf.decoder_layers import layer_names
 from vqllm.hf.linears import decoder_name
+from vqllm.hf.running import explained_run
 from vqllm.plan.packed_spec import as_stored, scaled
 from vqllm.runtime import PackedModule, VQLinear
 from vqllm.tuning.relative_parameter import RelativeParameter
@@ -237,7 +238,8 @@ class Student:
 
     def logits(self, tokens_SL: Tensor) -> Tensor:
         """Predictions [S, L, V]."""
-        return self.model(input_ids=tokens_SL, use_cache=False).logits
+        with explained_run(self.model):
+            return self.model(input_ids=tokens_SL, use_cache=False).logits
 
     def recompute(self, on: bool) -> None:
         """Whether gradients find only the inputs of layers in memory and compute the rest again.

@@ -19,6 +19,7 @@ from vqllm.calibration.data.text_sources import open_source
 from vqllm.core.protocols import JSON
 from vqllm.errors import CalibrationError, EvaluationError, NumericalError
 from vqllm.hf.loading import max_length, runs_beyond
+from vqllm.hf.running import explained_run
 
 WINDOW_LENGTH = 2048
 # Positions whose logits are in float32 at once: 256 x 49152 are 50 MB.
@@ -224,13 +225,14 @@ def compare(
 def _logits(model: Any, tokens_L: Tensor) -> Tensor:
     """The predictions of tokens 1 to L−1, [L−1, V], in the model's dtype."""
     tokens = tokens_L[None].to(model.device)
-    try:
-        output = model(input_ids=tokens, use_cache=False)
-    except RuntimeError as error:
-        if "same dtype" not in str(error):
-            raise
-        # xLSTM in 16 bits: without a cache its state is float32, and its products fail.
-        output = model(input_ids=tokens, use_cache=True)
+    with explained_run(model):
+        try:
+            output = model(input_ids=tokens, use_cache=False)
+        except RuntimeError as error:
+            if "same dtype" not in str(error):
+                raise
+            # xLSTM in 16 bits: without a cache its state is float32, and its products fail.
+            output = model(input_ids=tokens, use_cache=True)
     return output.logits[0, :-1]
 
 

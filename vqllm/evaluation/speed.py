@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from vqllm.core.protocols import JSON
 from vqllm.errors import EvaluationError
 from vqllm.hf.loading import max_length, runs_beyond
+from vqllm.hf.running import explained_run
 from vqllm.runtime import VQLinear, describe, kept_bytes
 
 MIN_SECONDS = 0.01
@@ -106,14 +107,15 @@ def _generate(model: Any, prompt_SL: Tensor, load: Load) -> tuple[float, float]:
 
 
 def _continue(model: Any, prompt_SL: Tensor, num_tokens: int) -> None:
-    model.generate(
-        prompt_SL,
-        attention_mask=torch.ones_like(prompt_SL),
-        max_new_tokens=num_tokens,
-        min_new_tokens=num_tokens,
-        do_sample=False,
-        pad_token_id=0,
-    )
+    with explained_run(model):
+        model.generate(
+            prompt_SL,
+            attention_mask=torch.ones_like(prompt_SL),
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers import __version__ as transformers_version
 
 from vqllm.errors import ModelError, VqllmError
-from vqllm.hf.claims import refuse_claims
+from vqllm.hf.claims import refuse_claims, refuse_larger, stored_numbers
 from vqllm.hf.classes import auto_class
 from vqllm.hf.next_tokens import say_what_is_unused
 from vqllm.hf.refusals import (
@@ -43,6 +43,10 @@ def load_model(folder: Path, *, trust_remote_code: bool = False, **options: Any)
         ModelError: a tensor is missing or of another shape, or transformers cannot load the model.
     """
     config = load_config(folder, trust_remote_code=trust_remote_code)
+    quantized = getattr(config, "quantization_config", None) is not None
+    whole = skeleton(folder, trust_remote_code=trust_remote_code)
+    refuse_larger(whole, stored_numbers(folder, quantized), f"{folder}/config.json")
+    del whole
     if (dense := dequantizing_config(config)) is not None:
         options["quantization_config"] = dense
     with explained(folder):

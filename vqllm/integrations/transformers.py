@@ -25,6 +25,7 @@ from vqllm.checkpoint.format import QUANT_METHOD, QuantizationConfig
 from vqllm.checkpoint.shards import DAMAGED, read_header
 from vqllm.core.tensors import frozen
 from vqllm.errors import CheckpointError
+from vqllm.hf.claims import refuse_larger
 from vqllm.hf.linear_form import from_linear_form, is_fused
 from vqllm.hf.linears import before_lookup
 from vqllm.hf.rules import undone_by_saving, with_linears
@@ -103,13 +104,17 @@ class VqllmQuantizer(HfQuantizer):
         files = [Path(own) for own in kwargs.get("checkpoint_files") or ()]
         files = [file for file in files if file.suffix == ".safetensors"]
         # The loader itself names neither a truncated file nor a damaged one.
-        self._stored = {name for file in files for name in read_header(file)}
+        stored = {name: own for file in files for name, own in read_header(file).items()}
+        self._stored = set(stored)
         checksums.compare_loaded(files)
         quantization = self.quantization_config.parse()
         with torch.device("meta"):
             found = found_in(model, quantization)
             self._gone, self._own, self._originals = found.gone, found.own, found.originals
             replace_modules(model, found.specs, found.tied)
+        if files:
+            found_numbers = sum(own.numel for own in stored.values())
+            refuse_larger(model, found_numbers, f"{files[0].parent}/config.json")
         for name, module in self._originals.items():
             # What initializes the module around experts may ask for parameters that are gone. All
             # that it has comes from the files.

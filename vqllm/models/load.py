@@ -21,6 +21,7 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     verify: bool = True,
     trust_remote_code: bool = False,
+    allow_bin: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a model to run it, quantized by vqllm or not, and its tokenizer.
 
@@ -31,6 +32,7 @@ def load(
         device_map: as in transformers: None is the CPU, "auto" whatever there is, or a dictionary.
         verify: compare a checkpoint's shards with their checksums first.
         trust_remote_code: whether Python code found in the folder may be executed.
+        allow_bin: whether weights that are pickles may be loaded, as tensors, and converted.
 
     Returns:
         The model in evaluation mode, and its tokenizer, or None if the folder has none.
@@ -39,7 +41,7 @@ def load(
         ModelError: there is no such model, or transformers cannot load it.
         CheckpointError: it is quantized, but damaged or of a newer format; names the file.
     """
-    folder = models.resolve(path, trust_remote_code=trust_remote_code).path
+    folder = models.resolve(path, trust_remote_code=trust_remote_code, allow_bin=allow_bin).path
     if is_checkpoint(folder):
         Checkpoint.open(folder, verify=False)  # its checksums are compared when it is read
     tokenizer = None
@@ -59,6 +61,7 @@ def load_to_run(
     dtype: torch.dtype | None = None,
     *,
     needs_tokenizer: bool = True,
+    allow_bin: bool = False,
 ) -> tuple[Any, Any]:
     """Model and tokenizer on a device.
 
@@ -67,7 +70,7 @@ def load_to_run(
         dtype: None is bfloat16 on a CPU, which is there 3 times as fast as float16 and 4 times as
             fast as float32, and that of the folder elsewhere.
     """
-    folder = models.resolve(model, trust_remote_code=trust_remote_code).path
+    folder = models.resolve(model, trust_remote_code=trust_remote_code, allow_bin=allow_bin).path
     if needs_tokenizer:
         refuse_no_tokenizer(folder)
     return load(

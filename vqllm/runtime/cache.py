@@ -23,13 +23,16 @@ def set_weight_cache(mode: Mode) -> None:
 
     Args:
         mode: "auto" keeps them on the CPU, where decoding at every call costs far more than the
-            product itself, and not on other devices; modules that are offloaded to disk or to
+            product itself, unless codes are multiplied as they are stored (trellises and e8p, where
+            the processor has the instructions and no gradient of x is wanted: 8 bytes a feature are
+            kept for that), and not on other devices; modules that are offloaded to disk or to
             another device never keep them. "on" keeps them on every device, "off" on none. An
             embedding, which decodes no more rows than it looks up, keeps them with "on" only.
 
-    With "auto" and "off", large linears whose codebooks have at most 256 entries multiply a single
-    row on the CPU by look-up instead (`vqllm_kernels.lut.cpu`), for which they keep a copy of
-    their codes of one byte each: an eighth to a quarter of a byte a weight for the formats in use.
+    With "auto" and "off" codes are multiplied as they are stored where that is possible, and large
+    linears whose codebooks have at most 256 entries multiply a single row on the CPU by look-up
+    (`vqllm_kernels.lut.cpu`), for which they keep a copy of their codes of one byte each: an eighth
+    to a quarter of a byte a weight for the formats in use.
     """
     global _mode, _told
     if mode not in get_args(Mode):

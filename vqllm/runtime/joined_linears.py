@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from vqllm.runtime import cache
 from vqllm.runtime.packed import Fingerprint, version
+from vqllm.runtime.packed_products import PackedProducts, serve
 from vqllm_kernels import dispatch
 
 if TYPE_CHECKING:
@@ -44,11 +45,9 @@ class JoinedLinears:
         self._left: list[weakref.ref[VQLinear]] = []
         self._members = [weakref.ref(member, self._left.append) for member in members]
         self._rows = [member.out_features for member in members]
-        self._may_look_up = any(
-            dispatch.beats_kept_weights(member.spec, torch.device("cpu"), 1) for member in members
-        )
         self._ids = [id(member) for member in members]
         self._stacked: Tensor | None = None
+        self._packed = PackedProducts()
         self._has_bias = False
         self._decoded_from: Fingerprint | None = None
         self._agreed: Fingerprint | None = None
@@ -107,14 +106,19 @@ class JoinedLinears:
     def _products(self, x: Tensor) -> Sequence[Tensor] | None:
         if self._left:
             return None
-        if self._may_look_up:
-            num_rows = x.numel() // x.shape[-1]
-            if any(member.is_faster_packed(x.device, num_rows) for member in self.members):
-                return None
+        members = self.members
+        faster = [member.is_faster_packed(x) for member in members]
+        if all(faster) and serve(members, x) and self._inputs_agree(members):
+            self._drop_weights(members)
+            ys = self._packed(members, x)
+            if ys is not None:
+                biases = self._biases(x.dtype)
+                return [y if b is None else y + b for y, b in zip(ys, biases)]
+        elif any(faster) and not self._all_packed(members, x.dtype):
+            return None  # some are looked up, alone
         compiling = torch.compiler.is_compiling()
-        W_RC = self._weights(x, compiling)
+        W_RC = None if all(faster) else self._weights(x, compiling)
         if W_RC is None:
-            members = self.members
             self._drop_weights(members)
             if not self._inputs_agree(members):
                 return None
@@ -131,6 +135,10 @@ class JoinedLinears:
         if x.numel() > x.shape[-1]:  # of a single row they are contiguous, as linears' are
             return [part.contiguous() for part in parts]
         return parts
+
+    @staticmethod
+    def _all_packed(members: Sequence["VQLinear"], dtype: torch.dtype) -> bool:
+        return all(dispatch.multiplied_packed(m.spec.format, dtype) for m in members)
 
     def _biases(self, dtype: torch.dtype) -> list[Tensor | None]:
         return [None if m.bias is None else m.bias.to(dtype) for m in self.members]

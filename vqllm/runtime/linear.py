@@ -11,6 +11,7 @@ from vqllm.core.tensors import frozen
 from vqllm.runtime.cache import weight_cache
 from vqllm.runtime.joined_linears import JoinedLinears
 from vqllm.runtime.packed import PackedModule
+from vqllm.runtime.packed_products import PackedProducts, serve
 from vqllm_kernels import dispatch
 from vqllm_kernels.linear import LinearSpec
 
@@ -43,6 +44,7 @@ class VQLinear(PackedModule, nn.Linear):  # pyright: ignore[reportIncompatibleVa
         super().__init__(spec, dtype, device)
         self.in_features, self.out_features = spec.cols, spec.rows
         self._group: JoinedLinears | None = None
+        self._products = PackedProducts()
         self.register_parameter(
             "bias", frozen(torch.empty(spec.rows, dtype=dtype, device=device)) if bias else None
         )
@@ -71,7 +73,7 @@ class VQLinear(PackedModule, nn.Linear):  # pyright: ignore[reportIncompatibleVa
 
     def multiply(self, x: Tensor) -> Tensor:
         """The same, without regard to the linears that share its input."""
-        if not self.is_faster_packed(x.device, x.numel() // self.in_features):
+        if not self.is_faster_packed(x):
             W_RC = self._kept_weights(x.dtype)
             if W_RC is not None:
                 bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -87,13 +89,31 @@ class VQLinear(PackedModule, nn.Linear):  # pyright: ignore[reportIncompatibleVa
         """The linears of its input that it is multiplied with."""
         return self._group
 
-    def is_faster_packed(self, device: torch.device, num_rows: int) -> bool:
-        """Whether so many rows of x are multiplied from the packed tensors, kept weights or not."""
-        return weight_cache() != "on" and dispatch.beats_kept_weights(self.spec, device, num_rows)
+    def is_faster_packed(self, x: Tensor) -> bool:
+        """Whether x is multiplied with the packed tensors, whether weights are kept or not.
+
+        The gradient of x takes decoded weights: where it is wanted, they are kept.
+        """
+        if x.requires_grad and torch.is_grad_enabled():
+            return False
+        return self.beats_kept_weights(x.device, x.numel() // self.in_features, x.dtype)
+
+    def beats_kept_weights(
+        self, device: torch.device, num_rows: int, dtype: torch.dtype | None = None
+    ) -> bool:
+        """The same of so many rows of activations, in the dtype of the model if none is named."""
+        dtype = dtype or self._dtype
+        return weight_cache() != "on" and dispatch.beats_kept_weights(
+            self.spec, device, num_rows, dtype
+        )
 
     def packed_product(self, x: Tensor) -> Tensor:
         """x Wᵀ + bias from the packed tensors, whatever the weight cache is set to."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if serve((self,), x):
+            ys = self._products((self,), x)
+            if ys is not None:
+                return ys[0] if bias is None else ys[0] + bias
         return dispatch.linear(x, self.packed, self.spec, bias)
 
     def forget(self) -> None:
@@ -104,7 +124,7 @@ class VQLinear(PackedModule, nn.Linear):  # pyright: ignore[reportIncompatibleVa
 
     def __getstate__(self) -> dict[str, Any]:
         # A group knows the modules themselves, which a copy does not belong to.
-        return {**super().__getstate__(), "_group": None}
+        return {**super().__getstate__(), "_group": None, "_products": PackedProducts()}
 
     def extra_repr(self) -> str:
         transforms = ", ".join(f"{t.kind} {t.side}" for t in self.spec.transforms) or "none"

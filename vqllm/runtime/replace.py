@@ -177,7 +177,7 @@ def _describe(
     name: str, module: PackedModule, num_rows: int, groups: Mapping[int, list[str]]
 ) -> ChosenImplementation:
     device = module.device
-    faster_packed = isinstance(module, VQLinear) and module.is_faster_packed(device, num_rows)
+    faster_packed = isinstance(module, VQLinear) and module.beats_kept_weights(device, num_rows)
     if module.keeps_weights() and not faster_packed:
         implementation = "dense weights, kept"
         reason = f"weight cache {cache.weight_cache()!r} on {device.type}"
@@ -196,12 +196,14 @@ def _describe(
         num_rows=num_rows,
         implementation=implementation,
         reason=reason,
-        group=() if faster_packed else tuple(groups.get(id(getattr(module, "group", None)), ())),
+        group=()
+        if implementation == "lookup"
+        else tuple(groups.get(id(getattr(module, "group", None)), ())),
     )
 
 
 def _choice(module: VQLinear, num_rows: int) -> dispatch.Choice:
-    """The choice for the product; a kind of call that was never made is made once, with zeros."""
+    """The choice for the product; it is made here for a kind of call that there was not."""
     call = dispatch.Call(
         operation="matmul",
         spec=module.spec.format,
@@ -211,9 +213,8 @@ def _choice(module: VQLinear, num_rows: int) -> dispatch.Choice:
     )
     made = {choice.call: choice for choice in dispatch.choices()}
     if call not in made:
-        with torch.no_grad():
-            zeros = torch.zeros(num_rows, module.in_features, dtype=call.dtype, device=call.device)
-            module.packed_product(zeros)
+        x = torch.empty(num_rows, module.in_features, dtype=call.dtype, device=call.device)
+        dispatch.choose(x, call.spec)
         made = {choice.call: choice for choice in dispatch.choices()}
     return made[call]
 

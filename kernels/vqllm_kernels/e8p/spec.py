@@ -1,15 +1,19 @@
 """Formats e8p-v1 (2 bits a weight) and e81b-v1 (1 bit a weight); the bits are in `reference`."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from vqllm_kernels.cpu.kernels import PackedKernels
 from vqllm_kernels.e8p import reference
 from vqllm_kernels.formats import FormatSpec, register
 from vqllm_kernels.kernels import Kernels, Kind
 from vqllm_kernels.layout import TensorLayout
+
+if TYPE_CHECKING:
+    from vqllm_kernels.cpu.parts import Part
 
 
 @register
@@ -37,7 +41,14 @@ class E8PSpec(FormatSpec):
             from vqllm_kernels.e8p.kernels import E8PKernels
 
             return E8PKernels(is_e8p=True)
+        if kind == "packed":
+            return PackedKernels(spec=self, parts=self._parts, wide_only=True)
         return super().kernels(kind)
+
+    def _parts(self, tensors: dict[str, Tensor]) -> "list[Part]":
+        from vqllm_kernels.cpu import e8p, instructions
+
+        return [e8p.part(tensors, instructions.instructions())]
 
 
 @register

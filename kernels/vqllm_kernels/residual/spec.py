@@ -1,16 +1,20 @@
 """Format residual-v1: two or more formats of the same tile, added; the bits are in `reference`."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor
 
 from vqllm_kernels import formats
+from vqllm_kernels.cpu.kernels import PackedKernels
 from vqllm_kernels.formats import FormatSpec, register
 from vqllm_kernels.kernels import Kernels, Kind
 from vqllm_kernels.layout import TensorLayout
 from vqllm_kernels.residual import reference
 from vqllm_kernels.residual.kernels import ResidualKernels
+
+if TYPE_CHECKING:
+    from vqllm_kernels.cpu.parts import Part
 
 
 @register
@@ -48,7 +52,31 @@ class ResidualSpec(FormatSpec):
         return reference.decode_rows(tensors, self.stages, index_N, cols)
 
     def kernels(self, kind: Kind) -> Kernels:
+        if kind == "packed":
+            return self._packed()
         return ResidualKernels(self, tuple(stage.kernels(kind) for stage in self.stages))
+
+    def _packed(self) -> Kernels:
+        """The products of all stages, added before anything is rounded."""
+        every = [stage.kernels("packed") for stage in self.stages]
+        stages = [kernels for kernels in every if isinstance(kernels, PackedKernels)]
+        if len(stages) < len(every):
+            return super().kernels("packed")
+
+        def parts(tensors: dict[str, Tensor]) -> "list[Part]":
+            return [
+                part
+                for i, stage in enumerate(stages)
+                for part in stage.parts(reference.stage_tensors(tensors, i))
+            ]
+
+        reasons = [stage.reason for stage in stages if stage.reason is not None]
+        return PackedKernels(
+            spec=self,
+            parts=parts,
+            reason=reasons[0] if reasons else None,
+            wide_only=any(stage.wide_only for stage in stages),
+        )
 
     def problem(self, tensors: dict[str, Tensor], rows: int, cols: int) -> str | None:
         for i, stage in enumerate(self.stages):

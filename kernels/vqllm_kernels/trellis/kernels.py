@@ -1,4 +1,8 @@
-"""The Triton kernels of trellis-v1, as `launch` runs them; `triton` has their code."""
+"""The Triton kernels of trellis-v1 and trellis-v2, as `launch` runs them; `triton` has their code.
+
+The parities of trellis-v2 are not computed in a kernel: the values of its states are looked up, as
+those of a stored table of all states.
+"""
 
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +26,7 @@ from vqllm_kernels.trellis import reference
 from vqllm_kernels.trellis import triton as compiled
 
 if TYPE_CHECKING:
-    from vqllm_kernels.trellis.spec import TrellisSpec
+    from vqllm_kernels.trellis.spec import ParityTrellisSpec, TrellisSpec
 
 MIN_TILE_ROWS, MAX_TILE_ROWS = 8, 64
 PART_ROWS = 32
@@ -34,9 +38,9 @@ MAX_SPLIT_COLS = 32767
 
 @dataclass(frozen=True)
 class TrellisKernels(launch.TritonKernels):
-    """The `Kernels` of the format: float16 and bfloat16, and float32 too for sums of bytes."""
+    """The `Kernels` of a format: float16 and bfloat16, and float32 too for sums of bytes."""
 
-    spec: "TrellisSpec"
+    spec: "TrellisSpec | ParityTrellisSpec"
 
     @property
     def mode(self) -> str:
@@ -80,7 +84,7 @@ class TrellisKernels(launch.TritonKernels):
         # 3inst: sums of two float16, less their mean; the deviation comes at the end.
         factor, mean = 1.0, 0.0
         if mode == "3inst":
-            moments = moments_of(spec.code, spec.state_bits)
+            moments = reference.moments_of(spec.code, spec.state_bits)
             factor, mean = 1 / moments.deviations[0], moments.means[0]
         # A step of a program: a tile for each lane, or one part of its rows.
         step_tiles = WARPS // self.parts * 4
@@ -91,7 +95,7 @@ class TrellisKernels(launch.TritonKernels):
                 **self._constants(),
                 "x_ptr": values,
                 "codes_ptrs": tuple(launch.words_of(own["codes"]) for own in members.tensors),
-                "table_ptrs": self._tables(members) if mode == "table" else (values,),
+                "table_ptrs": self._tables(members, values.dtype) if mode == "table" else (values,),
                 "cols": members.cols,
                 "tiles_c": tiles_c,
                 "MODE": mode,
@@ -122,9 +126,7 @@ class TrellisKernels(launch.TritonKernels):
         if by_sum:
             table = _table_by_sum(spec.code, spec.state_bits, codes.device)
         else:
-            table = reference.values(
-                spec.code, spec.state_bits, spec.table_bits, tensors.get("table"), codes.device
-            )
+            table = spec.values(tensors.get("table"), codes.device)
         tiles_r, tiles_c = spec.grid(rows, cols)
         step_tiles = DECODE_WARPS // self.parts * 4
         return Decoding(
@@ -161,17 +163,16 @@ class TrellisKernels(launch.TritonKernels):
             "CHUNK": next(size for size in (4, 2, 1) if own % size == 0),
         }
 
-    def _tables(self, members: Members) -> tuple[Tensor, ...]:
-        """The values of all states, float16 [2^L, V], of each member; nothing is rounded."""
+    def _tables(self, members: Members, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The values of all states, [2^L, V], of each member; nothing is rounded.
+
+        They are float16, or in the dtype of x where that holds them: integers of a byte.
+        """
         spec, tables = self.spec, members.stored("table")
         if spec.code == "table":
             return tables
-        return tuple(
-            reference.values(
-                spec.code, spec.state_bits, spec.table_bits, table, table.device
-            ).half()
-            for table in tables
-        )
+        own = dtype if spec.code == "gf2" else torch.float16
+        return tuple(spec.values(table, table.device).to(own) for table in tables)
 
 
 @cache
@@ -181,7 +182,7 @@ def _wanted(kernels: TrellisKernels, cols: int) -> Wanted | None:
     if kernels.mode != "bytes":
         return None
     spec = kernels.spec
-    moments = moments_of(spec.code, spec.state_bits)
+    moments = reference.moments_of(spec.code, spec.state_bits)
     return Wanted(
         padded_cols=spec.grid(1, cols)[1] * spec.tile[1],
         factors=(1 / moments.deviations[0], 1 / moments.deviations[-1]),
@@ -189,31 +190,10 @@ def _wanted(kernels: TrellisKernels, cols: int) -> Wanted | None:
     )
 
 
-@dataclass(frozen=True)
-class Moments:
-    """What turns sums of bytes into values: (sum − mean) / deviation, for each of the V."""
-
-    means: tuple[float, ...]
-    deviations: tuple[float, ...]
-
-
-@cache
-def moments_of(code: str, state_bits: int) -> Moments:
-    """The moments over all states."""
-    states = torch.arange(1 << state_bits, dtype=torch.int64)
-    if code in reference.MULTIPLIERS:
-        sums = reference.byte_sums(code, states).double()
-    else:
-        sums = reference.raw_values(code, states)
-    means = sums.mean(0)
-    deviations = (sums - means).square().mean(0).sqrt()
-    return Moments(tuple(means.tolist()), tuple(deviations.tolist()))
-
-
 @cache
 def _table_by_sum(code: str, state_bits: int, device: torch.device) -> Tensor:
     """The value of every sum of bytes that are read as unsigned: float32 [1021] or [2 · 511]."""
-    moments = moments_of(code, state_bits)
+    moments = reference.moments_of(code, state_bits)
     num = 4 // len(moments.means)
     sums = torch.arange(num * 255 + 1, dtype=torch.float64) - num * 128
     values = [(sums - m) / d for m, d in zip(moments.means, moments.deviations)]

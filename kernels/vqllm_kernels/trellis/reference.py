@@ -35,6 +35,7 @@ drawn at random, on Gaussian weights at 2.5 to 4 and at 1.5 to 2.25 bits. Signed
 tensor core multiplies, so the register with x is an operand as it is.
 """
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
 
@@ -156,6 +157,27 @@ def byte_sums(code: str, states: Tensor) -> Tensor:
     return (b[0] + b[1] + b[2] + b[3])[..., None]
 
 
+@dataclass(frozen=True)
+class Moments:
+    """What turns sums of bytes into values: (sum − mean) / deviation, for each of the V."""
+
+    means: tuple[float, ...]
+    deviations: tuple[float, ...]
+
+
+@cache
+def moments_of(code: str, state_bits: int) -> Moments:
+    """The moments over all states."""
+    states = torch.arange(1 << state_bits, dtype=torch.int64)
+    if code in MULTIPLIERS:
+        sums = byte_sums(code, states).double()
+    else:
+        sums = raw_values(code, states)
+    means = sums.mean(0)
+    deviations = (sums - means).square().mean(0).sqrt()
+    return Moments(tuple(means.tolist()), tuple(deviations.tolist()))
+
+
 def raw_values(code: str, states: Tensor) -> Tensor:
     """The values [..., 1] of a computed code without bytes as they come, float64, of states int64
     [...]."""
@@ -228,6 +250,11 @@ def decode(
     codes = tensors["codes"].to(torch.int32) & 0xFFFF
     table = values(code, state_bits, table_bits, tensors.get("table"), codes.device)
     X_IJE = decode_tiles(codes, table, tensors["scale"], tile_bits, state_bits)
+    return matrix(X_IJE, tile, rows, cols)
+
+
+def matrix(X_IJE: Tensor, tile: tuple[int, int], rows: int, cols: int) -> Tensor:
+    """Tiles put together and cut to size, float32 [rows, cols]."""
     X = X_IJE.unflatten(-1, tile).transpose(1, 2)
     return X.flatten(2).flatten(0, 1)[:rows, :cols]
 

@@ -1,4 +1,4 @@
-"""Kernels of trellis-v1: decode, and a decode-matmul for up to 64 tokens.
+"""Kernels of trellis-v1 and trellis-v2: decode, and a decode-matmul for up to 64 tokens.
 
 A lane decodes a tile, or a part of its rows (see `tiles`), from packed codes as they are stored: 16
 bytes a load where the rate is a multiple of half a bit (of a bit, with tiles of 64 rows), no
@@ -10,16 +10,17 @@ two (V = 2) int8 operands, and the activations, in two bytes of 8 bits each (`ac
 repeated along k. A state costs a shift, a mask and a multiplication; bytes read as unsigned one
 more operation. Sums are exact integers.
 
-All other codes are looked up as float16 in the table of values of their states, or computed
-(3inst), and go to float16 or bfloat16 tensor cores.
+All other codes are looked up as float16 in the table of values of their states (trellis-v2 in the
+dtype of x), or computed (3inst), and go to float16 or bfloat16 tensor cores.
 
 Warps, and programs, split the columns of W. Each program writes its sums, and a second kernel adds
 them up, always in the same order: results are deterministic.
 
 Static figures for sm_90 at up to 4 tokens, tiles of 64 rows (tests/parity/budgets.json): 2.05
 instructions a weight for bytes2 at 2 bits, 3.6 for bytes4 at 3 and 4 bits, 4.6 for mul1, 7.1 for
-3inst, 4.2 for a hybrid, whose bound is its look-ups. Of the 2.05, shifts and masks are 1.1, on half
-as many units: 14·10^12 weights a second on an H100, where 2-bit codes arrive at 12·10^12.
+3inst, 4.2 for a hybrid and 5.9 for trellis-v2, whose bound is their look-ups. Of the 2.05, shifts
+and masks are 1.1, on half as many units: 14·10^12 weights a second on an H100, where 2-bit codes
+arrive at 12·10^12.
 """
 
 import triton

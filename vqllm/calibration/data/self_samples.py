@@ -24,6 +24,7 @@ from vqllm.calibration.data.vocabulary import leading_token, ordinary_tokens
 from vqllm.calibration.decode_attention import fast_decoding
 from vqllm.core import rng
 from vqllm.errors import NumericalError
+from vqllm.hf.running import explained_run
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def generate_samples(
     restart = _Restart(model, tokenizer)
     total = U_SL.numel()
     batches = []
-    with torch.inference_mode(), fast_decoding(model) as fast_cache:
+    with torch.inference_mode(), explained_run(model), fast_decoding(model) as fast_cache:
         new_cache = _working_cache(model, fast_cache)
         if new_cache is None:
             logger.warning(

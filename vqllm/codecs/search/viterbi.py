@@ -40,7 +40,7 @@ def tail_biting(x_NTV: Tensor, values_SV: Tensor, shifts: list[int], around: int
     num_around = min(-(-around * state_bits // min(shifts)), len(shifts) // 2)
     # Compiled by numba on a CPU, a Triton kernel on a GPU, torch where there is neither.
     if x_NTV.device.type == "cpu" and has_numba():
-        compiled = _compiled(_Same(values_SV), tuple(shifts), num_around)
+        compiled = _compiled(Same(values_SV), tuple(shifts), num_around)
         path_NT = compiled.paths(x_NTV.contiguous().numpy(), torch.get_num_threads())
         return torch.from_numpy(path_NT)
     if x_NTV.device.type == "cuda" and gpu.declines(x_NTV.device) is None:
@@ -51,7 +51,7 @@ def tail_biting(x_NTV: Tensor, values_SV: Tensor, shifts: list[int], around: int
     return torch.cat([_tail_biting(search, x, values_SV, shifts, num_around) for x in chunks])
 
 
-class _Same:
+class Same:
     """A tensor as a key: equal to the same one, unless it was written to."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -62,13 +62,13 @@ class _Same:
         return id(self.tensor)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Same) or self.tensor is not other.tensor:
+        if not isinstance(other, Same) or self.tensor is not other.tensor:
             return False
         return self._version == other._version
 
 
 @lru_cache(maxsize=4)
-def _compiled(values: _Same, shifts: tuple[int, ...], num_around: int) -> "viterbi_numba.Search":
+def _compiled(values: Same, shifts: tuple[int, ...], num_around: int) -> "viterbi_numba.Search":
     """The search on the CPU. Rounding codes a matrix column by column, each with the same."""
     from vqllm.codecs.search import viterbi_numba
 

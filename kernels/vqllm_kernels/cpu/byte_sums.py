@@ -1,0 +1,40 @@
+"""Codes whose weights are sums of the bytes of a product: bytes2, bytes4, mul1, mul2, 1mad."""
+
+from vqllm_kernels.cpu.tiles import TileEmitter
+from vqllm_kernels.cpu.vectors import Value
+from vqllm_kernels.trellis import reference
+
+
+class ByteSums(TileEmitter):
+    """One multiplication makes the bytes of a register of states."""
+
+    @property
+    def is_signed(self) -> bool:
+        return self.product.code not in reference.UNSIGNED
+
+    def operands(self, tile: Value, group: int, piece: int) -> list[Value]:
+        values = [self._bytes(state) for state in self.states(tile, group, piece)]
+        if not self.product.is_bytes:
+            return [self._words(value) for value in values]
+        if not self.is_signed:
+            return values
+        return [self.v.b.xor(value, self.v.all_ints(0x80808080)) for value in values]
+
+    def columns(self, tile: Value, group: int, piece: int) -> list[Value]:
+        found = []
+        for state in self.states(tile, group, piece):
+            low, high = self.v.word_halves(self._words(self._bytes(state)))
+            found += [low, high] if self.product.step_weights == 2 else [self.v.b.add(low, high)]
+        return found
+
+    def _bytes(self, state: Value) -> Value:
+        v, code = self.v, self.product.code
+        value = v.b.mul(state, v.all_ints(reference.MULTIPLIERS[code]))
+        addend = reference.ADDENDS.get(code)
+        return value if addend is None else v.b.add(value, v.all_ints(addend))
+
+    def _words(self, value: Value) -> Value:
+        """Sums of bytes in two int16: the two weights of a state, or the two halves of one."""
+        if self.product.step_weights == 2:
+            value = self.v.shuffle_in_words(value, (0, 2, 1, 3))
+        return self.v.pair_sums(value, self.is_signed)

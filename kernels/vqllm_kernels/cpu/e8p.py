@@ -1,0 +1,378 @@
+"""Products with the codes of e8p-v1 as they are stored, by AVX-512; else points are looked up.
+
+A register has the low bytes of 8 codes of each of 8 rows, another the high bytes. The high byte
+leads to the magnitudes of 8 weights, two bits each, in two tables of 256 bytes. Four bits then say
+what 4 w is, and all of them are parities of what was looked up and of the low byte (the signs and
+the parity that shifts the point), so that a product of bits with a matrix (vgf2p8affineqb) makes
+them for one coordinate of all 64 codes.
+
+    bits 0, 1   the magnitude of 2 A is 1, 3 or 5
+    bit 2       the sign; that of coordinate 0 also depends on whether the magnitudes add up to an
+                odd number, which is the parity of their lower bits
+    bit 3       the parity of the low byte
+
+Source: `vqllm_kernels.e8p.reference`.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from torch import Tensor
+
+from vqllm_kernels.compiled import entry, intrinsic, njit
+from vqllm_kernels.cpu import memory, threads
+from vqllm_kernels.cpu.activations import (
+    LARGEST,
+    NUM_ARGUMENTS,
+    NUM_PANEL_ARGUMENTS,
+    Operand,
+)
+from vqllm_kernels.cpu.instructions import Instructions
+from vqllm_kernels.cpu.parts import Part, Product
+from vqllm_kernels.cpu.tiles import AHEAD
+from vqllm_kernels.cpu.vectors import INT32, INT64, Value, Vectors
+from vqllm_kernels.e8p import reference
+from vqllm_kernels.kernels import Tensors
+
+TILE = (8, 64)
+"""Rows and columns of a register of codes."""
+CODE = 8
+"""Weights of a code."""
+
+
+@dataclass(frozen=True)
+class E8PProduct:
+    """What a kernel is compiled for."""
+
+    instructions: Instructions
+    rows: int
+    """Rows of x."""
+
+    @property
+    def is_wide(self) -> bool:
+        return self.instructions == "avx512"
+
+    @property
+    def parts(self) -> int:
+        return 2 * self.rows if self.is_wide else self.rows
+
+    @property
+    def most_tiles(self) -> int:
+        """Tiles that sums of int32 are safe for."""
+        most = 16 * 4 * 255 * 128 if self.is_wide else 64 * 11 * LARGEST
+        return ((1 << 31) - 1) // most
+
+
+def part(tensors: Tensors, instructions: Instructions) -> Part:
+    """The codes of a linear with their kernels."""
+    codes = tensors["codes"]
+    missing = -codes.shape[1] % CODE
+    if missing:  # whole registers; x is 0 there
+        codes = torch.nn.functional.pad(codes, (0, missing))
+    codes = codes.contiguous()
+    table = _magnitudes() if instructions == "avx512" else _codewords()
+
+    def product(rows: int) -> Product:
+        own = E8PProduct(instructions, rows)
+        extra = 128.0 if own.is_wide else 0.0
+        operand = Operand(
+            step_weights=4 if own.is_wide else 2,
+            is_bytes=own.is_wide,
+            rows=rows,
+            factors=(1.0, 1.0),
+            offsets=(extra, extra),
+            in_planes=own.is_wide,
+        )
+        return Product(kernel(own), operand, table)
+
+    scale = float(tensors["scale"]) / 4
+    return Part(
+        codes=codes,
+        tile=TILE,
+        scale=scale,
+        product=product,
+        panel=panel_kernel,
+        panel_numbers=(scale, scale, 0.0, 0.0),
+        table=_codewords(),
+    )
+
+
+@cache
+def _codewords() -> Tensor:
+    """4 w of all codes, int8 [65536, 8]."""
+    with torch.inference_mode(False):
+        every = reference.codeword_table(torch.device("cpu"))
+        return (4 * every).to(torch.int8).contiguous()
+
+
+@cache
+def _magnitudes() -> Tensor:
+    """Two bits of each coordinate, those of 0 to 3 and then those of 4 to 7: uint8 [2, 256]."""
+    with torch.inference_mode(False):
+        digit_EC = (reference.abs_table().int() - 1) // 2
+        place = 1 << 2 * torch.arange(4)
+        halves = [(digit_EC[:, i : i + 4] * place).sum(1) for i in (0, 4)]
+        return torch.stack(halves).to(torch.uint8).contiguous()
+
+
+def _matrix(rows: list[int]) -> int:
+    """A matrix over GF(2) by its rows: the bits that add up to each bit of the result."""
+    return sum(row << 8 * (7 - i) for i, row in enumerate(rows))
+
+
+_LOWER_BITS = 0b01010101
+
+
+def _of_magnitudes(coordinate: int) -> int:
+    """From the half of the magnitudes that has the coordinate."""
+    place = 2 * (coordinate % 4)
+    odd = _LOWER_BITS if coordinate == 0 else 0
+    return _matrix([1 << place, 2 << place, odd, 0])
+
+
+def _of_signs(coordinate: int) -> int:
+    """From the low byte of the code."""
+    sign = 1 << coordinate
+    if coordinate == 0:
+        sign ^= 255
+    return _matrix([0, 0, sign, 255])
+
+
+_ODD_REST = _matrix([0, 0, _LOWER_BITS, 0])
+"""For coordinate 0, from the other half of the magnitudes."""
+_VALUES = [
+    2 * (1 + 2 * (i & 3)) * (-1 if i & 4 else 1) + (-1 if i & 8 else 1) + 128 for i in range(16)
+]
+"""4 w + 128 by the four bits."""
+
+
+@intrinsic(prefer_literal=True)
+def sum_codes(
+    typing_context: Any,
+    rows: Any,
+    codes: Any,
+    stride: Any,
+    last_row: Any,
+    num_tiles: Any,
+    operand: Any,
+    apart: Any,
+    out: Any,
+    table: Any,
+):
+    """Sums of 8 rows of W over tiles of 64 columns.
+
+    Args:
+        rows: of x, a constant.
+        codes: address of the codes of the first row.
+        stride: bytes from one row to the next.
+        last_row: of the 8, the last one that is there; those behind it repeat it.
+        operand: address of int32 [2 rows, .., 16 num_tiles].
+        apart: bytes from one part to the next.
+        out: address of int32 [2 rows, 8].
+        table: address of `_magnitudes`.
+    """
+    number = rows.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        codes, stride, last_row, num_tiles, operand, apart, out, table = arguments[1:]
+        v = Vectors(builder, "avx512")
+        b = builder
+        first_rows = []
+        for r in range(TILE[0]):
+            row = ir.Constant(INT64, r)
+            row = b.select(b.icmp_signed("<", row, last_row), row, last_row)
+            first_rows.append(b.add(codes, b.mul(row, stride)))
+        halves = [[v.load(table, 256 * h + 64 * i, v.bytes) for i in range(4)] for h in range(2)]
+        parts = [v.step(operand, apart, part) for part in range(2 * number)]
+        sums = [v.zeros(2) for _ in parts]
+
+        def tile(t: Value) -> None:
+            at = b.mul(t, v.int64(2 * CODE))
+            own = [b.add(row, at) for row in first_rows]
+            low, high = _bytes_of_codes(v, own)
+            found = [_look_up(v, half, high) for half in halves]
+            x_at = b.mul(t, v.int64(TILE[1]))
+            for i in range(CODE):
+                bits = v.times_matrix(found[i // 4], _of_magnitudes(i))
+                bits = b.xor(bits, v.times_matrix(low, _of_signs(i)))
+                if i == 0:
+                    bits = b.xor(bits, v.times_matrix(found[1], _ODD_REST))
+                weights = v.shuffle_of_16(_VALUES, bits)
+                for total, part in zip(sums, parts):
+                    x = v.spread_long(b.add(part, x_at), 8 * i)
+                    place = total[i & 1]
+                    b.store(v.add_bytes_products(b.load(place), weights, x), place)
+
+        v.loop(num_tiles, tile)
+        for n, total in enumerate(sums):
+            both = b.add(b.load(total[0]), b.load(total[1]))
+            pairs = [
+                b.shuffle_vector(
+                    both, both, ir.Constant(ir.VectorType(INT32, 8), list(range(k, 16, 2)))
+                )
+                for k in range(2)
+            ]
+            v.store(b.add(*pairs), out, 32 * n)
+        return context.get_dummy_value()
+
+    address, size = types.uintp, types.intp
+    signature = types.void(rows, address, size, size, size, address, size, address, address)
+    return signature, generate
+
+
+def _bytes_of_codes(v: Vectors, rows: list[Value]) -> tuple[Value, Value]:
+    """The low and the high bytes of 8 codes of each of 8 rows."""
+    pieces = [v.load(row, 0, v.quarter) for row in rows]
+    for row in rows:
+        v.prefetch(row, AHEAD // 8)
+    while len(pieces) > 2:
+        width = pieces[0].type.count * 2
+        order = ir.Constant(ir.VectorType(INT32, width), list(range(width)))
+        pieces = [
+            v.b.shuffle_vector(pieces[i], pieces[i + 1], order) for i in range(0, len(pieces), 2)
+        ]
+    kind = ir.VectorType(INT32, 64)
+    low, high = (
+        v.b.shuffle_vector(*pieces, ir.Constant(kind, [2 * i + k for i in range(64)]))
+        for k in range(2)
+    )
+    return low, high
+
+
+def _look_up(v: Vectors, table: list[Value], index: Value) -> Value:
+    """Bytes of a table of 256 in four registers."""
+    upper = v.b.icmp_signed("<", index, ir.Constant(v.bytes, [0] * 64))
+    return v.b.select(upper, v.look_up(table[2:], index), v.look_up(table[:2], index))
+
+
+@cache
+def kernel(product: E8PProduct) -> int:
+    """The address of a C function of NUM_ARGUMENTS numbers."""
+    threads.available()
+    rows, parts, most = product.rows, product.parts, product.most_tiles
+    is_wide = product.is_wide
+    tile_rows, tile_cols = TILE
+    add_up = _wide(rows) if is_wide else _narrow(rows)
+
+    def multiply(pointer: Any) -> None:
+        a = numba.carray(pointer, (NUM_ARGUMENTS,))
+        row_tiles, num_tiles = a[1], a[2]
+        codes, x, apart, out, table, all_rows = a[3], a[4], a[5], a[6], a[8], a[9]
+        of_row = numba.carray(memory.pointer(a[7]), (2, rows), np.float64)
+        y = numba.carray(memory.pointer(out), (rows, row_tiles * tile_rows), np.float32)
+        me = threads.number() if a[0] > 1 else 0
+        sums = np.empty((parts, tile_rows), np.int32)
+        totals = np.empty((rows, tile_rows), np.int64)
+        stride = num_tiles * 16
+        step_bytes = tile_cols if is_wide else 2 * tile_cols
+        for i in range(row_tiles * me // a[0], row_tiles * (me + 1) // a[0]):
+            totals[:] = 0
+            last = min(tile_rows, all_rows - i * tile_rows) - 1
+            for j in range(0, num_tiles, most):
+                add_up(
+                    codes + i * tile_rows * stride + j * 16,
+                    stride,
+                    last,
+                    min(most, num_tiles - j),
+                    x + j * step_bytes,
+                    apart,
+                    sums.ctypes.data,
+                    table,
+                )
+                for n in range(rows):
+                    for r in range(tile_rows):
+                        if is_wide:
+                            totals[n, r] += (np.int64(sums[2 * n, r]) << 8) + sums[2 * n + 1, r]
+                        else:
+                            totals[n, r] += sums[n, r]
+            for n in range(rows):
+                for r in range(tile_rows):
+                    y[n, i * tile_rows + r] = (totals[n, r] - of_row[1, n]) * of_row[0, n]
+
+    return entry(multiply)
+
+
+@cache
+def _wide(rows: int) -> Any:
+    @njit()
+    def add_up(
+        codes: int,
+        stride: int,
+        last: int,
+        num_tiles: int,
+        x: int,
+        apart: int,
+        out: int,
+        table: int,
+    ) -> None:
+        sum_codes(rows, codes, stride, last, num_tiles, x, apart, out, table)
+
+    return add_up
+
+
+@cache
+def _narrow(rows: int) -> Any:
+    """The same from a table of all points; x is words in the order of columns."""
+
+    @njit()
+    def add_up(
+        codes: int,
+        stride: int,
+        last: int,
+        num_tiles: int,
+        x: int,
+        apart: int,
+        out: int,
+        table: int,
+    ) -> None:
+        points = numba.carray(memory.pointer(table), (1 << 16, CODE), np.int8)
+        sums = numba.carray(memory.pointer(out), (rows, 8), np.int32)
+        sums[:] = 0
+        for r in range(last + 1):
+            own = numba.carray(memory.pointer(codes + r * stride), (8 * num_tiles,), np.uint16)
+            for n in range(rows):
+                words = numba.carray(memory.pointer(x + n * apart), (8 * num_tiles, CODE), np.int16)
+                total = np.int32(0)
+                for j in range(8 * num_tiles):
+                    point = points[own[j]]
+                    for i in range(CODE):
+                        total += np.int32(point[i]) * np.int32(words[j, i])
+                sums[n, r] = total
+
+    return add_up
+
+
+@cache
+def panel_kernel() -> int:
+    """The address of a C function of NUM_PANEL_ARGUMENTS numbers that decodes rows of tiles."""
+    threads.available()
+    tile_rows = TILE[0]
+
+    def decode_rows(pointer: Any) -> None:
+        a = numba.carray(pointer, (NUM_PANEL_ARGUMENTS,))
+        first, stop, num_tiles = a[1], a[2], a[3]
+        codes, out, apart, numbers, table, all_rows = a[4], a[5], a[6], a[7], a[8], a[9]
+        me = threads.number() if a[0] > 1 else 0
+        scale = numba.carray(memory.pointer(numbers), (1,), np.float32)[0]
+        points = numba.carray(memory.pointer(table), (1 << 16, CODE), np.int8)
+        start, end = first * tile_rows, min(stop * tile_rows, all_rows)
+        value = np.empty(1, np.float32)
+        for j in range(8 * num_tiles * me // a[0], 8 * num_tiles * (me + 1) // a[0]):
+            for r in range(start, end):
+                at = codes + (r * 8 * num_tiles + j) * 2
+                code = numba.carray(memory.pointer(at), (1,), np.uint16)[0]
+                for i in range(CODE):
+                    value[0] = np.float32(points[code, i]) * scale
+                    bits = value.view(np.uint32)[0]
+                    odd = (bits >> np.uint32(16)) & np.uint32(1)
+                    place = out + (CODE * j + i) * apart + 2 * (r - start)
+                    y = numba.carray(memory.pointer(place), (1,), np.uint16)
+                    y[0] = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+
+    return entry(decode_rows)

@@ -1,0 +1,36 @@
+"""Arrays of numba at addresses that are kept as integers, and calls of functions by their address.
+
+A call of a compiled function with a dozen arrays spends more time on its arguments than a small
+product takes; one with a few integers does not.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from vqllm_kernels.compiled import intrinsic
+
+
+@intrinsic
+def pointer(typing_context: Any, address: Any):
+    """An address, for `numba.carray`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.intp), generate
+
+
+@intrinsic
+def call(typing_context: Any, function: Any, argument: Any):
+    """function(argument), both addresses: a C function of one pointer."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte]).as_pointer()
+        function, argument = arguments
+        builder.call(builder.inttoptr(function, kind), [builder.inttoptr(argument, byte)])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), generate

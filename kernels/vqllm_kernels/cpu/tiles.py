@@ -1,0 +1,221 @@
+"""Tiles of a trellis in registers: what the kernels of its codes have in common.
+
+A register holds a piece of 4 columns of 16 (or 8) rows of a tile. The windows of their states are
+picked from the codes as they are stored; a code says how they become weights (`byte_sums`,
+`parities`); products of integers sum them up. Nothing is rounded, so every set of instructions has
+the same sums, and so have one row of x and many.
+
+    bytes   q = 256 hi + lo, two vpdpbusd a register and row of x, with 128 added to weights that
+            are signed bytes, which costs a constant a row of x
+    words   two weights of a register are int16, one product a row of x
+
+Source: the layout is that of `vqllm_kernels.trellis.reference`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from vqllm_kernels.cpu.activations import LARGEST
+from vqllm_kernels.cpu.instructions import Instructions
+from vqllm_kernels.cpu.vectors import Value, Vectors
+from vqllm_kernels.trellis import reference
+
+PIECE = 4
+"""Columns of a register."""
+REGISTERS = {"avx512": 16, "avx2": 8}
+"""Registers for sums: about half of what there are."""
+AHEAD = 4096
+"""Bytes of codes that are asked for ahead: 4096 x 4096 at 2 bits out of memory takes 0.66 ms so,
+0.72 with 1024 and 1.75 with 256."""
+PARITIES = "gf2"
+"""The code whose weights are entries of a table of int8."""
+
+
+@dataclass(frozen=True)
+class TileProduct:
+    """What a kernel is compiled for."""
+
+    instructions: Instructions
+    code: str
+    tile_rows: int
+    tile_bits: int
+    state_bits: int
+    rows: int
+    """Rows of x."""
+    masks: tuple[int, ...] = ()
+    """Of code gf2."""
+
+    @property
+    def key(self) -> str:
+        """The fields as a text, a constant for the compiler."""
+        *fields, masks = vars(self).values()
+        return "/".join([*map(str, fields), ",".join(map(str, masks))])
+
+    @classmethod
+    def of(cls, key: str) -> "TileProduct":
+        instructions, code, *numbers, masks = key.split("/")
+        bits = tuple(int(mask) for mask in masks.split(",") if mask)
+        return cls(instructions, code, *map(int, numbers), bits)  # type: ignore[arg-type]
+
+    @property
+    def step_weights(self) -> int:
+        """Weights of a state."""
+        return reference.WEIGHTS_OF_STEP.get(self.code, 1)
+
+    @property
+    def tile_cols(self) -> int:
+        return reference.WEIGHTS // self.tile_rows
+
+    @property
+    def tile_bytes(self) -> int:
+        return self.tile_bits // 8
+
+    @property
+    def is_bytes(self) -> bool:
+        """Whether x comes as bytes; else as words."""
+        return self.instructions == "avx512" and (self.rows == 1 or self.code == PARITIES)
+
+    @property
+    def operand_columns(self) -> int:
+        """Columns of an int32 of x."""
+        if self.code == PARITIES:
+            return 4 if self.is_bytes else 2
+        return 2 if self.instructions == "portable" else self.step_weights
+
+    @property
+    def parts(self) -> int:
+        """Operands: the high and the low bytes of each row of x, or its words."""
+        return 2 * self.rows if self.is_bytes else self.rows
+
+    @property
+    def steps(self) -> int:
+        """int32 of x for a row of a tile."""
+        return self.tile_cols // self.operand_columns
+
+    @property
+    def most_tiles(self) -> int:
+        """Tiles that sums of int32 are safe for.
+
+        An int32 of x adds at most 4 · 255 · 128 in bytes; in words, which meet the sums of four
+        bytes at most, 4 · 128 · 32512.
+        """
+        most = 4 * 255 * 128 if self.is_bytes else 4 * 128 * LARGEST
+        return ((1 << 31) - 1) // (most * self.steps)
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """Where the window of each state ends."""
+        return reference.step_ends(self.tile_bits, reference.WEIGHTS // self.step_weights)
+
+
+class TileEmitter(ABC):
+    """Writes the instructions of kernels of one code."""
+
+    def __init__(self, product: TileProduct, vectors: Vectors, table: Value) -> None:
+        """`table` is the address of what the code looks up, if anything."""
+        self.product, self.v, self.table = product, vectors, table
+
+    @abstractmethod
+    def operands(self, tile: Value, group: int, piece: int) -> list[Value]:
+        """The weights of a piece as they are multiplied, a register for each int32 of x."""
+
+    @abstractmethod
+    def columns(self, tile: Value, group: int, piece: int) -> list[Value]:
+        """The weights of a piece as int32, a register for each of its 4 columns."""
+
+    def sums(self, codes: Value, num_tiles: Value, operand: Sequence[Value], out: Value) -> None:
+        product, lanes = self.product, self.v.lanes
+        groups = product.tile_rows // lanes
+        pieces = product.tile_cols // PIECE
+        # As many groups of rows at a time as there are registers for their sums.
+        most = max(1, REGISTERS[product.instructions] // product.parts)
+        step = max(1, min(groups, most))
+        for first in range(0, groups, step):
+            chosen = range(first, min(first + step, groups))
+            apart = len(chosen) * pieces * product.parts <= REGISTERS[product.instructions]
+            self._groups(codes, num_tiles, operand, out, chosen, pieces if apart else 1)
+
+    def decode(self, tile: Value, out: Value, apart: Value, numbers: Value) -> None:
+        """The weights of a tile, a column after the other."""
+        product, v = self.product, self.v
+        for line in range(0, product.tile_bytes, 64):
+            v.prefetch(tile, AHEAD + line)
+        factors = [v.spread_float(numbers, 4 * i) for i in range(2)]
+        addends = [v.spread_float(numbers, 8 + 4 * i) for i in range(2)]
+        for piece in range(product.tile_cols // PIECE):
+            for group in range(product.tile_rows // v.lanes):
+                for i, value in enumerate(self.columns(tile, group, piece)):
+                    weight = v.times_plus(value, factors[i & 1], addends[i & 1])
+                    place = v.step(out, apart, piece * PIECE + i)
+                    v.store(v.as_bfloat16(weight), place, 2 * group * v.lanes)
+
+    def _groups(
+        self,
+        codes: Value,
+        num_tiles: Value,
+        operand: Sequence[Value],
+        out: Value,
+        groups: Sequence[int],
+        chains: int,
+    ) -> None:
+        """The sums of some groups of rows; with several chains, one for each piece of columns."""
+        product, v = self.product, self.v
+        parts, steps = product.parts, PIECE // product.operand_columns
+        add = v.add_bytes_products if product.is_bytes else v.add_word_products
+        sums = {(group, chain): v.zeros(parts) for group in groups for chain in range(chains)}
+
+        def tile(j: Value) -> None:
+            own = v.b.add(codes, v.b.mul(j, v.int64(product.tile_bytes)))
+            first = v.b.mul(j, v.int64(4 * product.steps))
+            x = [v.b.add(part, first) for part in operand]
+            for line in range(0, product.tile_bytes, 64):
+                v.prefetch(own, AHEAD + line)
+            for piece in range(product.tile_cols // PIECE):
+                for group in groups:
+                    for s, weights in enumerate(self.operands(own, group, piece)):
+                        at = 4 * (piece * steps + s)
+                        for total, part in zip(sums[group, piece % chains], x):
+                            v.b.store(add(v.b.load(total), weights, v.spread(part, at)), total)
+
+        v.loop(num_tiles, tile)
+        for group in groups:
+            for part in range(parts):
+                total = v.b.load(sums[group, 0][part])
+                for chain in range(1, chains):
+                    total = v.b.add(total, v.b.load(sums[group, chain][part]))
+                v.store(total, out, 4 * (part * product.tile_rows + group * v.lanes))
+
+    def states(self, tile: Value, group: int, piece: int) -> list[Value]:
+        """The states of the steps of a piece of columns, a register each."""
+        product, v = self.product, self.v
+        steps = PIECE // product.step_weights
+        row_steps = product.tile_cols // product.step_weights
+        mask = v.all_ints((1 << product.state_bits) - 1)
+        lanes = range(v.lanes)
+
+        def ends(s: int) -> list[int]:
+            rows = [(group * v.lanes + lane) * row_steps + piece * steps for lane in lanes]
+            return [product.ends[row + s] for row in rows]
+
+        def window(last: Sequence[int]) -> Value:
+            # The ring's bytes stand in words of 16 bits, the first one the high byte of its word.
+            places = [
+                ((-(-end // 8) - 1 - b) % product.tile_bytes) ^ 1 for end in last for b in range(4)
+            ]
+            return v.b.bitcast(v.pick_bytes(tile, product.tile_bytes, places), v.ints)
+
+        last = ends(steps - 1)
+        shifts = [[-(-b // 8) * 8 - a for a, b in zip(ends(s), last)] for s in range(steps)]
+        shared = max(map(max, shifts)) + product.state_bits <= 32
+        words = window(last) if shared else None
+        states = []
+        for s in range(steps):
+            if words is None:
+                own = ends(s)
+                word, shift = window(own), [-end % 8 for end in own]
+            else:
+                word, shift = words, shifts[s]
+            states.append(v.b.and_(v.shift_right(word, shift), mask))
+        return states

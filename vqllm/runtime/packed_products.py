@@ -1,0 +1,59 @@
+"""Products of linears of one input with their packed weights, one compiled call on a CPU."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vqllm.runtime.packed import Fingerprint
+from vqllm_kernels import dispatch
+from vqllm_kernels.linear import BoundLinear
+
+if TYPE_CHECKING:
+    from vqllm.runtime.linear import VQLinear
+    from vqllm_kernels.cpu.linear import Linears
+
+
+class PackedProducts:
+    """What such a call needs, made at the first one and again when a packed tensor has changed."""
+
+    def __init__(self) -> None:
+        self._linears: Linears | None = None
+        self._made_from: Fingerprint | None = None
+
+    def __call__(self, members: Sequence["VQLinear"], x: Tensor) -> list[Tensor] | None:
+        """y of each member, without bias; None where there is no such call, or x is not finite.
+
+        Args:
+            members: always the same.
+            x: [..., cols], with a row at least.
+        """
+        if self._made_from is None or not self._made_from.holds():
+            self._make(members, x)
+        return None if self._linears is None else self._linears(x)
+
+    def _make(self, members: Sequence["VQLinear"], x: Tensor) -> None:
+        from vqllm_kernels.cpu.bound import linears_of
+
+        every = []
+        for member in members:
+            dispatch.choose(x.reshape(-1, x.shape[-1]), member.spec.format)
+            own, states = member.spec.split(member.packed)
+            stages = list(zip(member.spec.transforms, states))
+            every.append(BoundLinear(member.spec, member.spec.row_blocks(), own, stages))
+        made = linears_of(every)
+        self._linears = None if isinstance(made, str) else made
+        self._made_from = Fingerprint(members)
+
+
+def serve(members: Sequence["VQLinear"], x: Tensor) -> bool:
+    """Whether the products of these linears with x are made from packed weights on a CPU, here and
+    now: outside of a graph, and where no gradient of x is wanted, which takes decoded weights."""
+    return (
+        x.device.type == "cpu"
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and all(dispatch.multiplied_packed(m.spec.format, x.dtype) for m in members)
+    )
