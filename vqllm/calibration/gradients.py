@@ -42,7 +42,7 @@ LOGIT_BYTES = 1 << 28
 """Size of the logits of a batch in float32, unless a single sequence has more. Their gradients and
 the probabilities take as much each."""
 DRAWN = 16
-"""Tokens whose labels are drawn at a time on a CPU."""
+"""Tokens whose labels are drawn, and gradients computed, at a time on a CPU."""
 FORWARD = 0.1
 """Rough share of the forward pass in the time of both; the visitors run in the backward pass."""
 
@@ -217,7 +217,7 @@ class GradientPass:
 
             with watched(linears, visit):
                 if last:
-                    self._loss(stream, index, rows, states).backward()
+                    self._backward_of_loss(stream, index, rows, states)
                 else:
                     output = stream.run(index, self._tokens[rows], states, grad=True)
                     assert output is not None
@@ -227,8 +227,11 @@ class GradientPass:
             if states is not None:
                 self._keep_gradient(stream, rows, states, stream.names[index])
 
-    def _loss(self, stream: LayerStream, index: int, rows: slice, states: States | None) -> Tensor:
-        """The summed cross entropy of labels drawn from the predictions, one for every token."""
+    def _backward_of_loss(
+        self, stream: LayerStream, index: int, rows: slice, states: States | None
+    ) -> None:
+        """Run the last layer and what follows it, and go back from the summed cross entropy of
+        labels drawn from the predictions, one for every token."""
         logits = []
 
         def keep(_: nn.Module, args: object, output: Any) -> None:
@@ -239,10 +242,10 @@ class GradientPass:
             stream.run(index, self._tokens[rows], states, beyond=True, grad=True)
         finally:
             handle.remove()
-        log_p_NV = F.log_softmax(logits[0].float(), -1).flatten(0, 1)
-        _check_gradient(log_p_NV, stream.names[index])
+        _check_gradient(logits[0], stream.names[index])
         generator = rng.generator(self._seed, f"sequence {rows.start}", "labels")
-        return F.nll_loss(log_p_NV, draw(log_p_NV.detach(), generator), reduction="sum")
+        gradient_NV = _gradient_in_logits(logits[0].detach().flatten(0, 1), generator)
+        logits[0].backward(gradient_NV.view_as(logits[0]))
 
     def _input(self, stream: LayerStream, index: int, rows: slice) -> States | None:
         """The input of layer `index`; None for layer 0, whose input are the embeddings."""
@@ -311,18 +314,28 @@ def draw(log_p_NV: Tensor, generator: torch.Generator) -> Tensor:
         log_p_NV: logarithms of probabilities, float32.
         generator: on the CPU.
     """
+    # The label is the first token whose cumulative probability is above u.
     u_N1 = torch.rand(len(log_p_NV), 1, generator=generator, dtype=torch.float64)
-    u_N1 = u_N1.to(log_p_NV.device)
-    # A few tokens at a time on a CPU: the float64 sums of all would take a third of the time to
-    # compute, and the rest to come by as memory.
-    num = DRAWN if log_p_NV.device.type == "cpu" else len(log_p_NV)
-    labels = []
-    for own_NV, u_n1 in zip(log_p_NV.split(num), u_N1.split(num)):
-        # The label is the first token whose cumulative probability is above u.
-        below_NV = own_NV.exp().cumsum(-1, dtype=torch.float64)
-        label_N1 = torch.searchsorted(below_NV, u_n1 * below_NV[:, -1:], right=True)
-        labels.append(label_N1[:, 0])
-    return torch.cat(labels).clamp(max=log_p_NV.shape[1] - 1)
+    below_NV = log_p_NV.exp().cumsum(-1, dtype=torch.float64)
+    u_N1 = u_N1.to(below_NV.device) * below_NV[:, -1:]
+    label_N = torch.searchsorted(below_NV, u_N1, right=True)[:, 0]
+    return label_N.clamp(max=log_p_NV.shape[1] - 1)
+
+
+def _gradient_in_logits(logits_NV: Tensor, generator: torch.Generator) -> Tensor:
+    """That of the summed cross entropy of drawn labels, in the dtype of the logits: the
+    probabilities, less 1 at the labels."""
+    # A few tokens at a time on a CPU: for tensors of all of them the system has to find memory,
+    # which takes three times as long as to compute them.
+    num = DRAWN if logits_NV.device.type == "cpu" else max(1, len(logits_NV))
+    gradient_NV = torch.empty_like(logits_NV)
+    for own_NV, gradient in zip(logits_NV.split(num), gradient_NV.split(num)):
+        log_p_NV = F.log_softmax(own_NV.float(), -1)
+        label_N = draw(log_p_NV, generator)
+        p_NV = log_p_NV.exp_()
+        p_NV[torch.arange(len(p_NV), device=p_NV.device), label_N] -= 1
+        gradient.copy_(p_NV)
+    return gradient_NV
 
 
 def _recording(values: Tensor) -> Tensor:
