@@ -27,6 +27,7 @@ CASES = [
     *(("mul1", state_bits, bits) for state_bits in (8, 10, 12, 14, 16) for bits in (2, 3, 4)),
     *(("bytes2", state_bits, bits) for state_bits in (12, 14) for bits in (1.5, 1.75, 2, 2.25)),
     *(("bytes4", 12, bits) for bits in (2.5, 2.75, 3, 3.5, 4, 4.5)),
+    *(("gf2", 12, bits) for bits in (2, 3, 4)),
 ]
 ROUNDS = 3
 SECONDS = 1.0

@@ -3,6 +3,7 @@
 import itertools
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -172,6 +173,15 @@ def test_costs_of_16_bits_lose_nothing(code, state_bits, rate, monkeypatch):
     errors.append(distortion(codec, 96))
     assert errors[0] != errors[1]  # two searches
     assert errors[0] == pytest.approx(errors[1], rel=2e-3)
+
+
+def test_the_unit_of_the_values_does_not_matter():
+    values_SV, x_NTV = random(1 << 9, 1).clamp(-2.5, 2.5), random(20, 64, 1, seed=1)
+    found = [viterbi.tail_biting(x_NTV * f, values_SV * f, [2] * 64) for f in (1, 64, 2**-9)]
+    assert torch.equal(found[0], found[1])
+    # Most tiles have weights beyond all values.
+    search = viterbi_int16.Int16Search(values_SV.numpy(), np.array([2] * 64), 16)
+    assert not search.paths(x_NTV.numpy(), np.empty((20, 64), np.int32)).any()
 
 
 @pytest.mark.parametrize("size", [6.0, 1e4, 1e30])

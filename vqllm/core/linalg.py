@@ -132,7 +132,9 @@ def add_symmetric(total_CC: Tensor, a_NC: Tensor, b_NC: Tensor) -> None:
             processor can; each product then is exact in float32, and so are the sums.
     """
     in_bfloat16 = a_NC.dtype == b_NC.dtype == torch.bfloat16
-    a_NC, b_NC = a_NC.to(total_CC), b_NC.to(total_CC)
+    is_one = a_NC is b_NC  # as usual: one copy is enough
+    a_NC = a_NC.to(total_CC)
+    b_NC = a_NC if is_one else b_NC.to(total_CC)
     num_features = len(total_CC)
     size = -(-num_features // -(-num_features // BLOCK))
     with _multiplied_in_bfloat16() if in_bfloat16 else nullcontext():

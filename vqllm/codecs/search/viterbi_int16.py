@@ -9,15 +9,16 @@ where k are the new bits of step t, and G is the number of groups after it. The 
 the 2^k sums of one group again, so no predecessors are noted. A float32 cost would fill the vectors
 half as well, and a step costs little more than its additions.
 
-Costs are integers, so paths are the same on every processor and with any number of threads. In
-units of the code's values, an error of 1 counts 645, from 3.25 bits a weight on 2579. Gaussian
-tiles lose less than 0.1 % to that, measured at 1 to 4.5 bits (eval/bench_viterbi.py).
-Costs and differences stop at 32767. A tile with a weight that does not fit is left to the search
-in float32, and so is one whose path does not close, which has not been seen.
+Costs are integers, so paths are the same on every processor and with any number of threads. With
+values of mean square 1, an error of 1 counts 645, from 3.25 bits a weight on 2579. Gaussian tiles
+lose less than 0.1 % to that, measured at 1 to 4.5 bits (eval/bench_viterbi.py). Costs and
+differences stop at 32767. A tile with a weight that does not fit is left to the search in float32,
+and so is one whose path does not close, which has not been seen.
 
 No lock is held. LLVM makes two registers of a vector where the processor has none of 512 bits.
 """
 
+import math
 from typing import Any
 
 import numba
@@ -32,7 +33,7 @@ LANES = 32
 MOST_BITS = 5
 """Most new bits of a step: the states of a group then fill one vector."""
 SCALE = 6500
-"""Integers of a value of 1, unless the values are larger than 5."""
+"""Integers of the root mean square of the values, unless some are five times as large."""
 FINE_RATE = 3.25
 """Bits a weight from which on differences are doubled before they are squared."""
 MOST_RATE = 4.5
@@ -277,7 +278,8 @@ class Int16Search:
         self, values_SV: NDArray[np.float32], shift_T: NDArray[np.int64], num_around: int
     ) -> None:
         num_steps, num_weights = len(shift_T), values_SV.shape[1]
-        self._scale = min(SCALE, _LIMIT / max(float(np.abs(values_SV).max()), 1e-30))
+        most = max(float(np.abs(values_SV).max()), 1e-30)
+        self._scale = min(SCALE / _size(values_SV), _LIMIT / most)
         words_VS = [np.rint(values_S * self._scale) for values_S in values_SV.T]
         self._first, *second = [_aligned(len(words_S)) for words_S in words_VS]
         self._second = second[0] if second else None
@@ -300,6 +302,14 @@ class Int16Search:
             *(path_NT, best_TG.reshape(num_steps + 1, num_groups)),
         )
         return ~fits_N | (path_NT[:, 0] < 0)
+
+
+def _size(values_SV: NDArray[np.float32]) -> float:
+    """The root mean square to three digits: the same on every processor, and 1 where it should be,
+    as of all codes whose values are computed."""
+    squares = values_SV.astype(np.float64).ravel() ** 2
+    size = math.sqrt(math.fsum(squares) / squares.size)
+    return float(f"{max(size, 1e-30):.3g}")
 
 
 def _aligned(num: int) -> NDArray[np.int16]:
