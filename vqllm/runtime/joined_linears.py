@@ -47,7 +47,7 @@ class JoinedLinears:
         self._rows = [member.out_features for member in members]
         self._ids = [id(member) for member in members]
         self._stacked: Tensor | None = None
-        self._packed = PackedProducts()
+        self.products = PackedProducts()
         self._has_bias = False
         self._decoded_from: Fingerprint | None = None
         self._agreed: Fingerprint | None = None
@@ -106,14 +106,14 @@ class JoinedLinears:
     def _products(self, x: Tensor) -> Sequence[Tensor] | None:
         if self._left:
             return None
-        ys = self._packed.again(x)
+        ys = self.products.again(x)
         if ys is not None:
             return self._with_biases(ys, x.dtype)
         members = self.members
         faster = [member.is_faster_packed(x) for member in members]
         if all(faster) and serve(members, x) and self._inputs_agree(members):
             self._drop_weights(members)
-            ys = self._packed(members, x)
+            ys = self.products(members, x)
             if ys is not None:
                 return self._with_biases(ys, x.dtype)
         elif any(faster) and not self._all_packed(members, x.dtype):

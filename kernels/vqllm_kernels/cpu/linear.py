@@ -79,6 +79,12 @@ class Linears:
         )
         return ys if is_finite else None
 
+    @property
+    def nbytes(self) -> int:
+        """Of the factors, which are kept beside the packed tensors."""
+        chains = [self.input, *(member.output for member in self.members)]
+        return sum(chain.before.nbytes + chain.after.nbytes for chain in chains)
+
     def _plan(self, num_rows: int) -> "_Plan":
         rows = next(r for r in ROWS if num_rows <= r)
         same = next((plan for plan in self._plans.values() if plan.rows == rows), None)
