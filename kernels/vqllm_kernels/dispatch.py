@@ -40,6 +40,7 @@ from vqllm_kernels.select import (
     choose,
     force,
     forget,
+    is_forced,
     multiplied_packed,
 )
 
@@ -54,6 +55,7 @@ __all__ = [
     "dense",
     "force",
     "forget",
+    "is_forced",
     "linear",
     "linears",
     "matmul",

@@ -279,6 +279,11 @@ def force(implementation: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def is_forced() -> bool:
+    """Whether `force` names an implementation here."""
+    return _forced.get() is not None
+
+
 def choices() -> list[Choice]:
     """Every choice made so far in this process, in the order in which they were made."""
     return list(_choices.values())

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -158,9 +159,37 @@ WITH_NUMBA = (
     "vqllm_kernels.lut.cpu",
     "vqllm_kernels.lut.gather_numba",
     "vqllm_kernels.lut.permute_numba",
+    "vqllm_kernels.compiled",
+    "vqllm_kernels.cpu",
 )
-"""What runs only where numba is installed, and is not missed where it is not."""
+"""Modules, and packages, that run only where numba is installed, and are not missed where it is
+not."""
 MAY_LACK = {"numba", "llvmlite", "numpy"}
+
+
+def may_lack(module: str, target: str) -> bool:
+    """Whether an import of `module` fails where numba is not installed, and may."""
+    return target.split(".")[0] in MAY_LACK and any(
+        module == name or module.startswith(name + ".") for name in WITH_NUMBA
+    )
+
+
+def test_kernels_are_imported_without_numba() -> None:
+    """Formats name their kernels, and import what numba compiles when they are asked for."""
+    code = """
+import sys
+for name in ("numba", "llvmlite"):
+    sys.modules[name] = None
+import torch
+from vqllm_kernels import dispatch, formats
+from vqllm_kernels.trellis.spec import TrellisSpec
+spec = TrellisSpec(tile_rows=64, code="bytes2", tile_bits=512, state_bits=14, step_weights=2)
+tensors = {k: torch.zeros(t.shape, dtype=t.dtype) for k, t in spec.layout(64, 8).items()}
+print(dispatch.matmul(torch.ones(1, 8).bfloat16(), tensors, spec, 64, 8).shape)
+print(dispatch.choices()[-1].implementation, dispatch.choices()[-1].reason)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "reference packed declines: numba cannot be imported" in done.stdout
 
 
 def test_kernels_need_torch_and_triton_only(kernels: Imports) -> None:
@@ -168,7 +197,7 @@ def test_kernels_need_torch_and_triton_only(kernels: Imports) -> None:
         target.split(".")[0]
         for module, targets in kernels.items()
         for target in targets
-        if not (module in WITH_NUMBA and target.split(".")[0] in MAY_LACK)
+        if not may_lack(module, target)
     }
     others = used - sys.stdlib_module_names - {"vqllm_kernels"}
     assert others <= KERNELS_MAY_USE
@@ -186,7 +215,7 @@ def test_running_a_model_needs_little(package: Imports, kernels: Imports) -> Non
             inside = _longest_module(target, everything)
             if inside and inside not in reached:
                 todo.append(inside)
-            elif not inside and not (module in WITH_NUMBA and target.split(".")[0] in MAY_LACK):
+            elif not inside and not may_lack(module, target):
                 others.add(target.split(".")[0])
     assert {"vqllm.runtime.linear", "vqllm.checkpoint.format", "vqllm_kernels.linear"} <= reached
     assert others - sys.stdlib_module_names <= TO_RUN_A_MODEL | KERNELS_MAY_USE

@@ -47,7 +47,7 @@ class JoinedLinears:
         self._rows = [member.out_features for member in members]
         self._ids = [id(member) for member in members]
         self._stacked: Tensor | None = None
-        self._packed = PackedProducts()
+        self.products = PackedProducts()
         self._has_bias = False
         self._decoded_from: Fingerprint | None = None
         self._agreed: Fingerprint | None = None
@@ -106,14 +106,16 @@ class JoinedLinears:
     def _products(self, x: Tensor) -> Sequence[Tensor] | None:
         if self._left:
             return None
+        ys = self.products.again(x)
+        if ys is not None:
+            return self._with_biases(ys, x.dtype)
         members = self.members
         faster = [member.is_faster_packed(x) for member in members]
         if all(faster) and serve(members, x) and self._inputs_agree(members):
             self._drop_weights(members)
-            ys = self._packed(members, x)
+            ys = self.products(members, x)
             if ys is not None:
-                biases = self._biases(x.dtype)
-                return [y if b is None else y + b for y, b in zip(ys, biases)]
+                return self._with_biases(ys, x.dtype)
         elif any(faster) and not self._all_packed(members, x.dtype):
             return None  # some are looked up, alone
         compiling = torch.compiler.is_compiling()
@@ -139,6 +141,9 @@ class JoinedLinears:
     @staticmethod
     def _all_packed(members: Sequence["VQLinear"], dtype: torch.dtype) -> bool:
         return all(dispatch.multiplied_packed(m.spec.format, dtype) for m in members)
+
+    def _with_biases(self, ys: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        return [y if b is None else y + b for y, b in zip(ys, self._biases(dtype))]
 
     def _biases(self, dtype: torch.dtype) -> list[Tensor | None]:
         return [None if m.bias is None else m.bias.to(dtype) for m in self.members]

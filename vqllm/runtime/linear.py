@@ -44,7 +44,7 @@ class VQLinear(PackedModule, nn.Linear):  # pyright: ignore[reportIncompatibleVa
         super().__init__(spec, dtype, device)
         self.in_features, self.out_features = spec.cols, spec.rows
         self._group: JoinedLinears | None = None
-        self._products = PackedProducts()
+        self.products = PackedProducts()
         self.register_parameter(
             "bias", frozen(torch.empty(spec.rows, dtype=dtype, device=device)) if bias else None
         )
@@ -73,6 +73,9 @@ class VQLinear(PackedModule, nn.Linear):  # pyright: ignore[reportIncompatibleVa
 
     def multiply(self, x: Tensor) -> Tensor:
         """The same, without regard to the linears that share its input."""
+        ys = self.products.again(x)
+        if ys is not None:
+            return ys[0] if self.bias is None else ys[0] + self.bias.to(x.dtype)
         if not self.is_faster_packed(x):
             W_RC = self._kept_weights(x.dtype)
             if W_RC is not None:
@@ -111,7 +114,7 @@ class VQLinear(PackedModule, nn.Linear):  # pyright: ignore[reportIncompatibleVa
         """x Wᵀ + bias from the packed tensors, whatever the weight cache is set to."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if serve((self,), x):
-            ys = self._products((self,), x)
+            ys = self.products((self,), x)
             if ys is not None:
                 return ys[0] if bias is None else ys[0] + bias
         return dispatch.linear(x, self.packed, self.spec, bias)
@@ -124,7 +127,7 @@ class VQLinear(PackedModule, nn.Linear):  # pyright: ignore[reportIncompatibleVa
 
     def __getstate__(self) -> dict[str, Any]:
         # A group knows the modules themselves, which a copy does not belong to.
-        return {**super().__getstate__(), "_group": None, "_products": PackedProducts()}
+        return {**super().__getstate__(), "_group": None, "products": PackedProducts()}
 
     def extra_repr(self) -> str:
         transforms = ", ".join(f"{t.kind} {t.side}" for t in self.spec.transforms) or "none"

@@ -21,6 +21,30 @@ class PackedProducts:
     def __init__(self) -> None:
         self._linears: Linears | None = None
         self._made_from: Fingerprint | None = None
+        self._dtype: torch.dtype | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """What is kept beside the packed tensors."""
+        return 0 if self._linears is None else self._linears.nbytes
+
+    def again(self, x: Tensor) -> list[Tensor] | None:
+        """What `__call__` gives, if it served such an x before and nothing has changed since; else
+        None. One look at what can change is all that a small linear has time for: 10 us in place of
+        60 for q, k and v of the demo model."""
+        made_from = self._made_from
+        if (
+            made_from is None
+            or x.dtype is not self._dtype
+            or torch.compiler.is_compiling()
+            or not x.is_cpu
+            or (x.requires_grad and torch.is_grad_enabled())
+            or x.numel() == 0
+            or dispatch.is_forced()
+            or not made_from.holds()
+        ):
+            return None
+        return None if self._linears is None else self._linears(x)
 
     def __call__(self, members: Sequence["VQLinear"], x: Tensor) -> list[Tensor] | None:
         """y of each member, without bias; None where there is no such call, or x is not finite.
@@ -31,6 +55,7 @@ class PackedProducts:
         """
         if self._made_from is None or not self._made_from.holds():
             self._make(members, x)
+        self._dtype = x.dtype
         return None if self._linears is None else self._linears(x)
 
     def _make(self, members: Sequence["VQLinear"], x: Tensor) -> None:

@@ -220,9 +220,14 @@ def _choice(module: VQLinear, num_rows: int) -> dispatch.Choice:
 
 
 def kept_bytes(model: nn.Module) -> int:
-    """Bytes that quantized modules keep beside their packed tensors: decoded weights, and copies of
-    codes for look-ups."""
+    """Bytes that quantized modules keep beside their packed tensors: decoded weights, factors of
+    packed products, and copies of codes for look-ups."""
     modules = [module for module in model.modules() if isinstance(module, PackedModule)]
     dense = {id(m._dense): m._dense.nbytes for m in modules if m._dense is not None}
     packed = {id(tensor): tensor for module in modules for tensor in module.packed.values()}
-    return sum(dense.values()) + sum(lookup.kept_bytes(tensor) for tensor in packed.values())
+    linears = [module for module in modules if isinstance(module, VQLinear)]
+    groups = {id(linear.group): linear.group for linear in linears if linear.group is not None}
+    factors = sum(owner.products.nbytes for owner in (*linears, *groups.values()))
+    return (
+        sum(dense.values()) + factors + sum(lookup.kept_bytes(tensor) for tensor in packed.values())
+    )

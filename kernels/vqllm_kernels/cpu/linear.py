@@ -43,6 +43,7 @@ class Linears:
     input: Chain
     members: Sequence[Member]
     _plans: dict[int, "_Plan"] = field(default_factory=dict)
+    """By rows of x."""
 
     def __call__(self, x: Tensor) -> list[Tensor] | None:
         """y of each, [..., rows] in the dtype of x; None if x is not finite.
@@ -54,22 +55,21 @@ class Linears:
         if x.dtype == torch.float16:
             ys = self(x.float())
             return None if ys is None else [y.to(x.dtype) for y in ys]
-        num_rows = x.numel() // x.shape[-1]
+        *outer, cols = x.shape
+        num_rows = x.numel() // cols
         if num_rows > MAX_ROWS:
             return self._many(x)
-        rows = next(r for r in ROWS if num_rows <= r)
-        plan = self._plans.get(rows)
+        plan = self._plans.get(num_rows)
         if plan is None:
-            with said_if_long():
-                plan = self._plans[rows] = _Plan.of(self, rows)
-        ys = [x.new_empty(*x.shape[:-1], member.rows) for member in self.members]
+            plan = self._plans[num_rows] = self._plan(num_rows)
+        ys = [x.new_empty((*outer, member.rows)) for member in self.members]
         addresses = np.array([y.data_ptr() for y in ys], np.int64)
         is_finite = _multiply(
             x.data_ptr(),
             num_rows,
             x.dtype == torch.bfloat16,
             threads.count(),
-            rows,
+            plan.rows,
             plan.input,
             plan.operands,
             plan.constants,
@@ -78,6 +78,20 @@ class Linears:
             addresses,
         )
         return ys if is_finite else None
+
+    @property
+    def nbytes(self) -> int:
+        """Of the factors, which are kept beside the packed tensors."""
+        chains = [self.input, *(member.output for member in self.members)]
+        return sum(chain.before.nbytes + chain.after.nbytes for chain in chains)
+
+    def _plan(self, num_rows: int) -> "_Plan":
+        rows = next(r for r in ROWS if num_rows <= r)
+        same = next((plan for plan in self._plans.values() if plan.rows == rows), None)
+        if same is not None:
+            return same
+        with said_if_long():
+            return _Plan.of(self, rows)
 
     def _many(self, x: Tensor) -> list[Tensor] | None:
         x_NC = x.view(-1, x.shape[-1])
@@ -99,6 +113,8 @@ class Linears:
 class _Plan:
     """What `_multiply` is given besides x and y."""
 
+    rows: int
+    """Rows of x that its kernels are compiled for."""
     input: NDArray[np.int64]
     operands: NDArray[np.int64]
     constants: NDArray[np.float64]
@@ -134,6 +150,7 @@ class _Plan:
                 )
                 scales.append(part.scale)
         return cls(
+            rows,
             np.array(linears.input.numbers(), np.int64),
             np.array(
                 [[o.parts, o.step_weights, o.is_bytes, o.in_planes] for o in operands],
