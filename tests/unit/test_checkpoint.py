@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from vqllm.checkpoint.shards import natural_order, read_header
 from vqllm.core.bits import count
 from vqllm.errors import CheckpointError, ModelError, OutOfSpaceError
 from vqllm.report import pages
+from vqllm_kernels import formats
 from vqllm_kernels.formats import FormatSpec
 
 SHARD = "model-00001-of-00003.safetensors"
@@ -527,6 +529,24 @@ def test_dequantize_refuses_weights_beyond_float16(tmp_path: Path) -> None:
     dequantize_checkpoint(fake.folder, tmp_path / "out", "bfloat16")
 
 
+def documented(key: str) -> tuple[str, list[dict[str, Any]]]:
+    """The page of the format, and what its examples say under a key, those that have it."""
+    page = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
+    texts = [part.split("```")[0] for part in page.split("```jsonc\n")[1:]]
+    examples = [json.loads("{" + re.sub(r" +//.*", "", text) + "}") for text in texts]
+    return page, [example[key] for example in examples if key in example]
+
+
+def test_the_documented_codec_is_a_format() -> None:
+    _, [codec] = documented("codec")
+    layout = formats.from_dict(codec).layout(64, 4)
+    assert {name: list(t.shape) for name, t in layout.items()} == {
+        "codes": [1, 1, 32],
+        "scale": [1],
+        "table": [64, 1],
+    }
+
+
 @pytest.mark.parametrize(
     ("number", "version", "num_modules", "module"),
     [(1, 1, 2, "model.layers.0.mlp.down_proj"), (2, 2, 1, "model.embed_tokens")],
@@ -534,15 +554,14 @@ def test_dequantize_refuses_weights_beyond_float16(tmp_path: Path) -> None:
 def test_the_documented_examples_are_valid_configurations(
     number: int, version: int, num_modules: int, module: str
 ) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
-    example = page.split("```jsonc\n")[number].split("```")[0]
-    values = json.loads("{" + re.sub(r" +//.*", "", example) + "}")["quantization_config"]
+    page, examples = documented("quantization_config")
+    values = examples[number - 1]
     config = QuantizationConfig.parse(values, "the example")
     linears = config.linears()
     assert (config.format_version, len(linears)) == (version, num_modules)
-    documented = re.findall(rf"^    {re.escape(module)}\.(\w+) +(\w+) +\[(.*)\]", page, re.M)
+    listed = re.findall(rf"^    {re.escape(module)}\.(\w+) +(\w+) +\[(.*)\]", page, re.M)
     layout = linears[module].layout()
-    assert [(name, dtype, shape) for name, dtype, shape in documented] == [
+    assert [(name, dtype, shape) for name, dtype, shape in listed] == [
         (name, str(t.dtype).removeprefix("torch."), ", ".join(map(str, t.shape)))
         for name, t in layout.items()
     ]
