@@ -31,8 +31,8 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     def decorate(function: Callable[..., Any]) -> Any:
         try:
             return numba.njit(nogil=True, cache=True, **options)(_stamped(function))
-        except RuntimeError as error:
-            _say(str(error))
+        except RuntimeError:  # no place for a cache
+            _say_once()
             return numba.njit(nogil=True, **options)(function)
 
     return decorate
@@ -45,7 +45,7 @@ def entry(function: Callable[[Any], None]) -> int:
     except RuntimeError as error:
         if "cannot cache function" not in str(error):
             raise
-        _say(str(error))
+        _say_once()
         return _address(numba.cfunc(ENTRY)(function))
 
 
@@ -86,9 +86,8 @@ def said_if_long() -> Iterator[None]:
 
 
 @cache
-def _say(problem: str) -> None:
+def _say_once() -> None:
     logger.warning(
-        "compiled kernels are not kept on disk, every process compiles them again (%s); set "
-        "NUMBA_CACHE_DIR to a folder that can be written",
-        problem,
+        "compiled kernels are not kept on disk, every process compiles them again: set "
+        "NUMBA_CACHE_DIR to a folder that can be written"
     )

@@ -214,7 +214,7 @@ def _choice(module: VQLinear, num_rows: int) -> dispatch.Choice:
     made = {choice.call: choice for choice in dispatch.choices()}
     if call not in made:
         x = torch.empty(num_rows, module.in_features, dtype=call.dtype, device=call.device)
-        dispatch.choose(x, call.spec)
+        dispatch.choose(x, module.spec.format)
         made = {choice.call: choice for choice in dispatch.choices()}
     return made[call]
 
