@@ -123,9 +123,7 @@ def measure(
             for name, t in linear.layout().items()
             if name not in own
         }
-        _, states = linear.split(tensors)
-        stages = list(zip(linear.transforms, states))
-        made = bound.linears_of([BoundLinear(linear, linear.row_blocks(), own, stages)])
+        made = bound.linears_of([BoundLinear.of(linear, tensors)])
         assert not isinstance(made, str), made
         packed.append(made)
         dense.append(torch.randn(rows, cols).bfloat16())

@@ -152,6 +152,18 @@ class BoundLinear:
     stages: list[Stage]
     """In the order in which they were applied to W."""
 
+    @classmethod
+    def of(
+        cls,
+        spec: LinearSpec,
+        tensors: dict[str, Tensor],
+        blocks: list[tuple[int, int]] | None = None,
+    ) -> "BoundLinear":
+        """With its stored tensors; `blocks` are `spec.row_blocks()` for who has them already."""
+        own, states = spec.split(tensors)
+        blocks = spec.row_blocks() if blocks is None else blocks
+        return cls(spec, blocks, own, list(zip(spec.transforms, states)))
+
     @property
     def inputs(self) -> list[Stage]:
         """In the order in which they are applied to an input."""

@@ -183,8 +183,7 @@ def _named(spec: FormatSpec | TransformSpec, packed: list[Tensor]) -> dict[str, 
 def _bound(text: str, rows: int, cols: int, packed: list[Tensor]) -> BoundLinear:
     """A linear with its tensors."""
     spec, names, blocks = linear_of(text, rows, cols)
-    own, states = spec.split(dict(zip(names, packed)))
-    return BoundLinear(spec, blocks, own, list(zip(spec.transforms, states)))
+    return BoundLinear.of(spec, dict(zip(names, packed)), blocks)
 
 
 def _each_bound(

@@ -180,19 +180,13 @@ def whole(rows: int, cols: int, spec: FormatSpec) -> tuple[LinearSpec, dict[str,
     return linear, tensors | values_of(spec, rows, cols)
 
 
-def bind(linear: LinearSpec, tensors: dict[str, Tensor]) -> BoundLinear:
-    own, states = linear.split(tensors)
-    stages = list(zip(linear.transforms, states))
-    return BoundLinear(linear, linear.row_blocks(), own, stages)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "cols"), [(192, 576), (64, 70), (96, 20)])
 def test_a_whole_linear_is_as_exact_as_its_dense_weights(
     rows: int, cols: int, dtype: torch.dtype
 ) -> None:
     linear, tensors = whole(rows, cols, EVERY["bytes2 2"])
-    made = bound.linears_of([bind(linear, tensors)])
+    made = bound.linears_of([BoundLinear.of(linear, tensors)])
     assert not isinstance(made, str)
     W = linear.dequantize(tensors, torch.float64)
     for num_rows in (1, 4, 40):
@@ -212,7 +206,7 @@ def test_linears_of_one_input_have_what_each_has_alone() -> None:
     for i in range(1, len(every)):  # the signs and scales of the input are shared
         shared = {k: v for k, v in every[0][1].items() if k.startswith(("t0_", "t2_"))}
         every[i] = every[i][0], every[i][1] | shared
-    linears = [bind(*one) for one in every]
+    linears = [BoundLinear.of(*one) for one in every]
     together = bound.linears_of(linears)
     assert not isinstance(together, str)
     x = activations(2, cols)

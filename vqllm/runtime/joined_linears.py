@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from vqllm.runtime import cache
 from vqllm.runtime.packed import Fingerprint, version
-from vqllm.runtime.packed_products import PackedProducts, serve
+from vqllm.runtime.packed_products import PackedProducts, all_packed, serve
 from vqllm_kernels import dispatch
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class JoinedLinears:
             ys = self.products(members, x)
             if ys is not None:
                 return self._with_biases(ys, x.dtype)
-        elif any(faster) and not self._all_packed(members, x.dtype):
+        elif any(faster) and not all_packed(members, x.dtype):
             return None  # some are looked up, alone
         compiling = torch.compiler.is_compiling()
         W_RC = None if all(faster) else self._weights(x, compiling)
@@ -137,10 +137,6 @@ class JoinedLinears:
         if x.numel() > x.shape[-1]:  # of a single row they are contiguous, as linears' are
             return [part.contiguous() for part in parts]
         return parts
-
-    @staticmethod
-    def _all_packed(members: Sequence["VQLinear"], dtype: torch.dtype) -> bool:
-        return all(dispatch.multiplied_packed(m.spec.format, dtype) for m in members)
 
     def _with_biases(self, ys: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         return [y if b is None else y + b for y, b in zip(ys, self._biases(dtype))]

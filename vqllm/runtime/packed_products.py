@@ -36,10 +36,7 @@ class PackedProducts:
         if (
             made_from is None
             or x.dtype is not self._dtype
-            or torch.compiler.is_compiling()
-            or not x.is_cpu
-            or (x.requires_grad and torch.is_grad_enabled())
-            or x.numel() == 0
+            or not _may_serve(x)
             or dispatch.is_forced()
             or not made_from.holds()
         ):
@@ -61,13 +58,9 @@ class PackedProducts:
     def _make(self, members: Sequence["VQLinear"], x: Tensor) -> None:
         from vqllm_kernels.cpu.bound import linears_of
 
-        every = []
         for member in members:
             dispatch.choose(x.reshape(-1, x.shape[-1]), member.spec.format)
-            own, states = member.spec.split(member.packed)
-            stages = list(zip(member.spec.transforms, states))
-            every.append(BoundLinear(member.spec, member.spec.row_blocks(), own, stages))
-        made = linears_of(every)
+        made = linears_of([BoundLinear.of(member.spec, member.packed) for member in members])
         self._linears = None if isinstance(made, str) else made
         self._made_from = Fingerprint(members)
 
@@ -75,10 +68,19 @@ class PackedProducts:
 def serve(members: Sequence["VQLinear"], x: Tensor) -> bool:
     """Whether the products of these linears with x are made from packed weights on a CPU, here and
     now: outside of a graph, and where no gradient of x is wanted, which takes decoded weights."""
+    return _may_serve(x) and all_packed(members, x.dtype)
+
+
+def all_packed(members: Sequence["VQLinear"], dtype: torch.dtype) -> bool:
+    """Whether the codes of all of them are multiplied as they are stored, on a CPU."""
+    return all(dispatch.multiplied_packed(member.spec.format, dtype) for member in members)
+
+
+def _may_serve(x: Tensor) -> bool:
+    """The part of `serve` that depends on x."""
     return (
-        x.device.type == "cpu"
+        x.is_cpu
         and x.numel() > 0
         and not torch.compiler.is_compiling()
         and not (x.requires_grad and torch.is_grad_enabled())
-        and all(dispatch.multiplied_packed(m.spec.format, x.dtype) for m in members)
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vqllm_kernels.compiled import entry, njit
 from vqllm_kernels.cpu import hadamard, memory, threads
+from vqllm_kernels.cpu.sums import bfloat16
 from vqllm_kernels.kernels import Tensors
 from vqllm_kernels.transforms import HadamardSpec, ScaleSpec, TransformSpec
 
@@ -135,8 +136,4 @@ def write(y: NDArray[np.float32], is_bfloat16: bool, out: int) -> None:
     raw = y.view(np.uint32)
     for n in range(y.shape[0]):
         for c in range(y.shape[1]):
-            # To the nearest, and to even where it is in the middle, as torch rounds.
-            v = raw[n, c]
-            bits[n, c] = (
-                v + np.uint32(0x7FFF) + ((v >> np.uint32(16)) & np.uint32(1))
-            ) >> np.uint32(16)
+            bits[n, c] = bfloat16(raw[n, c])

@@ -35,6 +35,7 @@ from vqllm_kernels.cpu.activations import (
 )
 from vqllm_kernels.cpu.instructions import Instructions
 from vqllm_kernels.cpu.parts import Part, Product
+from vqllm_kernels.cpu.sums import add_sums, bfloat16, scale_sums
 from vqllm_kernels.cpu.tiles import AHEAD
 from vqllm_kernels.cpu.vectors import INT32, INT64, Value, Vectors
 from vqllm_kernels.e8p import reference
@@ -258,7 +259,7 @@ def kernel(product: E8PProduct) -> int:
     rows, parts, most = product.rows, product.parts, product.most_tiles
     is_wide = product.is_wide
     tile_rows, tile_cols = TILE
-    add_up = _wide(rows) if is_wide else _narrow(rows)
+    add_up = sum_codes if is_wide else _sum_points
 
     def multiply(pointer: Any) -> None:
         a = numba.carray(pointer, (NUM_ARGUMENTS,))
@@ -267,7 +268,7 @@ def kernel(product: E8PProduct) -> int:
         of_row = numba.carray(memory.pointer(a[7]), (2, rows), np.float64)
         y = numba.carray(memory.pointer(out), (rows, row_tiles * tile_rows), np.float32)
         me = threads.number() if a[0] > 1 else 0
-        sums = np.empty((parts, tile_rows), np.int32)
+        found = np.empty((parts, tile_rows), np.int32)
         totals = np.empty((rows, tile_rows), np.int64)
         stride = num_tiles * 16
         step_bytes = tile_cols if is_wide else 2 * tile_cols
@@ -276,76 +277,48 @@ def kernel(product: E8PProduct) -> int:
             last = min(tile_rows, all_rows - i * tile_rows) - 1
             for j in range(0, num_tiles, most):
                 add_up(
+                    rows,
                     codes + i * tile_rows * stride + j * 16,
                     stride,
                     last,
                     min(most, num_tiles - j),
                     x + j * step_bytes,
                     apart,
-                    sums.ctypes.data,
+                    found.ctypes.data,
                     table,
                 )
-                for n in range(rows):
-                    for r in range(tile_rows):
-                        if is_wide:
-                            totals[n, r] += (np.int64(sums[2 * n, r]) << 8) + sums[2 * n + 1, r]
-                        else:
-                            totals[n, r] += sums[n, r]
-            for n in range(rows):
-                for r in range(tile_rows):
-                    y[n, i * tile_rows + r] = (totals[n, r] - of_row[1, n]) * of_row[0, n]
+                add_sums(found, is_wide, totals)
+            scale_sums(totals, of_row, i * tile_rows, y)
 
     return entry(multiply)
 
 
-@cache
-def _wide(rows: int) -> Any:
-    @njit()
-    def add_up(
-        codes: int,
-        stride: int,
-        last: int,
-        num_tiles: int,
-        x: int,
-        apart: int,
-        out: int,
-        table: int,
-    ) -> None:
-        sum_codes(rows, codes, stride, last, num_tiles, x, apart, out, table)
-
-    return add_up
-
-
-@cache
-def _narrow(rows: int) -> Any:
-    """The same from a table of all points; x is words in the order of columns."""
-
-    @njit()
-    def add_up(
-        codes: int,
-        stride: int,
-        last: int,
-        num_tiles: int,
-        x: int,
-        apart: int,
-        out: int,
-        table: int,
-    ) -> None:
-        points = numba.carray(memory.pointer(table), (1 << 16, CODE), np.int8)
-        sums = numba.carray(memory.pointer(out), (rows, 8), np.int32)
-        sums[:] = 0
-        for r in range(last + 1):
-            own = numba.carray(memory.pointer(codes + r * stride), (8 * num_tiles,), np.uint16)
-            for n in range(rows):
-                words = numba.carray(memory.pointer(x + n * apart), (8 * num_tiles, CODE), np.int16)
-                total = np.int32(0)
-                for j in range(8 * num_tiles):
-                    point = points[own[j]]
-                    for i in range(CODE):
-                        total += np.int32(point[i]) * np.int32(words[j, i])
-                sums[n, r] = total
-
-    return add_up
+@njit()
+def _sum_points(
+    rows: int,
+    codes: int,
+    stride: int,
+    last_row: int,
+    num_tiles: int,
+    x: int,
+    apart: int,
+    out: int,
+    table: int,
+) -> None:
+    """`sum_codes` from a table of all points; x is words in the order of columns."""
+    points = numba.carray(memory.pointer(table), (1 << 16, CODE), np.int8)
+    sums = numba.carray(memory.pointer(out), (rows, 8), np.int32)
+    sums[:] = 0
+    for r in range(last_row + 1):
+        own = numba.carray(memory.pointer(codes + r * stride), (8 * num_tiles,), np.uint16)
+        for n in range(rows):
+            words = numba.carray(memory.pointer(x + n * apart), (8 * num_tiles, CODE), np.int16)
+            total = np.int32(0)
+            for j in range(8 * num_tiles):
+                point = points[own[j]]
+                for i in range(CODE):
+                    total += np.int32(point[i]) * np.int32(words[j, i])
+            sums[n, r] = total
 
 
 @cache
@@ -369,10 +342,8 @@ def panel_kernel() -> int:
                 code = numba.carray(memory.pointer(at), (1,), np.uint16)[0]
                 for i in range(CODE):
                     value[0] = np.float32(points[code, i]) * scale
-                    bits = value.view(np.uint32)[0]
-                    odd = (bits >> np.uint32(16)) & np.uint32(1)
                     place = out + (CODE * j + i) * apart + 2 * (r - start)
                     y = numba.carray(memory.pointer(place), (1,), np.uint16)
-                    y[0] = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+                    y[0] = bfloat16(value.view(np.uint32)[0])
 
     return entry(decode_rows)

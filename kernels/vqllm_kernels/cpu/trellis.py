@@ -16,6 +16,7 @@ from vqllm_kernels.cpu.activations import NUM_ARGUMENTS, NUM_PANEL_ARGUMENTS, Op
 from vqllm_kernels.cpu.byte_sums import ByteSums
 from vqllm_kernels.cpu.instructions import Instructions
 from vqllm_kernels.cpu.parts import Part, Product
+from vqllm_kernels.cpu.sums import add_sums, bfloat16, scale_sums
 from vqllm_kernels.cpu.tiles import PARITIES, TileEmitter, TileProduct
 from vqllm_kernels.cpu.vectors import Value, Vectors
 from vqllm_kernels.kernels import Tensors
@@ -126,7 +127,7 @@ def kernel(product: TileProduct) -> int:
         of_row = numba.carray(memory.pointer(a[7]), (2, rows), np.float64)
         y = numba.carray(memory.pointer(out), (rows, row_tiles * tile_rows), np.float32)
         me = threads.number() if a[0] > 1 else 0
-        sums = np.empty((parts, tile_rows), np.int32)
+        found = np.empty((parts, tile_rows), np.int32)
         totals = np.empty((rows, tile_rows), np.int64)
         for i in range(row_tiles * me // a[0], row_tiles * (me + 1) // a[0]):
             totals[:] = 0
@@ -137,19 +138,11 @@ def kernel(product: TileProduct) -> int:
                     min(most, num_tiles - j),
                     x + j * step_bytes,
                     apart,
-                    sums.ctypes.data,
+                    found.ctypes.data,
                     table,
                 )
-                for n in range(rows):
-                    if is_bytes:
-                        for r in range(tile_rows):
-                            totals[n, r] += (np.int64(sums[2 * n, r]) << 8) + sums[2 * n + 1, r]
-                    else:
-                        for r in range(tile_rows):
-                            totals[n, r] += sums[n, r]
-            for n in range(rows):
-                for r in range(tile_rows):
-                    y[n, i * tile_rows + r] = (totals[n, r] - of_row[1, n]) * of_row[0, n]
+                add_sums(found, is_bytes, totals)
+            scale_sums(totals, of_row, i * tile_rows, y)
 
     return entry(multiply)
 
@@ -290,9 +283,7 @@ def _decode_portably(product: TileProduct) -> Callable[..., None]:
             for r in range(tile_rows):
                 # float64 holds the product: the sum is rounded once, as a fused one is.
                 value[0] = np.float64(own[r, c]) * f[c & 1] + np.float64(f[2 + (c & 1)])
-                bits = value.view(np.uint32)[0]
-                odd = (bits >> np.uint32(16)) & np.uint32(1)
-                y[r] = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+                y[r] = bfloat16(value.view(np.uint32)[0])
 
     return decode_tile
 

@@ -16,14 +16,14 @@ from vqllm_kernels.kernels import Kernels, Kind
 from vqllm_kernels.layout import TensorLayout
 from vqllm_kernels.trellis import reference, reference_v2
 
+if TYPE_CHECKING:
+    from vqllm_kernels.cpu.parts import Part
+
 MIN_STATE_BITS, MAX_STATE_BITS = 4, 16
 MAX_TABLE_BITS = 15
 PACKED_TILE_ROWS = (16, 32, 64)
 """Rows of the tiles that are multiplied as they are stored on a CPU: whole registers of rows, and
 whole pieces of 4 columns."""
-
-if TYPE_CHECKING:
-    from vqllm_kernels.cpu.parts import Part
 PACKED_TABLE_BITS = 7
 """Bits of an index that packed products take: two registers of entries."""
 MAX_MASKS = 8
