@@ -1,11 +1,19 @@
 """Products with packed weights on a CPU, compiled by numba: no weight is decoded to memory.
 
+    kernels        what `select` asks: whether a call is served, and its products
+    bound          a call made of stored tensors, and calls that come again
+    linear         a whole linear, or several of one input, as one call of compiled code
+    chains         scales and Hadamard transforms of one side (`hadamard`)
+    activations    rows of x as integers
+    parts          what a format gives: codes, and the kernels that read them
+    trellis        kernels of tiles of a trellis (`tiles`, and its codes `byte_sums`, `parities`)
+    e8p            kernels of e8p-v1
+    panels         many rows of x: a part of W decoded into the cache, torch's product
+    sums, memory   what all kernels do with their sums, and with addresses
+    vectors        operations on registers, as LLVM's IR
     instructions   which instructions the processor has, and how to choose fewer
-    vectors        the few operations on registers from which kernels are built, as LLVM's IR
-    trellis        tiles of a trellis times 1 to 16 rows of activations
-    hadamard       scales and Hadamard transforms
     threads        the threads of torch's own pool
 
-Start with `linear`, which is one call of a whole linear.
+Start with `linear`.
 May import: kernels of formats, nothing of vqllm.
 """
