@@ -81,9 +81,10 @@ class Linears:
 
     @property
     def nbytes(self) -> int:
-        """Of the factors, which are kept beside the packed tensors."""
+        """Of the factors and of codes in another order: what is kept beside the packed tensors."""
         chains = [self.input, *(member.output for member in self.members)]
-        return sum(chain.before.nbytes + chain.after.nbytes for chain in chains)
+        factors = sum(chain.before.nbytes + chain.after.nbytes for chain in chains)
+        return factors + sum(part.kept_bytes for member in self.members for part in member.parts)
 
     def _plan(self, num_rows: int) -> "_Plan":
         rows = next(r for r in ROWS if num_rows <= r)
@@ -153,7 +154,7 @@ class _Plan:
             rows,
             np.array(linears.input.numbers(), np.int64),
             np.array(
-                [[o.parts, o.step_weights, o.is_bytes, o.in_planes] for o in operands],
+                [[o.parts, o.step_weights, o.is_bytes, o.plane_columns] for o in operands],
                 np.int64,
             ),
             np.array([[*o.factors, *o.offsets] for o in operands], np.float64),
@@ -198,7 +199,7 @@ def _multiply(
             constants[k, 2:],
             o[1],
             o[2] != 0,
-            o[3] != 0,
+            o[3],
             words[k, : o[0] * (padded // o[1])].reshape(o[0], padded // o[1]),
             of_row[k, 0],
             of_row[k, 1],
