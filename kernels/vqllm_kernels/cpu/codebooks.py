@@ -1,4 +1,4 @@
-"""Products with indices of at most 8 bits into one codebook, by AVX-512; else entries are looked up.
+"""Products with indices of at most 8 bits into one codebook, by AVX-512; else one by one.
 
 A register has 8 indices of each of 8 rows. Every coordinate of the codebook is a table of up to 256
 integers, one byte of each in up to four registers: two permutations look up 64 weights. Entries are
@@ -313,7 +313,7 @@ def _plain_kernel(product: CodebookProduct) -> int:
 
 
 @njit()
-def _sum_entries(codes: Any, table: Any, x: int) -> int:
+def _sum_entries(codes: Any, table: Any, x: int) -> Any:
     """Of one row of W and one of x, which is words in the order of columns."""
     words = numba.carray(memory.pointer(x), (len(codes), table.shape[1]), np.int16)
     total = np.int64(0)
