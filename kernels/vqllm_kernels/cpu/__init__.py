@@ -3,6 +3,7 @@
     kernels        what `select` asks: whether a call is served, and its products
     bound          a call made of stored tensors, and calls that come again
     linear         a whole linear, or several of one input, as one call of compiled code
+    plan           that call, and what it is told
     chains         scales and Hadamard transforms of one side (`hadamard`)
     activations    rows of x as integers
     parts          what a format gives: codes, and the kernels that read them
@@ -15,6 +16,6 @@
     instructions   which instructions the processor has, and how to choose fewer
     threads        the threads of torch's own pool
 
-Start with `linear`.
+Start with `linear`, then `plan`.
 May import: kernels of formats, nothing of vqllm.
 """

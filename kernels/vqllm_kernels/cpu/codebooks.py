@@ -181,6 +181,10 @@ def sum_codes(
             row = ir.Constant(INT64, r)
             row = b.select(b.icmp_signed("<", row, last_row), row, last_row)
             first_rows.append(b.add(codes, b.mul(row, stride)))
+        # Rows of codes lie one behind the other: the next 8 are asked for while these are read.
+        block = b.mul(stride, v.int64(TILE_ROWS))
+        far = b.select(b.icmp_signed(">", block, v.int64(AHEAD)), block, v.int64(AHEAD))
+        later = b.add(codes, far)
         parts = [v.step(operand, apart, part) for part in range(2 * number)]
         # Two chains of additions where there are registers for them.
         chains = 2 if number * planes <= 2 else 1
@@ -196,6 +200,7 @@ def sum_codes(
             return b.select(upper, found[1], found[0])
 
         def tile(t: Value) -> None:
+            v.prefetch(later, b.mul(t, v.int64(TILE_ROWS * TILE_CODES)))
             index = _indices(v, [b.add(row, b.mul(t, v.int64(TILE_CODES))) for row in first_rows])
             x_at = b.mul(t, v.int64(TILE_CODES * width))
             for i in range(width):
@@ -233,7 +238,6 @@ def _indices(v: Vectors, rows: list[Value]) -> Value:
     value = ir.Constant(ir.VectorType(INT64, TILE_ROWS), ir.Undefined)
     for r, row in enumerate(rows):
         value = v.b.insert_element(value, v.load(row, 0, INT64), ir.Constant(INT32, r))
-        v.prefetch(row, AHEAD // 8)
     return v.b.bitcast(value, v.bytes)
 
 
