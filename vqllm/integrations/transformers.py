@@ -122,11 +122,13 @@ class VqllmQuantizer(HfQuantizer):
             # that it has comes from the files.
             if is_fused(module):
                 model.get_submodule(_module(name))._is_hf_initialized = True  # type: ignore
-        self._prefix = model.base_model_prefix
+        self._prefix = str(model.base_model_prefix)
         self._declared_ties = _tie_packed(model, {*found.specs, *found.tied}, found.tied)
         self._tied = found.tied
 
-    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: Any = None
+    ) -> list[Any]:
         """Without those that merge experts, which are linears of their own here.
 
         transformers gives the model, too, from 5.20 on.
