@@ -264,28 +264,31 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     python, work = options.environment.absolute() / "bin/python", options.work.absolute()
     steps = options.steps.split(",")
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if "smallest" in steps:
         check_logits(python, work, CASES[:1])
     if "logits" in steps:
-        results["logits"] = check_logits(python, work)
+        keep(logits=check_logits(python, work))
     if "refusals" in steps:
-        results["refusals"] = check_refusals(python, work)
+        keep(refusals=check_refusals(python, work))
     if "page" in steps:
-        results["answer"] = check_page(work)
+        keep(answer=check_page(work))
     if "speed" in steps:
-        old = [
-            r
-            for r in results.get("speed", [])
-            if r["checkpoint"] not in {c.name for c in options.checkpoints}
-        ]
         for checkpoint in options.checkpoints:
-            arguments = (python, options.original, checkpoint, options.rounds, options.dtype)
-            old += measure(*arguments)
-        results["speed"] = old
-    if "smallest" not in steps:
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        tables(results)
+            given = (options.original, checkpoint, options.rounds, options.dtype)
+            rows = measure(python, *given)
+            others = [r for r in kept().get("speed", []) if r["checkpoint"] != checkpoint.name]
+            keep(speed=others + rows)
+
+
+def kept() -> dict[str, Any]:
+    """What was measured so far."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def keep(**found: object) -> None:
+    """Add to it, and write the tables."""
+    RESULTS.write_text(json.dumps({**kept(), **found}, indent=1) + "\n")
+    tables(kept())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,10 @@
 """Names of modules in vLLM, what its loader brings, and what is refused. No vLLM is needed."""
 
+import sys
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -9,7 +14,7 @@ from torch import Tensor, nn
 from tests.support.fake_checkpoint import FORMATS, random_packed
 from vqllm.checkpoint.format import FORMAT_VERSION, QuantizationConfig
 from vqllm.errors import CheckpointError, ModelError
-from vqllm.integrations.vllm import mode, refusals
+from vqllm.integrations.vllm import METHOD, mode, refusals, register
 from vqllm.integrations.vllm.names import Modules
 from vqllm.integrations.vllm.packed import PackedLinears
 from vqllm.integrations.vllm.stored import Stored, loader_into, part_of, place_holders
@@ -207,3 +212,41 @@ def test_messages() -> None:
     assert "of 3 parts with 64, 32, 32 rows" in parts
     assert refusals.sizes_that_divide(192, 64) == [1, 3]
     assert refusals.sizes_that_divide(100, 64) == [1]
+
+
+def test_the_entry_point_is_the_function() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert "vllm" in project["optional-dependencies"]
+    [(name, value)] = project["entry-points"]["vllm.general_plugins"].items()
+    assert EntryPoint(name, value, "vllm.general_plugins").load() is register
+
+
+def test_a_vllm_with_another_interface_is_refused_when_a_quantized_folder_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    registered: dict[str, Any] = {}
+    quantization: Any = ModuleType("vllm.model_executor.layers.quantization")
+    base: Any = ModuleType(f"{quantization.__name__}.base_config")
+
+    def taker(name: str) -> Any:
+        return lambda config: registered.setdefault(name, config)
+
+    quantization.register_quantization_config = taker
+    base.QuantizationConfig = object
+    for module in (ModuleType("vllm"), quantization, base):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name in ("vllm.model_executor", "vllm.model_executor.layers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    register()
+    register()
+    assert "cannot be served by this vLLM" in caplog.text
+    with pytest.raises(ModelError, match="has another interface"):
+        registered[METHOD].from_config({})
+
+
+def test_a_vllm_without_other_methods_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    register()
+    assert "takes no other methods of quantization" in caplog.text

@@ -26,8 +26,11 @@ METHOD = "vqllm"
 def register() -> None:
     """Make vLLM know the format. Idempotent; it never fails, because vLLM calls it whatever the
     model: a vLLM that does not fit is refused when it loads a quantized folder."""
-    from vllm.model_executor.layers.quantization import register_quantization_config
-
+    try:
+        from vllm.model_executor.layers.quantization import register_quantization_config
+    except ImportError as error:
+        logger.warning("vqllm: this vLLM takes no other methods of quantization: %s", error)
+        return
     try:
         from vqllm.integrations.vllm.config import VqllmConfig as config
     except (ImportError, AttributeError, TypeError) as error:
