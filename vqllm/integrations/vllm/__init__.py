@@ -5,15 +5,17 @@ asks `config.VqllmConfig` what to do for every linear, embedding and group of ex
 
     config     what vLLM asks: which module is quantized, what is refused
     linear     linears, alone or fused (q, k, v; gate, up), packed or decoded
+    held       what of a linear one process holds, and its products
     embedding  the embedding and the output head, tied or not
     experts    experts that are quantized one by one
     names      which quantized modules a module of vLLM is made of
     mode       whether a module keeps its weights packed or decodes them at load
     stored     what the loader brings, kept until a module is complete
-    cuts       what of a linear one process holds under tensor parallelism
+    packed     packed linears of one input, and their products
+    cuts       some rows or columns of a packed linear, for tensor parallelism
     refusals   what cannot be served, said before weights are read
 
-vLLM is imported by the first four only, and by nothing outside of this folder.
+vLLM is imported by the first five only, and by nothing outside of this folder.
 """
 
 import logging

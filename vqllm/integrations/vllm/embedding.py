@@ -16,7 +16,12 @@ from vqllm.core.tensors import frozen
 from vqllm.integrations.vllm import cuts, refusals
 from vqllm.integrations.vllm.mode import Mode, is_packed
 from vqllm.integrations.vllm.packed import PackedLinears
-from vqllm.integrations.vllm.stored import Stored, loader_into, place_holders
+from vqllm.integrations.vllm.stored import (
+    Stored,
+    default_float32,
+    loader_into,
+    place_holders,
+)
 from vqllm_kernels import dispatch
 from vqllm_kernels.linear import LinearSpec
 from vqllm_kernels.transforms import HadamardSpec
@@ -54,7 +59,8 @@ class VqllmEmbeddingMethod(QuantizeMethodBase):
         """Make empty parameters for what the loader brings. ModelError for another size."""
         if (self.spec.rows, self.spec.cols) != (layer.org_vocab_size, input_size):
             raise refusals.wrong_size(self.name, self.spec, layer.org_vocab_size, input_size)
-        layer.vqllm_dtype, layer.vqllm_head = params_dtype, isinstance(layer, ParallelLMHead)
+        layer.vqllm_dtype, layer.vqllm_device = params_dtype, torch.empty(0).device
+        layer.vqllm_head = isinstance(layer, ParallelLMHead)
         stored = Stored({0: self.spec})
         layer.vqllm_stored = stored
         layer.vqllm_parameters = place_holders(
@@ -79,18 +85,15 @@ class VqllmEmbeddingMethod(QuantizeMethodBase):
         for name in layer.vqllm_parameters:
             delattr(layer, name)
         del layer.vqllm_stored, layer.vqllm_parameters
-        device = torch.get_default_device()
+        device = layer.vqllm_device
         own = {name: tensor.to(device) for name, tensor in own.items()}
         layer.vqllm_held = None
-        if self._stays_packed(layer, device):
-            rows = own_rows(layer)
-            is_cut = cuts.ends_of_rows(self.spec, rows)
-            part = cuts.rows_of(self.spec, own, rows) if is_cut else (self.spec, own)
-            layer.vqllm_held = PackedLinears.of(layer, [part], layer.vqllm_dtype)
-            layer.vqllm_spec, layer.vqllm_cut = part[0], is_cut
-        else:
+        with default_float32():
+            if self._stays_packed(layer, device):
+                self._keep_packed(layer, own)
+                return
             layer.weight = frozen(self._decoded(layer, own))
-            self.dense.process_weights_after_loading(layer)
+        self.dense.process_weights_after_loading(layer)
 
     def embedding(self, layer: VocabParallelEmbedding, input_: Tensor) -> Tensor:
         """Rows [..., features] of tokens [...], counted from the first row of this process."""
@@ -129,11 +132,19 @@ class VqllmEmbeddingMethod(QuantizeMethodBase):
             return True  # no more rows are decoded than are looked up
         return is_packed(self.mode, [self.spec], device, layer.vqllm_dtype)
 
+    def _keep_packed(self, layer: VocabParallelEmbedding, own: dict[str, Tensor]) -> None:
+        """The rows of this process, or all where tiles do not end there."""
+        rows = own_rows(layer)
+        is_cut = cuts.ends_of_rows(self.spec, rows)
+        part = cuts.rows_of(self.spec, own, rows) if is_cut else (self.spec, own)
+        layer.vqllm_held = PackedLinears.of(layer, [part], layer.vqllm_dtype)
+        layer.vqllm_spec, layer.vqllm_cut = part[0], is_cut
+
     def _decoded(self, layer: VocabParallelEmbedding, own: dict[str, Tensor]) -> Tensor:
         """The dense rows of this process, and zeros in the place of its padding."""
         start, stop = own_rows(layer)
         shape = layer.num_embeddings_per_partition, self.spec.cols
-        W_RC = torch.zeros(shape, dtype=layer.vqllm_dtype)
+        W_RC = torch.zeros(shape, dtype=layer.vqllm_dtype, device=layer.vqllm_device)
         W_RC[: stop - start] = self.spec.dequantize(own, layer.vqllm_dtype)[start:stop]
         return W_RC
 

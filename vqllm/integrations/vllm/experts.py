@@ -10,7 +10,7 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFused
 from vqllm.core.tensors import frozen
 from vqllm.errors import ModelError
 from vqllm.integrations.vllm.mode import Mode
-from vqllm.integrations.vllm.stored import WEIGHT, Stored, place_holders
+from vqllm.integrations.vllm.stored import WEIGHT, Stored, default_float32, place_holders
 from vqllm_kernels.linear import LinearSpec
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class VqllmExpertsMethod(UnquantizedFusedMoEMethod):
             if layer._map_global_expert_id_to_local_expert_id(part[0]) >= 0
         }
         layer.vqllm_dtype, layer.vqllm_stored = params_dtype, Stored(own)
+        layer.vqllm_device = torch.empty(0).device
         layer.vqllm_parameters = []
         for prefix, shards in (("w13_", ("w1", "w3")), ("w2_", ("w2",))):
             some = Stored({part: spec for part, spec in own.items() if part[1] in shards})
@@ -100,7 +101,8 @@ class VqllmExpertsMethod(UnquantizedFusedMoEMethod):
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Decode what was loaded. CheckpointError if some is missing or cannot be decoded."""
         if hasattr(layer, "vqllm_stored"):
-            self._decode(layer)
+            with default_float32():
+                self._decode(layer)
         super().process_weights_after_loading(layer)
 
     def _decode(self, layer: RoutedExperts) -> None:
@@ -111,7 +113,7 @@ class VqllmExpertsMethod(UnquantizedFusedMoEMethod):
         del layer.vqllm_stored, layer.vqllm_parameters
         experts, hidden, inner = self._sizes
         gated = layer.ckpt_up_proj_name is not None
-        device = torch.get_default_device()
+        device = layer.vqllm_device
         w13 = torch.zeros(
             experts, (2 if gated else 1) * inner, hidden, dtype=layer.vqllm_dtype, device=device
         )

@@ -6,7 +6,8 @@ the third argument (older ones). Parts differ in codec, number and length of the
 nothing is copied into a parameter: there is an empty one for each name, and what comes is kept.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -120,6 +121,18 @@ def loader_into(stored: Stored, first: Callable[[], None]) -> Callable[..., None
         stored.keep(part_of(shard_id, list(stored.specs)), name, tensor)
 
     return load
+
+
+@contextmanager
+def default_float32() -> Iterator[None]:
+    """While vLLM loads, torch's default is the dtype of the model. Weights are decoded, and factors
+    of products computed, in float32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def part_of(shard_id: Any, parts: Sequence[Hashable]) -> Hashable:
