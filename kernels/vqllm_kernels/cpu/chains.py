@@ -74,7 +74,7 @@ def chain(stages: Sequence[Stage], size: int, direction: str) -> Chain | str:
     Args:
         direction: "input" or "output".
     """
-    before, after = torch.ones(size), torch.ones(size)
+    before, after = (torch.ones(size, dtype=torch.float32) for _ in range(2))
     order, transpose = hadamard.order(1), direction == "output"
     for spec, tensors in stages:
         if isinstance(spec, ScaleSpec):
