@@ -44,8 +44,9 @@ class Operand:
     """f, for even and for odd columns."""
     offsets: tuple[float, float]
     """What the kernel's values are too large by, before f, for even and for odd columns."""
-    in_planes: bool = False
-    """Of 8 times 8 columns the first of each come first, then the second of each, and so on."""
+    plane_columns: int = 1
+    """With n of them, of 8 times n columns the first of each n come first, then the second of each,
+    and so on."""
 
     @property
     def parts(self) -> int:
@@ -59,7 +60,7 @@ def round_rows(
     offsets: NDArray[np.float64],
     step_weights: int,
     is_bytes: bool,
-    in_planes: bool,
+    plane_columns: int,
     out_PW: NDArray[np.int32],
     step_N: NDArray[np.float64],
     offset_N: NDArray[np.float64],
@@ -78,8 +79,8 @@ def round_rows(
         if not is_finite:
             return False
         offset_N[n] = sums[0] * offsets[0] + sums[1] * offsets[1]
-        if in_planes:
-            _transpose(q)
+        if plane_columns > 1:
+            _transpose(q, plane_columns)
         if is_bytes:
             if step_weights == 1:
                 _bytes_alone(q, out_PW[2 * n], out_PW[2 * n + 1])
@@ -142,13 +143,14 @@ def _round(
 
 
 @njit()
-def _transpose(q: NDArray[np.int32]) -> None:
-    """Every 64 columns as a matrix of 8 x 8, the other way round."""
-    for start in range(0, len(q), 64):
-        for i in range(8):
-            for j in range(i):
-                a, b = start + 8 * i + j, start + 8 * j + i
-                q[a], q[b] = q[b], q[a]
+def _transpose(q: NDArray[np.int32], columns: int) -> None:
+    """Every 8 times so many columns as a matrix of 8 rows, the other way round."""
+    own = np.empty(8 * columns, np.int32)
+    for start in range(0, len(q) - 8 * columns + 1, 8 * columns):
+        own[:] = q[start : start + 8 * columns]
+        for i in range(columns):
+            for j in range(8):
+                q[start + 8 * i + j] = own[columns * j + i]
 
 
 @njit()

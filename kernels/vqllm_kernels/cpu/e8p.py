@@ -89,7 +89,7 @@ def part(tensors: Tensors, instructions: Instructions) -> Part:
             rows=rows,
             factors=(1.0, 1.0),
             offsets=(extra, extra),
-            in_planes=own.is_wide,
+            plane_columns=CODE if own.is_wide else 1,
         )
         return Product(kernel(own), operand, table)
 

@@ -62,9 +62,10 @@ class Linears:
 
     @property
     def nbytes(self) -> int:
-        """Of the factors, which are kept beside the packed tensors."""
+        """Of the factors and of codes in another order: what is kept beside the packed tensors."""
         chains = [self.input, *(member.output for member in self.members)]
-        return sum(chain.before.nbytes + chain.after.nbytes for chain in chains)
+        factors = sum(chain.before.nbytes + chain.after.nbytes for chain in chains)
+        return factors + sum(part.kept_bytes for member in self.members for part in member.parts)
 
     def _plan(self, num_rows: int) -> plan.Plan:
         rows = next(r for r in ROWS if num_rows <= r)

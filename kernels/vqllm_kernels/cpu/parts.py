@@ -37,6 +37,8 @@ class Part:
     """What the latter is given, as float32."""
     table: Tensor | None
     """And what it looks up."""
+    kept_bytes: int = 0
+    """Of `codes`, where they are not the stored ones."""
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,13 @@ class Plan:
             _every(),
         ]
         of_operands = [
-            [o.parts, o.step_weights, o.is_bytes, o.in_planes, *map(_bits, o.factors + o.offsets)]
+            [
+                o.parts,
+                o.step_weights,
+                o.is_bytes,
+                o.plane_columns,
+                *map(_bits, o.factors + o.offsets),
+            ]
             for o in operands
         ]
         flat = [head, input.numbers(), *of_operands, *parts]
@@ -136,7 +142,7 @@ def multiply(
             constants[k, 6:8],
             o[1],
             o[2] != 0,
-            o[3] != 0,
+            o[3],
             words[k, : o[0] * (padded // o[1])].reshape(o[0], padded // o[1]),
             of_row[k, 0],
             of_row[k, 1],
