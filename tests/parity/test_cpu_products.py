@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.support.params import slow, slow_but
 from vqllm_kernels import dispatch
-from vqllm_kernels.cpu import bound, instructions
+from vqllm_kernels.cpu import bound, instructions, threads
 from vqllm_kernels.e8p.spec import E8PSpec, E81BSpec
 from vqllm_kernels.formats import FormatSpec
 from vqllm_kernels.kernels import Call
@@ -159,7 +159,8 @@ def test_a_row_has_the_same_result_alone_and_among_others(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bytes2 2", slow("gf2 2")])
-def test_the_number_of_threads_does_not_matter(name: str) -> None:
+def test_the_number_of_threads_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "worth", lambda: 1)
     spec = EVERY[name]
     tensors = values_of(spec, 640, 640)
     before = torch.get_num_threads()
@@ -176,6 +177,15 @@ def test_the_number_of_threads_does_not_matter(name: str) -> None:
     for i in (2, 4):
         assert torch.equal(found[i], found[0])
         assert torch.equal(found[i + 1], found[1])
+
+
+@pytest.mark.parametrize("policy", ["", "active", "PASSIVE"])
+def test_threads_that_sleep_are_woken_for_larger_products(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    wanted = threads.WORTH_WAKING if policy == "PASSIVE" else threads.WORTH_WAITING
+    assert threads.worth.__wrapped__() == wanted
 
 
 def whole(rows: int, cols: int, spec: FormatSpec) -> tuple[LinearSpec, dict[str, Tensor]]:
