@@ -247,7 +247,8 @@ def tables(results: dict[str, Any]) -> None:
         speeds = " | ".join(str(row[kind]) for kind in kinds)
         first = f"| {row['checkpoint']} | {row['weights']} | {speeds}"
         lines.append(f"{first} | {row['start_s']} | {row['resident_mb']} |")
-    rewrite(PAGE, "speed", "\n".join(lines) + "\n")
+    text = "\n".join(lines) + "\n" if results.get("speed") else "Not measured yet.\n"
+    rewrite(PAGE, "speed", text)
 
 
 def main() -> None:

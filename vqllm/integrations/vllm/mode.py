@@ -32,7 +32,7 @@ def is_packed(
     """Whether linears of one module stay packed.
 
     "auto" keeps them packed on a GPU; on a CPU where their codes are multiplied as they are stored
-    (`dispatch.multiplied_packed`), which is faster than vLLM's own product with decoded weights.
+    (`dispatch.multiplied_packed`), which is faster than torch's product with decoded weights.
     """
     if mode != "auto":
         return mode == "packed"
