@@ -115,7 +115,7 @@ def test_the_same_bytes_again(trained, root, source, text) -> None:
     assert same_files(trained, root / "again")
 
 
-@pytest.mark.parametrize("event", [6, 13])  # in layer 0, in layer 1
+@pytest.mark.parametrize("event", [slow(6), 13])  # in layer 0, in layer 1
 def test_a_stopped_run_goes_on_to_the_same_bytes(trained, root, source, text, event) -> None:
     output = root / f"stopped-{event}"
     with pytest.raises(Killed):
@@ -143,7 +143,7 @@ def test_states_in_mapped_files_give_the_same_bytes(
         ({"train": ["rows", "vectors"]}, {"target": {"of": "residual"}}),
         ({}, SPREAD),
         slow({}, {"hessian": {"refresh": "layer"}}),
-        ({}, {"skip": ["k_proj", r"layers\.1\.mlp"]}),
+        slow({}, {"skip": ["k_proj", r"layers\.1\.mlp"]}),
     ],
     ids=["weights", "own", "residual", "spread", "refresh", "skip"],
 )
