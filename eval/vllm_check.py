@@ -152,7 +152,8 @@ def check_page(work: Path) -> str:
     done = subprocess.run(
         ["bash", "-emc", script], cwd=work, env=env, stdout=subprocess.PIPE, text=True
     )
-    answer = json.loads(done.stdout[done.stdout.index('{"id"') :].splitlines()[0])
+    # vLLM says more behind it.
+    answer, _ = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index('{"id"') :])
     return answer["choices"][0]["text"]
 
 
