@@ -228,7 +228,7 @@ def check_refusals(python: Path, work: Path) -> list[str]:
 def what_is_said(python: Path, model: Path, options: dict[str, Any]) -> str:
     """What a process says that does not serve."""
     try:
-        with Worker(python, model, options):
+        with Worker(python, model, {"max_model_len": 128, **options}):
             return "it was served"
     except RuntimeError as error:
         return str(error)
