@@ -152,7 +152,8 @@ def check_page(work: Path) -> str:
     done = subprocess.run(
         ["bash", "-emc", script], cwd=work, env=env, stdout=subprocess.PIPE, text=True
     )
-    answer = json.loads(done.stdout[done.stdout.index('{"id"') :].splitlines()[0])
+    # vLLM says more behind it.
+    answer, _ = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index('{"id"') :])
     return answer["choices"][0]["text"]
 
 
@@ -227,7 +228,7 @@ def check_refusals(python: Path, work: Path) -> list[str]:
 def what_is_said(python: Path, model: Path, options: dict[str, Any]) -> str:
     """What a process says that does not serve."""
     try:
-        with Worker(python, model, options):
+        with Worker(python, model, {"max_model_len": 128, **options}):
             return "it was served"
     except RuntimeError as error:
         return str(error)
