@@ -74,8 +74,8 @@ class PackedProducts:
         return None if self._linears is None else self._linears(x)
 
     def whatever_comes(self, x: Tensor) -> list[Tensor]:
-        """The same for a graph, which cannot choose any more: by the definition of the formats where
-        there is no such call."""
+        """The same for a graph, which cannot choose any more: by the definition of the formats
+        where there is no such call."""
         ys = self.again(x)
         if ys is None:
             members = [member for ref in self._members if (member := ref()) is not None]
@@ -98,8 +98,8 @@ class PackedProducts:
 
 def serve(members: Sequence["VQLinear"], x: Tensor) -> bool:
     """Whether the products of these linears with x are made from packed weights on a CPU, here and
-    now: where no gradient of x is wanted, which takes decoded weights, and not in an exported graph,
-    which other processes run."""
+    now: where no gradient of x is wanted, which takes decoded weights, and not in an exported
+    graph, which other processes run."""
     return _may_serve(x) and all_packed(members, x.dtype)
 
 

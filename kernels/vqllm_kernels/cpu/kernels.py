@@ -3,11 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from vqllm_kernels import machine_code
 from vqllm_kernels.kernels import Call, Operand, Tensors, as_tensor
 from vqllm_kernels.reference import ReferenceKernels, sums
 
@@ -83,6 +85,8 @@ def missing(wide_only: bool = False) -> str | None:
 
 @cache
 def _no_compiler() -> str | None:
+    if machine_code.facts() and find_spec("numba") is not None:
+        return None  # it has compiled here before, and takes 60 MB to be asked again
     try:
         import numba  # noqa: F401
     except ImportError as error:

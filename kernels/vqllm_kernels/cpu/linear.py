@@ -5,18 +5,21 @@
 What does not change from call to call is written down once, as addresses and sizes: `Linears`.
 """
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vqllm_kernels.compiled import njit, said_if_long
+from vqllm_kernels.compiled import entry, njit, numba, said_if_long
 from vqllm_kernels.cpu import activations, chains, memory, panels, threads
 from vqllm_kernels.cpu.activations import MAX_ROWS, NUM_ARGUMENTS, Operand
-from vqllm_kernels.cpu.chains import Chain
+from vqllm_kernels.cpu.chains import NUM_CHAIN, Chain
 from vqllm_kernels.cpu.parts import Part
 
 ROWS = (1, 2, 4, 8, MAX_ROWS)
@@ -63,21 +66,19 @@ class Linears:
         if plan is None:
             plan = self._plans[num_rows] = self._plan(num_rows)
         ys = [x.new_empty((*outer, member.rows)) for member in self.members]
-        addresses = np.array([y.data_ptr() for y in ys], np.int64)
-        is_finite = _multiply(
-            x.data_ptr(),
-            num_rows,
-            x.dtype == torch.bfloat16,
-            threads.count(),
-            plan.rows,
-            plan.input,
-            plan.operands,
-            plan.constants,
-            plan.parts,
-            plan.scales,
-            addresses,
+        numbers = np.array(
+            [
+                x.data_ptr(),
+                num_rows,
+                x.dtype == torch.bfloat16,
+                threads.count(),
+                *plan.numbers,
+                *(y.data_ptr() for y in ys),
+            ],
+            np.int64,
         )
-        return ys if is_finite else None
+        _entry()(numbers.ctypes.data)
+        return ys if numbers[0] else None
 
     @property
     def nbytes(self) -> int:
@@ -121,6 +122,12 @@ class _Plan:
     parts: NDArray[np.int64]
     scales: NDArray[np.float64]
 
+    @property
+    def numbers(self) -> list[int]:
+        arrays = self.input, self.operands, self.constants, self.parts, self.scales
+        sizes = [self.rows, len(self.operands), len(self.parts)]
+        return [*sizes, *(own.ctypes.data for own in arrays)]
+
     @classmethod
     def of(cls, linears: Linears, rows: int) -> "_Plan":
         operands: list[Operand] = []
@@ -160,6 +167,30 @@ class _Plan:
             np.array(every, np.int64),
             np.array(scales, np.float64),
         )
+
+
+@cache
+def _entry() -> Callable[[int], None]:
+    threads.available()
+
+    def multiply(pointer: Any) -> None:
+        a = numba.carray(pointer, (13,))
+        n, m = a[5], a[6]
+        a[0] = _multiply(
+            a[0],
+            a[1],
+            a[2] != 0,
+            a[3],
+            a[4],
+            numba.carray(memory.pointer(a[7]), (NUM_CHAIN,), np.int64),
+            numba.carray(memory.pointer(a[8]), (n, 4), np.int64),
+            numba.carray(memory.pointer(a[9]), (n, 4), np.float64),
+            numba.carray(memory.pointer(a[10]), (m, 12 + NUM_CHAIN), np.int64),
+            numba.carray(memory.pointer(a[11]), (m,), np.float64),
+            numba.carray(pointer, (12 + m,))[12:],
+        )
+
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(entry(multiply))
 
 
 @njit()
