@@ -8,6 +8,7 @@ without a device do so in a process of their own.
 
 import gc
 import os
+import sys
 
 # Idle OpenMP threads that spin take the cores from those of other processes.
 os.environ["OMP_WAIT_POLICY"] = "passive"
@@ -34,15 +35,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     known_gaps.mark(items)
 
 
-def pytest_collection_finish() -> None:
-    # What is loaded by now stays: a collection, of which tests of layers run many, then takes a
-    # millisecond in place of a third of a second.
-    gc.collect()
-    gc.freeze()
+_frozen: tuple[str, int] = ("", 0)
+"""The file of tests and the number of loaded modules when what was loaded was frozen last."""
 
 
-def pytest_runtest_setup() -> None:
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    global _frozen
     torch.manual_seed(0)  # whatever ran before in this process
+    # What is loaded by now stays: a collection, of which tests of layers run dozens, then takes a
+    # millisecond, in place of a second once numba, torch.compile and dozens of models are loaded.
+    if _frozen != (state := (str(item.path), len(sys.modules))):
+        gc.collect()
+        gc.freeze()
+        _frozen = state
 
 
 def pytest_unconfigure() -> None:

@@ -29,6 +29,22 @@ BUDGETS_FILE = Path(__file__).with_name("budgets.json")
 BUDGETS: dict[str, dict[str, dict[str, list[float]]]] = json.loads(BUDGETS_FILE.read_text())
 NEWEST = max(BUDGETS, key=lambda version: [int(part) for part in version.split(".")])
 CASES = list(BUDGETS[NEWEST])
+QUICK = (
+    "bytes2, 2 bits, q, k, v",
+    "bytes2, 2 bits, fp32",
+    "3inst, 2 bits",
+    "gf2, 2 bits",
+    "bytes4 decode",
+    "sum of the pieces, bf16",
+    "e8p fp16",
+    "e81b fp16, 16 tokens",
+    "lut 8x1, 16 bit, fp16",
+    "lut 1x8, 8 bit, decode",
+    "hadamard 11008, bf16",
+    "hadamard 4096 to bytes, bf16",
+    "viterbi 2^12, 2.5 bits",
+)
+"""Every kernel, once or twice: to compile one takes seconds."""
 MAY_LOAD_LESS = ("bytes2, 1.75 bits",)
 """Rows of 7 words of 32 bits: no 16 bytes."""
 
@@ -141,7 +157,9 @@ def builds() -> list:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("version", "sm"), builds())
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
 def test_what_is_made_of_a_kernel(compilers, case: str, version: str, sm: int) -> None:
     release, compiled = compilers(version)
     got, sort = compiled(case, sm), kind(case)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.params import slow_but
+from tests.support.params import slow, slow_but
 from vqllm_kernels import dispatch
 from vqllm_kernels.cpu import bound, instructions
 from vqllm_kernels.e8p.spec import E8PSpec
@@ -66,7 +66,8 @@ EVERY: dict[str, FormatSpec] = {
     "e8p": E8PSpec(),
     "e8p twice": ResidualSpec(stages=(E8PSpec(), E8PSpec())),
 }
-QUICK = ("bytes2 1.5", "bytes4 2.5", "1mad 3.5", "gf2 2.75", "gf2 4, head", "e8p twice")
+QUICK = ("bytes2 2", "bytes4 2.5", "gf2 4, head", "e8p twice")
+"""Compiling is what takes time here, so that other tests take these formats too."""
 SHAPES = ((70, 130), (129, 36), (33, 64))
 """Rows and columns that fit no tile."""
 
@@ -129,7 +130,7 @@ def test_many_rows_are_multiplied_with_panels_of_bfloat16(name: str) -> None:
     assert all(torch.equal(y, found[0]) for y in found)
 
 
-@pytest.mark.parametrize("name", ["bytes2 2", "bytes4 2.5", "gf2 2"])
+@pytest.mark.parametrize("name", ["bytes2 2", slow("bytes4 2.5"), slow("gf2 2")])
 def test_a_row_has_the_same_result_alone_and_among_others(name: str) -> None:
     spec = EVERY[name]
     tensors = values_of(spec, 70, 130)
@@ -139,7 +140,7 @@ def test_a_row_has_the_same_result_alone_and_among_others(name: str) -> None:
         assert torch.equal(product(spec, x[:n], tensors, 70), together[:n])
 
 
-@pytest.mark.parametrize("name", ["bytes2 2", "gf2 2"])
+@pytest.mark.parametrize("name", ["bytes2 2", slow("gf2 2")])
 def test_the_number_of_threads_does_not_matter(name: str) -> None:
     spec = EVERY[name]
     tensors = values_of(spec, 640, 640)
@@ -202,7 +203,9 @@ def test_a_whole_linear_is_as_exact_as_its_dense_weights(
 def test_linears_of_one_input_have_what_each_has_alone() -> None:
     """Of different formats, one of them a sum of two."""
     cols = 130
-    every = [whole(rows, cols, EVERY[name]) for rows, name in ((70, "bytes2 2"), (33, "gf2 4"))]
+    every = [
+        whole(rows, cols, EVERY[name]) for rows, name in ((70, "bytes2 2"), (33, "gf2 4, head"))
+    ]
     for i in range(1, len(every)):  # the signs and scales of the input are shared
         shared = {k: v for k, v in every[0][1].items() if k.startswith(("t0_", "t2_"))}
         every[i] = every[i][0], every[i][1] | shared

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.support.kernels import assert_no_worse, plain_product, random_activations, random_tensors
+from tests.support.params import slow_but
 from vqllm_kernels import dispatch, formats, gpu
 from vqllm_kernels import linear as linear_module
 from vqllm_kernels.hadamard import kernels as hadamard
@@ -117,7 +118,7 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", slow_but(list(GROUPS)[2:], GROUPS))
 def test_linears_of_one_input_go_together(group, launched, device, monkeypatch):
     # As many pieces alone as together, so that the sums are rounded at the same places.
     monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: 1000)

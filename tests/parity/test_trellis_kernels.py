@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.support.kernels import assert_no_worse, plain_product, random_activations, random_tensors
-from tests.support.params import each_with_one_of, slow_but
+from tests.support.params import each_with_one_of, slow, slow_but
 from vqllm_kernels import activations, dispatch, formats, gpu
 from vqllm_kernels.trellis import reference
 from vqllm_kernels.trellis.reference import moments_of
@@ -58,6 +58,20 @@ SPECS = {
     "gf2": parities(2, SIX_MASKS),
     "gf2, 4 bits, 7 masks, 16 rows": parities(4, (0x84F, *SIX_MASKS), 16),
 }
+QUICK = (
+    "bytes4",
+    "bytes4, 4.5 bits, 2^9",
+    "bytes4, 1.125 bits, 32 rows",
+    "bytes2, 2.25 bits, 8 rows",
+    "mul1, 5 bits",
+    "mul2",
+    "1mad, 2.5 bits",
+    "3inst, 3.5 bits, 16 rows",
+    "hybrid",
+    "table, pairs",
+    "gf2, 4 bits, 7 masks, 16 rows",
+)
+"""Every code, and every kind of tile."""
 SHAPES = [(37, 40, 3), (130, 72, 1), (64, 600, 9)]
 """(rows, cols, tokens): parts of tiles, more tile rows than one, more steps than one."""
 
@@ -83,20 +97,22 @@ def check_matmul(
     assert_no_worse(y_NR, plain_product(x_NC, W_RC), x_NC.double() @ W_RC.double().T)
 
 
-@pytest.mark.parametrize(("name", "shape"), each_with_one_of(SPECS, SHAPES))
+@pytest.mark.parametrize(("name", "shape"), each_with_one_of(SPECS, SHAPES, QUICK))
 def test_matmul_is_as_exact_as_torch(name, shape, half, device):
     check_matmul(SPECS[name], shape, half, device)
 
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    each_with_one_of([n for n, s in SPECS.items() if s.code in reference.MULTIPLIERS], SHAPES),
+    each_with_one_of(
+        [n for n, s in SPECS.items() if s.code in reference.MULTIPLIERS], SHAPES, QUICK
+    ),
 )
 def test_matmul_of_float32_is_as_exact_as_torch(name, shape, device):
     check_matmul(SPECS[name], shape, torch.float32, device)
 
 
-@pytest.mark.parametrize(("name", "shape"), each_with_one_of(SPECS, SHAPES[:2]))
+@pytest.mark.parametrize(("name", "shape"), each_with_one_of(SPECS, SHAPES[:2], QUICK))
 @pytest.mark.parametrize("out", [torch.float32, torch.float16], ids=str)
 def test_decode_equals_the_reference(name, shape, out, device):
     spec, (rows, cols, _) = SPECS[name], shape
@@ -106,7 +122,7 @@ def test_decode_equals_the_reference(name, shape, out, device):
     assert torch.equal(W_RC, spec.decode(tensors, rows, cols).to(out))
 
 
-@pytest.mark.parametrize("num_tokens", slow_but([1, 4, 5, 9, 17], [*range(1, 18), 33, 64]))
+@pytest.mark.parametrize("num_tokens", slow_but([5, 17], [*range(1, 18), 33, 64]))
 @pytest.mark.parametrize(("code", "rows"), [("bytes2", (24, 9)), ("3inst", (24,))])
 def test_matmul_at_every_batch_size(code, rows, num_tokens, device):
     spec, cols = trellis(code, tile_rows=16), 48
@@ -119,13 +135,15 @@ def test_matmul_at_every_batch_size(code, rows, num_tokens, device):
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 3, 1000])
-@pytest.mark.parametrize("code", ["bytes2", "table"])
+@pytest.mark.parametrize("code", ["bytes2", slow("table")])
 def test_matmul_in_one_and_in_many_pieces(code, multiprocessors, device, monkeypatch):
     monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: multiprocessors)
     check_matmul(trellis(code), (70, 500, 2), torch.float16, device)
 
 
-@pytest.mark.parametrize("code", ["bytes2", "bytes4", "hybrid", "3inst"])
+@pytest.mark.parametrize(
+    "code", slow_but(["bytes2", "hybrid"], ["bytes2", "bytes4", "hybrid", "3inst"])
+)
 def test_members_get_what_they_get_alone(code, device, monkeypatch):
     # Every piece is a step, alone as together; the second member has two programs.
     monkeypatch.setattr(gpu, "num_multiprocessors", lambda device: 1000)

@@ -11,13 +11,19 @@ def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def each_with_one_of(names: Iterable[str], others: Sequence[Any]) -> list[Any]:
-    """Every name with every one of `others`, slow but for one of them for each name, in turn."""
+def each_with_one_of(
+    names: Iterable[str], others: Sequence[Any], quick: Collection[str] | None = None
+) -> list[Any]:
+    """Every name with every one of `others`, slow but for one of them for each of the `quick`
+    names, in turn; all names are quick by default."""
+    names = list(names)
+    quick = names if quick is None else [name for name in names if name in quick]
+    turn = {name: i % len(others) for i, name in enumerate(quick)}
     return [
         pytest.param(name, other, id=f"{name}-{other}", marks=marks)
-        for i, name in enumerate(names)
+        for name in names
         for j, other in enumerate(others)
-        for marks in [() if j == i % len(others) else pytest.mark.slow]
+        for marks in [() if turn.get(name) == j else pytest.mark.slow]
     ]
 
 

@@ -111,7 +111,7 @@ def test_no_run_calibrates_on_what_another_holds_out(
 @pytest.mark.parametrize(
     "kind",
     slow_but(
-        ["line.txt", "long.jsonl"],
+        ["long.jsonl"],
         ["a.txt", "line.txt", "a.jsonl", "long.jsonl", "parquet", "folder"],
     ),
 )

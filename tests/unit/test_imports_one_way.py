@@ -156,7 +156,7 @@ def test_an_import_that_points_up_is_found(
 
 
 WITH_NUMBA = (
-    "vqllm_kernels.lut.cpu",
+    "vqllm_kernels.compilers",
     "vqllm_kernels.lut.gather_numba",
     "vqllm_kernels.lut.permute_numba",
     "vqllm_kernels.compiled",

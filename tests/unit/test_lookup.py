@@ -16,7 +16,7 @@ from tests.support.kernels import (
     relative_rms,
 )
 from vqllm.runtime import VQLinear, describe, set_weight_cache
-from vqllm_kernels import dispatch, formats, ops, select
+from vqllm_kernels import compilers, dispatch, formats, ops, select
 from vqllm_kernels import linear as linear_module
 from vqllm_kernels.linear import LinearSpec
 from vqllm_kernels.lut import cpu
@@ -226,14 +226,14 @@ def test_without_numba_the_reference_serves(monkeypatch):
     spec = formats.from_dict(lut(1, 4, 8))
     packed = random_tensors(spec, 16, 64, "cpu")
     monkeypatch.setitem(sys.modules, "numba", None)
-    for cached in (cpu._has_numba, select.looked_up):
+    for cached in (compilers.why_no_numba, select.looked_up):
         cached.cache_clear()
     try:
         assert dispatch.matmul(torch.ones(1, 64), packed, spec, 16, 64).shape == (1, 16)
-        assert "numba is not installed" in dispatch.choices()[-1].reason
+        assert "numba cannot be imported" in dispatch.choices()[-1].reason
         assert linear(lut(1, 4, 8))(torch.ones(1, 64)).shape == (1, 48)
     finally:
-        for cached in (cpu._has_numba, select.looked_up):
+        for cached in (compilers.why_no_numba, select.looked_up):
             cached.cache_clear()
 
 

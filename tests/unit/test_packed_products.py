@@ -27,7 +27,7 @@ def default_weight_cache() -> Iterator[None]:
     set_weight_cache("auto")
 
 
-def linear(rows: int = 70, name: str = "bytes2 1.5", bias: bool = False) -> VQLinear:
+def linear(rows: int = 70, name: str = "bytes2 2", bias: bool = False) -> VQLinear:
     spec, tensors = whole(rows, COLS, EVERY[name])
     b = torch.randn(rows).bfloat16() if bias else None
     return VQLinear.from_tensors(spec, tensors, b, torch.bfloat16)

@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vqllm_kernels import machine_code
+from vqllm_kernels.compilers import why_no_numba
 from vqllm_kernels.kernels import Call, Operand, Tensors, as_tensor
 from vqllm_kernels.reference import ReferenceKernels, sums
 
@@ -69,7 +67,7 @@ def missing(wide_only: bool = False) -> str | None:
 
     Who chose a set of instructions is not told that another is faster.
     """
-    if problem := _no_compiler():
+    if problem := why_no_numba():
         return problem
     from vqllm_kernels.cpu import instructions
 
@@ -80,15 +78,4 @@ def missing(wide_only: bool = False) -> str | None:
         return "no AVX-512 (VBMI, VNNI, GFNI): decoded weights are faster"
     if own == "portable":
         return "neither AVX-512 (VBMI, VNNI, GFNI) nor AVX2: decoded weights are faster"
-    return None
-
-
-@cache
-def _no_compiler() -> str | None:
-    if machine_code.facts() and find_spec("numba") is not None:
-        return None  # it has compiled here before, and takes 60 MB to be asked again
-    try:
-        import numba  # noqa: F401
-    except ImportError as error:
-        return f"numba cannot be imported: {error}"
     return None

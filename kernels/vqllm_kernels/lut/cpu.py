@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vqllm_kernels.bitpack import unpack_bits
+from vqllm_kernels.compilers import why_no_numba
 from vqllm_kernels.kernels import Call, Operand, Tensors, as_tensor
 from vqllm_kernels.reference import ReferenceKernels, sums
 
@@ -61,8 +62,8 @@ class LookupKernels(ReferenceKernels):
         return False
 
     def declines(self, call: Call) -> str | None:
-        if not _has_numba():
-            return "numba is not installed"
+        if problem := why_no_numba():
+            return problem
         tile_rows = self.spec.tile[0]
         if tile_rows != 1 or self.index_bits > MAX_BITS:
             return (
@@ -177,15 +178,6 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 # A forked process has none of its parent's threads: their pool would wait for ever.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)
-
-
-@cache
-def _has_numba() -> bool:
-    try:
-        import numba  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 @cache

@@ -1,7 +1,9 @@
-"""Whether numba is installed: it compiles the searches of several codecs on the CPU."""
+"""Whether the searches of several codecs can be compiled on the CPU."""
 
 import logging
 from functools import cache
+
+from vqllm_kernels.compilers import why_no_numba
 
 logger = logging.getLogger(__name__)
 
@@ -9,13 +11,11 @@ logger = logging.getLogger(__name__)
 @cache
 def has_numba() -> bool:
     """Whether numba can be imported; if not, that is logged once."""
-    try:
-        import numba  # noqa: F401
-    except ImportError as error:  # missing, or refusing the numpy that is installed
+    problem = why_no_numba()
+    if problem is not None:
         logger.warning(
-            "numba cannot be imported (%s): the search for codes runs in torch, which takes 5 to "
-            "20 times as long. pip install numba",
-            error,
+            "%s. The search for codes runs in torch, which takes 5 to 20 times as long. "
+            "pip install numba",
+            problem,
         )
-        return False
-    return True
+    return problem is None
