@@ -10,6 +10,7 @@ from numba import types
 from numba.core.runtime import nrtdynmod
 
 from vqllm_kernels import machine_code
+from vqllm_kernels.compiled import put_in_place
 from vqllm_kernels.cpu import memory
 
 HEAD = 64
@@ -28,8 +29,9 @@ def compiled(name: str, kind: Any, function: Callable[..., Any]) -> int | None:
 
 
 def _kept(name: str, kind: Any, function: Callable[..., Any]) -> Any | None:
+    put_in_place(function)
     # Not in numba's cache: what comes from there has no object any more.
-    made = numba.cfunc(kind)(function)
+    made: Any = numba.cfunc(kind)(function)
     try:
         code = made._library._get_compiled_object()
     except (AttributeError, ValueError, RuntimeError):  # another numba

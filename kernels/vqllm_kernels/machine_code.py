@@ -29,7 +29,6 @@ SYMBOLS: dict[str, int] = {}
 
 _ONLY_IN_ERRORS = frozenset(
     (
-        "NRT_Free",
         "numba_do_raise",
         "numba_gil_ensure",
         "numba_gil_release",
@@ -40,6 +39,8 @@ _ONLY_IN_ERRORS = frozenset(
 """What numba calls for an exception alone. Kernels raise none; one that did would stop the process
 here, where numba would print the exception and go on with wrong numbers."""
 
+_OF_C = {"NRT_Allocate": "malloc", "NRT_Free": "free"}
+"""What numba has for C's functions: memory that is not that of an array."""
 MEMORY = ("NRT_MemInfo_alloc_aligned", "NRT_MemInfo_call_dtor")
 """What numba calls for the memory of arrays: kept like a function, by these names."""
 
@@ -149,12 +150,14 @@ def _address(name: str) -> int:
     if name in SYMBOLS:
         return SYMBOLS[name]
     if name in _ONLY_IN_ERRORS:
-        return _end_address()
+        return _of_process("abort")
+    if name in _OF_C:
+        return _of_process(_OF_C[name])
     if name in MEMORY and (address := _of_memory(name)) is not None:
         return address
     if name.startswith(("numba_", "NRT_")):
         raise ValueError(name)
-    return ctypes.addressof(ctypes.c_char.in_dll(_process(), name))
+    return _of_process(name)
 
 
 @cache
@@ -162,12 +165,5 @@ def _of_memory(name: str) -> int | None:
     return load(name)
 
 
-@cache
-def _process() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
-
-
-def _end_address() -> int:
-    address = ctypes.cast(_process().abort, ctypes.c_void_p).value
-    assert address is not None
-    return address
+def _of_process(name: str) -> int:
+    return ctypes.addressof(ctypes.c_char.in_dll(ctypes.CDLL(None), name))

@@ -1,11 +1,13 @@
 """transformers' generate with packed linears: with a cache of fixed size, and compiled."""
 
 import copy
+import shutil
 
 import pytest
 import torch
 from transformers import CompileConfig
 
+from tests.support.pages import ROOT, blocks, text_of
 from tests.support.tiny import save_tiny
 from vqllm import api
 from vqllm.recipes import from_dict
@@ -83,6 +85,21 @@ def test_compiled_decoding_with_a_static_cache_gives_the_same_tokens(packed):
     options = {"cache_implementation": "static", "compile_config": config}
     torch.compiler.reset()
     assert torch.equal(generate(packed), generate(packed, **options))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's default backend needs a compiler")
+def test_the_example_of_the_page_runs(packed):
+    (example,) = [
+        block.body
+        for block in blocks(text_of(ROOT / "docs" / "kernels.md"))
+        if block.title == "compiled decoding"
+    ]
+    ids = torch.arange(3, 11)[None]
+    names = {"model": packed, "tokens": {"input_ids": ids, "attention_mask": torch.ones_like(ids)}}
+    torch.compiler.reset()
+    exec(example, names)
+    assert names["text"].shape[1] > ids.shape[1]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 

@@ -77,10 +77,11 @@ class PackedProducts:
         """The same for a graph, which cannot choose any more: by the definition of the formats
         where there is no such call."""
         ys = self.again(x)
-        if ys is None:
-            members = [member for ref in self._members if (member := ref()) is not None]
-            if serve(members, x) and not dispatch.is_forced():
-                ys = self(members, x)
+        if ys is not None:
+            return ys
+        members = [member for ref in self._members if (member := ref()) is not None]
+        if serve(members, x) and not dispatch.is_forced():
+            ys = self(members, x)
         if ys is None:
             packed, specs = [m.packed for m in members], [m.spec for m in members]
             ys = dispatch.linears(x, packed, specs, [None] * len(members))
