@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="CSV file")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 256])
+    parser.add_argument("--shapes", type=shape_of, nargs="+", default=SHAPES, help="as 4096x4096")
     parser.add_argument("--megabytes", type=int, default=400)
     parser.add_argument("--only", nargs="+", default=list(FORMATS), help="formats by name")
     parser.add_argument("--dry-run", action="store_true", help="one small shape")
@@ -86,7 +87,7 @@ def main() -> None:
         "threads": arguments.threads,
     }
     lines = []
-    for shape in [(64, 96)] if arguments.dry_run else SHAPES:
+    for shape in [(64, 96)] if arguments.dry_run else arguments.shapes:
         for name in arguments.only:
             for row in measure(FORMATS[name], shape, arguments.rows, arguments.megabytes):
                 lines.append({**where, "format": name, **row})
@@ -96,6 +97,11 @@ def main() -> None:
             writer = csv.DictWriter(file, fieldnames=list(lines[0]))
             writer.writeheader()
             writer.writerows(lines)
+
+
+def shape_of(text: str) -> tuple[int, int]:
+    rows, cols = text.split("x")
+    return int(rows), int(cols)
 
 
 def measure(
@@ -130,6 +136,8 @@ def measure(
     found = []
     for number in numbers:
         x = torch.randn(number, cols).bfloat16()
+        for linears in packed:  # what a first call writes down takes longer than a small product
+            linears(x)
         times = in_turns(
             packed=over(packed, lambda linears, x=x: linears(x)),
             bfloat16=over(dense, lambda W, x=x: torch.nn.functional.linear(x, W)),

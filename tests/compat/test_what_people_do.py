@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from tests.support.fake_checkpoint import FORMATS, fake_checkpoint
+from tests.support.params import each_with_one_of
 from vqllm.checkpoint.dequantize import dequantize_checkpoint
 from vqllm.errors import VqllmError
 from vqllm.integrations.transformers import VqllmConfig
@@ -808,7 +809,7 @@ def writing_into_packed_weights_is_refused(case: Case) -> None:
         nn.init.zeros_(linear.weight)
 
 
-@pytest.fixture(scope="module", params=["plain", "small"])
+@pytest.fixture(scope="module")
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp(request.param)
     small = request.param == "small"
@@ -818,7 +819,9 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return fake.folder, root / "dense", small
 
 
-@pytest.mark.parametrize("name", USES)
+@pytest.mark.parametrize(
+    ("name", "made"), each_with_one_of(USES, ["plain", "small"]), indirect=["made"]
+)
 def test_use(name: str, made: Any, tmp_path: Path) -> None:
     folder, dense, small = made
     if name in UPSTREAM:

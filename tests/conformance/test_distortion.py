@@ -17,7 +17,7 @@ POINTS = {
     f"{name}: {p.label}, {p.mse}": (name, p) for name in CODECS for p in CODECS.get(name).points
 }
 SLOW = ("2^14", "2^16", "hybrid", "3 codebooks", "codebooks 1x2", "4 codebooks 1x4", "d = 32")
-SLOW += ("4096 entries",)
+SLOW += ("4096 entries", "table, 2^12")
 """In the labels of points that take 2 to 100 seconds; every codec has others."""
 E8P, E81B = {"type": "e8p"}, {"type": "e81b"}
 SCALAR = {"type": "kmeans", "tile_cols": 1, "index_bits": 2}

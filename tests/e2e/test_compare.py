@@ -163,7 +163,7 @@ class KillAt:
 
 
 # A member has 13 events: its name, the text, the layers, 7 linears, the layer, two last phases.
-@pytest.mark.parametrize("event", slow_but([8, 21], [2, 8, 13, 21]))
+@pytest.mark.parametrize("event", slow_but([21], [2, 8, 13, 21]))
 def test_a_stopped_comparison_goes_on_to_the_same_result(
     event: int, place: Path, whole: Path, undrawn: None, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.support.params import slow
 from tests.support.tiny import TEXT, save_tiny
 from vqllm import api, cli
 from vqllm.checkpoint.reader import Checkpoint
@@ -194,7 +195,7 @@ def test_a_run_goes_on_with_the_teacher_in_memory(finished, root, rounded, text,
     assert not (output / ".vqllm").exists()
 
 
-@pytest.mark.parametrize("stop", [1, 5])
+@pytest.mark.parametrize("stop", [slow(1), 5])
 def test_an_interrupted_run_goes_on(finished, root, rounded, text, stop, monkeypatch) -> None:
     output = root / f"stopped-{stop}"
     keep, calls = tuned.TunedWriter.save_record, []
@@ -253,7 +254,9 @@ def test_a_tuned_checkpoint_is_tuned_again(finished, root, text) -> None:
     assert Checkpoint.open(again.output).linears == before.linears  # no scale upon scale
 
 
-@pytest.mark.parametrize("train", [("columns",), ("head",), ("rows", "columns", "vectors", "head")])
+@pytest.mark.parametrize(
+    "train", [slow(("columns",)), slow(("head",)), ("rows", "columns", "vectors", "head")]
+)
 def test_kinds_of_parameters(root, rounded, text, train) -> None:
     output = root / "-".join(train)
     told = run(rounded, output, text, recipe=recipe(train=train, steps=10, head_rate=0.01))

@@ -1,5 +1,7 @@
 """Decode and decode-matmul kernels against the reference of their format."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -74,10 +76,12 @@ def test_matmul_is_as_exact_as_torch(name, shape, dtype, device):
     check_matmul(formats.from_dict(FORMATS[name]), shape, dtype, device)
 
 
-@pytest.mark.parametrize(("name", "shape"), each_with_one_of(FORMATS, SHAPES[:2], QUICK))
-@pytest.mark.parametrize("out", [torch.float32, torch.float16], ids=str)
-def test_decode_equals_the_reference(name, shape, out, device):
-    spec, (rows, cols, _) = formats.from_dict(FORMATS[name]), shape
+@pytest.mark.parametrize(
+    ("name", "shape_and_dtype"),
+    each_with_one_of(FORMATS, [*product(SHAPES[:2], (torch.float32, torch.float16))], QUICK),
+)
+def test_decode_equals_the_reference(name, shape_and_dtype, device):
+    spec, ((rows, cols, _), out) = formats.from_dict(FORMATS[name]), shape_and_dtype
     tensors = random_tensors(spec, rows, cols, device)
     with dispatch.force("triton"):
         W_RC = dispatch.decode(tensors, spec, rows, cols, out)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.support.params import each_with_one_of
 from vqllm.codecs.search import viterbi
 
 STEPS = {
@@ -18,9 +19,9 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("context", [None, (1, 2, 3, 0, 5)], ids=["free", "closed"])
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(("name", "context"), each_with_one_of(STEPS, [None, (1, 2, 3, 0, 5)]))
 def test_the_same_paths(name, context, device):
+    """Free paths, and those that are closed at given states."""
     from vqllm_kernels.trellis import viterbi as kernel
 
     shift_T, num_weights = STEPS[name]

@@ -63,7 +63,11 @@ cli.main()
 
 @pytest.mark.parametrize(
     ("kill", "background"),
-    [(signal.SIGTERM, True), (signal.SIGHUP, False), (signal.SIGKILL, False)],
+    [
+        (signal.SIGTERM, True),
+        pytest.param(signal.SIGHUP, False, marks=pytest.mark.slow),
+        (signal.SIGKILL, False),
+    ],
     ids=["SIGTERM in the background", "SIGHUP", "SIGKILL"],
 )
 def test_a_killed_dequantize(

@@ -11,6 +11,8 @@ from vqllm.errors import EvaluationError
 from vqllm.evaluation import speed
 from vqllm.recipes import from_dict
 from vqllm.runtime import set_weight_cache
+from vqllm_kernels import dispatch
+from vqllm_kernels.cpu import kernels as packed
 from vqllm_kernels.lut import cpu as lookup
 
 RECIPE = from_dict(
@@ -36,8 +38,12 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch):
+    # As on a processor where codebooks are not multiplied as they are stored.
+    monkeypatch.setattr(packed, "missing", lambda wide_only: "no such instructions")
     monkeypatch.setattr(lookup, "fewest_weights", lambda cols: 0)
+    dispatch.forget()
     yield
+    dispatch.forget()
     set_weight_cache("auto")
 
 

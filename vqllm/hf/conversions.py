@@ -17,13 +17,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
-    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
 
 from vqllm.errors import ModelError
-from vqllm.hf.rules import by_kind, without_merged
+from vqllm.hf.rules import by_kind, renamed, without_merged
 
 UNNAMED = "transformers' rules for the model's checkpoints leave no name for its packed tensors"
 
@@ -156,7 +155,7 @@ class Conversions:
             undone, _ = by_kind(rule.reverse_transform() for rule in reversed(self._used))
             self._naming[gone] = undone, *by_kind(without_merged(self._written, gone))
         undone, renamings, converters = self._naming[gone]
-        candidates = (apply_renamings(name, undone), name)
+        candidates = (renamed(name, undone), name)
         for candidate in candidates:
             known = {name: True}
             found = rename_source_key(
@@ -245,7 +244,7 @@ class Renaming:
 
     def name(self, name: str, tensor: str) -> str:
         """What transformers renames a module of a checkpoint to, by one of its tensors."""
-        return apply_renamings(f"{name}.{tensor}", self._renamings).removesuffix(f".{tensor}")
+        return renamed(f"{name}.{tensor}", self._renamings).removesuffix(f".{tensor}")
 
     def module(self, name: str, tensor: str, modules: Collection[str]) -> str | None:
         """The module of a model, one of `modules`, that a module of a checkpoint is; None if there

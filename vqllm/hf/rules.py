@@ -12,7 +12,6 @@ from typing import Any
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
-    apply_converters,
     rename_source_key,
 )
 
@@ -114,8 +113,27 @@ def made_together(names: Iterable[str], undone: Iterable[Any]) -> list[list[str]
     _, converters = by_kind(rule.reverse_transform() for rule in reversed(list(undone)))
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(apply_converters(name, converters)[0], []).append(name)
+        groups.setdefault(converted(name, converters), []).append(name)
     return list(groups.values())
+
+
+# transformers has these two as functions from 5.20 on.
+
+
+def renamed(name: str, renamings: Iterable[WeightRenaming]) -> str:
+    """The name after all renamings."""
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return name
+
+
+def converted(name: str, converters: Iterable[WeightConverter]) -> str:
+    """The name after the first converter that takes it."""
+    for converter in converters:
+        name, pattern = converter.rename_source_key(name)
+        if pattern is not None:
+            break
+    return name
 
 
 def by_kind(rules: Iterable[Any]) -> tuple[list[WeightRenaming], list[WeightConverter]]:

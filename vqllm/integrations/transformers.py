@@ -84,6 +84,8 @@ class VqllmQuantizer(HfQuantizer):
     the name of the model."""
     _tied: dict[str, str]
     """modules that use the tensors of another one, by full name"""
+    _prefix: str = ""
+    """the name of the model without its head, in front of the names of its tensors"""
     _stored: Collection[str] = ()
     """names of all tensors in the files"""
     _gone: Collection[str] = ()
@@ -120,13 +122,19 @@ class VqllmQuantizer(HfQuantizer):
             # that it has comes from the files.
             if is_fused(module):
                 model.get_submodule(_module(name))._is_hf_initialized = True  # type: ignore
+        self._prefix = str(model.base_model_prefix)
         self._declared_ties = _tie_packed(model, {*found.specs, *found.tied}, found.tied)
         self._tied = found.tied
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Without those that merge experts, which are linears of their own here."""
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: Any = None
+    ) -> list[Any]:
+        """Without those that merge experts, which are linears of their own here.
+
+        transformers gives the model, too, from 5.20 on.
+        """
         self._rules = weight_conversions
-        return with_linears(weight_conversions, self._gone, self._own, model.base_model_prefix)
+        return with_linears(weight_conversions, self._gone, self._own, self._prefix)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         packed = _packed_modules(model)

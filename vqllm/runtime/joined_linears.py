@@ -139,6 +139,8 @@ class JoinedLinears:
         return parts
 
     def _with_biases(self, ys: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        if not self.products.have_bias:
+            return ys
         return [y if b is None else y + b for y, b in zip(ys, self._biases(dtype))]
 
     def _biases(self, dtype: torch.dtype) -> list[Tensor | None]:

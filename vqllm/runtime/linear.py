@@ -75,7 +75,9 @@ class VQLinear(PackedModule, nn.Linear):  # pyright: ignore[reportIncompatibleVa
         """The same, without regard to the linears that share its input."""
         ys = self.products.again(x)
         if ys is not None:
-            return ys[0] if self.bias is None else ys[0] + self.bias.to(x.dtype)
+            if not self.products.have_bias or self.bias is None:
+                return ys[0]
+            return ys[0] + self.bias.to(x.dtype)
         if not self.is_faster_packed(x):
             W_RC = self._kept_weights(x.dtype)
             if W_RC is not None:

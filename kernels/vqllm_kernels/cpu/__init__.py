@@ -3,17 +3,19 @@
     kernels        what `select` asks: whether a call is served, and its products
     bound          a call made of stored tensors, and calls that come again
     linear         a whole linear, or several of one input, as one call of compiled code
+    plan           that call, and what it is told
     chains         scales and Hadamard transforms of one side (`hadamard`)
     activations    rows of x as integers
     parts          what a format gives: codes, and the kernels that read them
     trellis        kernels of tiles of a trellis (`tiles`, and its codes `byte_sums`, `parities`)
     e8p            kernels of e8p-v1
+    codebooks      kernels of indices into one codebook
     panels         many rows of x: a part of W decoded into the cache, torch's product
     sums, memory   what all kernels do with their sums, and with addresses
     vectors        operations on registers, as LLVM's IR
     instructions   which instructions the processor has, and how to choose fewer
     threads        the threads of torch's own pool
 
-Start with `linear`.
+Start with `linear`, then `plan`.
 May import: kernels of formats, nothing of vqllm.
 """

@@ -44,8 +44,9 @@ class Operand:
     """f, for even and for odd columns."""
     offsets: tuple[float, float]
     """What the kernel's values are too large by, before f, for even and for odd columns."""
-    in_planes: bool = False
-    """Of 8 times 8 columns the first of each come first, then the second of each, and so on."""
+    plane_columns: int = 1
+    """With n of them, of 8 times n columns the first of each n come first, then the second of each,
+    and so on."""
 
     @property
     def parts(self) -> int:
@@ -59,7 +60,7 @@ def round_rows(
     offsets: NDArray[np.float64],
     step_weights: int,
     is_bytes: bool,
-    in_planes: bool,
+    plane_columns: int,
     out_PW: NDArray[np.int32],
     step_N: NDArray[np.float64],
     offset_N: NDArray[np.float64],
@@ -78,8 +79,8 @@ def round_rows(
         if not is_finite:
             return False
         offset_N[n] = sums[0] * offsets[0] + sums[1] * offsets[1]
-        if in_planes:
-            _transpose(q)
+        if plane_columns > 1:
+            _transpose(q, plane_columns)
         if is_bytes:
             if step_weights == 1:
                 _bytes_alone(q, out_PW[2 * n], out_PW[2 * n + 1])
@@ -125,7 +126,9 @@ def _round(
         top = max(top, bits[c] & np.int32(0x7FFFFFFF))
     if top >= _INFINITE:
         return False, 0.0
-    largest = np.array([top], np.int32).view(np.float32)[0]
+    of_top = np.empty(1, np.int32)  # no list, which is not loaded without numba
+    of_top[0] = top
+    largest = of_top.view(np.float32)[0]
     per_unit = np.float32(LARGEST) / largest if largest > _TINY else np.float32(0)
     for c in range(cols):
         scaled[c] = scaled[c] * per_unit + _MAGIC
@@ -142,13 +145,14 @@ def _round(
 
 
 @njit()
-def _transpose(q: NDArray[np.int32]) -> None:
-    """Every 64 columns as a matrix of 8 x 8, the other way round."""
-    for start in range(0, len(q), 64):
-        for i in range(8):
-            for j in range(i):
-                a, b = start + 8 * i + j, start + 8 * j + i
-                q[a], q[b] = q[b], q[a]
+def _transpose(q: NDArray[np.int32], columns: int) -> None:
+    """Every 8 times so many columns as a matrix of 8 rows, the other way round."""
+    own = np.empty(8 * columns, np.int32)
+    for start in range(0, len(q) - 8 * columns + 1, 8 * columns):
+        own[:] = q[start : start + 8 * columns]
+        for i in range(columns):
+            for j in range(8):
+                q[start + 8 * i + j] = own[columns * j + i]
 
 
 @njit()
@@ -162,14 +166,14 @@ def _bytes_alone(q: NDArray[np.int32], high: NDArray[np.int32], low: NDArray[np.
 
 @njit()
 def _bytes_in_pairs(q: NDArray[np.int32], high: NDArray[np.int32], low: NDArray[np.int32]) -> None:
-    """Two columns in turn."""
+    """Two columns, twice each."""
     for i in range(len(q) // 2):
         a, b = q[2 * i], q[2 * i + 1]
         upper_a, upper_b = (a + np.int32(128)) >> np.int32(8), (b + np.int32(128)) >> np.int32(8)
-        both = (upper_a & np.int32(255)) | ((upper_b & np.int32(255)) << np.int32(8))
-        high[i] = both * np.int32(0x00010001)
-        both = (a & np.int32(255)) | ((b & np.int32(255)) << np.int32(8))
-        low[i] = both * np.int32(0x00010001)
+        both = (upper_a & np.int32(255)) | ((upper_b & np.int32(255)) << np.int32(16))
+        high[i] = both * np.int32(0x0101)
+        both = (a & np.int32(255)) | ((b & np.int32(255)) << np.int32(16))
+        low[i] = both * np.int32(0x0101)
 
 
 @njit()

@@ -8,8 +8,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from vqllm_kernels.cpu.chains import Chain, chain
 from vqllm_kernels.cpu.kernels import PackedKernels
-from vqllm_kernels.cpu.linear import Linears, Member
-from vqllm_kernels.cpu.parts import Part
+from vqllm_kernels.cpu.linear import Linears
+from vqllm_kernels.cpu.parts import Member, Part
 from vqllm_kernels.linear import BoundLinear
 
 _kept = WeakTensorKeyDictionary()

@@ -13,12 +13,33 @@ class ByteSums(TileEmitter):
         return self.product.code not in reference.UNSIGNED
 
     def operands(self, tile: Value, group: int, piece: int) -> list[Value]:
+        if self.product.in_words:
+            return self._of_pairs(tile, group, piece)
         values = [self._bytes(state) for state in self.states(tile, group, piece)]
         if not self.product.is_bytes:
             return [self._words(value) for value in values]
-        if not self.is_signed:
-            return values
-        return [self.v.b.xor(value, self.v.all_ints(0x80808080)) for value in values]
+        return [self._unsigned(value) for value in values]
+
+    def _of_pairs(self, tile: Value, group: int, piece: int) -> list[Value]:
+        """From two states in an int32: one multiplication of words makes the lower halves of both
+        products, two make the upper ones, where one of int32 counts as two."""
+        v = self.v
+        factor = reference.MULTIPLIERS[self.product.code]
+        found = []
+        for states in self.state_pairs(tile, group, piece):
+            low = v.times_word(states, factor & 0xFFFF)
+            high = v.add_words(
+                v.times_word_above(states, factor & 0xFFFF), v.times_word(states, factor >> 16)
+            )
+            if self.product.is_bytes:
+                found += [self._unsigned(low), self._unsigned(high)]
+            else:
+                sums = [v.pair_sums(half, self.is_signed) for half in (low, high)]
+                found.append(v.add_words(*sums))
+        return found
+
+    def _unsigned(self, value: Value) -> Value:
+        return self.v.b.xor(value, self.v.all_ints(0x80808080)) if self.is_signed else value
 
     def columns(self, tile: Value, group: int, piece: int) -> list[Value]:
         found = []

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,19 @@ class Chain:
         threads.start(_rows(), numbers.ctypes.data, int(numbers[0]))
         return out
 
+    def few_rows(self, v_NC: Tensor, dtype: torch.dtype) -> Tensor:
+        """A few rows of float32 [N, size], which are overwritten, on one thread, in `dtype`."""
+        v_NC = v_NC.contiguous()
+        is_bfloat16 = dtype == torch.bfloat16
+        out = torch.empty_like(v_NC, dtype=dtype if is_bfloat16 else torch.float32)
+        numbers = self._numbers.ctypes.data
+        _few_rows(len(v_NC), v_NC.data_ptr(), numbers, is_bfloat16, out.data_ptr())
+        return out.to(dtype)
+
+    @cached_property
+    def _numbers(self) -> NDArray[np.int64]:
+        return np.array(self.numbers(), np.int64)
+
 
 def chain(stages: Sequence[Stage], size: int, direction: str) -> Chain | str:
     """The transforms of one side in the order in which they are applied, or why they are others.
@@ -60,7 +73,7 @@ def chain(stages: Sequence[Stage], size: int, direction: str) -> Chain | str:
     Args:
         direction: "input" or "output".
     """
-    before, after = torch.ones(size), torch.ones(size)
+    before, after = (torch.ones(size, dtype=torch.float32) for _ in range(2))
     order, transpose = hadamard.order(1), direction == "output"
     for spec, tensors in stages:
         if isinstance(spec, ScaleSpec):
@@ -101,6 +114,16 @@ def _rows() -> int:
             write(v, True, a[3] + n * size * 2)
 
     return entry(transform)
+
+
+@njit()
+def _few_rows(num_rows: int, v: int, numbers: int, is_bfloat16: bool, out: int) -> None:
+    chain = numba.carray(memory.pointer(numbers), (NUM_CHAIN,), np.int64)
+    v_NC = numba.carray(memory.pointer(v), (num_rows, chain[0]), np.float32)
+    spare = np.empty(chain[0], np.float32)
+    for n in range(num_rows):
+        through(v_NC[n], chain, spare)
+    write(v_NC, is_bfloat16, out)
 
 
 @njit()

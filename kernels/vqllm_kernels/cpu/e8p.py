@@ -43,6 +43,7 @@ TILE = (8, 64)
 """Rows and columns of a register of codes."""
 CODE = 8
 """Weights of a code."""
+TILE_BYTES = TILE[0] * TILE[1] // CODE * 2
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def part(tensors: Tensors, instructions: Instructions) -> Part:
             rows=rows,
             factors=(1.0, 1.0),
             offsets=(extra, extra),
-            in_planes=own.is_wide,
+            plane_columns=CODE if own.is_wide else 1,
         )
         return Product(kernel(own), operand, table)
 
@@ -187,6 +188,10 @@ def sum_codes(
             row = ir.Constant(INT64, r)
             row = b.select(b.icmp_signed("<", row, last_row), row, last_row)
             first_rows.append(b.add(codes, b.mul(row, stride)))
+        # Rows of codes lie one behind the other: the next 8 are asked for while these are read.
+        block = b.mul(stride, v.int64(TILE[0]))
+        far = b.select(b.icmp_signed(">", block, v.int64(AHEAD)), block, v.int64(AHEAD))
+        later = b.add(codes, far)
         halves = [[v.load(table, 256 * h + 64 * i, v.bytes) for i in range(4)] for h in range(2)]
         parts = [v.step(operand, apart, part) for part in range(2 * number)]
         sums = [v.zeros(2) for _ in parts]
@@ -194,6 +199,8 @@ def sum_codes(
         def tile(t: Value) -> None:
             at = b.mul(t, v.int64(2 * CODE))
             own = [b.add(row, at) for row in first_rows]
+            for line in range(0, TILE_BYTES, 64):
+                v.prefetch(later, b.add(b.mul(t, v.int64(TILE_BYTES)), v.int64(line)))
             low, high = _bytes_of_codes(v, own)
             found = [_look_up(v, half, high) for half in halves]
             x_at = b.mul(t, v.int64(TILE[1]))
@@ -228,8 +235,6 @@ def sum_codes(
 def _bytes_of_codes(v: Vectors, rows: list[Value]) -> tuple[Value, Value]:
     """The low and the high bytes of 8 codes of each of 8 rows."""
     pieces = [v.load(row, 0, v.quarter) for row in rows]
-    for row in rows:
-        v.prefetch(row, AHEAD // 8)
     while len(pieces) > 2:
         width = pieces[0].type.count * 2
         order = ir.Constant(ir.VectorType(INT32, width), list(range(width)))

@@ -8,7 +8,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from vqllm_kernels.compiled import intrinsic, types
+from vqllm_kernels.compiled import cgutils, intrinsic, types
 
 
 @intrinsic
@@ -33,3 +33,21 @@ def call(typing_context: Any, function: Any, argument: Any):
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp), generate
+
+
+@intrinsic
+def prefetch(typing_context: Any, address: Any):
+    """Ask for the line of the cache at an address; one outside of memory is no fault."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [byte, number, number, number]),
+            "llvm.prefetch.p0",
+        )
+        place = builder.inttoptr(arguments[0], byte)
+        builder.call(function, [place, *(ir.Constant(number, v) for v in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate

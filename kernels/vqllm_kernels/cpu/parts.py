@@ -1,11 +1,12 @@
 """What a format gives for products on a CPU: its codes, and the kernels that read them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from vqllm_kernels.cpu.activations import Operand
+from vqllm_kernels.cpu.chains import Chain
 
 
 @dataclass(frozen=True)
@@ -36,3 +37,16 @@ class Part:
     """What the latter is given, as float32."""
     table: Tensor | None
     """And what it looks up."""
+    kept_bytes: int = 0
+    """Of `codes`, where they are not the stored ones."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of several linears of one input."""
+
+    rows: int
+    cols: int
+    parts: Sequence[Part]
+    """What is added, in this order."""
+    output: Chain

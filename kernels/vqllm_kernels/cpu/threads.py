@@ -7,6 +7,7 @@ the thread that calls them.
 
 import ctypes
 import logging
+import os
 from functools import cache
 
 import torch
@@ -17,6 +18,11 @@ from vqllm_kernels.compiled import add_symbol, external, njit
 logger = logging.getLogger(__name__)
 
 _NUMBER, _PARALLEL = "vqllm_thread_number", "vqllm_parallel"
+
+WORTH_WAITING = 1 << 19
+"""Weights that pay for a team whose threads wait in a loop, as they do by default."""
+WORTH_WAKING = 1 << 22
+"""Weights that pay for one whose threads sleep (OMP_WAIT_POLICY=passive)."""
 
 _thread_number = external(_NUMBER, "int32")
 _parallel = external(_PARALLEL, "void", "intp", "intp", "uint32", "uint32")
@@ -60,6 +66,13 @@ def available() -> bool:
 def count() -> int:
     """Threads that a kernel takes."""
     return torch.get_num_threads() if available() else 1
+
+
+@cache
+def worth() -> int:
+    """Weights times rows of x of a call from which on more than one thread pays."""
+    waits = os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive"
+    return WORTH_WAITING if waits else WORTH_WAKING
 
 
 def start(function: int, argument: int, threads: int) -> None:

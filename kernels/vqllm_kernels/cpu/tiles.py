@@ -82,7 +82,16 @@ class TileProduct:
         """Columns of an int32 of x."""
         if self.code == PARITIES:
             return 4 if self.is_bytes else 2
+        if self.in_words:
+            return 2 * self.step_weights
         return 2 if self.instructions == "portable" else self.step_weights
+
+    @property
+    def in_words(self) -> bool:
+        """Whether two states stand in an int32, of codes that multiply them."""
+        if self.instructions != "avx512" or self.code not in reference.MULTIPLIERS:
+            return False
+        return self.code not in reference.ADDENDS and (self.is_bytes or self.step_weights == 1)
 
     @property
     def parts(self) -> int:
@@ -98,10 +107,11 @@ class TileProduct:
     def most_tiles(self) -> int:
         """Tiles that sums of int32 are safe for.
 
-        An int32 of x adds at most 4 · 255 · 128 in bytes; in words, which meet the sums of four
-        bytes at most, 4 · 128 · 32512.
+        A byte of a weight adds at most 255 · 128 in bytes; in words at most 128 · 32512, if it is
+        unsigned 255 · 32512. An int32 of x meets four of them, or those of two states.
         """
-        most = 4 * 255 * 128 if self.is_bytes else 4 * 128 * LARGEST
+        byte = 255 if self.is_bytes or self.code in reference.UNSIGNED else 128
+        most = 4 * byte * (128 if self.is_bytes else LARGEST) * (2 if self.in_words else 1)
         return ((1 << 31) - 1) // (most * self.steps)
 
     @cached_property
@@ -119,7 +129,8 @@ class TileEmitter(ABC):
 
     @abstractmethod
     def operands(self, tile: Value, group: int, piece: int) -> list[Value]:
-        """The weights of a piece as they are multiplied, a register for each int32 of x."""
+        """The weights of a piece as they are multiplied, a register for each int32 of x, or several
+        in turn."""
 
     @abstractmethod
     def columns(self, tile: Value, group: int, piece: int) -> list[Value]:
@@ -174,8 +185,9 @@ class TileEmitter(ABC):
                 v.prefetch(own, AHEAD + line)
             for piece in range(product.tile_cols // PIECE):
                 for group in groups:
-                    for s, weights in enumerate(self.operands(own, group, piece)):
-                        at = 4 * (piece * steps + s)
+                    every = self.operands(own, group, piece)
+                    for s, weights in enumerate(every):
+                        at = 4 * (piece * steps + s * steps // len(every))
                         for total, part in zip(sums[group, piece % chains], x):
                             v.b.store(add(v.b.load(total), weights, v.spread(part, at)), total)
 
@@ -219,3 +231,53 @@ class TileEmitter(ABC):
                 word, shift = words, shifts[s]
             states.append(v.b.and_(v.shift_right(word, shift), mask))
         return states
+
+    def state_pairs(self, tile: Value, group: int, piece: int) -> list[Value]:
+        """The same, two steps in the words of every int32, the first one low; "avx512" only.
+
+        A window of 64 bits holds the states of two rows that are neighbours in the ring, or each of
+        its halves those of one row; vpmultishiftqb takes them out.
+        """
+        product, v = self.product, self.v
+        steps = PIECE // product.step_weights
+        row_steps = product.tile_cols // product.step_weights
+        rows = range(group * v.lanes, (group + 1) * v.lanes)
+        ends = [
+            [product.ends[r * row_steps + piece * steps + s] for s in range(steps)] for r in rows
+        ]
+        together = 2 if product.tile_cols == PIECE else 1
+        width = 4 * together
+
+        def last(lane: int, s: int) -> int:
+            """The byte behind a window's end."""
+            return -(-ends[lane - lane % together + together - 1][s] // 8)
+
+        def shift(lane: int, s: int, stop: int) -> int:
+            half = 0 if together == 2 else 32 * (lane % 2)
+            return half + 8 * last(lane, stop) - ends[lane][s]
+
+        lanes = range(v.lanes)
+        shared = all(
+            8 * last(lane, steps - 1) - ends[lane][0] + product.state_bits <= 8 * width
+            for lane in lanes
+        )
+        mask = (1 << product.state_bits) - 1
+        found, ring = [], None
+        for s in range(0, steps, 2):
+            stop = steps - 1 if shared else s + 1
+            if ring is None or not shared:
+                places = [
+                    ((last(lane, stop) - 1 - b) % product.tile_bytes) ^ 1
+                    for lane in range(0, v.lanes, together)
+                    for b in range(width)
+                ]
+                ring = v.pick_bytes(tile, product.tile_bytes, places)
+            starts = [
+                shift(lane, step, stop) + 8 * byte
+                for lane in lanes
+                for step in (s, s + 1)
+                for byte in (0, 1)
+            ]
+            states = v.b.bitcast(v.bits_from(ring, starts), v.ints)
+            found.append(v.b.and_(states, v.all_ints(mask | mask << 16)))
+        return found

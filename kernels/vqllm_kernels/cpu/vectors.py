@@ -172,6 +172,28 @@ class Vectors:
         pair = [ones, data] if is_signed else [data, ones]
         return self.b.bitcast(self.b.call(function, pair), self.ints)
 
+    def times_word(self, value: Value, factor: int) -> Value:
+        """The lower halves of the products of every int16 with a constant."""
+        return self._of_words(self.b.mul, value, self._all_words(factor))
+
+    def times_word_above(self, value: Value, factor: int) -> Value:
+        """The upper halves of the products of every uint16 with a constant; "avx512" only."""
+        name = "llvm.x86.avx512.pmulhu.w.512"
+        function = self._function(name, self.words, [self.words, self.words])
+        product = self.b.call(
+            function, [self.b.bitcast(value, self.words), self._all_words(factor)]
+        )
+        return self.b.bitcast(product, self.ints)
+
+    def add_words(self, left: Value, right: Value) -> Value:
+        return self._of_words(self.b.add, left, self.b.bitcast(right, self.words))
+
+    def _of_words(self, operation: Callable[[Value, Value], Value], a: Value, b: Value) -> Value:
+        return self.b.bitcast(operation(self.b.bitcast(a, self.words), b), self.ints)
+
+    def _all_words(self, value: int) -> Value:
+        return ir.Constant(self.words, [value] * 2 * self.lanes)
+
     def bits_from(self, value: Value, starts: Sequence[int]) -> Value:
         """Eight bits for every byte, from the 64 bits that it lies in, a constant place for each;
         "avx512" only."""

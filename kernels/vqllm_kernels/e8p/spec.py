@@ -76,11 +76,19 @@ class E81BSpec(FormatSpec):
             from vqllm_kernels.e8p.kernels import E8PKernels
 
             return E8PKernels(is_e8p=False)
+        if kind == "packed":
+            return PackedKernels(spec=self, parts=self._parts, wide_only=True)
         if kind == "lookup":
             from vqllm_kernels.lut.cpu import LookupKernels
 
             return LookupKernels(spec=self, index_bits=8, entries=self._entries)
         return super().kernels(kind)
+
+    def _parts(self, tensors: dict[str, Tensor]) -> "list[Part]":
+        from vqllm_kernels.cpu import codebooks, instructions
+
+        own, scale = instructions.instructions(), float(tensors["scale"]) / 2
+        return [codebooks.part(tensors["codes"], reference.e81b_table(), scale, own)]
 
     def _entries(self, tensors: dict[str, Tensor]) -> Tensor:
         """All 256 entries, float32 [256, 8], scaled."""

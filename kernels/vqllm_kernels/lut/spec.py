@@ -5,18 +5,24 @@ and columns, in one of three forms, and scales (`reference_v2`).
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from vqllm_kernels.bitpack import MAX_WIDTH, packed_bytes
+from vqllm_kernels.bitpack import MAX_WIDTH, packed_bytes, unpack_bits
+from vqllm_kernels.cpu.kernels import PackedKernels
 from vqllm_kernels.formats import FormatSpec, register
 from vqllm_kernels.kernels import Kernels, Kind
 from vqllm_kernels.layout import TensorLayout
 from vqllm_kernels.lut import reference, reference_v2
 from vqllm_kernels.tables import equal_entries
 
+if TYPE_CHECKING:
+    from vqllm_kernels.cpu.parts import Part
+
+MAX_PACKED = (16, 8)
+"""Columns and bits of an index up to which it is multiplied as it is stored."""
 CODEBOOKS = ("float16", "int8", "svd")
 """Forms in which the codebooks of lut-v2 are stored."""
 
@@ -56,11 +62,35 @@ class LutSpec(FormatSpec):
             from vqllm_kernels.lut.kernels import LutKernels
 
             return LutKernels(self)
+        if kind == "packed":
+            return PackedKernels(
+                spec=self, parts=self._parts, reason=self._not_packed(), wide_only=True
+            )
         if kind == "lookup":
             from vqllm_kernels.lut.cpu import LookupKernels
 
             return LookupKernels(spec=self, index_bits=self.index_bits, entries=_codebook)
         return super().kernels(kind)
+
+    def _not_packed(self) -> str | None:
+        most_cols, most_bits = MAX_PACKED
+        if self.tile_rows > 1 or self.tile_cols > most_cols or self.index_bits > most_bits:
+            return (
+                f"entries of {self.tile_rows} x {self.tile_cols}, {self.index_bits} bits; packed "
+                f"products take one row, at most {most_cols} columns and {most_bits} bits"
+            )
+        return None
+
+    def _parts(self, tensors: dict[str, Tensor]) -> "list[Part]":
+        from vqllm_kernels.cpu import codebooks, instructions
+
+        codes = tensors["codes"]
+        if self.index_bits < 8:
+            # Zero bits at the end of a row may be some more indices, which x has nothing for.
+            most = 8 * codes.shape[1] // self.index_bits
+            codes = unpack_bits(codes, self.index_bits, most).to(torch.uint8)
+        entries_ED, unit = codebooks.rounded(_codebook(tensors))
+        return [codebooks.part(codes, entries_ED, unit, instructions.instructions())]
 
     def problem(self, tensors: dict[str, Tensor], rows: int, cols: int) -> str | None:
         problem = super().problem(tensors, rows, cols)

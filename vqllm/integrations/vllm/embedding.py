@@ -1,0 +1,155 @@
+"""Embeddings and output heads of vLLM with a quantized matrix, tied or not."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+
+from vqllm.core.tensors import frozen
+from vqllm.integrations.vllm import cuts, refusals
+from vqllm.integrations.vllm.mode import Mode, is_packed
+from vqllm.integrations.vllm.packed import PackedLinears
+from vqllm.integrations.vllm.stored import (
+    Stored,
+    default_float32,
+    loader_into,
+    place_holders,
+)
+from vqllm_kernels import dispatch
+from vqllm_kernels.linear import LinearSpec
+from vqllm_kernels.transforms import HadamardSpec
+
+if TYPE_CHECKING:
+    from vqllm.integrations.vllm.config import VqllmConfig
+
+
+class VqllmEmbeddingMethod(QuantizeMethodBase):
+    """Looks rows up, and multiplies with them, packed or decoded.
+
+    Packed, an embedding decodes the rows that it looks up. It decodes all at load where it is a
+    head as well whose product is faster so.
+    """
+
+    def __init__(self, config: "VqllmConfig", name: str, spec: LinearSpec, mode: Mode) -> None:
+        """
+        Args:
+            name: of the packed matrix, which is the embedding's in a tied head.
+        """
+        self.config, self.name, self.spec = config, name, spec
+        self.mode: Mode = mode
+        self.dense = UnquantizedEmbeddingMethod()
+
+    def create_weights(
+        self,
+        layer: VocabParallelEmbedding,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        """Make empty parameters for what the loader brings. ModelError for another size."""
+        if (self.spec.rows, self.spec.cols) != (layer.org_vocab_size, input_size):
+            raise refusals.wrong_size(self.name, self.spec, layer.org_vocab_size, input_size)
+        layer.vqllm_dtype, layer.vqllm_device = params_dtype, torch.empty(0).device
+        layer.vqllm_head = isinstance(layer, ParallelLMHead)
+        stored = Stored({0: self.spec})
+        layer.vqllm_stored = stored
+        layer.vqllm_parameters = place_holders(
+            layer, stored.names(params_dtype), loader_into(stored, self.config.check_places)
+        )
+
+    def tie_weights(self, layer: ParallelLMHead, embed_tokens: VocabParallelEmbedding) -> nn.Module:
+        """Let a head use the matrix of the embedding."""
+        for name in layer.vqllm_parameters:
+            delattr(layer, name)
+        del layer.vqllm_stored, layer.vqllm_parameters
+        embed_tokens.vqllm_head = True
+        # Not as a submodule, whose tensors would have two names.
+        object.__setattr__(layer, "vqllm_tied", embed_tokens)
+        return layer
+
+    def process_weights_after_loading(self, layer: VocabParallelEmbedding) -> None:
+        """Take what was loaded. CheckpointError if some is missing or cannot be decoded."""
+        if not hasattr(layer, "vqllm_stored"):
+            return
+        [own] = layer.vqllm_stored.complete({0: self.name})
+        for name in layer.vqllm_parameters:
+            delattr(layer, name)
+        del layer.vqllm_stored, layer.vqllm_parameters
+        device = layer.vqllm_device
+        own = {name: tensor.to(device) for name, tensor in own.items()}
+        layer.vqllm_held = None
+        with default_float32():
+            if self._stays_packed(layer, device):
+                self._keep_packed(layer, own)
+                return
+            layer.weight = frozen(self._decoded(layer, own))
+        self.dense.process_weights_after_loading(layer)
+
+    def embedding(self, layer: VocabParallelEmbedding, input_: Tensor) -> Tensor:
+        """Rows [..., features] of tokens [...], counted from the first row of this process."""
+        if layer.vqllm_held is None:
+            return self.dense.embedding(layer, input_)
+        spec: LinearSpec = layer.vqllm_spec
+        start = 0 if layer.vqllm_cut else own_rows(layer)[0]
+        packed = {name: getattr(layer, f"vqllm_0_{name}") for name in spec.layout()}
+        own, states = spec.split(packed)
+        rows = dispatch.decode_rows(own, spec.format, input_.reshape(-1) + start, spec.cols)
+        for transform, state in reversed(list(zip(spec.transforms, states))):
+            if isinstance(transform, HadamardSpec):  # the inverse is the transpose
+                rows = dispatch.transform(rows, transform, state, "output")
+            else:
+                rows = transform.inverse(rows, state)
+        return rows.to(layer.vqllm_dtype).view(*input_.shape, spec.cols)
+
+    def apply(self, layer: VocabParallelEmbedding, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Logits [..., rows of this process, padding included]."""
+        layer = getattr(layer, "vqllm_tied", layer)
+        if layer.vqllm_held is None:
+            return self.dense.apply(layer, x, bias)
+        [y] = layer.vqllm_held(layer, x)
+        if not layer.vqllm_cut:
+            start, stop = own_rows(layer)
+            y = y[..., start:stop]
+        missing = layer.num_embeddings_per_partition - y.shape[-1]
+        if missing:
+            y = F.pad(y, (0, missing))
+        return y if bias is None else y + bias
+
+    def _stays_packed(self, layer: VocabParallelEmbedding, device: torch.device) -> bool:
+        if not self.spec.row_wise():
+            return False
+        if self.mode == "auto" and not layer.vqllm_head:
+            return True  # no more rows are decoded than are looked up
+        return is_packed(self.mode, [self.spec], device, layer.vqllm_dtype)
+
+    def _keep_packed(self, layer: VocabParallelEmbedding, own: dict[str, Tensor]) -> None:
+        """The rows of this process, or all where tiles do not end there."""
+        rows = own_rows(layer)
+        is_cut = cuts.ends_of_rows(self.spec, rows)
+        part = cuts.rows_of(self.spec, own, rows) if is_cut else (self.spec, own)
+        layer.vqllm_held = PackedLinears.of(layer, [part], layer.vqllm_dtype)
+        layer.vqllm_spec, layer.vqllm_cut = part[0], is_cut
+
+    def _decoded(self, layer: VocabParallelEmbedding, own: dict[str, Tensor]) -> Tensor:
+        """The dense rows of this process, and zeros in the place of its padding."""
+        start, stop = own_rows(layer)
+        shape = layer.num_embeddings_per_partition, self.spec.cols
+        W_RC = torch.zeros(shape, dtype=layer.vqllm_dtype, device=layer.vqllm_device)
+        W_RC[: stop - start] = self.spec.dequantize(own, layer.vqllm_dtype)[start:stop]
+        return W_RC
+
+
+def own_rows(layer: VocabParallelEmbedding) -> cuts.Range:
+    """The rows of this process."""
+    indices = layer.shard_indices
+    return indices.org_vocab_start_index, indices.org_vocab_end_index

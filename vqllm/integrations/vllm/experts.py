@@ -1,0 +1,145 @@
+"""Experts of vLLM that are quantized one by one."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
+
+from vqllm.core.tensors import frozen
+from vqllm.errors import ModelError
+from vqllm.integrations.vllm.mode import Mode
+from vqllm.integrations.vllm.stored import WEIGHT, Stored, default_float32, place_holders
+from vqllm_kernels.linear import LinearSpec
+
+if TYPE_CHECKING:
+    from vqllm.integrations.vllm.config import VqllmConfig
+
+SHARDS = ("w1", "w3", "w2")
+"""gate, up, down in vLLM's words; its `w13` is gate and up, one below the other."""
+
+
+class VqllmExpertsMethod(UnquantizedFusedMoEMethod):
+    """Decodes the experts at load. From then on they are vLLM's own dense ones."""
+
+    def __init__(
+        self,
+        config: "VqllmConfig",
+        layer: RoutedExperts,
+        prefix: str,
+        specs: Mapping[str, LinearSpec],
+        mode: Mode,
+    ) -> None:
+        """
+        Args:
+            prefix: of the names of experts.
+            specs: of all that are quantized, by number and name ("0.up_proj").
+        """
+        super().__init__(layer.moe_config)
+        self.config, self.prefix, self.mode = config, prefix, mode
+        if mode == "packed":
+            raise ModelError(
+                f"vqllm_weights is 'packed', but the experts of {prefix} can only be decoded; "
+                "allowed are auto, decoded"
+            )
+        linears = {
+            "w1": layer.ckpt_gate_proj_name,
+            "w2": layer.ckpt_down_proj_name,
+            "w3": layer.ckpt_up_proj_name,
+        }
+        self.names = {
+            (expert, shard): f"{expert}.{name}"
+            for expert in range(layer.global_num_experts)
+            for shard, name in linears.items()
+            if name is not None
+        }
+        self.specs = {part: specs.get(name) for part, name in self.names.items()}
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        """Make empty parameters for what the loader brings."""
+        self._sizes = num_experts, hidden_size, intermediate_size_per_partition
+        own = {
+            part: spec
+            for part, spec in self.specs.items()
+            if layer._map_global_expert_id_to_local_expert_id(part[0]) >= 0
+        }
+        layer.vqllm_dtype, layer.vqllm_stored = params_dtype, Stored(own)
+        layer.vqllm_device = torch.empty(0).device
+        layer.vqllm_parameters = []
+        for prefix, shards in (("w13_", ("w1", "w3")), ("w2_", ("w2",))):
+            some = Stored({part: spec for part, spec in own.items() if part[1] in shards})
+            layer.vqllm_parameters += place_holders(
+                layer, some.names(params_dtype), self._loader(layer), prefix
+            )
+
+    def _loader(self, layer: RoutedExperts) -> Any:
+        def load(
+            name: str,
+            tensor: Tensor,
+            weight_name: str = "",
+            shard_id: str = "",
+            expert_id: int = 0,
+            return_success: bool = False,
+        ) -> bool | None:
+            self.config.check_places()
+            own = (expert_id, shard_id) in layer.vqllm_stored.specs
+            if own:
+                layer.vqllm_stored.keep((expert_id, shard_id), name, tensor)
+            return own if return_success else None
+
+        return load
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Decode what was loaded. CheckpointError if some is missing or cannot be decoded."""
+        if hasattr(layer, "vqllm_stored"):
+            with default_float32():
+                self._decode(layer)
+        super().process_weights_after_loading(layer)
+
+    def _decode(self, layer: RoutedExperts) -> None:
+        stored: Stored = layer.vqllm_stored
+        stored.complete({part: f"{self.prefix}.{self.names[part]}" for part in stored.specs})
+        for name in layer.vqllm_parameters:
+            delattr(layer, name)
+        del layer.vqllm_stored, layer.vqllm_parameters
+        experts, hidden, inner = self._sizes
+        gated = layer.ckpt_up_proj_name is not None
+        device = layer.vqllm_device
+        w13 = torch.zeros(
+            experts, (2 if gated else 1) * inner, hidden, dtype=layer.vqllm_dtype, device=device
+        )
+        w2 = torch.zeros(experts, hidden, inner, dtype=layer.vqllm_dtype, device=device)
+        rank = layer.moe_config.moe_parallel_config.tp_rank
+        for (expert, shard), spec in stored.specs.items():
+            own = {n: t.to(device) for n, t in stored.tensors.pop((expert, shard)).items()}
+            W_RC = own[WEIGHT] if spec is None else spec.dequantize(own, layer.vqllm_dtype)
+            _put(W_RC, shard, _local(layer, expert), (w13, w2), rank, inner)
+        layer.w13_weight, layer.w2_weight = frozen(w13), frozen(w2)
+
+
+def _local(layer: Any, expert: int) -> int:
+    """The place of an expert in this process."""
+    return layer._map_global_expert_id_to_local_expert_id(expert)
+
+
+def _put(
+    W_RC: Tensor, shard: str, expert: int, weights: tuple[Tensor, Tensor], rank: int, inner: int
+) -> None:
+    """Write the part of an expert's matrix that this process holds into vLLM's weights."""
+    w13, w2 = weights
+    if shard == "w2":
+        own = W_RC[:, rank * inner : (rank + 1) * inner]
+        w2[expert, : own.shape[0], : own.shape[1]] = own
+        return
+    own = W_RC[rank * inner : (rank + 1) * inner]
+    start = inner if shard == "w3" else 0
+    w13[expert, start : start + own.shape[0], : own.shape[1]] = own
