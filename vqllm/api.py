@@ -12,9 +12,11 @@ from vqllm.core.protocols import JSON
 from vqllm.errors import EvaluationError
 from vqllm.evaluation import perplexity as evaluation
 from vqllm.evaluation import speed
+from vqllm.evaluation.resident import resident_bytes
 from vqllm.hf.running import explained_run
 from vqllm.models.load import load as load
 from vqllm.models.load import load_to_run
+from vqllm.models.resolve import resolve
 from vqllm.recipes import Recipe, TuningRecipe
 from vqllm.report.summary import Summary
 from vqllm.runs import commands
@@ -288,6 +290,8 @@ def bench(
     prompt_tokens: int = 256,
     new_tokens: int = 32,
     rounds: int = 3,
+    prompts: Sequence[int] = (),
+    resident: bool = False,
     device: str | None = None,
     trust_remote_code: bool = False,
     allow_bin: bool = False,
@@ -301,16 +305,23 @@ def bench(
         prompt_tokens: random tokens before the first generated one.
         new_tokens: tokens generated after that.
         rounds: measured rounds, after one that is not.
+        prompts: tokens of further prompts to be timed, where the models take so many.
+        resident: measure the memory of the processes, too, each model in one of its own, on a CPU.
         trust_remote_code, allow_bin: as in `quantize`.
 
     Returns:
-        what `vqllm.evaluation.speed.bench` says.
+        what `vqllm.evaluation.speed.bench` says; with `resident` every model has the
+        "resident_bytes" of `vqllm.evaluation.resident`.
 
     Raises:
         EvaluationError: numbers below 1, or more tokens than the model takes.
     """
     load = speed.Load(
-        batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds
+        batch=batch,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        prompts=tuple(prompts),
     )
     place = device_of(device)
     target, _ = load_to_run(
@@ -321,7 +332,16 @@ def bench(
         original, _ = load_to_run(
             baseline, place, trust_remote_code, needs_tokenizer=False, allow_bin=allow_bin
         )
-    return speed.bench(target, original, load)
+    results = speed.bench(target, original, load)
+    if resident and place.type == "cpu":
+        del target, original
+        for name, given in (("model", model), ("original", baseline)):
+            if given is not None:
+                folder = resolve(given, trust_remote_code=trust_remote_code, allow_bin=allow_bin)
+                results["models"][name]["resident_bytes"] = resident_bytes(
+                    folder.path, trust_remote_code=trust_remote_code
+                )
+    return results
 
 
 def generate(

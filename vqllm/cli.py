@@ -323,6 +323,12 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(help="tokens of the prompt", min=1)] = 256,
     new_tokens: Annotated[int, typer.Option(help="tokens to generate", min=1)] = 32,
     rounds: Annotated[int, typer.Option(help="rounds to measure", min=1)] = 3,
+    prompts: Annotated[
+        list[int] | None, typer.Option(help="tokens of a further prompt (256 and 512)", min=1)
+    ] = None,
+    resident: Annotated[
+        bool, typer.Option(help="memory of a process with each model alone, on a CPU")
+    ] = True,
     device: Device = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write results here")] = None,
     trust_remote_code: Trust = False,
@@ -341,6 +347,8 @@ def bench(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         rounds=rounds,
+        prompts=(256, 512) if prompts is None else prompts,
+        resident=resident,
         device=device,
         trust_remote_code=trust_remote_code,
         allow_bin=allow_bin,

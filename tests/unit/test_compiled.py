@@ -52,7 +52,7 @@ def test_names_on_disk_change_with_the_sources(monkeypatch: pytest.MonkeyPatch) 
 
     before = named()
     assert before == named()
-    monkeypatch.setattr(compiled, "_stamp", lambda: "other")
+    monkeypatch.setattr(compiled, "_stamp", lambda folder: "other")
     assert before != named()
 
 

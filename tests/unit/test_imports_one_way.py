@@ -160,6 +160,7 @@ WITH_NUMBA = (
     "vqllm_kernels.lut.gather_numba",
     "vqllm_kernels.lut.permute_numba",
     "vqllm_kernels.compiled",
+    "vqllm_kernels.keep_code",
     "vqllm_kernels.cpu",
 )
 """Modules, and packages, that run only where numba is installed, and are not missed where it is

@@ -52,12 +52,13 @@ SHORT = {"prompt_tokens": 8, "new_tokens": 3, "rounds": 2, "device": "cpu"}
 
 def test_a_model_beside_its_original(folders):
     source, quantized = folders
-    results = api.bench(quantized, baseline=source, batch=2, **SHORT)
+    results = api.bench(quantized, baseline=source, batch=2, prompts=(16,), **SHORT)
     assert results["models"].keys() == {"model", "original"}
     for figures in results["models"].values():
         assert figures["prefill_tokens_per_s"] > 0
         assert figures["decode_tokens_per_s"] > 0
         assert min(figures["spread"].values()) >= 1
+        assert figures["prompt_tokens_per_s"].keys() == {"16"}
     assert results["ratios"].keys() == {"prefill", "decode"}
     model, original = (results["models"][name]["weight_bytes"] for name in ("model", "original"))
     assert model["stored"] < original["stored"]
@@ -110,4 +111,11 @@ def test_the_command_prints_and_writes(folders, tmp_path):
     assert "model: decoding" in result.output
     assert "decode: model / original" in result.output
     assert "lookup" in result.output
-    assert json.loads(file.read_text())["load"]["new_tokens"] == 2
+    found = json.loads(file.read_text())
+    assert found["load"]["new_tokens"] == 2
+    for figures in found["models"].values():
+        assert list(figures["prompt_tokens_per_s"]) == ["256", "512"]
+        resident = figures["resident_bytes"]
+        assert 0 < resident["imports"] < resident["loaded"]
+        assert resident["generated"] > resident["imports"]
+    assert "model: resident memory" in result.output

@@ -7,7 +7,8 @@ machine with other users, only times that were measured together can be divided 
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,16 +27,19 @@ MIN_SECONDS = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What is run: `batch` sequences of `prompt_tokens`, then `new_tokens` each, `rounds` times."""
+    """What is run: `batch` sequences of `prompt_tokens`, then `new_tokens` each, `rounds` times;
+    and `prompts`, tokens of further prompts with one token each. Those that are longer than a model
+    takes are left out."""
 
     batch: int = 1
     prompt_tokens: int = 256
     new_tokens: int = 32
     rounds: int = 3
+    prompts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1:
+            if name != "prompts" and value < 1:
                 raise EvaluationError(f"{name} is {value}; allowed are numbers from 1 on.")
 
 
@@ -48,8 +52,9 @@ def bench(model: Any, original: Any | None, load: Load) -> JSON:
 
     Returns:
         JSON values. "models": by "model" and "original" the medians of `prefill_tokens_per_s` and
-        `decode_tokens_per_s` (over all sequences), their `spread` (largest over smallest), and
-        `weight_bytes`. "ratios": model over original, the median of the ratios of rounds.
+        `decode_tokens_per_s` (over all sequences), their `spread` (largest over smallest),
+        `prompt_tokens_per_s` by tokens of the further prompts, and `weight_bytes`. "ratios": model
+        over original, the median of the ratios of rounds.
         "linears": a row for every kind of quantized linear.
 
     Raises:
@@ -59,13 +64,28 @@ def bench(model: Any, original: Any | None, load: Load) -> JSON:
     contenders = {"model": model} | ({} if original is None else {"original": original})
     prompts = {name: _prompt(contender, load) for name, contender in contenders.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    longer = _further_prompts(contenders, load)
+    seconds: dict[str, list[list[float]]] = {name: [[] for _ in longer] for name in contenders}
     for round_number in range(load.rounds + 1):
         for name, contender in contenders.items():
             measured = _generate(contender, prompts[name], load)
             if round_number > 0:  # the first one compiles, decodes and allocates
                 times[name].append(measured)
+        for own, (_, prompts_of) in enumerate(longer):
+            for name, contender in contenders.items():
+                prompt = prompts_of[name]
+                took = _seconds(lambda c=contender, p=prompt: _continue(c, p, 1), prompt.device)
+                if round_number > 0:
+                    seconds[name][own].append(took)
     results = {
-        name: _figures(times[name], load) | {"weight_bytes": _weight_bytes(contender)}
+        name: _figures(times[name], load)
+        | {
+            "prompt_tokens_per_s": {
+                str(length): load.batch * length / statistics.median(took)
+                for (length, _), took in zip(longer, seconds[name])
+            },
+            "weight_bytes": _weight_bytes(contender),
+        }
         for name, contender in contenders.items()
     }
     # Ratios are taken round by round, and their median after that.
@@ -96,6 +116,16 @@ def _prompt(model: Any, load: Load) -> Tensor:
     vocabulary = model.config.get_text_config().vocab_size
     shape = (load.batch, load.prompt_tokens)
     return torch.randint(vocabulary, shape, generator=generator).to(_device(model))
+
+
+def _further_prompts(contenders: dict[str, Any], load: Load) -> list[tuple[int, dict[str, Tensor]]]:
+    """The tokens of each further prompt, and the prompt itself by the name of a model."""
+    found = []
+    for length in load.prompts:
+        own = replace(load, prompt_tokens=length, new_tokens=1)
+        with suppress(EvaluationError):  # longer than a model takes
+            found.append((length, {name: _prompt(c, own) for name, c in contenders.items()}))
+    return found
 
 
 def _generate(model: Any, prompt_SL: Tensor, load: Load) -> tuple[float, float]:

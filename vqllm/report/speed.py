@@ -32,6 +32,19 @@ def speed_rows(results: JSON) -> list[tuple[str, str]]:
                 f"{stored / 1e6:.1f} MB" + (f" and {kept / 1e6:.1f} MB kept" if kept else ""),
             ),
         ]
+        rows += [
+            (f"{name}: prompt of {length}", f"{rate:.1f} tokens/s")
+            for length, rate in figures["prompt_tokens_per_s"].items()
+        ]
+        if resident := figures.get("resident_bytes"):
+            megabytes = {key: f"{value / 1e6:.0f} MB" for key, value in resident.items()}
+            rows.append(
+                (
+                    f"{name}: resident memory",
+                    f"{megabytes['loaded']} loaded, {megabytes['generated']} after 32 tokens "
+                    f"(imports {megabytes['imports']})",
+                )
+            )
     rows += [
         (f"{name}: model / original", f"{ratio:.2f}") for name, ratio in results["ratios"].items()
     ]

@@ -47,7 +47,7 @@ class JoinedLinears:
         self._rows = [member.out_features for member in members]
         self._ids = [id(member) for member in members]
         self._stacked: Tensor | None = None
-        self.products = PackedProducts()
+        self.products = PackedProducts(members)
         self._has_bias = False
         self._decoded_from: Fingerprint | None = None
         self._agreed: Fingerprint | None = None

@@ -44,7 +44,7 @@ class VQLinear(PackedModule, nn.Linear):  # pyright: ignore[reportIncompatibleVa
         super().__init__(spec, dtype, device)
         self.in_features, self.out_features = spec.cols, spec.rows
         self._group: JoinedLinears | None = None
-        self.products = PackedProducts()
+        self.products = PackedProducts([self])
         self.register_parameter(
             "bias", frozen(torch.empty(spec.rows, dtype=dtype, device=device)) if bias else None
         )
@@ -129,7 +129,11 @@ class VQLinear(PackedModule, nn.Linear):  # pyright: ignore[reportIncompatibleVa
 
     def __getstate__(self) -> dict[str, Any]:
         # A group knows the modules themselves, which a copy does not belong to.
-        return {**super().__getstate__(), "_group": None, "products": PackedProducts()}
+        return {**super().__getstate__(), "_group": None, "products": None}
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self.products = PackedProducts([self])
 
     def extra_repr(self) -> str:
         transforms = ", ".join(f"{t.kind} {t.side}" for t in self.spec.transforms) or "none"

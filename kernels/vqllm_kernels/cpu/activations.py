@@ -126,7 +126,9 @@ def _round(
         top = max(top, bits[c] & np.int32(0x7FFFFFFF))
     if top >= _INFINITE:
         return False, 0.0
-    largest = np.array([top], np.int32).view(np.float32)[0]
+    of_top = np.empty(1, np.int32)  # no list, which is not loaded without numba
+    of_top[0] = top
+    largest = of_top.view(np.float32)[0]
     per_unit = np.float32(LARGEST) / largest if largest > _TINY else np.float32(0)
     for c in range(cols):
         scaled[c] = scaled[c] * per_unit + _MAGIC

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vqllm_kernels.compiled import entry, njit
+from vqllm_kernels.compiled import entry, njit, numba
 from vqllm_kernels.cpu import hadamard, memory, threads
 from vqllm_kernels.cpu.sums import bfloat16
 from vqllm_kernels.kernels import Tensors

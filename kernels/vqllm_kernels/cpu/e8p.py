@@ -18,14 +18,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import types
 from torch import Tensor
 
-from vqllm_kernels.compiled import entry, intrinsic, njit
+from vqllm_kernels.compiled import entry, intrinsic, njit, numba, types
 from vqllm_kernels.cpu import memory, threads
 from vqllm_kernels.cpu.activations import (
     LARGEST,

@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
 from numpy.typing import NDArray
 
-from vqllm_kernels.compiled import intrinsic, njit
+from vqllm_kernels.compiled import cgutils, intrinsic, njit, types
 from vqllm_kernels.hadamard import matrices
 
 WIDTH = 16

@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from functools import cache
 from typing import Any, Literal, get_args
 
+from vqllm_kernels import machine_code
+
 Instructions = Literal["avx512", "avx2", "portable"]
 
 NEEDED: dict[Instructions, frozenset[str]] = {
@@ -61,11 +63,15 @@ def available() -> list[Instructions]:
 @cache
 def features() -> frozenset[str]:
     """What the processor has, in LLVM's names."""
-    from numba.core.registry import cpu_target
+    known = machine_code.facts().get("features")
+    if known is None:
+        from numba.core.registry import cpu_target
 
-    context: Any = cpu_target.target_context
-    flags = context.codegen().magic_tuple()[2].split(",")
-    return frozenset(flag[1:] for flag in flags if flag.startswith("+"))
+        context: Any = cpu_target.target_context
+        flags = context.codegen().magic_tuple()[2].split(",")
+        known = sorted(flag[1:] for flag in flags if flag.startswith("+"))
+        machine_code.save_facts(features=known)
+    return frozenset(known)
 
 
 @cache

@@ -7,10 +7,8 @@ product takes; one with a few integers does not.
 from typing import Any
 
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
 
-from vqllm_kernels.compiled import intrinsic
+from vqllm_kernels.compiled import cgutils, intrinsic, types
 
 
 @intrinsic

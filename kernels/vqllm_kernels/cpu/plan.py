@@ -4,16 +4,17 @@ A small product takes 10 microseconds. So what does not change from call to call
 numbers, whose address is all that is handed over, and threads start once for all products.
 """
 
-from collections.abc import Sequence
+import ctypes
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from vqllm_kernels.compiled import entry, njit
+from vqllm_kernels.compiled import entry, njit, numba
 from vqllm_kernels.cpu import activations, chains, memory, threads
 from vqllm_kernels.cpu.activations import NUM_ARGUMENTS, Operand
 from vqllm_kernels.cpu.chains import NUM_CHAIN, Chain
@@ -103,7 +104,6 @@ def _bits(value: float) -> int:
     return int(np.float64(value).view(np.int64))
 
 
-@njit()
 def multiply(
     plan: int, x: int, num_rows: int, is_bfloat16: bool, num_threads: int, addresses: int
 ) -> bool:
@@ -114,6 +114,28 @@ def multiply(
         x: address of [num_rows, cols], bfloat16 or float32.
         addresses: address of int64, the address of [num_rows, rows] of every member.
     """
+    numbers = array("q", (plan, x, num_rows, is_bfloat16, num_threads, addresses))
+    _function()(numbers.buffer_info()[0])
+    return numbers[0] != 0
+
+
+@cache
+def _function() -> Callable[[int], None]:
+    """`_multiply` as a C function, which is loaded without numba where it was compiled before."""
+    threads.available()
+
+    def multiply(pointer: Any) -> None:
+        a = numba.carray(pointer, (6,))
+        a[0] = _multiply(a[0], a[1], a[2], a[3] != 0, a[4], a[5])
+
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(entry(multiply))
+
+
+@njit()
+def _multiply(
+    plan: int, x: int, num_rows: int, is_bfloat16: bool, num_threads: int, addresses: int
+) -> bool:
+    """`multiply`."""
     head = numba.carray(memory.pointer(plan), (NUM_HEAD,), np.int64)
     rows, num_operands, num_parts, padded, num_words, most_rows, num_y = head[:7]
     input = numba.carray(memory.pointer(plan + 8 * NUM_HEAD), (NUM_CHAIN,), np.int64)
@@ -143,7 +165,8 @@ def multiply(
             o[1],
             o[2] != 0,
             o[3],
-            words[k, : o[0] * (padded // o[1])].reshape(o[0], padded // o[1]),
+            # Not reshaped: what numba calls for that is not loaded without numba.
+            numba.carray(memory.pointer(words[k].ctypes.data), (o[0], padded // o[1]), np.int32),
             of_row[k, 0],
             of_row[k, 1],
         )

@@ -10,11 +10,10 @@ import logging
 import os
 from functools import cache
 
-import llvmlite.binding
 import torch
-from numba import types
 
-from vqllm_kernels.compiled import njit
+from vqllm_kernels import machine_code
+from vqllm_kernels.compiled import add_symbol, external, njit
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +24,8 @@ WORTH_WAITING = 1 << 19
 WORTH_WAKING = 1 << 22
 """Weights that pay for one whose threads sleep (OMP_WAIT_POLICY=passive)."""
 
-_thread_number = types.ExternalFunction(_NUMBER, types.int32())
-_parallel = types.ExternalFunction(
-    _PARALLEL, types.void(types.intp, types.intp, types.uint32, types.uint32)
-)
+_thread_number = external(_NUMBER, "int32")
+_parallel = external(_PARALLEL, "void", "intp", "intp", "uint32", "uint32")
 
 
 def _one(_argument: int = 0) -> int:
@@ -61,7 +58,8 @@ def available() -> bool:
         number, parallel = library.omp_get_thread_num, library.GOMP_parallel
     for name, function in ((_NUMBER, number), (_PARALLEL, parallel)):
         address = ctypes.cast(function, ctypes.c_void_p).value
-        llvmlite.binding.add_symbol(name, address)
+        assert address is not None
+        add_symbol(name, address)
     return library is not None
 
 
@@ -80,7 +78,7 @@ def worth() -> int:
 def start(function: int, argument: int, threads: int) -> None:
     """`run`, from Python."""
     available()
-    run(function, argument, threads)
+    _C_PARALLEL(machine_code.SYMBOLS[_PARALLEL])(function, argument, threads, 0)
 
 
 @njit()

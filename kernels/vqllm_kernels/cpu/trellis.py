@@ -4,13 +4,11 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import numba
 import numpy as np
 import torch
-from numba import types
 from torch import Tensor
 
-from vqllm_kernels.compiled import entry, intrinsic, njit
+from vqllm_kernels.compiled import entry, intrinsic, njit, numba, types
 from vqllm_kernels.cpu import memory, parities, threads
 from vqllm_kernels.cpu.activations import NUM_ARGUMENTS, NUM_PANEL_ARGUMENTS, Operand
 from vqllm_kernels.cpu.byte_sums import ByteSums

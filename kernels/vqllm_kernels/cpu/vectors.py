@@ -8,20 +8,25 @@ Developer's Manual, volume 2.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
-import llvmlite.binding
 from llvmlite import ir
-from numba.core import cgutils
 
+from vqllm_kernels.compiled import cgutils
 from vqllm_kernels.cpu.instructions import Instructions
 
 INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 Value = Any
 """A value of LLVM's IR; llvmlite has no types for them."""
 
-_BYTE_OPERANDS = llvmlite.binding.llvm_version_info[0] >= 21
-"""Whether vpdpbusd takes vectors of bytes: before LLVM 21 it took those of int32."""
+
+@cache
+def _has_byte_operands() -> bool:
+    """Whether vpdpbusd takes vectors of bytes: before LLVM 21 it took those of int32."""
+    import llvmlite.binding
+
+    return llvmlite.binding.llvm_version_info[0] >= 21
 
 
 class Vectors:
@@ -142,7 +147,7 @@ class Vectors:
 
     def add_bytes_products(self, sums: Value, unsigned: Value, signed: Value) -> Value:
         """sums + the four products of bytes of every lane, all int32; "avx512" only."""
-        kind = self.bytes if _BYTE_OPERANDS else self.ints
+        kind = self.bytes if _has_byte_operands() else self.ints
         function = self._instruction("llvm.x86.avx512.vpdpbusd.512", self.ints, [kind, kind])
         a, b = (self.b.bitcast(v, kind) for v in (unsigned, signed))
         return self.b.call(function, [sums, a, b])
@@ -150,7 +155,7 @@ class Vectors:
     def add_word_products(self, sums: Value, left: Value, right: Value) -> Value:
         """sums + the two products of int16 of every lane."""
         if self.wide:
-            kind = self.words if _BYTE_OPERANDS else self.ints
+            kind = self.words if _has_byte_operands() else self.ints
             function = self._instruction("llvm.x86.avx512.vpdpwssd.512", self.ints, [kind, kind])
             a, b = (self.b.bitcast(v, kind) for v in (left, right))
             return self.b.call(function, [sums, a, b])
