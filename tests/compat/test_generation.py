@@ -12,6 +12,7 @@ from tests.support.tiny import save_tiny
 from vqllm import api
 from vqllm.recipes import from_dict
 from vqllm.runtime import describe, set_weight_cache
+from vqllm.runtime.replace import group_inputs
 from vqllm_kernels.cpu import instructions
 
 RECIPE = from_dict(
@@ -76,7 +77,9 @@ def test_a_forward_pass_is_one_graph(model):
 def packed(model):
     if instructions.instructions() == "portable":
         pytest.skip("decoded weights are faster here")
-    return copy.deepcopy(model).to(torch.bfloat16)
+    own = copy.deepcopy(model).to(torch.bfloat16)
+    group_inputs(own)
+    return own
 
 
 def test_compiled_decoding_with_a_static_cache_gives_the_same_tokens(packed):
@@ -88,6 +91,7 @@ def test_compiled_decoding_with_a_static_cache_gives_the_same_tokens(packed):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, inside its compiler
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch's default backend needs a compiler")
 def test_the_example_of_the_page_runs(packed):
     (example,) = [
