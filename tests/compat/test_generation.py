@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +84,8 @@ def packed(model):
 
 
 def test_compiled_decoding_with_a_static_cache_gives_the_same_tokens(packed):
-    config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    settings: Any = {"fullgraph": True, "backend": "aot_eager", "mode": None}
+    config: Any = CompileConfig(**settings)
     config._compile_all_devices = True  # transformers compiles on GPUs by itself
     options = {"cache_implementation": "static", "compile_config": config}
     torch.compiler.reset()
