@@ -149,7 +149,8 @@ def _transpose(q: NDArray[np.int32], columns: int) -> None:
     """Every 8 times so many columns as a matrix of 8 rows, the other way round."""
     own = np.empty(8 * columns, np.int32)
     for start in range(0, len(q) - 8 * columns + 1, 8 * columns):
-        own[:] = q[start : start + 8 * columns]
+        for i in range(8 * columns):
+            own[i] = q[start + i]
         for i in range(columns):
             for j in range(8):
                 q[start + 8 * i + j] = own[columns * j + i]

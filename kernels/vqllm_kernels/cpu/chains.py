@@ -1,6 +1,7 @@
 """The transforms of one side of a linear: factors, a Hadamard transform, factors again."""
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -58,8 +59,9 @@ class Chain:
         v_NC = v_NC.contiguous()
         is_bfloat16 = dtype == torch.bfloat16
         out = torch.empty_like(v_NC, dtype=dtype if is_bfloat16 else torch.float32)
-        numbers = self._numbers.ctypes.data
-        _few_rows(len(v_NC), v_NC.data_ptr(), numbers, is_bfloat16, out.data_ptr())
+        chain = self._numbers.ctypes.data
+        numbers = array("q", (len(v_NC), v_NC.data_ptr(), chain, is_bfloat16, out.data_ptr()))
+        _few_rows()(numbers.buffer_info()[0])
         return out.to(dtype)
 
     @cached_property
@@ -116,46 +118,71 @@ def _rows() -> int:
     return entry(transform)
 
 
-@njit()
-def _few_rows(num_rows: int, v: int, numbers: int, is_bfloat16: bool, out: int) -> None:
-    chain = numba.carray(memory.pointer(numbers), (NUM_CHAIN,), np.int64)
-    v_NC = numba.carray(memory.pointer(v), (num_rows, chain[0]), np.float32)
-    spare = np.empty(chain[0], np.float32)
-    for n in range(num_rows):
-        through(v_NC[n], chain, spare)
-    write(v_NC, is_bfloat16, out)
+@cache
+def _few_rows() -> Callable[[int], None]:
+    """A C function of the numbers of `Chain.few_rows`."""
+    threads.available()
+
+    def transform(pointer: Any) -> None:
+        a = numba.carray(pointer, (5,))
+        chain = numba.carray(memory.pointer(a[2]), (NUM_CHAIN,), np.int64)
+        v_NC = numba.carray(memory.pointer(a[1]), (a[0], chain[0]), np.float32)
+        spare = np.empty(chain[0], np.float32)
+        for n in range(len(v_NC)):
+            through(v_NC[n], chain, spare)
+        write(v_NC, a[3] != 0, a[4])
+
+    return memory.C_FUNCTION(entry(transform))
 
 
 @njit()
 def through(v: NDArray[np.float32], numbers: NDArray[np.int64], spare: NDArray[np.float32]) -> None:
     """A chain of one row, in place."""
     size, before, twos, m, core, after, transpose = numbers
-    v *= numba.carray(memory.pointer(before), (size,), np.float32)
+    _times(v, numba.carray(memory.pointer(before), (size,), np.float32))
     if twos * m > 1:
         H = numba.carray(memory.pointer(core), (m, m), np.float32)
         hadamard.transform(v, twos, H, transpose != 0, spare)
-        v *= numba.carray(memory.pointer(after), (size,), np.float32)
+        _times(v, numba.carray(memory.pointer(after), (size,), np.float32))
+
+
+# Loops in place of operations on whole arrays: what numba calls for those, should their shapes
+# differ, is not loaded without numba (`machine_code`).
+
+
+@njit()
+def _times(v: NDArray[np.float32], factors: NDArray[np.float32]) -> None:
+    for i in range(len(v)):
+        v[i] *= factors[i]
 
 
 @njit()
 def read(x: int, is_bfloat16: bool, out: NDArray[np.float32]) -> None:
+    rows, cols = out.shape
     if is_bfloat16:
-        bits = numba.carray(memory.pointer(x), out.shape, np.uint16)
-        raw = out.view(np.uint32)
-        for n in range(out.shape[0]):
-            for c in range(out.shape[1]):
-                raw[n, c] = np.uint32(bits[n, c]) << np.uint32(16)
+        bits = numba.carray(memory.pointer(x), (rows, cols), np.uint16)
+        for n in range(rows):
+            raw = numba.carray(memory.pointer(out[n:].ctypes.data), (cols,), np.uint32)
+            for c in range(cols):
+                raw[c] = np.uint32(bits[n, c]) << np.uint32(16)
     else:
-        out[:] = numba.carray(memory.pointer(x), out.shape, np.float32)
+        values = numba.carray(memory.pointer(x), (rows, cols), np.float32)
+        for n in range(rows):
+            for c in range(cols):
+                out[n, c] = values[n, c]
 
 
 @njit()
 def write(y: NDArray[np.float32], is_bfloat16: bool, out: int) -> None:
-    if not is_bfloat16:
-        numba.carray(memory.pointer(out), y.shape, np.float32)[:] = y
-        return
-    bits = numba.carray(memory.pointer(out), y.shape, np.uint16)
-    raw = y.view(np.uint32)
-    for n in range(y.shape[0]):
-        for c in range(y.shape[1]):
-            bits[n, c] = bfloat16(raw[n, c])
+    rows, cols = y.shape
+    if is_bfloat16:
+        bits = numba.carray(memory.pointer(out), (rows, cols), np.uint16)
+        for n in range(rows):
+            raw = numba.carray(memory.pointer(y[n:].ctypes.data), (cols,), np.uint32)
+            for c in range(cols):
+                bits[n, c] = bfloat16(raw[c])
+    else:
+        values = numba.carray(memory.pointer(out), (rows, cols), np.float32)
+        for n in range(rows):
+            for c in range(cols):
+                values[n, c] = y[n, c]

@@ -283,7 +283,9 @@ def _wide_kernel(product: CodebookProduct) -> int:
                     for plane in range(entry_bytes):
                         add_sums(found[plane], True, totals[plane, n : n + at_a_time])
             if entry_bytes == 2:
-                totals[1] += totals[0] << 8
+                for n in range(rows):
+                    for r in range(TILE_ROWS):
+                        totals[1, n, r] += totals[0, n, r] << 8
             scale_sums(totals[entry_bytes - 1], of_row, i * TILE_ROWS, y)
 
     return entry(multiply)

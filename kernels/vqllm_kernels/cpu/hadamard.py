@@ -104,7 +104,8 @@ def _mix(
 ) -> None:
     """The dense factor across runs of `twos` values."""
     m = len(core)
-    spare[: m * twos] = v
+    for i in range(m * twos):
+        spare[i] = v[i]
     along, down = (m, 1) if transpose else (1, m)
     if twos >= WIDTH:
         for a in range(0, m - m % ROWS, ROWS):

@@ -4,11 +4,15 @@ A call of a compiled function with a dozen arrays spends more time on its argume
 product takes; one with a few integers does not.
 """
 
+import ctypes
 from typing import Any
 
 from llvmlite import ir
 
 from vqllm_kernels.compiled import cgutils, intrinsic, types
+
+C_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+"""What is made of the address of a compiled function (`compiled.entry`), to call it from Python."""
 
 
 @intrinsic

@@ -4,7 +4,6 @@ A small product takes 10 microseconds. So what does not change from call to call
 numbers, whose address is all that is handed over, and threads start once for all products.
 """
 
-import ctypes
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -128,7 +127,7 @@ def _function() -> Callable[[int], None]:
         a = numba.carray(pointer, (6,))
         a[0] = _multiply(a[0], a[1], a[2], a[3] != 0, a[4], a[5])
 
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(entry(multiply))
+    return memory.C_FUNCTION(entry(multiply))
 
 
 @njit()
@@ -156,11 +155,13 @@ def _multiply(
         chains.through(x_NC[n], input, spare)
     words = np.empty((num_operands, num_words), np.int32)
     of_row = np.zeros((num_operands, 2, rows), np.float64)
+    factors = np.empty(2, np.float32)
     for k in range(num_operands):
         o = operands[k]
+        factors[0], factors[1] = constants[k, 4], constants[k, 5]
         is_finite = activations.round_rows(
             x_NC,
-            constants[k, 4:6].astype(np.float32),
+            factors,
             constants[k, 6:8],
             o[1],
             o[2] != 0,
@@ -179,9 +180,10 @@ def _multiply(
     y = y_flat.ctypes.data
     for i in range(num_parts):
         p, a = parts[i], arguments[i]
-        of_part[i] = of_row[p[1]]
-        of_part[i, 0] *= scales[i, 13]
-        a[:3] = num_threads, p[4], p[5]
+        for n in range(rows):
+            of_part[i, 0, n] = of_row[p[1], 0, n] * scales[i, 13]
+            of_part[i, 1, n] = of_row[p[1], 1, n]
+        a[0], a[1], a[2] = num_threads, p[4], p[5]
         a[3], a[4] = p[3], words[p[1]].ctypes.data
         a[5] = 4 * (padded // operands[p[1], 1])
         a[6], a[7], a[8], a[9] = y, of_part[i].ctypes.data, p[10], p[9]
@@ -217,7 +219,10 @@ def _add_and_write(
             first = i
         total = _sums(parts[first], arguments[first], rows)[:num_rows, : p[9]]
         if i > first:
-            total += _sums(p, arguments[i], rows)[:num_rows, : p[9]]
+            further = _sums(p, arguments[i], rows)
+            for n in range(num_rows):
+                for r in range(p[9]):
+                    total[n, r] += further[n, r]
         if p[8] != 0:
             for n in range(num_rows):
                 chains.through(total[n], p[14:], spare)
