@@ -10,6 +10,7 @@
     trellis        kernels of tiles of a trellis (`tiles`, and its codes `byte_sums`, `parities`)
     e8p            kernels of e8p-v1
     codebooks      kernels of indices into one codebook
+    code_rows      what those two have in common
     panels         many rows of x: a part of W decoded into the cache, torch's product
     sums, memory   what all kernels do with their sums, and with addresses
     vectors        operations on registers, as LLVM's IR

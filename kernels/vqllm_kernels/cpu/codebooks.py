@@ -18,7 +18,7 @@ from llvmlite import ir
 from torch import Tensor
 
 from vqllm_kernels.compiled import entry, intrinsic, njit, numba, types
-from vqllm_kernels.cpu import memory, threads
+from vqllm_kernels.cpu import code_rows, memory, threads
 from vqllm_kernels.cpu.activations import (
     LARGEST,
     NUM_ARGUMENTS,
@@ -28,10 +28,9 @@ from vqllm_kernels.cpu.activations import (
 from vqllm_kernels.cpu.instructions import Instructions
 from vqllm_kernels.cpu.parts import Part, Product
 from vqllm_kernels.cpu.sums import add_sums, scale_sums
-from vqllm_kernels.cpu.tiles import AHEAD
 from vqllm_kernels.cpu.vectors import INT32, INT64, Value, Vectors
 
-TILE_ROWS = 8
+TILE_ROWS = code_rows.ROWS
 TILE_CODES = 8
 """Indices of a row in a register."""
 SMALLEST = 64
@@ -174,15 +173,8 @@ def sum_codes(
         codes, stride, last_row, num_tiles, operand, apart, out, table = arguments[4:]
         v = Vectors(builder, "avx512")
         b = builder
-        first_rows = []
-        for r in range(TILE_ROWS):
-            row = ir.Constant(INT64, r)
-            row = b.select(b.icmp_signed("<", row, last_row), row, last_row)
-            first_rows.append(b.add(codes, b.mul(row, stride)))
-        # Rows of codes lie one behind the other: the next 8 are asked for while these are read.
-        block = b.mul(stride, v.int64(TILE_ROWS))
-        far = b.select(b.icmp_signed(">", block, v.int64(AHEAD)), block, v.int64(AHEAD))
-        later = b.add(codes, far)
+        first_rows = code_rows.addresses(v, codes, stride, last_row)
+        later = code_rows.ahead(v, codes, stride)
         parts = [v.step(operand, apart, part) for part in range(2 * number)]
         # Two chains of additions where there are registers for them.
         chains = 2 if number * planes <= 2 else 1
@@ -193,9 +185,7 @@ def sum_codes(
             registers = [v.load(table, at + i, v.bytes) for i in range(0, size, 64)]
             if len(registers) < 4:
                 return v.look_up(registers, index)
-            upper = b.icmp_signed("<", index, ir.Constant(v.bytes, [0] * 64))
-            found = [v.look_up(registers[i : i + 2], index) for i in (0, 2)]
-            return b.select(upper, found[1], found[0])
+            return code_rows.look_up_256(v, registers, index)
 
         def tile(t: Value) -> None:
             v.prefetch(later, b.mul(t, v.int64(TILE_ROWS * TILE_CODES)))
@@ -211,16 +201,7 @@ def sum_codes(
 
         v.loop(num_tiles, tile)
         for n, total in enumerate(total for plane in sums for total in plane):
-            both = b.load(total[0])
-            for other in total[1:]:
-                both = b.add(both, b.load(other))
-            pairs = [
-                b.shuffle_vector(
-                    both, both, ir.Constant(ir.VectorType(INT32, 8), list(range(k, 16, 2)))
-                )
-                for k in range(2)
-            ]
-            v.store(b.add(*pairs), out, 32 * n)
+            code_rows.store_sums(v, total, out, n)
         return context.get_dummy_value()
 
     address, size_of = types.uintp, types.intp

@@ -24,7 +24,7 @@ from llvmlite import ir
 from torch import Tensor
 
 from vqllm_kernels.compiled import entry, intrinsic, njit, numba, types
-from vqllm_kernels.cpu import memory, threads
+from vqllm_kernels.cpu import code_rows, memory, threads
 from vqllm_kernels.cpu.activations import (
     LARGEST,
     NUM_ARGUMENTS,
@@ -34,12 +34,11 @@ from vqllm_kernels.cpu.activations import (
 from vqllm_kernels.cpu.instructions import Instructions
 from vqllm_kernels.cpu.parts import Part, Product
 from vqllm_kernels.cpu.sums import add_sums, bfloat16, scale_sums
-from vqllm_kernels.cpu.tiles import AHEAD
-from vqllm_kernels.cpu.vectors import INT32, INT64, Value, Vectors
+from vqllm_kernels.cpu.vectors import INT32, Value, Vectors
 from vqllm_kernels.e8p import reference
 from vqllm_kernels.kernels import Tensors
 
-TILE = (8, 64)
+TILE = (code_rows.ROWS, 64)
 """Rows and columns of a register of codes."""
 CODE = 8
 """Weights of a code."""
@@ -183,15 +182,8 @@ def sum_codes(
         codes, stride, last_row, num_tiles, operand, apart, out, table = arguments[1:]
         v = Vectors(builder, "avx512")
         b = builder
-        first_rows = []
-        for r in range(TILE[0]):
-            row = ir.Constant(INT64, r)
-            row = b.select(b.icmp_signed("<", row, last_row), row, last_row)
-            first_rows.append(b.add(codes, b.mul(row, stride)))
-        # Rows of codes lie one behind the other: the next 8 are asked for while these are read.
-        block = b.mul(stride, v.int64(TILE[0]))
-        far = b.select(b.icmp_signed(">", block, v.int64(AHEAD)), block, v.int64(AHEAD))
-        later = b.add(codes, far)
+        first_rows = code_rows.addresses(v, codes, stride, last_row)
+        later = code_rows.ahead(v, codes, stride)
         halves = [[v.load(table, 256 * h + 64 * i, v.bytes) for i in range(4)] for h in range(2)]
         parts = [v.step(operand, apart, part) for part in range(2 * number)]
         sums = [v.zeros(2) for _ in parts]
@@ -202,7 +194,7 @@ def sum_codes(
             for line in range(0, TILE_BYTES, 64):
                 v.prefetch(later, b.add(b.mul(t, v.int64(TILE_BYTES)), v.int64(line)))
             low, high = _bytes_of_codes(v, own)
-            found = [_look_up(v, half, high) for half in halves]
+            found = [code_rows.look_up_256(v, half, high) for half in halves]
             x_at = b.mul(t, v.int64(TILE[1]))
             for i in range(CODE):
                 bits = v.times_matrix(found[i // 4], _of_magnitudes(i))
@@ -217,14 +209,7 @@ def sum_codes(
 
         v.loop(num_tiles, tile)
         for n, total in enumerate(sums):
-            both = b.add(b.load(total[0]), b.load(total[1]))
-            pairs = [
-                b.shuffle_vector(
-                    both, both, ir.Constant(ir.VectorType(INT32, 8), list(range(k, 16, 2)))
-                )
-                for k in range(2)
-            ]
-            v.store(b.add(*pairs), out, 32 * n)
+            code_rows.store_sums(v, total, out, n)
         return context.get_dummy_value()
 
     address, size = types.uintp, types.intp
@@ -247,12 +232,6 @@ def _bytes_of_codes(v: Vectors, rows: list[Value]) -> tuple[Value, Value]:
         for k in range(2)
     )
     return low, high
-
-
-def _look_up(v: Vectors, table: list[Value], index: Value) -> Value:
-    """Bytes of a table of 256 in four registers."""
-    upper = v.b.icmp_signed("<", index, ir.Constant(v.bytes, [0] * 64))
-    return v.b.select(upper, v.look_up(table[2:], index), v.look_up(table[:2], index))
 
 
 @cache
