@@ -19,7 +19,7 @@ from vqllm.report.summary import LINEARS
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"
 CHART = ROOT / "docs" / "quality.png"
-LINES = {"fast": "--preset fast", "balanced": "default", "best": "--preset best"}
+LINES = {"fast": "--preset fast", "balanced": "default"}
 """What the line of a preset is called."""
 TUNED_NAME = "--preset tuned"
 PEERS = {"llama.cpp": ("s", "#6b6b6b"), "bitsandbytes": ("D", "#7f5200"), "HQQ": ("^", "#6a3d9a")}

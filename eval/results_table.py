@@ -29,7 +29,7 @@ TEXTS = ("c4.txt", "wiki.txt")
 WINDOWS = 24
 
 README_ROWS = (
-    *("spread-1.5bit", "trellis-2bit-fast", "spread-2bit", "spread-2bit-best", "spread-2.5bit"),
+    *("spread-1.5bit", "trellis-2bit-fast", "spread-2bit", "spread-2.5bit"),
     *("trellis-3bit-fast", "spread-3bit", "small", "spread-4bit"),
 )
 """What README.md shows."""
