@@ -127,7 +127,10 @@ def test_dtype_is_honoured_and_packed_dtypes_stay(dtype: torch.dtype, tmp_path: 
     for name, tensor in linear.packed.items():
         assert torch.equal(tensor, fake.packed[next(iter(fake.linears))][name])
         assert tensor.dtype == fake.packed[next(iter(fake.linears))][name].dtype
-    assert torch.equal(logits(model), logits(fake.dense_model(dtype)))
+    # Where codes are multiplied as they are stored, W is not rounded to the dtype.
+    found, expected = logits(model), logits(fake.dense_model(dtype))
+    assert found.dtype == dtype
+    assert (found - expected).norm() <= 8 * torch.finfo(dtype).eps * expected.norm()
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", "disk"])
