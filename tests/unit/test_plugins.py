@@ -147,10 +147,9 @@ codec: {type: sign}
 rounding: {type: plain}
 calibration: {sequences: 4, length: 32}
 """
-QUANTIZING_AND_LOADING = """
+LOADING = """
 import sys, torch, vqllm
 from transformers import AutoModelForCausalLM
-vqllm.quantize(sys.argv[2], sys.argv[1], recipe="sign.yaml", evaluate=False)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 assert torch.isfinite(model(torch.arange(3, 30)[None]).logits).all()
 print({m.spec.format.format_id for m in model.modules() if isinstance(m, vqllm.runtime.VQLinear)})
@@ -180,15 +179,14 @@ def test_commands_find_what_is_installed(installed: Path, tmp_path: Path) -> Non
     assert "Traceback" not in listed.stderr
     source = save_tiny(tmp_path / "tiny", num_hidden_layers=1)
     (tmp_path / "sign.yaml").write_text(RECIPE, encoding="utf-8")
-    both = ("-c", QUANTIZING_AND_LOADING, "out", source)
-    done = run_python(*both, path=(installed,), cwd=tmp_path)
+    quantize = ("-m", "vqllm", "quantize", source, "--recipe", "sign.yaml", "--no-eval", "--output")
+    done = run_python(*quantize, "out", path=(installed,), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "sign-v1" in done.stdout
-    quantize = ("-m", "vqllm", "quantize", source, "--recipe", "sign.yaml", "--no-eval")
+    loaded = run_python("-c", LOADING, tmp_path / "out", path=(installed,))
+    assert loaded.returncode == 0, loaded.stderr
+    assert "sign-v1" in loaded.stdout
     refused = run_python(
-        *(*quantize, "--output", "other", "--set", "codec={type: shattered}"),
-        path=(installed,),
-        cwd=tmp_path,
+        *(*quantize, "other", "--set", "codec={type: shattered}"), path=(installed,), cwd=tmp_path
     )
     assert refused.returncode == 2
     assert "pip uninstall vqllm-shattered" in refused.stderr

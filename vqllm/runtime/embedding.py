@@ -1,5 +1,6 @@
 """An embedding whose rows stay packed until they are looked up."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,13 +97,7 @@ class VQEmbedding(PackedModule, nn.Embedding):  # pyright: ignore[reportIncompat
                 rows = self.spec.format.decode_rows(own, index_N, self.embedding_dim)
                 parts.append(chain.few_rows(rows, self._dtype))
                 continue
-            rows = dispatch.decode_rows(own, self.spec.format, index_N, self.embedding_dim)
-            for transform, state in reversed(list(zip(self.spec.transforms, states))):
-                if isinstance(transform, HadamardSpec):  # the inverse is the transpose
-                    rows = dispatch.transform(rows, transform, state, "output")
-                else:
-                    rows = transform.inverse(rows, state)
-            parts.append(rows.to(self._dtype))
+            parts.append(looked_up(self.spec, own, states, index_N).to(self._dtype))
         return torch.cat(parts).view(*tokens.shape, self.embedding_dim)
 
     def _compiled_transforms(self) -> "Chain | None":
@@ -140,3 +135,20 @@ class VQEmbedding(PackedModule, nn.Embedding):  # pyright: ignore[reportIncompat
             f"{self.num_embeddings}, {self.embedding_dim}, format={self.spec.format.format_id}, "
             f"transforms={transforms}"
         )
+
+
+def looked_up(
+    spec: LinearSpec, own: dict[str, Tensor], states: Sequence[dict[str, Tensor]], index_N: Tensor
+) -> Tensor:
+    """Rows of W, float32 [N, cols], by their numbers.
+
+    Args:
+        own, states: the tensors of the format and of each transform, as `spec.split` gives them.
+    """
+    rows = dispatch.decode_rows(own, spec.format, index_N, spec.cols)
+    for transform, state in reversed(list(zip(spec.transforms, states))):
+        if isinstance(transform, HadamardSpec):  # the inverse is the transpose
+            rows = dispatch.transform(rows, transform, state, "output")
+        else:
+            rows = transform.inverse(rows, state)
+    return rows

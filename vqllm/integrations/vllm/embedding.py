@@ -16,15 +16,9 @@ from vqllm.core.tensors import frozen
 from vqllm.integrations.vllm import cuts, refusals
 from vqllm.integrations.vllm.mode import Mode, is_packed
 from vqllm.integrations.vllm.packed import PackedLinears
-from vqllm.integrations.vllm.stored import (
-    Stored,
-    default_float32,
-    loader_into,
-    place_holders,
-)
-from vqllm_kernels import dispatch
+from vqllm.integrations.vllm.stored import default_float32, forget, take, wait_for
+from vqllm.runtime.embedding import looked_up
 from vqllm_kernels.linear import LinearSpec
-from vqllm_kernels.transforms import HadamardSpec
 
 if TYPE_CHECKING:
     from vqllm.integrations.vllm.config import VqllmConfig
@@ -59,19 +53,12 @@ class VqllmEmbeddingMethod(QuantizeMethodBase):
         """Make empty parameters for what the loader brings. ModelError for another size."""
         if (self.spec.rows, self.spec.cols) != (layer.org_vocab_size, input_size):
             raise refusals.wrong_size(self.name, self.spec, layer.org_vocab_size, input_size)
-        layer.vqllm_dtype, layer.vqllm_device = params_dtype, torch.empty(0).device
         layer.vqllm_head = isinstance(layer, ParallelLMHead)
-        stored = Stored({0: self.spec})
-        layer.vqllm_stored = stored
-        layer.vqllm_parameters = place_holders(
-            layer, stored.names(params_dtype), loader_into(stored, self.config.check_places)
-        )
+        wait_for(layer, [self.spec], params_dtype, self.config.check_places)
 
     def tie_weights(self, layer: ParallelLMHead, embed_tokens: VocabParallelEmbedding) -> nn.Module:
         """Let a head use the matrix of the embedding."""
-        for name in layer.vqllm_parameters:
-            delattr(layer, name)
-        del layer.vqllm_stored, layer.vqllm_parameters
+        forget(layer)
         embed_tokens.vqllm_head = True
         # Not as a submodule, whose tensors would have two names.
         object.__setattr__(layer, "vqllm_tied", embed_tokens)
@@ -79,17 +66,13 @@ class VqllmEmbeddingMethod(QuantizeMethodBase):
 
     def process_weights_after_loading(self, layer: VocabParallelEmbedding) -> None:
         """Take what was loaded. CheckpointError if some is missing or cannot be decoded."""
-        if not hasattr(layer, "vqllm_stored"):
+        parts = take(layer, [self.name])
+        if parts is None:
             return
-        [own] = layer.vqllm_stored.complete({0: self.name})
-        for name in layer.vqllm_parameters:
-            delattr(layer, name)
-        del layer.vqllm_stored, layer.vqllm_parameters
-        device = layer.vqllm_device
-        own = {name: tensor.to(device) for name, tensor in own.items()}
+        [own] = parts
         layer.vqllm_held = None
         with default_float32():
-            if self._stays_packed(layer, device):
+            if self._stays_packed(layer):
                 self._keep_packed(layer, own)
                 return
             layer.weight = frozen(self._decoded(layer, own))
@@ -103,12 +86,7 @@ class VqllmEmbeddingMethod(QuantizeMethodBase):
         start = 0 if layer.vqllm_cut else own_rows(layer)[0]
         packed = {name: getattr(layer, f"vqllm_0_{name}") for name in spec.layout()}
         own, states = spec.split(packed)
-        rows = dispatch.decode_rows(own, spec.format, input_.reshape(-1) + start, spec.cols)
-        for transform, state in reversed(list(zip(spec.transforms, states))):
-            if isinstance(transform, HadamardSpec):  # the inverse is the transpose
-                rows = dispatch.transform(rows, transform, state, "output")
-            else:
-                rows = transform.inverse(rows, state)
+        rows = looked_up(spec, own, states, input_.reshape(-1) + start)
         return rows.to(layer.vqllm_dtype).view(*input_.shape, spec.cols)
 
     def apply(self, layer: VocabParallelEmbedding, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -125,12 +103,12 @@ class VqllmEmbeddingMethod(QuantizeMethodBase):
             y = F.pad(y, (0, missing))
         return y if bias is None else y + bias
 
-    def _stays_packed(self, layer: VocabParallelEmbedding, device: torch.device) -> bool:
+    def _stays_packed(self, layer: VocabParallelEmbedding) -> bool:
         if not self.spec.row_wise():
             return False
         if self.mode == "auto" and not layer.vqllm_head:
             return True  # no more rows are decoded than are looked up
-        return is_packed(self.mode, [self.spec], device, layer.vqllm_dtype)
+        return is_packed(self.mode, [self.spec], layer.vqllm_device, layer.vqllm_dtype)
 
     def _keep_packed(self, layer: VocabParallelEmbedding, own: dict[str, Tensor]) -> None:
         """The rows of this process, or all where tiles do not end there."""

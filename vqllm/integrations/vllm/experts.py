@@ -10,7 +10,7 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFused
 from vqllm.core.tensors import frozen
 from vqllm.errors import ModelError
 from vqllm.integrations.vllm.mode import Mode
-from vqllm.integrations.vllm.stored import WEIGHT, Stored, default_float32, place_holders
+from vqllm.integrations.vllm.stored import WEIGHT, Stored, default_float32, forget, place_holders
 from vqllm_kernels.linear import LinearSpec
 
 if TYPE_CHECKING:
@@ -108,9 +108,7 @@ class VqllmExpertsMethod(UnquantizedFusedMoEMethod):
     def _decode(self, layer: RoutedExperts) -> None:
         stored: Stored = layer.vqllm_stored
         stored.complete({part: f"{self.prefix}.{self.names[part]}" for part in stored.specs})
-        for name in layer.vqllm_parameters:
-            delattr(layer, name)
-        del layer.vqllm_stored, layer.vqllm_parameters
+        forget(layer)
         experts, hidden, inner = self._sizes
         gated = layer.ckpt_up_proj_name is not None
         device = layer.vqllm_device

@@ -17,13 +17,7 @@ from vqllm.core.tensors import frozen
 from vqllm.integrations.vllm import cuts, refusals
 from vqllm.integrations.vllm.held import Held, Plan, columns_of
 from vqllm.integrations.vllm.mode import Mode, is_packed
-from vqllm.integrations.vllm.stored import (
-    WEIGHT,
-    Stored,
-    default_float32,
-    loader_into,
-    place_holders,
-)
+from vqllm.integrations.vllm.stored import WEIGHT, default_float32, take, wait_for
 from vqllm_kernels.linear import LinearSpec
 
 if TYPE_CHECKING:
@@ -65,28 +59,18 @@ class VqllmLinearMethod(LinearMethodBase):
             ModelError: another size than that of the packed matrix, or tensor parallelism for which
                 it cannot be divided.
         """
-        layer.vqllm_dtype, layer.vqllm_device = params_dtype, torch.empty(0).device
+        wait_for(layer, self.specs, params_dtype, self.config.check_places)
         pieces = pieces_of(layer, output_size)
         ranges = self._ranges(layer, pieces, input_size)
         known = [spec for spec in self.specs if spec is not None]
         packed = is_packed(self.mode, known, layer.vqllm_device, params_dtype)
         layer.vqllm_plan = Plan.of(layer, self.names, self.specs, ranges, packed)
-        stored = Stored(dict(enumerate(self.specs)))
-        layer.vqllm_stored = stored
-        layer.vqllm_parameters = place_holders(
-            layer, stored.names(params_dtype), loader_into(stored, self.config.check_places)
-        )
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Take what was loaded. CheckpointError if some is missing or cannot be decoded."""
-        if not hasattr(layer, "vqllm_stored"):
+        parts = take(layer, self.names)
+        if parts is None:
             return
-        parts = layer.vqllm_stored.complete(dict(enumerate(self.names)))
-        for name in layer.vqllm_parameters:
-            delattr(layer, name)
-        device = layer.vqllm_device
-        parts = [{name: t.to(device) for name, t in own.items()} for own in parts]
-        del layer.vqllm_stored, layer.vqllm_parameters
         with default_float32():
             if layer.vqllm_plan.is_packed:
                 layer.vqllm_held = Held.of(layer, layer.vqllm_plan, self.specs, parts)

@@ -123,6 +123,48 @@ def loader_into(stored: Stored, first: Callable[[], None]) -> Callable[..., None
     return load
 
 
+def wait_for(
+    layer: Any,
+    specs: Sequence[LinearSpec | None],
+    dtype: torch.dtype,
+    first: Callable[[], None],
+) -> None:
+    """Prepare a module of these parts for what the loader brings.
+
+    Args:
+        dtype: of dense weights and activations.
+        first: called before anything is kept.
+    """
+    layer.vqllm_dtype, layer.vqllm_device = dtype, torch.empty(0).device
+    layer.vqllm_stored = stored = Stored(dict(enumerate(specs)))
+    loader = loader_into(stored, first)
+    layer.vqllm_parameters = place_holders(layer, stored.names(dtype), loader)
+
+
+def take(layer: Any, names: Sequence[str]) -> list[Tensors] | None:
+    """The tensors of each part of a module, where it is run; None if they were taken before.
+
+    Args:
+        names: of the parts, for messages.
+
+    Raises:
+        CheckpointError: some are missing or cannot be decoded.
+    """
+    if not hasattr(layer, "vqllm_stored"):
+        return None
+    parts = layer.vqllm_stored.complete(dict(enumerate(names)))
+    forget(layer)
+    device = layer.vqllm_device
+    return [{name: tensor.to(device) for name, tensor in own.items()} for own in parts]
+
+
+def forget(layer: Any) -> None:
+    """Undo `wait_for`, when all has come or nothing will."""
+    for name in layer.vqllm_parameters:
+        delattr(layer, name)
+    del layer.vqllm_stored, layer.vqllm_parameters
+
+
 @contextmanager
 def default_float32() -> Iterator[None]:
     """While vLLM loads, torch's default is the dtype of the model. Weights are decoded, and factors
