@@ -141,11 +141,14 @@ def test_the_objective_falls_at_every_step(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", slow_but(["kmeans", "e8p"], CODEC_OPTIONS))
-def test_it_beats_straight_through_and_scales_alone(name: str) -> None:
+def test_it_beats_straight_through_and_scales_alone(
+    name: str, request: pytest.FixtureRequest
+) -> None:
     if name == "table":
-        pytest.xfail(
-            "with a trained table of 256 states it ends at 0.123, straight-through at 0.101"
-        )
+        # With trained tables (of gf2 as well) PV ends some toys at 0.11 to 0.12 and others at 0.02
+        # to 0.08, whether the search has costs of 16 or of 32 bits.
+        reason = "PV ends at 0.123 on this toy, straight-through estimation at 0.101"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
     ends = {}
     for stage in (
         PV(steps=60, every=1, batch=12, rate=3e-3, share=0.5),
