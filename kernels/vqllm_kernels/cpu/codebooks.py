@@ -1,15 +1,19 @@
-"""Products with indices of at most 8 bits into one codebook, by AVX-512; else one by one.
+"""Products with indices of at most 8 bits into one codebook.
 
-A register has 8 indices of each of 8 rows. Every coordinate of the codebook is a table of up to 256
-integers, one byte of each in up to four registers: two permutations look up 64 weights. Entries are
-integers of one byte where they are so small (`e81b-v1`), and of two bytes where they are trained
-numbers, rounded to a part in 65,024 of the largest one: float16 has a part in 2,048 of each.
+With AVX-512 a register has 8 indices of each of 8 rows. Every coordinate of the codebook is a table
+of up to 256 integers, one byte of each in up to four registers: two permutations look up 64
+weights. Entries are integers of one byte where they are so small (`e81b-v1`), and of two bytes
+where they are trained numbers, rounded to a part in 65,024 of the largest one: float16 has a part
+in 2,048 of each.
+
+Else entries are looked up as words, one by one (`code_words`).
 
 Indices of fewer bits than 8 are kept as bytes beside the stored ones.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -17,33 +21,27 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from vqllm_kernels.compiled import entry, intrinsic, njit, numba, types
+from vqllm_kernels.compiled import entry, intrinsic, numba
 from vqllm_kernels.cpu import code_rows, memory, threads
-from vqllm_kernels.cpu.activations import (
-    LARGEST,
-    NUM_ARGUMENTS,
-    NUM_PANEL_ARGUMENTS,
-    Operand,
-)
+from vqllm_kernels.cpu.activations import LARGEST, NUM_PANEL_ARGUMENTS, Operand
+from vqllm_kernels.cpu.code_rows import CODES, ROWS, RowKernel
+from vqllm_kernels.cpu.code_words import WordProduct, table_of
 from vqllm_kernels.cpu.instructions import Instructions
 from vqllm_kernels.cpu.parts import Part, Product
-from vqllm_kernels.cpu.sums import add_sums, scale_sums
 from vqllm_kernels.cpu.vectors import INT32, INT64, Value, Vectors
 
-TILE_ROWS = code_rows.ROWS
-TILE_CODES = 8
-"""Indices of a row in a register."""
 SMALLEST = 64
 """Entries of a register: a smaller codebook is filled up."""
 ROWS_AT_A_TIME = 4
 """Rows of x whose sums stay in registers: 16 of them with entries of two bytes."""
+FEWEST = 3
+"""Weights of an index from which on AVX2 is faster than decoded weights."""
 
 
 @dataclass(frozen=True)
 class CodebookProduct:
-    """What a kernel is compiled for."""
+    """What a kernel is compiled for, with AVX-512."""
 
-    instructions: Instructions
     entries: int
     """64, 128 or 256."""
     coordinates: int
@@ -54,22 +52,43 @@ class CodebookProduct:
     """Rows of x."""
 
     @property
-    def is_wide(self) -> bool:
-        return self.instructions == "avx512"
+    def key(self) -> str:
+        """The fields as a text, a constant for the compiler."""
+        return "/".join(map(str, vars(self).values()))
+
+    @classmethod
+    def of(cls, key: str) -> "CodebookProduct":
+        return cls(*map(int, key.split("/")))
 
     @property
-    def tile_cols(self) -> int:
-        return TILE_CODES * self.coordinates
+    def rows_together(self) -> int:
+        return min(self.rows, ROWS_AT_A_TIME)
+
+    def row_kernel(self) -> RowKernel:
+        return RowKernel(
+            add_up=sum_codes,
+            key=self.key,
+            rows=self.rows,
+            rows_together=self.rows_together,
+            planes=self.entry_bytes,
+            is_bytes=True,
+            lanes=1,
+            most_tiles=((1 << 31) - 1) // (4 * 255 * 128 * self.coordinates),
+            tile_bytes=CODES,
+            step_bytes=CODES * self.coordinates,
+        )
 
     @property
-    def extra(self) -> float:
-        """What is added to all weights in registers, whose upper bytes are unsigned there."""
-        return 128.0 * 256 ** (self.entry_bytes - 1) if self.is_wide else 0.0
-
-    @property
-    def most_tiles(self) -> int:
-        """Tiles that sums of int32 are safe for."""
-        return ((1 << 31) - 1) // (4 * 255 * 128 * self.coordinates)
+    def operand(self) -> Operand:
+        extra = 128.0 * 256 ** (self.entry_bytes - 1)  # the upper bytes are unsigned in registers
+        return Operand(
+            step_weights=4,
+            is_bytes=True,
+            rows=self.rows,
+            factors=(1.0, 1.0),
+            offsets=(extra, extra),
+            plane_columns=self.coordinates,
+        )
 
 
 def part(indices_RG: Tensor, entries_ED: Tensor, scale: float, instructions: Instructions) -> Part:
@@ -81,38 +100,45 @@ def part(indices_RG: Tensor, entries_ED: Tensor, scale: float, instructions: Ins
         scale: of the entries.
     """
     codes = indices_RG
-    if missing := -codes.shape[1] % TILE_CODES:  # whole registers; x is 0 there
+    if missing := -codes.shape[1] % CODES:  # whole registers; x is 0 there
         codes = torch.nn.functional.pad(codes, (0, missing))
     codes = codes.contiguous()
     size = next(n for n in (SMALLEST, 128, 256) if len(entries_ED) <= n)
     entries_ED = torch.nn.functional.pad(entries_ED, (0, 0, 0, size - len(entries_ED)))
-    entry_bytes = entries_ED.element_size()
-    is_wide = instructions == "avx512"
-    table = _planes(entries_ED) if is_wide else entries_ED.to(torch.int16).contiguous()
     coordinates = entries_ED.shape[1]
-
-    def product(rows: int) -> Product:
-        own = CodebookProduct(instructions, size, coordinates, entry_bytes, rows)
-        operand = Operand(
-            step_weights=4 if is_wide else 2,
-            is_bytes=is_wide,
-            rows=rows,
-            factors=(1.0, 1.0),
-            offsets=(own.extra, own.extra),
-            plane_columns=coordinates if is_wide else 1,
-        )
-        return Product(kernel(own), operand, table)
-
+    product = _in_bytes if instructions == "avx512" else partial(_in_words, instructions)
     return Part(
         codes=codes,
-        tile=(TILE_ROWS, TILE_CODES * coordinates),
+        tile=(ROWS, CODES * coordinates),
         scale=scale,
-        product=product,
+        product=product(entries_ED),
         panel=lambda: panel_kernel(size, coordinates),
         panel_numbers=(0.0, 0.0, 0.0, 0.0),
         table=(entries_ED.float() * scale).bfloat16().view(torch.int16).contiguous(),
         kept_bytes=0 if codes.data_ptr() == indices_RG.data_ptr() else codes.nbytes,
     )
+
+
+def _in_bytes(entries_ED: Tensor) -> Callable[[int], Product]:
+    table = _planes(entries_ED)
+
+    def product(rows: int) -> Product:
+        own = CodebookProduct(*entries_ED.shape, entries_ED.element_size(), rows)
+        return Product(code_rows.kernel(own.row_kernel()), own.operand, table)
+
+    return product
+
+
+def _in_words(instructions: Instructions, entries_ED: Tensor) -> Callable[[int], Product]:
+    table, planes = table_of([entries_ED]), entries_ED.element_size()
+    # Of planes the lower one is unsigned.
+    largest = 128 if planes == 1 else 255
+
+    def product(rows: int) -> Product:
+        own = WordProduct(instructions, 1, entries_ED.shape[1], planes, largest, rows)
+        return Product(code_rows.kernel(own.row_kernel()), own.operand, table)
+
+    return product
 
 
 def rounded(entries_ED: Tensor) -> tuple[Tensor, float]:
@@ -141,10 +167,7 @@ def _planes(entries_ED: Tensor) -> Tensor:
 @intrinsic(prefer_literal=True)
 def sum_codes(
     typing_context: Any,
-    rows: Any,
-    entries: Any,
-    coordinates: Any,
-    entry_bytes: Any,
+    key: Any,
     codes: Any,
     stride: Any,
     last_row: Any,
@@ -154,23 +177,13 @@ def sum_codes(
     out: Any,
     table: Any,
 ):
-    """Sums of 8 rows of W over tiles of 8 indices.
-
-    Args:
-        rows: of x, a constant, as the next three are.
-        codes: address of the indices of the first row.
-        stride: bytes from one row to the next.
-        last_row: of the 8, the last one that is there; those behind it repeat it.
-        operand: address of int32 [2 rows, .., 2 coordinates num_tiles].
-        apart: bytes from one part to the next.
-        out: address of int32 [bytes of an entry, 2 rows, 8].
-        table: address of `_planes`.
-    """
-    number, size = rows.literal_value, entries.literal_value
-    width, planes = coordinates.literal_value, entry_bytes.literal_value
+    """Sums of 8 rows of W, as `RowKernel.add_up` says; the key is that of a `CodebookProduct`."""
+    product = CodebookProduct.of(key.literal_value)
+    number, size = product.rows_together, product.entries
+    width, planes = product.coordinates, product.entry_bytes
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        codes, stride, last_row, num_tiles, operand, apart, out, table = arguments[4:]
+        codes, stride, last_row, num_tiles, operand, apart, out, table = arguments[1:]
         v = Vectors(builder, "avx512")
         b = builder
         first_rows = code_rows.addresses(v, codes, stride, last_row)
@@ -188,9 +201,9 @@ def sum_codes(
             return code_rows.look_up_256(v, registers, index)
 
         def tile(t: Value) -> None:
-            v.prefetch(later, b.mul(t, v.int64(TILE_ROWS * TILE_CODES)))
-            index = _indices(v, [b.add(row, b.mul(t, v.int64(TILE_CODES))) for row in first_rows])
-            x_at = b.mul(t, v.int64(TILE_CODES * width))
+            v.prefetch(later, b.mul(t, v.int64(ROWS * CODES)))
+            index = _indices(v, [b.add(row, b.mul(t, v.int64(CODES))) for row in first_rows])
+            x_at = b.mul(t, v.int64(CODES * width))
             for i in range(width):
                 weights = [look_up(plane, i, index) for plane in range(planes)]
                 for p, part in enumerate(parts):
@@ -204,108 +217,15 @@ def sum_codes(
             code_rows.store_sums(v, total, out, n)
         return context.get_dummy_value()
 
-    address, size_of = types.uintp, types.intp
-    constants = (rows, entries, coordinates, entry_bytes)
-    signature = types.void(
-        *constants, address, size_of, size_of, size_of, address, size_of, address, address
-    )
-    return signature, generate
+    return code_rows.signature(key), generate
 
 
 def _indices(v: Vectors, rows: list[Value]) -> Value:
     """8 bytes of each of 8 rows."""
-    value = ir.Constant(ir.VectorType(INT64, TILE_ROWS), ir.Undefined)
+    value = ir.Constant(ir.VectorType(INT64, ROWS), ir.Undefined)
     for r, row in enumerate(rows):
         value = v.b.insert_element(value, v.load(row, 0, INT64), ir.Constant(INT32, r))
     return v.b.bitcast(value, v.bytes)
-
-
-@cache
-def kernel(product: CodebookProduct) -> int:
-    """The address of a C function of NUM_ARGUMENTS numbers."""
-    threads.available()
-    return _wide_kernel(product) if product.is_wide else _plain_kernel(product)
-
-
-def _wide_kernel(product: CodebookProduct) -> int:
-    rows, entries, most = product.rows, product.entries, product.most_tiles
-    coordinates, entry_bytes = product.coordinates, product.entry_bytes
-    tile_cols, at_a_time = product.tile_cols, min(product.rows, ROWS_AT_A_TIME)
-
-    def multiply(pointer: Any) -> None:
-        a = numba.carray(pointer, (NUM_ARGUMENTS,))
-        row_tiles, num_tiles = a[1], a[2]
-        codes, x, apart, out, table, all_rows = a[3], a[4], a[5], a[6], a[8], a[9]
-        of_row = numba.carray(memory.pointer(a[7]), (2, rows), np.float64)
-        y = numba.carray(memory.pointer(out), (rows, row_tiles * TILE_ROWS), np.float32)
-        me = threads.number() if a[0] > 1 else 0
-        found = np.empty((entry_bytes, 2 * at_a_time, TILE_ROWS), np.int32)
-        totals = np.empty((entry_bytes, rows, TILE_ROWS), np.int64)
-        stride = num_tiles * TILE_CODES
-        for i in range(row_tiles * me // a[0], row_tiles * (me + 1) // a[0]):
-            totals[:] = 0
-            last = min(TILE_ROWS, all_rows - i * TILE_ROWS) - 1
-            for j in range(0, num_tiles, most):
-                for n in range(0, rows, at_a_time):
-                    sum_codes(
-                        at_a_time,
-                        entries,
-                        coordinates,
-                        entry_bytes,
-                        codes + i * TILE_ROWS * stride + j * TILE_CODES,
-                        stride,
-                        last,
-                        min(most, num_tiles - j),
-                        x + j * tile_cols + 2 * n * apart,
-                        apart,
-                        found.ctypes.data,
-                        table,
-                    )
-                    for plane in range(entry_bytes):
-                        add_sums(found[plane], True, totals[plane, n : n + at_a_time])
-            if entry_bytes == 2:
-                for n in range(rows):
-                    for r in range(TILE_ROWS):
-                        totals[1, n, r] += totals[0, n, r] << 8
-            scale_sums(totals[entry_bytes - 1], of_row, i * TILE_ROWS, y)
-
-    return entry(multiply)
-
-
-def _plain_kernel(product: CodebookProduct) -> int:
-    rows, entries, coordinates = product.rows, product.entries, product.coordinates
-
-    def multiply(pointer: Any) -> None:
-        a = numba.carray(pointer, (NUM_ARGUMENTS,))
-        row_tiles, num_tiles = a[1], a[2]
-        codes, x, apart, out, all_rows = a[3], a[4], a[5], a[6], a[9]
-        table = numba.carray(memory.pointer(a[8]), (entries, coordinates), np.int16)
-        of_row = numba.carray(memory.pointer(a[7]), (2, rows), np.float64)
-        y = numba.carray(memory.pointer(out), (rows, row_tiles * TILE_ROWS), np.float32)
-        me = threads.number() if a[0] > 1 else 0
-        stride = num_tiles * TILE_CODES
-        totals = np.zeros((rows, TILE_ROWS), np.int64)
-        for i in range(row_tiles * me // a[0], row_tiles * (me + 1) // a[0]):
-            totals[:] = 0
-            for r in range(min(TILE_ROWS, all_rows - i * TILE_ROWS)):
-                at = codes + (i * TILE_ROWS + r) * stride
-                own = numba.carray(memory.pointer(at), (stride,), np.uint8)
-                for n in range(rows):
-                    totals[n, r] = _sum_entries(own, table, x + n * apart)
-            scale_sums(totals, of_row, i * TILE_ROWS, y)
-
-    return entry(multiply)
-
-
-@njit()
-def _sum_entries(codes: Any, table: Any, x: int) -> Any:
-    """Of one row of W and one of x, which is words in the order of columns."""
-    words = numba.carray(memory.pointer(x), (len(codes), table.shape[1]), np.int16)
-    total = np.int64(0)
-    for j in range(len(codes)):
-        for i in range(table.shape[1]):
-            total += np.int64(np.int32(table[codes[j], i]) * np.int32(words[j, i]))
-    return total
 
 
 @cache
@@ -320,9 +240,9 @@ def panel_kernel(entries: int, coordinates: int) -> int:
         codes, out, apart, all_rows = a[4], a[5], a[6], a[9]
         me = threads.number() if a[0] > 1 else 0
         table = numba.carray(memory.pointer(a[8]), (entries, coordinates), np.int16)
-        start, end = first * TILE_ROWS, min(stop * TILE_ROWS, all_rows)
-        own = numba.carray(memory.pointer(codes), (end, TILE_CODES * num_tiles), np.uint8)
-        num_codes = TILE_CODES * num_tiles
+        start, end = first * ROWS, min(stop * ROWS, all_rows)
+        own = numba.carray(memory.pointer(codes), (end, CODES * num_tiles), np.uint8)
+        num_codes = CODES * num_tiles
         for j in range(num_codes * me // a[0], num_codes * (me + 1) // a[0]):
             for i in range(coordinates):
                 at = out + (coordinates * j + i) * apart

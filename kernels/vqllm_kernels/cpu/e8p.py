@@ -1,21 +1,22 @@
-"""Products with the codes of e8p-v1 as they are stored, by AVX-512; else points are looked up.
+"""Products with the codes of e8p-v1 as they are stored.
 
-A register has the low bytes of 8 codes of each of 8 rows, another the high bytes. The high byte
-leads to the magnitudes of 8 weights, two bits each, in two tables of 256 bytes. Four bits then say
-what 4 w is, and all of them are parities of what was looked up and of the low byte (the signs and
-the parity that shifts the point), so that a product of bits with a matrix (vgf2p8affineqb) makes
-them for one coordinate of all 64 codes.
+With AVX-512 a register has the low bytes of 8 codes of each of 8 rows, another the high bytes. The
+high byte leads to the magnitudes of 8 weights, two bits each, in two tables of 256 bytes. Four bits
+then say what 4 w is, and all of them are parities of what was looked up and of the low byte (the
+signs and the parity that shifts the point), so that a product of bits with a matrix
+(vgf2p8affineqb) makes them for one coordinate of all 64 codes.
 
     bits 0, 1   the magnitude of 2 A is 1, 3 or 5
     bit 2       the sign; that of coordinate 0 also depends on whether the magnitudes add up to an
                 odd number, which is the parity of their lower bits
     bit 3       the parity of the low byte
 
+Else 4 w is looked up as words (`code_words`): the exclusive or of what the two bytes lead to.
+
 Source: `vqllm_kernels.e8p.reference`.
 """
 
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -23,17 +24,13 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from vqllm_kernels.compiled import entry, intrinsic, njit, numba, types
+from vqllm_kernels.compiled import entry, intrinsic, numba
 from vqllm_kernels.cpu import code_rows, memory, threads
-from vqllm_kernels.cpu.activations import (
-    LARGEST,
-    NUM_ARGUMENTS,
-    NUM_PANEL_ARGUMENTS,
-    Operand,
-)
+from vqllm_kernels.cpu.activations import NUM_PANEL_ARGUMENTS, Operand
+from vqllm_kernels.cpu.code_words import WordProduct, table_of
 from vqllm_kernels.cpu.instructions import Instructions
 from vqllm_kernels.cpu.parts import Part, Product
-from vqllm_kernels.cpu.sums import add_sums, bfloat16, scale_sums
+from vqllm_kernels.cpu.sums import bfloat16
 from vqllm_kernels.cpu.vectors import INT32, Value, Vectors
 from vqllm_kernels.e8p import reference
 from vqllm_kernels.kernels import Tensors
@@ -43,29 +40,10 @@ TILE = (code_rows.ROWS, 64)
 CODE = 8
 """Weights of a code."""
 TILE_BYTES = TILE[0] * TILE[1] // CODE * 2
-
-
-@dataclass(frozen=True)
-class E8PProduct:
-    """What a kernel is compiled for."""
-
-    instructions: Instructions
-    rows: int
-    """Rows of x."""
-
-    @property
-    def is_wide(self) -> bool:
-        return self.instructions == "avx512"
-
-    @property
-    def parts(self) -> int:
-        return 2 * self.rows if self.is_wide else self.rows
-
-    @property
-    def most_tiles(self) -> int:
-        """Tiles that sums of int32 are safe for."""
-        most = 16 * 4 * 255 * 128 if self.is_wide else 64 * 11 * LARGEST
-        return ((1 << 31) - 1) // most
+MOST_TILES = ((1 << 31) - 1) // (16 * 4 * 255 * 128)
+"""Tiles that sums of int32 are safe for, in bytes."""
+LARGEST_WEIGHT = 11
+"""The largest magnitude of 4 w."""
 
 
 def part(tensors: Tensors, instructions: Instructions) -> Part:
@@ -74,32 +52,64 @@ def part(tensors: Tensors, instructions: Instructions) -> Part:
     missing = -codes.shape[1] % CODE
     if missing:  # whole registers; x is 0 there
         codes = torch.nn.functional.pad(codes, (0, missing))
-    codes = codes.contiguous()
-    table = _magnitudes() if instructions == "avx512" else _codewords()
-
-    def product(rows: int) -> Product:
-        own = E8PProduct(instructions, rows)
-        extra = 128.0 if own.is_wide else 0.0
-        operand = Operand(
-            step_weights=4 if own.is_wide else 2,
-            is_bytes=own.is_wide,
-            rows=rows,
-            factors=(1.0, 1.0),
-            offsets=(extra, extra),
-            plane_columns=CODE if own.is_wide else 1,
-        )
-        return Product(kernel(own), operand, table)
-
     scale = float(tensors["scale"]) / 4
     return Part(
-        codes=codes,
+        codes=codes.contiguous(),
         tile=TILE,
         scale=scale,
-        product=product,
+        product=_in_bytes if instructions == "avx512" else partial(_in_words, instructions),
         panel=panel_kernel,
         panel_numbers=(scale, scale, 0.0, 0.0),
         table=_codewords(),
     )
+
+
+def _in_bytes(rows: int) -> Product:
+    """The kernel for so many rows of x, with AVX-512."""
+    own = code_rows.RowKernel(
+        add_up=sum_codes,
+        key=str(rows),
+        rows=rows,
+        rows_together=rows,
+        planes=1,
+        is_bytes=True,
+        lanes=1,
+        most_tiles=MOST_TILES,
+        tile_bytes=2 * code_rows.CODES,
+        step_bytes=TILE[1],
+    )
+    operand = Operand(
+        step_weights=4,
+        is_bytes=True,
+        rows=rows,
+        factors=(1.0, 1.0),
+        offsets=(128.0, 128.0),
+        plane_columns=CODE,
+    )
+    return Product(code_rows.kernel(own), operand, _magnitudes())
+
+
+def _in_words(instructions: Instructions, rows: int) -> Product:
+    own = WordProduct(
+        instructions, code_bytes=2, coordinates=CODE, planes=1, largest=LARGEST_WEIGHT, rows=rows
+    )
+    return Product(code_rows.kernel(own.row_kernel()), own.operand, _halves())
+
+
+@cache
+def _halves() -> Tensor:
+    """Words whose exclusive or is 4 w, of the low bytes of codes and of the high ones.
+
+    With d = 0, 1 or 2 for the magnitudes 1, 3 and 5 of 2 A, 4 w is 4 d + 1 or 4 d + 3 where the
+    sign is plus, and the bits of 4 d + 0 or 4 d + 2 inverted where it is minus. What is not 4 d
+    follows from the low byte, but for the sign of coordinate 0 where the magnitudes add up to an
+    odd number: the other sign inverts all but the lowest two bits.
+    """
+    with torch.inference_mode(False):
+        every = reference.codeword_table(torch.device("cpu")).mul(4).to(torch.int16)
+        low_EC = every[:256] ^ every[:1]  # of the high byte 0, less what the low byte 0 has
+        high_EC = every[::256]
+        return table_of([low_EC, high_EC])
 
 
 @cache
@@ -154,7 +164,7 @@ _VALUES = [
 @intrinsic(prefer_literal=True)
 def sum_codes(
     typing_context: Any,
-    rows: Any,
+    key: Any,
     codes: Any,
     stride: Any,
     last_row: Any,
@@ -164,19 +174,8 @@ def sum_codes(
     out: Any,
     table: Any,
 ):
-    """Sums of 8 rows of W over tiles of 64 columns.
-
-    Args:
-        rows: of x, a constant.
-        codes: address of the codes of the first row.
-        stride: bytes from one row to the next.
-        last_row: of the 8, the last one that is there; those behind it repeat it.
-        operand: address of int32 [2 rows, .., 16 num_tiles].
-        apart: bytes from one part to the next.
-        out: address of int32 [2 rows, 8].
-        table: address of `_magnitudes`.
-    """
-    number = rows.literal_value
+    """Sums of 8 rows of W, as `code_rows.RowKernel.add_up` says; the key are the rows of x."""
+    number = int(key.literal_value)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         codes, stride, last_row, num_tiles, operand, apart, out, table = arguments[1:]
@@ -212,9 +211,7 @@ def sum_codes(
             code_rows.store_sums(v, total, out, n)
         return context.get_dummy_value()
 
-    address, size = types.uintp, types.intp
-    signature = types.void(rows, address, size, size, size, address, size, address, address)
-    return signature, generate
+    return code_rows.signature(key), generate
 
 
 def _bytes_of_codes(v: Vectors, rows: list[Value]) -> tuple[Value, Value]:
@@ -232,75 +229,6 @@ def _bytes_of_codes(v: Vectors, rows: list[Value]) -> tuple[Value, Value]:
         for k in range(2)
     )
     return low, high
-
-
-@cache
-def kernel(product: E8PProduct) -> int:
-    """The address of a C function of NUM_ARGUMENTS numbers."""
-    threads.available()
-    rows, parts, most = product.rows, product.parts, product.most_tiles
-    is_wide = product.is_wide
-    tile_rows, tile_cols = TILE
-    add_up = sum_codes if is_wide else _sum_points
-
-    def multiply(pointer: Any) -> None:
-        a = numba.carray(pointer, (NUM_ARGUMENTS,))
-        row_tiles, num_tiles = a[1], a[2]
-        codes, x, apart, out, table, all_rows = a[3], a[4], a[5], a[6], a[8], a[9]
-        of_row = numba.carray(memory.pointer(a[7]), (2, rows), np.float64)
-        y = numba.carray(memory.pointer(out), (rows, row_tiles * tile_rows), np.float32)
-        me = threads.number() if a[0] > 1 else 0
-        found = np.empty((parts, tile_rows), np.int32)
-        totals = np.empty((rows, tile_rows), np.int64)
-        stride = num_tiles * 16
-        step_bytes = tile_cols if is_wide else 2 * tile_cols
-        for i in range(row_tiles * me // a[0], row_tiles * (me + 1) // a[0]):
-            totals[:] = 0
-            last = min(tile_rows, all_rows - i * tile_rows) - 1
-            for j in range(0, num_tiles, most):
-                add_up(
-                    rows,
-                    codes + i * tile_rows * stride + j * 16,
-                    stride,
-                    last,
-                    min(most, num_tiles - j),
-                    x + j * step_bytes,
-                    apart,
-                    found.ctypes.data,
-                    table,
-                )
-                add_sums(found, is_wide, totals)
-            scale_sums(totals, of_row, i * tile_rows, y)
-
-    return entry(multiply)
-
-
-@njit()
-def _sum_points(
-    rows: int,
-    codes: int,
-    stride: int,
-    last_row: int,
-    num_tiles: int,
-    x: int,
-    apart: int,
-    out: int,
-    table: int,
-) -> None:
-    """`sum_codes` from a table of all points; x is words in the order of columns."""
-    points = numba.carray(memory.pointer(table), (1 << 16, CODE), np.int8)
-    sums = numba.carray(memory.pointer(out), (rows, 8), np.int32)
-    sums[:] = 0
-    for r in range(last_row + 1):
-        own = numba.carray(memory.pointer(codes + r * stride), (8 * num_tiles,), np.uint16)
-        for n in range(rows):
-            words = numba.carray(memory.pointer(x + n * apart), (8 * num_tiles, CODE), np.int16)
-            total = np.int32(0)
-            for j in range(8 * num_tiles):
-                point = points[own[j]]
-                for i in range(CODE):
-                    total += np.int32(point[i]) * np.int32(words[j, i])
-            sums[n, r] = total
 
 
 @cache

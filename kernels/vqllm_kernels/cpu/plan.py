@@ -25,6 +25,8 @@ NUM_OPERAND = 8
 """int64 of an operand; the last four are float64."""
 NUM_PART = 14 + NUM_CHAIN
 """int64 of a part; the one before its chain is a float64."""
+SPARE = 8
+"""int32 behind the operands, which a kernel reads with a register and multiplies by 0."""
 FIRST = 4096
 """Bytes of codes that are asked for while x is transformed."""
 
@@ -77,7 +79,7 @@ class Plan:
             len(operands),
             len(parts),
             padded,
-            max(o.parts * (padded // o.step_weights) for o in operands),
+            max(o.parts * (padded // o.step_weights) for o in operands) + SPARE,
             max(member.rows for member in members),
             sum(rows * p[4] * p[6] for p in parts),
             _every(),

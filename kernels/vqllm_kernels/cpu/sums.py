@@ -23,6 +23,16 @@ def add_sums(sums: NDArray[np.int32], is_bytes: bool, totals: NDArray[np.int64])
 
 
 @njit()
+def add_lanes(sums: NDArray[np.int32], totals: NDArray[np.int64]) -> None:
+    """Add sums [rows of x, tile rows, lanes] to totals [rows of x, tile rows]."""
+    rows, tile_rows, lanes = sums.shape
+    for n in range(rows):
+        for r in range(tile_rows):
+            for lane in range(lanes):
+                totals[n, r] += sums[n, r, lane]
+
+
+@njit()
 def scale_sums(
     totals: NDArray[np.int64], of_row: NDArray[np.float64], first: int, y: NDArray[np.float32]
 ) -> None:

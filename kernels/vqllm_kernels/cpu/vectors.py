@@ -133,6 +133,18 @@ class Vectors:
             a, b, ir.Constant(ir.VectorType(INT32, len(places)), list(places))
         )
 
+    def side_by_side(self, addresses: Sequence[Value], offset: int) -> Value:
+        """A register of words from two or four addresses, the same number from each."""
+        narrow = ir.VectorType(INT16, 2 * self.lanes // len(addresses))
+        pieces = [self.load(address, offset, narrow) for address in addresses]
+        while len(pieces) > 1:
+            width = pieces[0].type.count * 2
+            pieces = [
+                self._shuffled(pieces[i], pieces[i + 1], range(width))
+                for i in range(0, len(pieces), 2)
+            ]
+        return pieces[0]
+
     def shuffle_in_words(self, value: Value, order: Sequence[int]) -> Value:
         """The four bytes of every int32 in another order."""
         places = [4 * lane + i for lane in range(self.lanes) for i in order]
