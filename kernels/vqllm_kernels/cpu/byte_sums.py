@@ -1,6 +1,8 @@
 """Codes whose weights are sums of the bytes of a product: bytes2, bytes4, mul1, mul2, 1mad."""
 
-from vqllm_kernels.cpu.tiles import TileEmitter
+from collections.abc import Sequence
+
+from vqllm_kernels.cpu.tiles import Place, TileEmitter
 from vqllm_kernels.cpu.vectors import Value
 from vqllm_kernels.trellis import reference
 
@@ -12,7 +14,13 @@ class ByteSums(TileEmitter):
     def is_signed(self) -> bool:
         return self.product.code not in reference.UNSIGNED
 
-    def operands(self, tile: Value, group: int, piece: int) -> list[Value]:
+    def operands(self, tile: Value, places: Sequence[Place]) -> list[list[Value]]:
+        return [self._operands(tile, place.group, place.piece) for place in places]
+
+    def columns(self, tile: Value, places: Sequence[Place]) -> list[list[Value]]:
+        return [self._columns(tile, place.group, place.piece) for place in places]
+
+    def _operands(self, tile: Value, group: int, piece: int) -> list[Value]:
         if self.product.in_words:
             return self._of_pairs(tile, group, piece)
         values = [self._bytes(state) for state in self.states(tile, group, piece)]
@@ -41,7 +49,7 @@ class ByteSums(TileEmitter):
     def _unsigned(self, value: Value) -> Value:
         return self.v.b.xor(value, self.v.all_ints(0x80808080)) if self.is_signed else value
 
-    def columns(self, tile: Value, group: int, piece: int) -> list[Value]:
+    def _columns(self, tile: Value, group: int, piece: int) -> list[Value]:
         found = []
         for state in self.states(tile, group, piece):
             low, high = self.v.word_halves(self._words(self._bytes(state)))

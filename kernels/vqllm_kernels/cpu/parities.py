@@ -1,52 +1,42 @@
-"""Code gf2: bits of the index are parities of bits of the state, the weight is an entry of a table.
+"""Code gf2 with AVX-512: bits of the index are parities of bits of the state.
 
-With AVX-512 the newest and the older 8 bits of the windows of 64 weights are taken out of the ring
-by vpmultishiftqb, a product of bits with a matrix over GF(2) gives their part of the index
-(vgf2p8affineqb), and vpermb looks up the table: nine instructions for 64 weights and a row of x, at
-every rate. With AVX2 the parts of the index are looked up by 4 bits of the state (vpshufb).
+The weight is an entry of a table. The newest and the older 8 bits of the windows of 64 weights are
+taken out of the ring by vpmultishiftqb, a product of bits with a matrix over GF(2) gives their part
+of the index (vgf2p8affineqb), and vpermb looks up the table: nine instructions for 64 weights and a
+row of x, at every rate. `nibbles` is the same with AVX2.
 """
 
 from collections.abc import Sequence
 
-from vqllm_kernels.cpu.tiles import PIECE, TileEmitter
+from vqllm_kernels.cpu.tiles import PIECE, Place, TileEmitter
 from vqllm_kernels.cpu.vectors import Value
-from vqllm_kernels.trellis import reference_v2
-
-COLUMNS = (0, 2, 1, 3)
-"""With AVX2: the byte of each column, and the column of each byte."""
 
 
 class Parities(TileEmitter):
     """An index of up to 7 bits, in bytes."""
 
-    def operands(self, tile: Value, group: int, piece: int) -> list[Value]:
+    def operands(self, tile: Value, places: Sequence[Place]) -> list[list[Value]]:
         v = self.v
-        weights = self._weights(tile, group, piece)
-        if self.product.is_bytes:
-            return [v.b.xor(weights, v.all_ints(0x80808080))]
-        return v.word_pairs(weights)
+        return [[v.b.xor(self._weights(tile, place), v.all_ints(0x80808080))] for place in places]
 
-    def columns(self, tile: Value, group: int, piece: int) -> list[Value]:
+    def columns(self, tile: Value, places: Sequence[Place]) -> list[list[Value]]:
         v = self.v
-        weights = self._weights(tile, group, piece)
-        places = range(PIECE) if v.wide else COLUMNS
-        return [
-            v.b.ashr(v.b.shl(weights, v.all_ints(24 - 8 * place)), v.all_ints(24))
-            for place in places
-        ]
+        found = []
+        for place in places:
+            weights = self._weights(tile, place)
+            moved = [v.b.shl(weights, v.all_ints(24 - 8 * i)) for i in range(PIECE)]
+            found.append([v.b.ashr(value, v.all_ints(24)) for value in moved])
+        return found
 
-    def _weights(self, tile: Value, group: int, piece: int) -> Value:
-        """Four int8 of a row in every int32, with AVX2 in the order of COLUMNS."""
+    def _weights(self, tile: Value, place: Place) -> Value:
+        """Four int8 of a row in every int32."""
         v = self.v
-        index = (self._index_of_bits if v.wide else self._index)(tile, group, piece)
+        index = self._index(tile, place.group, place.piece)
         entries = 1 << max(len(self.product.masks), 6)
-        table = [
-            v.load(self.table, 64 * i if v.wide else 16 * i, v.bytes if v.wide else v.quarter)
-            for i in range(entries // (64 if v.wide else 16))
-        ]
+        table = [v.load(self.table, i, v.bytes) for i in range(0, entries, 64)]
         return v.b.bitcast(v.look_up(table, index), v.ints)
 
-    def _index_of_bits(self, tile: Value, group: int, piece: int) -> Value:
+    def _index(self, tile: Value, group: int, piece: int) -> Value:
         product, v = self.product, self.v
         # Windows that a product of 64 bits takes from: of two rows that are neighbours in the ring,
         # or of one row in each half.
@@ -74,30 +64,3 @@ class Parities(TileEmitter):
             own = v.times_matrix(bits, matrix)
             index = own if index is None else v.b.xor(index, own)
         return index
-
-    def _index(self, tile: Value, group: int, piece: int) -> Value:
-        v = self.v
-        low_bytes, high_bytes = v.all_ints(0x00FF00FF), v.all_ints(0xFF00FF00)
-        eight, sixteen = v.all_ints(8), v.all_ints(16)
-        a, b, c, d = self.states(tile, group, piece)
-        first = v.b.or_(a, v.b.shl(b, sixteen))
-        second = v.b.or_(c, v.b.shl(d, sixteen))
-        low = v.b.or_(v.b.and_(first, low_bytes), v.b.shl(v.b.and_(second, low_bytes), eight))
-        high = v.b.or_(v.b.and_(v.b.lshr(first, eight), low_bytes), v.b.and_(second, high_bytes))
-        index = None
-        for nibble in range(-(-self.product.state_bits // 4)):
-            source = high if nibble > 1 else low
-            if nibble & 1:
-                source = v.b.lshr(source, v.all_ints(4))
-            own = v.shuffled_by(
-                self._part_of_index(nibble), v.b.and_(source, v.all_ints(0x0F0F0F0F))
-            )
-            index = own if index is None else v.b.xor(index, own)
-        return v.b.bitcast(index, v.bytes)
-
-    def _part_of_index(self, nibble: int) -> Sequence[int]:
-        """What 4 bits of the state add to the index."""
-        import torch
-
-        states = torch.arange(16) << 4 * nibble
-        return reference_v2.indices(self.product.masks, states).tolist()

@@ -108,16 +108,33 @@ class TileProduct:
         """Tiles that sums of int32 are safe for.
 
         A byte of a weight adds at most 255 · 128 in bytes; in words at most 128 · 32512, if it is
-        unsigned 255 · 32512. An int32 of x meets four of them, or those of two states.
+        unsigned 255 · 32512. An int32 of x meets four of them, or those of two states, or two
+        entries of a table.
         """
-        byte = 255 if self.is_bytes or self.code in reference.UNSIGNED else 128
-        most = 4 * byte * (128 if self.is_bytes else LARGEST) * (2 if self.in_words else 1)
+        is_signed = not self.is_bytes and self.code not in (*reference.UNSIGNED, PARITIES)
+        byte = 128 if is_signed else 255
+        most = (
+            (2 if self.code == PARITIES and not self.is_bytes else 4)
+            * byte
+            * (128 if self.is_bytes else LARGEST)
+            * (2 if self.in_words else 1)
+        )
         return ((1 << 31) - 1) // (most * self.steps)
 
     @cached_property
     def ends(self) -> list[int]:
         """Where the window of each state ends."""
         return reference.step_ends(self.tile_bits, reference.WEIGHTS // self.step_weights)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A register of a tile."""
+
+    group: int
+    """Of so many rows as there are lanes."""
+    piece: int
+    """Of PIECE columns."""
 
 
 class TileEmitter(ABC):
@@ -127,14 +144,23 @@ class TileEmitter(ABC):
         """`table` is the address of what the code looks up, if anything."""
         self.product, self.v, self.table = product, vectors, table
 
+    @property
+    def together(self) -> int:
+        """Pieces that are decoded together."""
+        return 1
+
     @abstractmethod
-    def operands(self, tile: Value, group: int, piece: int) -> list[Value]:
-        """The weights of a piece as they are multiplied, a register for each int32 of x, or several
+    def operands(self, tile: Value, places: Sequence[Place]) -> list[list[Value]]:
+        """The weights of pieces as they are multiplied, a register for each int32 of x, or several
         in turn."""
 
     @abstractmethod
-    def columns(self, tile: Value, group: int, piece: int) -> list[Value]:
-        """The weights of a piece as int32, a register for each of its 4 columns."""
+    def columns(self, tile: Value, places: Sequence[Place]) -> list[list[Value]]:
+        """The weights of pieces as int32, a register for each of their 4 columns."""
+
+    def store(self, value: Value, column: Value, size: int, group: int) -> None:
+        """Write numbers of so many bytes of a group of rows to their places in a column."""
+        self.v.store(value, column, size * group * self.v.lanes)
 
     def sums(self, codes: Value, num_tiles: Value, operand: Sequence[Value], out: Value) -> None:
         product, lanes = self.product, self.v.lanes
@@ -142,7 +168,7 @@ class TileEmitter(ABC):
         pieces = product.tile_cols // PIECE
         # As many groups of rows at a time as there are registers for their sums.
         most = max(1, REGISTERS[product.instructions] // product.parts)
-        step = max(1, min(groups, most))
+        step = max(1, min(groups, most), self.together // pieces)
         for first in range(0, groups, step):
             chosen = range(first, min(first + step, groups))
             apart = len(chosen) * pieces * product.parts <= REGISTERS[product.instructions]
@@ -155,12 +181,18 @@ class TileEmitter(ABC):
             v.prefetch(tile, AHEAD + line)
         factors = [v.spread_float(numbers, 4 * i) for i in range(2)]
         addends = [v.spread_float(numbers, 8 + 4 * i) for i in range(2)]
-        for piece in range(product.tile_cols // PIECE):
-            for group in range(product.tile_rows // v.lanes):
-                for i, value in enumerate(self.columns(tile, group, piece)):
+        for places in self._batches(range(product.tile_rows // v.lanes)):
+            for place, columns in zip(places, self.columns(tile, places)):
+                for i, value in enumerate(columns):
                     weight = v.times_plus(value, factors[i & 1], addends[i & 1])
-                    place = v.step(out, apart, piece * PIECE + i)
-                    v.store(v.as_bfloat16(weight), place, 2 * group * v.lanes)
+                    column = v.step(out, apart, place.piece * PIECE + i)
+                    self.store(v.as_bfloat16(weight), column, 2, place.group)
+
+    def _batches(self, groups: Sequence[int]) -> list[list[Place]]:
+        """The pieces of some groups of rows, those that are decoded together in one list."""
+        pieces = range(self.product.tile_cols // PIECE)
+        every = [Place(group, piece) for piece in pieces for group in groups]
+        return [every[i : i + self.together] for i in range(0, len(every), self.together)]
 
     def _groups(
         self,
@@ -183,12 +215,11 @@ class TileEmitter(ABC):
             x = [v.b.add(part, first) for part in operand]
             for line in range(0, product.tile_bytes, 64):
                 v.prefetch(own, AHEAD + line)
-            for piece in range(product.tile_cols // PIECE):
-                for group in groups:
-                    every = self.operands(own, group, piece)
+            for places in self._batches(groups):
+                for place, every in zip(places, self.operands(own, places)):
                     for s, weights in enumerate(every):
-                        at = 4 * (piece * steps + s * steps // len(every))
-                        for total, part in zip(sums[group, piece % chains], x):
+                        at = 4 * (place.piece * steps + s * steps // len(every))
+                        for total, part in zip(sums[place.group, place.piece % chains], x):
                             v.b.store(add(v.b.load(total), weights, v.spread(part, at)), total)
 
         v.loop(num_tiles, tile)
@@ -197,7 +228,7 @@ class TileEmitter(ABC):
                 total = v.b.load(sums[group, 0][part])
                 for chain in range(1, chains):
                     total = v.b.add(total, v.b.load(sums[group, chain][part]))
-                v.store(total, out, 4 * (part * product.tile_rows + group * v.lanes))
+                self.store(total, v.step(out, v.int64(4 * product.tile_rows), part), 4, group)
 
     def states(self, tile: Value, group: int, piece: int) -> list[Value]:
         """The states of the steps of a piece of columns, a register each."""

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from vqllm_kernels.compiled import entry, intrinsic, njit, numba, types
-from vqllm_kernels.cpu import memory, parities, threads
+from vqllm_kernels.cpu import memory, nibbles, threads
 from vqllm_kernels.cpu.activations import NUM_ARGUMENTS, NUM_PANEL_ARGUMENTS, Operand
 from vqllm_kernels.cpu.byte_sums import ByteSums
 from vqllm_kernels.cpu.instructions import Instructions
+from vqllm_kernels.cpu.nibbles import Nibbles
+from vqllm_kernels.cpu.parities import Parities
 from vqllm_kernels.cpu.parts import Part, Product
 from vqllm_kernels.cpu.sums import add_sums, bfloat16, scale_sums
 from vqllm_kernels.cpu.tiles import PARITIES, TileEmitter, TileProduct
@@ -67,7 +69,8 @@ def _table(product: TileProduct, stored: Tensor | None) -> Tensor | None:
         return None
     missing = 64 - stored.numel()
     flat = stored.flatten().contiguous()
-    return torch.nn.functional.pad(flat, (0, missing)) if missing > 0 else flat
+    flat = torch.nn.functional.pad(flat, (0, missing)) if missing > 0 else flat
+    return flat if product.instructions == "avx512" else nibbles.table(flat)
 
 
 def operand(product: TileProduct) -> Operand:
@@ -93,7 +96,9 @@ def _extra(product: TileProduct, is_bytes: bool | None = None) -> float:
     signed."""
     if product.instructions == "portable":
         return 0.0
-    bytes_of_weight = 1 if product.code == PARITIES else 4 // product.step_weights
+    if product.code == PARITIES:
+        return 128.0
+    bytes_of_weight = 4 // product.step_weights
     is_bytes = product.is_bytes if is_bytes is None else is_bytes
     return 128.0 * bytes_of_weight if is_bytes or product.code in reference.UNSIGNED else 0.0
 
@@ -232,7 +237,9 @@ def decode_tile(
 
 
 def _emitter(product: TileProduct, builder: Value, table: Value) -> TileEmitter:
-    kind = parities.Parities if product.code == PARITIES else ByteSums
+    kind = ByteSums
+    if product.code == PARITIES:
+        kind = Parities if product.instructions == "avx512" else Nibbles
     return kind(product, Vectors(builder, product.instructions), table)
 
 

@@ -50,6 +50,17 @@ class Vectors:
         """The same int32 in every lane."""
         return ir.Constant(self.ints, [value & 0xFFFFFFFF] * self.lanes)
 
+    def all_words(self, value: int) -> Value:
+        """The same int16 in every word."""
+        return ir.Constant(self.words, [value] * 2 * self.lanes)
+
+    def all_bytes(self, value: int) -> Value:
+        """The same byte everywhere."""
+        return self.constant_bytes([value] * 4 * self.lanes)
+
+    def constant_bytes(self, values: Sequence[int]) -> Value:
+        return ir.Constant(self.bytes, list(values))
+
     def at(self, address: Value, offset: Value | int, kind: Any) -> Value:
         """A pointer to `kind`, `offset` bytes behind an address."""
         offset = self.int64(offset) if isinstance(offset, int) else offset
@@ -186,15 +197,13 @@ class Vectors:
 
     def times_word(self, value: Value, factor: int) -> Value:
         """The lower halves of the products of every int16 with a constant."""
-        return self._of_words(self.b.mul, value, self._all_words(factor))
+        return self._of_words(self.b.mul, value, self.all_words(factor))
 
     def times_word_above(self, value: Value, factor: int) -> Value:
         """The upper halves of the products of every uint16 with a constant; "avx512" only."""
         name = "llvm.x86.avx512.pmulhu.w.512"
         function = self._function(name, self.words, [self.words, self.words])
-        product = self.b.call(
-            function, [self.b.bitcast(value, self.words), self._all_words(factor)]
-        )
+        product = self.b.call(function, [self.b.bitcast(value, self.words), self.all_words(factor)])
         return self.b.bitcast(product, self.ints)
 
     def add_words(self, left: Value, right: Value) -> Value:
@@ -202,9 +211,6 @@ class Vectors:
 
     def _of_words(self, operation: Callable[[Value, Value], Value], a: Value, b: Value) -> Value:
         return self.b.bitcast(operation(self.b.bitcast(a, self.words), b), self.ints)
-
-    def _all_words(self, value: int) -> Value:
-        return ir.Constant(self.words, [value] * 2 * self.lanes)
 
     def bits_from(self, value: Value, starts: Sequence[int]) -> Value:
         """Eight bits for every byte, from the 64 bits that it lies in, a constant place for each;
@@ -243,44 +249,72 @@ class Vectors:
         order = ir.Constant(ir.VectorType(INT32, self.lanes // 2), [0] * (self.lanes // 2))
         return self.b.bitcast(self.b.shuffle_vector(first, empty, order), self.ints)
 
-    def shuffled_by(self, entries: Sequence[int], index: Value) -> Value:
-        """One of 16 constant bytes for every byte, below 16, of int32; "avx2" only."""
-        table = ir.Constant(self.bytes, list(entries) * 2)
-        return self.b.bitcast(self._look_up_16(table, self.b.bitcast(index, self.bytes)), self.ints)
-
     def look_up(self, table: Sequence[Value], index: Value) -> Value:
-        """Bytes of a table of 64 or 128 int8, in registers of 64 ("avx512") or of 16 ("avx2")."""
-        if self.wide:
-            if len(table) == 1:
-                name, kinds = "llvm.x86.avx512.permvar.qi.512", [self.bytes, self.bytes]
-                return self.b.call(self._function(name, self.bytes, kinds), [table[0], index])
-            name, kinds = "llvm.x86.avx512.vpermi2var.qi.512", [self.bytes] * 3
-            arguments = [table[0], index, table[1]]
-            return self.b.call(self._function(name, self.bytes, kinds), arguments)
-        twice = ir.Constant(ir.VectorType(INT32, 32), [i % 16 for i in range(32)])
-        found = [
-            self._look_up_16(self.b.shuffle_vector(part, part, twice), index) for part in table
-        ]
-        bit = 4
-        while len(found) > 1:
-            # The sign of a byte chooses: the bit of the index moves there.
-            moved = self.b.shl(self.b.bitcast(index, self.ints), self.all_ints(7 - bit))
-            signs = self.b.bitcast(moved, self.bytes)
-            chosen = self.b.icmp_signed("<", signs, ir.Constant(self.bytes, [0] * 32))
-            found = [self.b.select(chosen, found[i + 1], found[i]) for i in range(0, len(found), 2)]
-            bit += 1
-        return found[0]
+        """Bytes of a table of 64 or 128 in registers; "avx512" only."""
+        if len(table) == 1:
+            name, kinds = "llvm.x86.avx512.permvar.qi.512", [self.bytes, self.bytes]
+            return self.b.call(self._function(name, self.bytes, kinds), [table[0], index])
+        name, kinds = "llvm.x86.avx512.vpermi2var.qi.512", [self.bytes] * 3
+        arguments = [table[0], index, table[1]]
+        return self.b.call(self._function(name, self.bytes, kinds), arguments)
 
-    def _look_up_16(self, table: Value, index: Value) -> Value:
+    def look_up_16(self, table: Value, index: Value) -> Value:
+        """Bytes of a table of 16, which is in both halves of a register, by the lower 4 bits, or 0
+        where bit 7 is set; "avx2" only."""
         name = "llvm.x86.avx2.pshuf.b"
         return self.b.call(self._function(name, self.bytes, [self.bytes] * 2), [table, index])
 
-    def word_pairs(self, value: Value) -> list[Value]:
-        """int8 in bytes 0 and 2 of every int32 as two int16, and those in bytes 1 and 3."""
-        words = self.b.bitcast(value, self.words)
-        eight = ir.Constant(self.words, [8] * 2 * self.lanes)
-        even = self.b.ashr(self.b.shl(words, eight), eight)
-        return [self.b.bitcast(v, self.ints) for v in (even, self.b.ashr(words, eight))]
+    def twice(self, half: Value) -> Value:
+        """16 bytes in both halves of a register; "avx2" only."""
+        return self._shuffled(half, half, [i % 16 for i in range(32)])
+
+    def interleaved(self, a: Value, b: Value, size: int, high: bool) -> Value:
+        """Elements of so many bytes of both by turns, of the lower or the upper 8 bytes of all 16;
+        "avx2" only."""
+        kind = ir.VectorType(ir.IntType(8 * size), 32 // size)
+        number = 16 // size
+        first = number // 2 if high else 0
+        places = [
+            half + first + i + 2 * number * other
+            for half in (0, number)
+            for i in range(number // 2)
+            for other in (0, 1)
+        ]
+        a, b = self.b.bitcast(a, kind), self.b.bitcast(b, kind)
+        return self.b.bitcast(self._shuffled(a, b, places), self.bytes)
+
+    def halves(self, value: Value) -> list[Value]:
+        """The lower and the upper half of the lanes."""
+        half = self.lanes // 2
+        return [self._shuffled(value, value, range(i, i + half)) for i in (0, half)]
+
+    def middle(self, before: Value, value: Value) -> Value:
+        """The upper half of the bytes of a register and the lower half of the next one."""
+        return self._shuffled(before, value, range(2 * self.lanes, 6 * self.lanes))
+
+    def bytes_before(self, before: Value, value: Value, number: int) -> Value:
+        """The bytes that lie so many before those of a register, of `middle` of the same."""
+        places = [
+            16 * half + i - number + (32 if i >= number else 16)
+            for half in (0, 1)
+            for i in range(16)
+        ]
+        return self._shuffled(before, value, places)
+
+    def bytes_swapped(self, value: Value) -> Value:
+        """The two bytes of every word, the other way round."""
+        return self._shuffled(value, value, [i ^ 1 for i in range(4 * self.lanes)])
+
+    def bytes_in_fours(self, value: Value) -> Value:
+        """Of every 16 bytes the first ones of each int32, then the second ones, and so on."""
+        places = [16 * half + 4 * i + k for half in (0, 1) for k in range(4) for i in range(4)]
+        data = self.b.bitcast(value, self.bytes)
+        return self._shuffled(data, data, places)
+
+    def add_saturating(self, a: Value, b: Value) -> Value:
+        """Sums of unsigned bytes, 255 where they are larger."""
+        name = f"llvm.uadd.sat.v{4 * self.lanes}i8"
+        return self.b.call(self._function(name, self.bytes, [self.bytes] * 2), [a, b])
 
     def word_halves(self, value: Value) -> tuple[Value, Value]:
         """The low and the high int16 of every int32, as int32."""
