@@ -107,6 +107,9 @@ class Selection(Generic[S, K]):
             reason = self._declines(name, call, spec)
             if reason is None:
                 why = "; ".join(reasons) or "first choice"
+                # Only kernels of which there are several kinds have a note.
+                if note := getattr(self.implementations[name](spec), "note", None):
+                    why = f"{why}; {note}"
                 return Choice(call=call, implementation=name, reason=why)
             reasons.append(f"{name} declines: {reason}")
         raise ValueError(f"{call.operation}: no implementation accepts ({'; '.join(reasons)})")

@@ -6,6 +6,7 @@ Every set of instructions that this processor has is tried, and has the same res
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,6 +159,42 @@ def test_a_row_has_the_same_result_alone_and_among_others(name: str) -> None:
         assert torch.equal(product(spec, x[:n], tensors, 70), together[:n])
 
 
+@pytest.mark.parametrize("name", slow_but((), EVERY))
+def test_up_to_17_rows_on_every_set_of_instructions(name: str) -> None:
+    spec, (rows, cols) = EVERY[name], (37, 100)
+    tensors = values_of(spec, rows, cols)
+    x = activations(17, cols)
+    expected = x.double() @ spec.decode(tensors, rows, cols).double().T
+    for number in range(1, 18):
+        found = []
+        for name_of_set in SETS:
+            with instructions.force(name_of_set):
+                found.append(product(spec, x[:number], tensors, rows))
+        allowed = 1e-4 if number <= 16 else 1e-2  # panels are bfloat16
+        assert (found[0] - expected[:number]).norm() < allowed * expected[:number].norm()
+        assert all(torch.equal(y, found[0]) for y in found), number
+
+
+@pytest.mark.slow
+def test_the_largest_activations_and_weights_do_not_overflow() -> None:
+    """With so many columns that sums have to be added in between."""
+    cols = 16384
+    for name in ("gf2 2", "codebook 1 x 8, twice", "e8p"):
+        spec = EVERY[name]
+        tensors = values_of(spec, 8, cols)
+        tensors = {
+            key: torch.full_like(t, 127 if key == "table" else 8.0) if "codes" not in key else t
+            for key, t in tensors.items()
+        }
+        x = torch.ones(1, cols)
+        expected = x.double() @ spec.decode(tensors, 8, cols).double().T
+        for name_of_set in ("avx2", "portable"):
+            if name_of_set in SETS:
+                with instructions.force(name_of_set):
+                    y = product(spec, x, tensors, 8)
+                assert (y - expected).abs().max() <= 1e-4 * expected.abs().max(), name
+
+
 @pytest.mark.parametrize("name", ["bytes2 2", slow("gf2 2")])
 def test_the_number_of_threads_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "worth", lambda: 1)
@@ -285,6 +322,76 @@ def test_why_calls_are_declined() -> None:
     assert "32 bits that are read at once" in str(reason(parities(4, 16, 6, 16)))
     with instructions.force("portable"):
         assert reason(EVERY["bytes2 2"]) is None
+
+
+SKYLAKE = [
+    "sse3",
+    "ssse3",
+    "sse4.1",
+    "sse4.2",
+    "popcnt",
+    "avx",
+    "avx2",
+    "fma",
+    "bmi",
+    "bmi2",
+    "lzcnt",
+    "f16c",
+    "movbe",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512dq",
+    "avx512cd",
+]
+"""AVX-512 as the first processors had it, without VBMI, VNNI and GFNI."""
+
+
+def test_the_first_avx_512_takes_avx2_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(instructions.VARIABLE, raising=False)
+    monkeypatch.setattr(instructions, "features", lambda: frozenset(SKYLAKE))
+    instructions._chosen.cache_clear()
+    dispatch.forget()
+    try:
+        assert instructions.instructions() == "avx2"
+        x = torch.empty(1, 64, dtype=torch.bfloat16)
+        for name in ("gf2 2", "e8p", "e81b", "codebook 1 x 2, 7 bits"):
+            assert dispatch.multiplied_packed(EVERY[name], torch.bfloat16)
+            dispatch.choose(x, EVERY[name])
+        told = "instructions: avx2, without avx512vbmi, avx512vnni, gfni of AVX-512"
+        assert [(c.implementation, c.reason) for c in dispatch.choices()] == 4 * [
+            ("packed", f"first choice; {told}")
+        ]
+        assert not dispatch.multiplied_packed(EVERY["codebook 1 x 1, 3 bits"], torch.bfloat16)
+    finally:
+        instructions._chosen.cache_clear()
+        dispatch.forget()
+
+
+@pytest.mark.slow
+def test_the_first_avx_512_has_the_same_products(tmp_path: Path) -> None:
+    if "avx512" not in SETS:
+        pytest.skip("this processor has no AVX-512")
+    code = (
+        "import torch\n"
+        "from tests.parity.test_cpu_products import EVERY, activations, product, values_of\n"
+        "from vqllm_kernels.cpu import instructions\n"
+        "assert instructions.instructions() == 'avx2'\n"
+        "for name in ('gf2 2', 'gf2 2.25', 'bytes4 3', 'e8p', 'codebook 1 x 3, 6 bits'):\n"
+        "    tensors = values_of(EVERY[name], 70, 130)\n"
+        "    y = product(EVERY[name], activations(2, 130), tensors, 70)\n"
+        f"    torch.save(y, {str(tmp_path)!r} + '/' + name)\n"
+    )
+    own = {
+        "NUMBA_CPU_NAME": "skylake-avx512",
+        "NUMBA_CPU_FEATURES": ",".join(f"+{f}" for f in SKYLAKE),
+    }
+    subprocess.run([sys.executable, "-c", code], env=os.environ | own, check=True)
+    for path in tmp_path.iterdir():
+        tensors = values_of(EVERY[path.name], 70, 130)
+        assert torch.equal(
+            torch.load(path), product(EVERY[path.name], activations(2, 130), tensors, 70)
+        )
 
 
 @pytest.mark.parametrize(

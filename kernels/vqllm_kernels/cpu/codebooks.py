@@ -34,8 +34,6 @@ SMALLEST = 64
 """Entries of a register: a smaller codebook is filled up."""
 ROWS_AT_A_TIME = 4
 """Rows of x whose sums stay in registers: 16 of them with entries of two bytes."""
-FEWEST = 3
-"""Weights of an index from which on AVX2 is faster than decoded weights."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,8 @@ def _in_bytes(entries_ED: Tensor) -> Callable[[int], Product]:
     table = _planes(entries_ED)
 
     def product(rows: int) -> Product:
-        own = CodebookProduct(*entries_ED.shape, entries_ED.element_size(), rows)
+        entries, coordinates = entries_ED.shape
+        own = CodebookProduct(entries, coordinates, entries_ED.element_size(), rows)
         return Product(code_rows.kernel(own.row_kernel()), own.operand, table)
 
     return product

@@ -60,6 +60,19 @@ def available() -> list[Instructions]:
     return [name for name, needed in NEEDED.items() if needed <= features()]
 
 
+def why_not_faster() -> str | None:
+    """The set and what the fastest one needs besides, or None if it is that."""
+    own = instructions()
+    if own == "avx512":
+        return None
+    if is_chosen():
+        return f"instructions: {own}, as was chosen"
+    missing = sorted(NEEDED["avx512"] - features())
+    if "avx512f" in missing:
+        return f"instructions: {own}, without AVX-512"
+    return f"instructions: {own}, without {', '.join(missing)} of AVX-512"
+
+
 @cache
 def features() -> frozenset[str]:
     """What the processor has, in LLVM's names."""

@@ -41,6 +41,13 @@ class PackedKernels(ReferenceKernels):
             return f"{call.dtype} has more digits than the 16 bits that x is rounded to"
         return missing(self.wide_only)
 
+    @property
+    def note(self) -> str | None:
+        """The instructions, where they are not the fastest ones."""
+        from vqllm_kernels.cpu import instructions
+
+        return instructions.why_not_faster()
+
     def matmuls(
         self,
         x: Operand,
@@ -75,7 +82,7 @@ def missing(wide_only: bool = False) -> str | None:
     if own == "avx512" or instructions.is_chosen():
         return None
     if wide_only:
-        return "no AVX-512 (VBMI, VNNI, GFNI): decoded weights are faster"
+        return f"{instructions.why_not_faster()}: decoded weights are faster"
     if own == "portable":
-        return "neither AVX-512 (VBMI, VNNI, GFNI) nor AVX2: decoded weights are faster"
+        return f"{instructions.why_not_faster()}, nor AVX2: decoded weights are faster"
     return None

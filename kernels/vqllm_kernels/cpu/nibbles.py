@@ -209,8 +209,9 @@ class Nibbles(TileEmitter):
         first, second, third, fourth = registers
         planes = []
         for k in range(-(-bits // 8)):
-            pairs = [v.interleaved(a, b, 4, k > 1) for a, b in ((first, second), (third, fourth))]
-            planes.append(v.interleaved(*pairs, 8, k % 2 == 1))
+            one = v.interleaved(first, second, 4, k > 1)
+            other = v.interleaved(third, fourth, 4, k > 1)
+            planes.append(v.interleaved(one, other, 8, k % 2 == 1))
         return self._nibbles(planes)
 
     def _bytes_of_rows(self, tile: Value, first: int) -> list[Value]:

@@ -42,7 +42,7 @@ class E8PSpec(FormatSpec):
 
             return E8PKernels(is_e8p=True)
         if kind == "packed":
-            return PackedKernels(spec=self, parts=self._parts, wide_only=True)
+            return PackedKernels(spec=self, parts=self._parts)
         return super().kernels(kind)
 
     def _parts(self, tensors: dict[str, Tensor]) -> "list[Part]":
@@ -77,7 +77,7 @@ class E81BSpec(FormatSpec):
 
             return E8PKernels(is_e8p=False)
         if kind == "packed":
-            return PackedKernels(spec=self, parts=self._parts, wide_only=True)
+            return PackedKernels(spec=self, parts=self._parts)
         if kind == "lookup":
             from vqllm_kernels.lut.cpu import LookupKernels
 
