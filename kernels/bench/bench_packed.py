@@ -7,6 +7,11 @@ that is timed. The contenders take turns, and each of them goes through so many 
 weights that none is left in a cache (`--megabytes` of the dense ones): in a model no weight is read
 twice a token. Times are medians over rounds of one call's; speedup is the median of the ratios of
 rounds.
+
+A processor with AVX2 only is imitated on both sides by what is set in the environment:
+
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2                          torch's product
+    NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=+avx,+avx2,+fma,+bmi,+bmi2,..   packed products
 """
 
 import argparse
@@ -63,6 +68,8 @@ FORMATS = {
     "gf2, 3 bits": parities(3, 7),
     "gf2, 4 bits": parities(4, 7),
     "e8p, 2 bits": {"format": "e8p-v1"},
+    "e81b, 1 bit": {"format": "e81b-v1"},
+    "1 x 4, 8 bits": {"format": "lut-v1", "tile_rows": 1, "tile_cols": 4, "index_bits": 8},
     "e8p twice, 4 bits": {"format": "residual-v1", "stages": [{"format": "e8p-v1"}] * 2},
 }
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (1536, 576)]
@@ -84,6 +91,7 @@ def main() -> None:
     where = provenance(torch.device("cpu")) | {
         "device": processor(),
         "instructions": instructions.instructions(),
+        "torch_instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": arguments.threads,
     }
     lines = []
