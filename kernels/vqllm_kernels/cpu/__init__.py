@@ -7,8 +7,8 @@
     chains         scales and Hadamard transforms of one side (`hadamard`)
     activations    rows of x as integers
     parts          what a format gives: codes, and the kernels that read them
-    trellis        kernels of tiles of a trellis (`tiles`, and its codes `byte_sums`, and gf2: `parities` with
-                   AVX-512, `nibbles` with AVX2)
+    trellis        kernels of tiles of a trellis (`tiles`, and its codes `byte_sums`, and gf2:
+                   `parities` with AVX-512, `nibbles` with AVX2)
     e8p            kernels of e8p-v1
     codebooks      kernels of indices into one codebook
     code_rows      what those two have in common: the loop over rows and tiles
