@@ -144,6 +144,19 @@ class Vectors:
             a, b, ir.Constant(ir.VectorType(INT32, len(places)), list(places))
         )
 
+    def shuffled(self, value: Value, places: Sequence[int]) -> Value:
+        """The bytes of a register in another order."""
+        return self._shuffled(value, value, places)
+
+    def joined(self, low: Value, high: Value, places: Sequence[int]) -> Value:
+        """int16 of bytes of two registers, by their places in both."""
+        wide = self._shuffled(low, high, places)
+        return self.b.bitcast(wide, self.words)
+
+    def half(self, words: Value, number: int) -> Value:
+        """The lower or the upper half of a register of int16."""
+        return self._shuffled(words, words, range(number * self.lanes, (number + 1) * self.lanes))
+
     def side_by_side(self, addresses: Sequence[Value], offset: int) -> Value:
         """A register of words from two or four addresses, the same number from each."""
         narrow = ir.VectorType(INT16, 2 * self.lanes // len(addresses))
