@@ -104,7 +104,6 @@ def main() -> None:
     os.environ.update(SETTINGS)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    start = time.perf_counter()
     llm = None
 
     def say(**values: object) -> None:
@@ -116,7 +115,7 @@ def main() -> None:
             if llm is not None:
                 del llm
                 close()
-            llm = None
+            llm, start = None, time.perf_counter()
             try:
                 llm = opened(asked["open"], asked["options"])
             except Exception as error:  # it is what refusals are checked for
