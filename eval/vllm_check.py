@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from markers import rewrite
-from vllm_cases import CASES, DECODED, PACKED, ROOT, SMALLEST, Case, changed
+from vllm_cases import CASES, DECODED, EVERY, PACKED, ROOT, SMALLEST, TWO, Case, changed
 from vllm_environment import make
 from vllm_worker import SETTINGS, TOKENS
 
@@ -63,10 +63,10 @@ class Worker:
             raise RuntimeError(self.said())
         return answer
 
-    def said(self) -> str:
+    def said(self, limit: int = 8000) -> str:
         """The end of what the process has printed."""
         self.log.seek(0)
-        return self.log.read()[-8000:]
+        return self.log.read()[-limit:]
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -185,9 +185,15 @@ def check_refusals(python: Path, work: Path) -> list[str]:
         answer = worker.ask(open=str(folder), options={"max_model_len": 128, **options})
         message = answer.get("refused", "it was served")
         assert expected in message, f"{expected!r} is not in:\n{message}"
-        assert "Loading safetensors" not in worker.said(), "weights were read"
         messages.append(message[:400])
         print(message[:400], flush=True)
+    # Tiles of 3 rows. vLLM prints what a process says and then that it could not be started.
+    undivided = next(case for case in CASES if case.checkpoint == EVERY)
+    options = {**undivided.all_options, **TWO}
+    assert "refused" in worker.ask(open=str(undivided.made(work)), options=options)
+    lines = worker.said(1 << 20).splitlines()
+    messages.append(next(line for line in lines if "which do not divide by 2" in line))
+    assert not any("Loading safetensors" in line for line in lines), "weights were read"
     worker.close()
     return messages
 
