@@ -1,8 +1,8 @@
 """Quantized folders in a real vLLM: `python eval/vllm_check.py ENVIRONMENT [CHECKPOINT ...]`.
 
-Makes the environment (`vllm_environment.py`) if it is not there, quantizes a tiny Llama, checks:
+Makes the environment (`vllm_environment.py`) if it is not there, and checks:
 
-    logits    of the tiny model, packed, decoded, compiled, in two processes, against transformers
+    logits    of the tiny models of `vllm_cases.py` against transformers
     page      the commands of docs/serving.md, word for word
     speed     of each checkpoint beside the original, in turns: tokens/s, prefill; start, memory
     refusals  messages, before weights are read
@@ -24,90 +24,54 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from markers import rewrite
+from vllm_cases import CASES, DECODED, EVERY, PACKED, ROOT, SMALLEST, TWO, Case, changed
 from vllm_environment import make
 from vllm_worker import SETTINGS, TOKENS
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval/results/serving.json"
 PAGE = ROOT / "docs/serving.md"
-LIMIT = 1e-4
-"""Of a difference of logits in float32."""
-
-RECIPES = ("e8p-2bit", "small", "trellis-2bit-fast")
-PACKED, DECODED = {"vqllm_weights": "packed"}, {"vqllm_weights": "decoded"}
-TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("e8p-2bit", "decoded", {"additional_config": DECODED}),
-    ("small", "packed", {"additional_config": PACKED}),
-    (
-        "trellis-2bit-fast",
-        "packed, compiled",
-        {"additional_config": PACKED, "enforce_eager": False},
-    ),
-    ("small", "decoded, 2 processes", {"additional_config": DECODED, **TWO}),
-    ("e8p-2bit", "packed, 2 processes", {"additional_config": PACKED, **TWO}),
-)
-"""Recipe, what is done with its weights, options of vLLM. The first is the smallest part."""
-NEAREST = ("rounding.type=nearest", "calibration.sequences=4", "calibration.length=32")
 
 
 class Worker:
     """A process of `vllm_worker.py`."""
 
-    def __init__(self, python: Path, model: Path, options: dict[str, Any]) -> None:
+    def __init__(self, python: Path) -> None:
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         self.process = subprocess.Popen(
-            [python, ROOT / "eval/vllm_worker.py", model, json.dumps(options)],
+            [python, ROOT / "eval/vllm_worker.py"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
             env={**os.environ, **SETTINGS},
         )
-        self.started = self.answer()
 
-    def ask(self, **values: object) -> Any:
-        """The answer to one request."""
+    def ask(self, **values: object) -> dict[str, Any]:
+        """The answer to one request; what the process said if it has ended."""
         assert self.process.stdin is not None
-        print(json.dumps(values), file=self.process.stdin, flush=True)
-        return self.answer()
-
-    def answer(self) -> Any:
-        """The next answer; what the process said if it has ended."""
         assert self.process.stdout is not None
+        print(json.dumps(values), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         if not line:
-            self.log.seek(0)
-            raise RuntimeError(self.log.read()[-4000:])
+            raise RuntimeError(self.said())
         return json.loads(line)
 
-    def __enter__(self) -> "Worker":
-        return self
+    def open(self, model: Path, options: dict[str, Any]) -> dict[str, Any]:
+        """Put a model in place of the one before it. Returns start_s and resident_mb."""
+        answer = self.ask(open=str(model), options=options)
+        if "refused" in answer:
+            raise RuntimeError(self.said())
+        return answer
 
-    def __exit__(self, *error: object) -> None:
+    def said(self, limit: int = 8000) -> str:
+        """The end of what the process has printed."""
+        self.log.seek(0)
+        return self.log.read()[-limit:]
+
+    def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(120)
-
-
-def tiny_llama(folder: Path) -> Path:
-    """A random Llama with a tied head, and a tokenizer."""
-    sys.path.insert(0, str(ROOT))
-    from tests.support.tiny import save_tiny
-
-    if folder.exists():
-        return folder
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
-    return save_tiny(folder, num_key_value_heads=4, tie_word_embeddings=True, **sizes)
-
-
-def quantized(source: Path, output: Path, recipe: str) -> Path:
-    """A folder by nearest rounding and few calibration tokens."""
-    if not (output / "config.json").exists():
-        command = [sys.executable, "-m", "vqllm", "quantize", source, "--output", output]
-        changes = [part for key in NEAREST for part in ("--set", key)]
-        subprocess.run([*command, "--recipe", recipe, "--no-eval", *changes], check=True)
-    return output
 
 
 def reference(model: Path) -> Any:
@@ -119,28 +83,33 @@ def reference(model: Path) -> Any:
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.inference_mode():
-        return loaded(torch.tensor([TOKENS])).logits[0, :-1]
+        return loaded(torch.tensor([TOKENS])).logits[0]
 
 
-def difference(python: Path, model: Path, options: dict[str, Any], file: Path) -> float:
+def difference(worker: Worker, case: Case, work: Path) -> float:
     """The largest difference of logits between vLLM and transformers."""
     import torch
 
-    with Worker(python, model, {"dtype": "float32", "max_model_len": 128, **options}) as worker:
-        worker.ask(logits=str(file))
+    model, file = case.made(work), work / "logits.pt"
+    worker.open(model, case.all_options)
+    cached = worker.ask(logits=str(file))["cached"] or 0
+    assert cached >= case.cached, f"{cached} of {case.cached} tokens were cached"
     want = reference(model)
     return float((torch.load(file)[:, : want.shape[-1]] - want).abs().max())
 
 
-def check_logits(python: Path, work: Path, cases: Sequence[Any] = CASES) -> list[dict[str, Any]]:
-    """The table of differences; fails where one is beyond the limit."""
-    source, rows = tiny_llama(work / "tiny"), []
-    for recipe, weights, options in cases:
-        model = quantized(source, work / f"tiny-{recipe}", recipe)
-        worst = difference(python, model, options, work / "logits.pt")
-        print(f"tiny, {recipe}, {weights}: {worst:.1e}", flush=True)
-        assert worst < LIMIT, f"{recipe}, {weights}: logits differ by {worst}"
-        rows.append({"checkpoint": f"tiny Llama, {recipe}", "weights": weights, "worst": worst})
+def check_logits(python: Path, work: Path, cases: Sequence[Case] = CASES) -> list[dict[str, Any]]:
+    """The table of differences; fails where one is beyond its limit."""
+    rows, worker = [], Worker(python)
+    for case in cases:
+        if case.alone:
+            worker.close()
+            worker = Worker(python)
+        worst = difference(worker, case, work)
+        print(f"{case.title}; {case.weights}: {worst:.1e}", flush=True)
+        assert worst < case.limit, f"{case.title}, {case.weights}: logits differ by {worst}"
+        rows.append({"checkpoint": case.title, "weights": case.weights, "worst": worst})
+    worker.close()
     return rows
 
 
@@ -171,8 +140,9 @@ def measure(
         "batch 8": {"batch": 8, "prompt": 8, "new": 24},
         "prefill": {"batch": 1, "prompt": 512, "new": 1},
     }
-    workers = {
-        name: Worker(python, model, {"dtype": dtype, "enable_prefix_caching": False, **options})
+    workers = {name: Worker(python) for name in models}
+    started = {
+        name: workers[name].open(model, {"dtype": dtype, "enable_prefix_caching": False, **options})
         for name, (model, options) in models.items()
     }
     best: dict[tuple[str, str], float] = {}
@@ -189,49 +159,43 @@ def measure(
             for kind, asked in kinds.items()
         }
         tokens = {kind: round(count / best[name, kind], 1) for kind, count in speeds.items()}
-        row = {"checkpoint": checkpoint.name, "weights": name, **tokens, **worker.started}
+        row = {"checkpoint": checkpoint.name, "weights": name, **tokens, **started[name]}
         print(json.dumps(row), flush=True)
         rows.append(row)
-        worker.__exit__()
+        worker.close()
     return rows
 
 
 def check_refusals(python: Path, work: Path) -> list[str]:
     """Messages about what cannot be served."""
-    model = quantized(tiny_llama(work / "tiny"), work / "tiny-e8p-2bit", "e8p-2bit")
-    changed = work / "changed"
-    changed.mkdir(exist_ok=True)
-    for file in model.iterdir():
-        if not (changed / file.name).exists():
-            (changed / file.name).symlink_to(file)
+    model = CASES[0].made(work)
     config = json.loads((model / "config.json").read_text())
     newer = {**config, "quantization_config": {**config["quantization_config"]}}
     newer["quantization_config"]["format_version"] = 99
-    wrong = (
-        ({}, {"enable_lora": True}, "LoRA"),
-        ({}, {"additional_config": {"vqllm_weights": "dense"}}, "allowed are auto"),
+    unheard = {**config, "architectures": ["UnheardOf"], "model_type": "llama"}
+    wrong: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
+        (config, {"enable_lora": True}, "started with LoRA"),
+        (config, {"additional_config": {"vqllm_weights": "dense"}}, "allowed are auto"),
         (newer, {}, "format version 99"),
-        ({**config, "architectures": ["UnheardOf"], "model_type": "llama"}, {}, "UnheardOf"),
+        (unheard, {}, "Model architectures ['UnheardOf'] are not supported"),
     )
-    messages = []
+    messages, worker = [], Worker(python)
     for values, options, expected in wrong:
-        (changed / "config.json").unlink()
-        (changed / "config.json").write_text(json.dumps(values or config))
-        said = what_is_said(python, changed, options)
-        lines = [line for line in said.splitlines() if expected in line]
-        assert lines, f"no line with {expected!r} in:\n{said}"
-        messages.append(lines[-1])
-        print(lines[-1], flush=True)
+        folder = changed(model, work / "changed", values)
+        answer = worker.ask(open=str(folder), options={"max_model_len": 128, **options})
+        message = answer.get("refused", "it was served")
+        assert expected in message, f"{expected!r} is not in:\n{message}"
+        messages.append(message[:400])
+        print(message[:400], flush=True)
+    # Tiles of 3 rows. vLLM prints what a process says and then that it could not be started.
+    undivided = next(case for case in CASES if case.checkpoint == EVERY)
+    options = {**undivided.all_options, **TWO}
+    assert "refused" in worker.ask(open=str(undivided.made(work)), options=options)
+    lines = worker.said(1 << 20).splitlines()
+    messages.append(next(line for line in lines if "which do not divide by 2" in line))
+    assert not any("Loading safetensors" in line for line in lines), "weights were read"
+    worker.close()
     return messages
-
-
-def what_is_said(python: Path, model: Path, options: dict[str, Any]) -> str:
-    """What a process says that does not serve."""
-    try:
-        with Worker(python, model, {"max_model_len": 128, **options}):
-            return "it was served"
-    except RuntimeError as error:
-        return str(error)
 
 
 def tables(results: dict[str, Any]) -> None:
@@ -267,7 +231,8 @@ def main() -> None:
     python, work = options.environment.absolute() / "bin/python", options.work.absolute()
     steps = options.steps.split(",")
     if "smallest" in steps:
-        check_logits(python, work, CASES[:1])
+        check_logits(python, work, SMALLEST)
+        check_refusals(python, work)
     if "logits" in steps:
         keep(logits=check_logits(python, work))
     if "refusals" in steps:

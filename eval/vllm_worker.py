@@ -2,6 +2,7 @@
 
 It runs in the environment that `vllm_check.py` makes. A line is a JSON object, an answer too:
 
+    {"open": DIR, "options": {...}}        a model, in place of the one before it, or why not
     {"logits": FILE}                       logits of the prompt of `TOKENS`, saved
     {"batch": B, "prompt": P, "new": N}    seconds for B prompts of P tokens and N new ones each
 """
@@ -11,6 +12,7 @@ import os
 import random
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +46,28 @@ def resident_mb() -> int:
     return total // 1024
 
 
-def save_logits(llm: Any, file: str) -> None:
-    """Logits of all positions of the prompt but the last, float32 [positions, vocabulary]."""
+def save_logits(llm: Any, file: str) -> int:
+    """Logits of all positions of the prompt, float32 [positions, vocabulary]. The last come from a
+    second call, for which the cache of prefixes has what is before, where it is on.
+
+    Returns how many tokens it had.
+    """
     import torch
     from vllm import SamplingParams
 
+    prompt = [{"prompt_token_ids": TOKENS}]
     wanted = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=-1)
-    [answer] = llm.generate([{"prompt_token_ids": TOKENS}], wanted, use_tqdm=False)
+    [answer] = llm.generate(prompt, wanted, use_tqdm=False)
     rows = answer.prompt_logprobs[1:]
+    wanted = SamplingParams(max_tokens=1, temperature=0, logprobs=-1)
+    [again] = llm.generate(prompt, wanted, use_tqdm=False)
+    rows.append(again.outputs[0].logprobs[0])
     logits = torch.empty(len(rows), len(rows[0]))
     for i, row in enumerate(rows):
         for token, own in row.items():
             logits[i, token] = own.logprob
     torch.save(logits, file)
+    return again.num_cached_tokens
 
 
 def seconds(llm: Any, batch: int, prompt: int, new: int) -> float:
@@ -73,26 +84,48 @@ def seconds(llm: Any, batch: int, prompt: int, new: int) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    os.environ.update(SETTINGS)
-    model, options = sys.argv[1], json.loads(sys.argv[2])
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-    start = time.perf_counter()
+def opened(model: str, options: dict[str, Any]) -> Any:
+    """A model in vLLM."""
     from vllm import LLM
 
     defaults = {"max_num_seqs": 8, "max_model_len": 1024, "seed": 0, "enforce_eager": True}
-    llm = LLM(model=model, max_logprobs=-1, logprobs_mode="raw_logits", **{**defaults, **options})
+    logits = {"max_logprobs": -1, "logprobs_mode": "raw_logits"}
+    return LLM(model=model, **logits, **{**defaults, **options})
+
+
+def close() -> None:
+    """Make room for another model."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+
+
+def main() -> None:
+    os.environ.update(SETTINGS)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    llm = None
 
     def say(**values: object) -> None:
         print(json.dumps(values), file=answers, flush=True)
 
-    say(start_s=round(time.perf_counter() - start, 1), resident_mb=resident_mb())
     for line in sys.stdin:
         asked = json.loads(line)
-        if "logits" in asked:
-            save_logits(llm, asked["logits"])
-            say(saved=asked["logits"])
+        if "open" in asked:
+            if llm is not None:
+                del llm
+                close()
+            llm, start = None, time.perf_counter()
+            try:
+                llm = opened(asked["open"], asked["options"])
+            except Exception as error:  # it is what refusals are checked for
+                close()
+                traceback.print_exc()
+                say(refused=f"{type(error).__name__}: {error}")
+                continue
+            say(start_s=round(time.perf_counter() - start, 1), resident_mb=resident_mb())
+        elif "logits" in asked:
+            say(cached=save_logits(llm, asked["logits"]))
         else:
             say(seconds=seconds(llm, asked["batch"], asked["prompt"], asked["new"]))
 

@@ -1,4 +1,4 @@
-"""A tiny quantized Llama in a real vLLM."""
+"""Tiny quantized models in a real vLLM."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ VARIABLE = "VQLLM_VLLM_ENVIRONMENT"
     not os.environ.get(VARIABLE),
     reason=f"{VARIABLE} names no environment with vLLM: python eval/vllm_environment.py DIR",
 )
-def test_logits_are_those_of_transformers(tmp_path: Path) -> None:
+def test_logits_are_those_of_transformers_and_bad_input_is_refused(tmp_path: Path) -> None:
     script = ROOT / "eval/vllm_check.py"
     command = [sys.executable, script, os.environ[VARIABLE], "--work", tmp_path]
     done = subprocess.run([*command, "--steps", "smallest"], capture_output=True, text=True)

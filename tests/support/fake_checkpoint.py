@@ -5,6 +5,7 @@ AutoModelForCausalLM.from_pretrained(fake.folder)
 """
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -132,21 +133,29 @@ def _random(
 def fake_checkpoint(
     folder: Path,
     arch: str = "llama",
-    format: FormatSpec = FORMATS["e8p"],
+    format: FormatSpec | Mapping[str, FormatSpec] = FORMATS["e8p"],
     outside: FormatSpec | None = None,
+    dense: Collection[str] = (),
     **overrides: Any,
 ) -> FakeCheckpoint:
-    """Write `folder/source` and, from it, `folder/quantized` with every linear of the layers, and
-    with embedding and head in the format `outside` if it is given."""
+    """Write `folder/source` and, from it, `folder/quantized`.
+
+    Args:
+        format: of every linear of the layers, or by the last part of its name; those without one
+            stay dense.
+        outside: that of embedding and head, which are dense without.
+        dense: names of modules that stay dense.
+    """
     source, output = save_tiny(folder / "source", arch, **overrides), folder / "quantized"
     staging = output / ".staging"
     staging.mkdir(parents=True)
     model = AutoModelForCausalLM.from_pretrained(source)
     stored = load_file(source / "model.safetensors")
     linears = {
-        name: linear_spec(format, module.out_features, module.in_features)
+        name: linear_spec(own, module.out_features, module.in_features)
         for name, module in model.named_modules()
         if is_linear(module) and _layer_of(name) is not None
+        if (own := _format_of(name, format)) is not None
     }
     inside = set(linears)
     tied = {}
@@ -158,6 +167,7 @@ def fake_checkpoint(
             tied = {ends[head]: ends[embedding]}
         else:
             linears[ends[head]] = rows_spec(outside, *head.weight.shape)
+    linears = {name: spec for name, spec in linears.items() if name not in dense}
     packed = {name: random_packed(spec, i) for i, (name, spec) in enumerate(linears.items())}
     for name in (*packed, *tied):
         stored.pop(f"{name}.weight", None)
@@ -183,6 +193,10 @@ def fake_checkpoint(
     writer.write_config(source, output, staging, config)
     staging.rmdir()
     return FakeCheckpoint(output, source, linears, packed, tied)
+
+
+def _format_of(name: str, format: FormatSpec | Mapping[str, FormatSpec]) -> FormatSpec | None:
+    return format.get(name.rpartition(".")[2]) if isinstance(format, Mapping) else format
 
 
 def _layer_of(name: str) -> int | None:

@@ -22,6 +22,12 @@ ROWS = (1, 2, 4, 8, MAX_ROWS)
 """Rows of x that kernels are compiled for; a call takes the first that holds it."""
 
 
+PIECES = 2
+"""Products of at most `MAX_ROWS` rows that are taken in place of panels. Decoding panels costs as
+much as two: with panels 24 rows took 1.7 times as long, 32 rows 1.3 times, 48 rows as long as three
+(a layer of 576 features in trellises of 2 bits, AVX-512 and AMX)."""
+
+
 @dataclass
 class Linears:
     """Linears of one input."""
@@ -77,7 +83,8 @@ class Linears:
 
     def _many(self, x: Tensor) -> list[Tensor] | None:
         x_NC = x.view(-1, x.shape[-1])
-        if x.dtype == torch.float32:  # panels are bfloat16, which has fewer digits
+        # Panels are bfloat16, which has fewer digits than float32.
+        if x.dtype == torch.float32 or len(x_NC) <= PIECES * MAX_ROWS:
             pieces = [self(piece) for piece in x_NC.split(MAX_ROWS)]
             if any(piece is None for piece in pieces):
                 return None
