@@ -46,8 +46,14 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ),
     ("small", "decoded, 2 processes", {"additional_config": DECODED, **TWO}),
     ("e8p-2bit", "packed, 2 processes", {"additional_config": PACKED, **TWO}),
+    (
+        "trellis-2bit-fast tensor_parallel=2",
+        "packed, 2 processes",
+        {"additional_config": PACKED, **TWO},
+    ),
 )
-"""Recipe, what is done with its weights, options of vLLM. The first is the smallest part."""
+"""Recipe and changes of it, what is done with its weights, options of vLLM. The first is the
+smallest part."""
 NEAREST = ("rounding.type=nearest", "calibration.sequences=4", "calibration.length=32")
 
 
@@ -103,9 +109,10 @@ def tiny_llama(folder: Path) -> Path:
 
 def quantized(source: Path, output: Path, recipe: str) -> Path:
     """A folder by nearest rounding and few calibration tokens."""
+    recipe, *keys = recipe.split()
     if not (output / "config.json").exists():
         command = [sys.executable, "-m", "vqllm", "quantize", source, "--output", output]
-        changes = [part for key in NEAREST for part in ("--set", key)]
+        changes = [part for key in (*NEAREST, *keys) for part in ("--set", key)]
         subprocess.run([*command, "--recipe", recipe, "--no-eval", *changes], check=True)
     return output
 
@@ -136,7 +143,7 @@ def check_logits(python: Path, work: Path, cases: Sequence[Any] = CASES) -> list
     """The table of differences; fails where one is beyond the limit."""
     source, rows = tiny_llama(work / "tiny"), []
     for recipe, weights, options in cases:
-        model = quantized(source, work / f"tiny-{recipe}", recipe)
+        model = quantized(source, work / f"tiny-{recipe.replace(' ', '-')}", recipe)
         worst = difference(python, model, options, work / "logits.pt")
         print(f"tiny, {recipe}, {weights}: {worst:.1e}", flush=True)
         assert worst < LIMIT, f"{recipe}, {weights}: logits differ by {worst}"
