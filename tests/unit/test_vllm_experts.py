@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tests.support.fake_checkpoint import FORMATS, random_packed
 from vqllm.errors import ModelError
 from vqllm.integrations.vllm import refusals
-from vqllm.integrations.vllm.packed_experts import PackedExperts, check_divides
+from vqllm.integrations.vllm.packed_experts import PackedExperts, check_divides, divides
 from vqllm_kernels.linear import LinearSpec
 from vqllm_kernels.transforms import HadamardSpec
 
@@ -98,6 +98,8 @@ def test_what_does_not_divide_is_refused() -> None:
     names = {part: f"experts.{part[0]}.{part[1]}" for part in specs()}
     check_divides(specs(), names, (0, 2))
     check_divides(specs(block=None), names, (0, 1))
+    assert divides(specs(), (0, 2))
+    assert not divides(specs(block=None), (0, 2))
     with pytest.raises(ModelError, match=r"experts\.0\.w1 cannot be divided while it is packed"):
         check_divides(specs(block=None), names, (1, 2))
     message = str(refusals.undivided_expert("a", 4))

@@ -13,8 +13,8 @@ from vllm.model_executor.layers.fused_moe.activation import (
 
 from vqllm.core.tensors import frozen
 from vqllm.integrations.vllm import refusals
-from vqllm.integrations.vllm.mode import Mode
-from vqllm.integrations.vllm.packed_experts import PackedExperts, check_divides
+from vqllm.integrations.vllm.mode import Mode, is_packed
+from vqllm.integrations.vllm.packed_experts import PackedExperts, check_divides, divides
 from vqllm.integrations.vllm.stored import WEIGHT, Stored, default_float32, forget, place_holders
 from vqllm_kernels.linear import LinearSpec
 
@@ -49,9 +49,6 @@ class VqllmExpertsMethod(UnquantizedFusedMoEMethod):
         """
         super().__init__(layer.moe_config)
         self.config, self.prefix, self.mode = config, prefix, mode
-        self.is_packed = mode == "packed"
-        if self.is_packed and layer.moe_config.has_bias:
-            raise refusals.experts_with_biases(prefix)
         linears = {
             "w1": layer.ckpt_gate_proj_name,
             "w2": layer.ckpt_down_proj_name,
@@ -64,6 +61,7 @@ class VqllmExpertsMethod(UnquantizedFusedMoEMethod):
             if name is not None
         }
         self.specs = {part: specs.get(name) for part, name in self.names.items()}
+        self.is_packed = self._stays_packed(layer)
 
     def create_weights(
         self,
@@ -91,6 +89,19 @@ class VqllmExpertsMethod(UnquantizedFusedMoEMethod):
             layer.vqllm_parameters += place_holders(
                 layer, some.names(params_dtype), self._loader(layer), prefix
             )
+
+    def _stays_packed(self, layer: RoutedExperts) -> bool:
+        """Where that is not asked for, only on a CPU whose products with packed weights are the
+        faster ones for few tokens: vLLM's own kernels for all experts at once need dense ones."""
+        has_bias, device = layer.moe_config.has_bias, torch.empty(0).device
+        if self.mode == "packed" and has_bias:
+            raise refusals.experts_with_biases(self.prefix)
+        if self.mode != "auto":
+            return self.mode == "packed"
+        if has_bias or device.type != "cpu" or not divides(self.specs, process_of(layer)):
+            return False
+        known = [spec for spec in self.specs.values() if spec is not None]
+        return is_packed(self.mode, known, device, layer.moe_config.in_dtype)
 
     @property
     def is_monolithic(self) -> bool:

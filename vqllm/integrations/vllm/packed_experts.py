@@ -95,6 +95,11 @@ class PackedExperts:
         return y.to(x.dtype)
 
 
+def divides(specs: Mapping[tuple[int, str], LinearSpec | None], process: tuple[int, int]) -> bool:
+    """Whether the part of a process is a linear of its own in every expert."""
+    return all(spec is None or _ends(spec, part[1], process) for part, spec in specs.items())
+
+
 def check_divides(
     specs: Mapping[tuple[int, str], LinearSpec | None],
     names: Mapping[tuple[int, str], str],
