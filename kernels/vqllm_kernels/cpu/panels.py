@@ -1,9 +1,11 @@
 """Many rows of x: W is decoded a panel at a time, into the cache, and torch multiplies.
 
 A panel is some rows of W in bfloat16, a column behind the other, as torch's product takes its
-second factor. It is decoded again at every call, by all threads.
+second factor. It is decoded again at every call, by all threads, into memory that stays: fresh
+memory costs about as much in faults as the decoding does (4096 x 4096 at 2 bits: 1.5 and 2 ms).
 """
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,7 +38,7 @@ def _multiply(x_NC: Tensor, part: Part, rows: int, y_NR: Tensor, is_first: bool)
     cols = x_NC.shape[1]
     row_tiles, num_tiles = -(-rows // tile_rows), -(-cols // tile_cols)
     step = max(1, PANEL_WEIGHTS // (tile_rows * num_tiles * tile_cols))
-    panel_CR = x_NC.new_empty(num_tiles * tile_cols, min(step, row_tiles) * tile_rows)
+    panel_CR = _memory(num_tiles * tile_cols, min(step, row_tiles) * tile_rows)
     numbers = np.array(part.panel_numbers, np.float32)
     arguments = np.empty(NUM_PANEL_ARGUMENTS, np.int64)
     used = threads.count()
@@ -61,3 +63,15 @@ def _multiply(x_NC: Tensor, part: Part, rows: int, y_NR: Tensor, is_first: bool)
             torch.mm(x_NC, W_CR, out=y_NR[:, start:end])
         else:
             y_NR[:, start:end].addmm_(x_NC, W_CR)
+
+
+_of_thread = threading.local()
+
+
+def _memory(rows: int, cols: int) -> Tensor:
+    """bfloat16 [rows, cols] with any values, valid until this thread asks again."""
+    kept = getattr(_of_thread, "memory", None)
+    if kept is None or kept.numel() < rows * cols:
+        with torch.inference_mode(False):
+            kept = _of_thread.memory = torch.empty(rows * cols, dtype=torch.bfloat16)
+    return kept[: rows * cols].view(rows, cols)

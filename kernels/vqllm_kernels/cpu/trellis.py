@@ -43,7 +43,7 @@ def part(
         product=product,
         panel=lambda: panel_kernel(one),
         panel_numbers=panel_numbers(one, scale),
-        table=table,
+        table=panel_table(one, scale, table),
     )
 
 
@@ -107,6 +107,15 @@ def panel_numbers(product: TileProduct, scale: float) -> tuple[float, float, flo
     factors = [scale / moments.deviations[i] for i in (0, -1)]
     means = [moments.means[i] + extra for i in (0, -1)]
     return factors[0], factors[1], -factors[0] * means[0], -factors[1] * means[1]
+
+
+def panel_table(product: TileProduct, scale: float, table: Tensor | None) -> Tensor | None:
+    """What panels look up: with AVX-512 the bytes of each entry of gf2 in bfloat16, the low ones
+    before the high ones, times the scale and rounded once as `panel_numbers` would be."""
+    if table is None or product.code != PARITIES or product.instructions != "avx512":
+        return table
+    weights = (table.float() * scale).bfloat16()
+    return weights.view(torch.uint8).view(-1, 2).T.contiguous()
 
 
 @cache

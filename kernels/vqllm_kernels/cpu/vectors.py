@@ -133,6 +133,19 @@ class Vectors:
             a, b, ir.Constant(ir.VectorType(INT32, len(places)), list(places))
         )
 
+    def shuffled(self, value: Value, places: Sequence[int]) -> Value:
+        """The bytes of a register in another order."""
+        return self._shuffled(value, value, places)
+
+    def joined(self, low: Value, high: Value, places: Sequence[int]) -> Value:
+        """int16 of bytes of two registers, by their places in both."""
+        wide = self._shuffled(low, high, places)
+        return self.b.bitcast(wide, self.words)
+
+    def half(self, words: Value, number: int) -> Value:
+        """The lower or the upper half of a register of int16."""
+        return self._shuffled(words, words, range(number * self.lanes, (number + 1) * self.lanes))
+
     def shuffle_in_words(self, value: Value, order: Sequence[int]) -> Value:
         """The four bytes of every int32 in another order."""
         places = [4 * lane + i for lane in range(self.lanes) for i in order]
