@@ -26,7 +26,7 @@ class Case:
     """A checkpoint, what is done with its weights, options of vLLM."""
 
     checkpoint: str
-    """a recipe, with which a tiny Llama is quantized, or one of `FAKES`"""
+    """a recipe and changes of it, with which a tiny Llama is quantized, or one of `FAKES`"""
     weights: str
     mode: dict[str, str] | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -52,7 +52,8 @@ class Case:
         """The checkpoint, made if it is not there."""
         if self.checkpoint in FAKES:
             return fake(work / self.checkpoint.replace(" ", "-"), FAKES[self.checkpoint])
-        return quantized(tiny_llama(work / "tiny"), work / self.checkpoint, self.checkpoint)
+        output = work / self.checkpoint.replace(" ", "-")
+        return quantized(tiny_llama(work / "tiny"), output, self.checkpoint)
 
 
 FAKES: dict[str, dict[str, Any]] = {
@@ -104,6 +105,7 @@ CASES = (
     Case("trellis-2bit-fast", "packed, compiled", PACKED, {"enforce_eager": False}, alone=True),
     Case("small", "decoded, 2 processes", DECODED, TWO, alone=True),
     Case("e8p-2bit", "packed, 2 processes", PACKED, TWO, alone=True),
+    Case("trellis-2bit-fast tensor_parallel=2", "packed, 2 processes", PACKED, TWO, alone=True),
 )
 
 
@@ -119,9 +121,10 @@ def tiny_llama(folder: Path) -> Path:
 
 def quantized(source: Path, output: Path, recipe: str) -> Path:
     """A folder by nearest rounding and few calibration tokens."""
+    recipe, *keys = recipe.split()
     if not (output / "config.json").exists():
         command = [sys.executable, "-m", "vqllm", "quantize", source, "--output", output]
-        every = [part for key in NEAREST for part in ("--set", key)]
+        every = [part for key in (*NEAREST, *keys) for part in ("--set", key)]
         done = subprocess.run(
             [*command, "--recipe", recipe, "--no-eval", *every], capture_output=True, text=True
         )

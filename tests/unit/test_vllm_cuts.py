@@ -11,7 +11,13 @@ from vqllm_kernels.e8p.spec import E8PSpec
 from vqllm_kernels.formats import FormatSpec
 from vqllm_kernels.linear import LinearSpec
 from vqllm_kernels.residual.spec import ResidualSpec
-from vqllm_kernels.transforms import CodedScaleSpec, HadamardSpec, PermutationSpec, ScaleSpec
+from vqllm_kernels.transforms import (
+    BlockDiagonalSpec,
+    CodedScaleSpec,
+    HadamardSpec,
+    PermutationSpec,
+    ScaleSpec,
+)
 from vqllm_kernels.trellis.spec import TrellisSpec
 
 ROWS, COLS = 128, 256
@@ -84,6 +90,21 @@ def test_shares_of_rows_of_the_other_basis(format: FormatSpec) -> None:
         if transform.side == "out":
             y = transform.inverse(y, state)
     close(y, spec.dequantize(tensors))
+
+
+@pytest.mark.parametrize("own", [(0, 48), (48, 96), (96, 128), (64, 128)])
+def test_dense_blocks_of_transforms(own: cuts.Range) -> None:
+    block = 48 if own[0] % 48 == 0 else 64
+    transform = BlockDiagonalSpec(side="in", size=128, block=block)
+    spec = LinearSpec(rows=16, cols=128, format=E8PSpec(), transforms=(transform,))
+    tensors = random_packed(spec)
+    assert cuts.ends_of_columns(spec, own)
+    assert not cuts.ends_of_columns(spec, (0, 16))
+    cut, held = cuts.columns_of(spec, tensors, own)
+    assert {name: t.shape for name, t in held.items()} == {
+        name: t.shape for name, t in cut.layout().items()
+    }
+    close(cut.dequantize(held), spec.dequantize(tensors)[:, own[0] : own[1]])
 
 
 def test_what_cannot_be_cut() -> None:

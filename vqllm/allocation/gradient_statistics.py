@@ -22,6 +22,7 @@ from vqllm.calibration.saliency import OutputHessians, TokenWeights
 from vqllm.checkpoint.resume.layer_writer import LayerWriter
 from vqllm.core.progress import Progress
 from vqllm.core.protocols import OutputRounding
+from vqllm.plan.cuts import divided
 from vqllm.plan.job import Job
 from vqllm.plan.selection import Selection
 from vqllm.recipes import Recipe
@@ -149,8 +150,11 @@ class GradientStatistics:
     def _sensitivity(self) -> Sensitivity:
         recipe = self._job.recipe
         mse = [gaussian_mse(codec) for codec in recipe.codecs]
+        cuts = self._selection.cuts
         return Sensitivity(
-            lambda name, W_RC, hessians: expected_losses(name, W_RC, hessians, recipe, mse),
+            lambda name, W_RC, hessians: expected_losses(
+                name, W_RC, hessians, divided(recipe, cuts.get(name)), mse
+            ),
             self._tokens.numel(),
             recipe.hessian.power if recipe.hessian.weights == "output" else 0.0,
         )

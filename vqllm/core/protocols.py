@@ -11,7 +11,7 @@ Shape suffixes, here and in every codec, transform and rounding rule:
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
@@ -261,6 +261,11 @@ class Transform(Part, ABC):
         self, W_RC: Tensor, H_CC: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, State]:
         """Transformed W and H, and the state that undoes it. H changes only on side "in"."""
+
+    def divided(self, part: int) -> Self:
+        """This transform where each part of the side, of `part` features, belongs to another
+        process: one that mixes features and can do so within parts does. By default itself."""
+        return self
 
     def _size(self, W_RC: Tensor) -> int:
         return W_RC.shape[1] if self.side == "in" else W_RC.shape[0]

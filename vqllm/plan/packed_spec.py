@@ -46,10 +46,18 @@ class Transformed:
 
 
 def transformed(
-    weights: Mapping[str, Tensor], H_CC: Tensor, recipe: Recipe
+    weights: Mapping[str, Tensor],
+    H_CC: Tensor,
+    recipe: Recipe,
+    own: Mapping[str, Recipe] | None = None,
 ) -> tuple[dict[str, Transformed], Tensor]:
     """Apply the transforms in order: those of the input side once for the whole group (fitted on
-    all its rows), those of the output side to each linear."""
+    all its rows), those of the output side to each linear.
+
+    Args:
+        own: recipes of linears whose transforms end elsewhere, by name.
+    """
+    own = own or {}
     linears = {name: Transformed(W_RC, []) for name, W_RC in weights.items()}
     leader = next(iter(weights))
     for i, transform in enumerate(recipe.transforms):
@@ -57,6 +65,7 @@ def transformed(
         if transform.side == "in":
             stacked = torch.cat([linear.W_RC for linear in linears.values()])
             generator = rng.generator(recipe.seed, leader, purpose)
+            transform = own.get(leader, recipe).transforms[i]
             stacked, H_CC, state = transform.forward(stacked, H_CC, generator)
             parts = stacked.split([linear.W_RC.shape[0] for linear in linears.values()])
             for linear, part in zip(linears.values(), parts):
@@ -65,6 +74,7 @@ def transformed(
         else:
             for name, linear in linears.items():
                 generator = rng.generator(recipe.seed, name, purpose)
+                transform = own.get(name, recipe).transforms[i]
                 linear.W_RC, _, state = transform.forward(linear.W_RC, H_CC, generator)
                 linear.states.append(state)
     return linears, H_CC

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from vqllm.hf.decoder_layers import linears_of
 from vqllm.hf.linears import shared_modules
 from vqllm.plan.costs import Shape, layouts, option_costs
+from vqllm.plan.cuts import Cut, cuts_of
 from vqllm.plan.kept import kept_linears
 from vqllm.recipes import Recipe
 
@@ -30,6 +31,8 @@ class Selection:
     """those of them that no codec of the recipe would make smaller"""
     num_in_layers: int
     """parameters of the decoder layers, whatever holds them"""
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
+    """where processes that share out the model cut its linears, if the recipe is made for that"""
 
     @property
     def share(self) -> float:
@@ -90,6 +93,7 @@ def select(
         kept=kept | larger,
         larger=larger,
         num_in_layers=sum(inside.values()),
+        cuts=cuts_of(model, shapes, recipe),
     )
 
 

@@ -9,7 +9,7 @@ inputs that it will really have.
 import itertools
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from vqllm.calibration.layer_calibrator import InputGroup, LayerCalibrator
 from vqllm.checkpoint.packed_matrix import PackedMatrix
 from vqllm.core.listing import listed
 from vqllm.core.progress import Progress
+from vqllm.plan.cuts import Cut
 from vqllm.quantization.layer_training import LayerTrainer
 from vqllm.quantization.linear import Statistics, quantize_group
 from vqllm.quantization.loaded_layer import LoadedLayer, install
@@ -41,6 +42,8 @@ class LayerTask:
     """of all linears of the model, where bits are allocated"""
     trainer: LayerTrainer | None
     """where the recipe trains layers"""
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
+    """where processes cut linears, of all of the model"""
 
 
 def quantize_layer(
@@ -125,7 +128,7 @@ def _quantize_group(
     del hessian
     codecs = {name: allocation[name].codec for name in W if name in allocation}
     trained = task.trainer.weights(group.names) if task.trainer else None
-    made = quantize_group(W, statistics, recipe, codecs, trained)
+    made = quantize_group(W, statistics, recipe, codecs, trained, task.cuts)
     made = [_placed(own, task) for own in made]
     if recipe.hessian.refresh == "group":
         _install(made, layer)

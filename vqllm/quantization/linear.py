@@ -13,6 +13,7 @@ from vqllm.checkpoint.packed_matrix import LinearRecord, PackedMatrix, bit_field
 from vqllm.core import linalg, metrics, threads
 from vqllm.core.protocols import JSON, Codec, OutputRounding
 from vqllm.errors import NumericalError
+from vqllm.plan.cuts import Cut, divided
 from vqllm.plan.packed_spec import Transformed, linear_spec, transformed
 from vqllm.quantization.encode import encode, fit, with_transforms
 from vqllm.quantization.target import corrected
@@ -59,6 +60,7 @@ def quantize_group(
     recipe: Recipe,
     codecs: Mapping[str, Codec] | None = None,
     trained: Mapping[str, Tensor] | None = None,
+    cuts: Mapping[str, Cut] | None = None,
 ) -> list[PackedMatrix]:
     """Quantize linears that read the same input. A pure function of its arguments.
 
@@ -68,6 +70,7 @@ def quantize_group(
         recipe: which transforms, codec and rounding.
         codecs: of linears that have another than the recipe's, by full name.
         trained: W after training, of all of them, which is rounded in place of the weights.
+        cuts: where processes that share the linears out cut them, by full name.
 
     Raises:
         NumericalError: weights that are not finite, or an H that cannot be factorized; names the
@@ -80,11 +83,13 @@ def quantize_group(
     # What is to be approximated: the weights, or weights that make up for earlier errors.
     targets = trained or _targets(weights, statistics, recipe)
     # The input side is transformed for the whole group, so that at run time it is done once.
-    linears, H_prime = transformed(targets, H_CC, recipe)
+    recipes = {name: divided(recipe, (cuts or {}).get(name)) for name in weights}
+    linears, H_prime = transformed(targets, H_CC, recipe, recipes)
     H_damped = _damped(H_CC, H_prime, recipe, weights)
     del H_prime  # as large as H
     results = []
     for name, linear in linears.items():
+        own = recipes[name]
         task = _Task(
             name=name,
             W_RC=weights[name],
@@ -92,7 +97,7 @@ def quantize_group(
             H_CC=H_CC,
             linear=linear,
             H_damped=H_damped,
-            output_RR=_output_hessian(name, linear, statistics, recipe),
+            output_RR=_output_hessian(name, linear, statistics, own),
             fields={
                 "group": tuple(weights),
                 "damping": recipe.hessian.damping,
@@ -100,9 +105,9 @@ def quantize_group(
                 **_target_fields(weights[name], targets[name], statistics, recipe, bool(trained)),
             },
         )
-        done = _quantize_linear(task, recipe.with_codec(codecs.get(name, recipe.codec)))
+        done = _quantize_linear(task, own.with_codec(codecs.get(name, recipe.codec)))
         if recipe.fragile is not None and done.record.proxy_loss > recipe.fragile.above:
-            done = _quantize_again(task, recipe, done)
+            done = _quantize_again(task, own, done)
         results.append(done)
     return results
 

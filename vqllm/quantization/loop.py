@@ -20,6 +20,7 @@ from vqllm.core.progress import Progress
 from vqllm.core.protocols import JSON
 from vqllm.errors import ModelError
 from vqllm.hf.decoder_layers import linears_of
+from vqllm.plan.cuts import divided
 from vqllm.plan.job import Job
 from vqllm.plan.not_quantized import why_not_quantized
 from vqllm.plan.packed_spec import stored_spec
@@ -133,7 +134,8 @@ class _Loop:
         for name, (rows, cols) in self._selection.shapes.items():
             allocated = self._allocation.get(name)
             codec = self._recipe.codec if allocated is None else allocated.codec
-            specs[name] = stored_spec(rows, cols, self._recipe.with_codec(codec))
+            recipe = divided(self._recipe, self._selection.cuts.get(name))
+            specs[name] = stored_spec(rows, cols, recipe.with_codec(codec))
         return specs
 
     def quantize_embedding(self) -> None:
@@ -182,7 +184,7 @@ class _Loop:
         if recipe.layer and layer.linears:
             trainer = LayerTrainer(recipe.layer, recipe.seed, layer, self._calibrator)
         outputs = self._findings.outputs(layer.index)
-        task = LayerTask(layer, outputs, self._allocation, trainer)
+        task = LayerTask(layer, outputs, self._allocation, trainer, self._selection.cuts)
         results = quantize_layer(task, self._calibrator, recipe, self._progress)
         self._run.write_layer(layer.index, results, trainer.vectors() if trainer else {})
         if trainer:

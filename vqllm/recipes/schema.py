@@ -98,6 +98,14 @@ class Recipe(Settings):
         "that would be larger than they are, since their tables are. [] quantizes all of them",
     )
 
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        description="number of processes that are to serve the model without gathering activations "
+        "inside of a layer; as many as divide it can as well. Hadamard transforms end where the "
+        "part of a process does. 1 mixes all features",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _codecs_in_full(cls, values: Any) -> Any:
@@ -207,11 +215,13 @@ class Recipe(Settings):
         return TuningRecipe(**{**given, "name": self.name, "seed": self.seed, "calibration": text})
 
     def to_dict(self) -> JSON:
-        """JSON values with every field present, but `skip_kinds` where it is the default: the
-        recipes in checkpoints and journals of earlier versions do not have it either."""
+        """JSON values with every field present, but `skip_kinds` and `tensor_parallel` where they
+        are the default: the recipes in checkpoints and journals of earlier versions do not have
+        them either."""
         values = self.model_dump(mode="json")
-        if self.skip_kinds == Recipe.model_fields["skip_kinds"].default:
-            del values["skip_kinds"]
+        for key in ("skip_kinds", "tensor_parallel"):
+            if getattr(self, key) == Recipe.model_fields[key].default:
+                del values[key]
         return values
 
     def to_yaml(self, with_paths: bool = True) -> str:

@@ -6,10 +6,10 @@
 Source: Tseng et al., "QuIP#", arXiv 2402.04396, section 3 (randomized Hadamard transform).
 """
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from vqllm.core.hadamard import block_for
@@ -30,8 +30,21 @@ class RandomizedHadamard(Transform):
         "this that divides the size; empty mixes all features of the side",
     )
 
+    _part: int | None = PrivateAttr(default=None)
+    """Features of a process, which no block may reach beyond; None where all may be mixed."""
+
+    def divided(self, part: int) -> Self:
+        """One that mixes all features of a process, or blocks of those where it has `block`."""
+        own = self.model_copy()
+        own._part = part
+        return own
+
     def spec(self, size: int) -> HadamardSpec:
-        return HadamardSpec(side=self.side, size=size, block=block_for(size, self.block))
+        part = self._part or size
+        block = block_for(part, self.block)
+        if block is None and part < size:
+            block = part
+        return HadamardSpec(side=self.side, size=size, block=block)
 
     def forward(
         self, W_RC: Tensor, H_CC: Tensor, generator: torch.Generator

@@ -7,11 +7,12 @@ asks `config.VqllmConfig` what to do for every linear, embedding and group of ex
     linear     linears, alone or fused (q, k, v; gate, up), packed or decoded
     held       what of a linear one process holds, and its products
     embedding  the embedding and the output head, tied or not
-    experts    experts that are quantized one by one
+    experts    experts that are quantized one by one, decoded or packed
     names      which quantized modules a module of vLLM is made of
     mode       whether a module keeps its weights packed or decodes them at load
     stored     what the loader brings, kept until a module is complete
     packed     packed linears of one input, and their products
+    packed_experts  packed experts, and their products
     cuts       some rows or columns of a packed linear, for tensor parallelism
     refusals   what cannot be served, said before weights are read
 

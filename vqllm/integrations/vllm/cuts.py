@@ -16,13 +16,29 @@ import torch
 from torch import Tensor
 
 from vqllm.integrations.vllm.refusals import undivided
-from vqllm_kernels.bitpack import pack_bits, unpack_bits
 from vqllm_kernels.linear import LinearSpec
-from vqllm_kernels.transforms import CodedScaleSpec, HadamardSpec, ScaleSpec, TransformSpec
+from vqllm_kernels.slices import (
+    Range,
+    Tensors,
+    columns_of,
+    ends_of_columns,
+    ends_of_rows,
+    has_rows,
+    rows_of,
+)
 
-Tensors = dict[str, Tensor]
-Range = tuple[int, int]
-"""The first one, and the one after the last."""
+__all__ = [
+    "Piece",
+    "Range",
+    "check_divides",
+    "columns_of",
+    "dense_rows",
+    "ends_of_columns",
+    "ends_of_rows",
+    "own_rows",
+    "rows_of",
+    "share_of",
+]
 
 
 @dataclass(frozen=True)
@@ -78,113 +94,8 @@ def share_of(
 def check_divides(name: str, spec: LinearSpec, size: int) -> None:
     """Raise ModelError unless rows of tiles can be dealt out in equal numbers."""
     tile_rows = spec.format.tile[0]
-    if spec.rows % (tile_rows * size) or not _has_rows(spec):
+    if spec.rows % (tile_rows * size) or not has_rows(spec):
         raise undivided(name, spec, size, tile_rows)
-
-
-def ends_of_rows(spec: LinearSpec, own: Range) -> bool:
-    """Whether some rows of W are a linear of their own: tiles and the transforms of the output end
-    there."""
-    start, stop = own
-    if start == 0 and stop == spec.rows:
-        return True
-    tile_rows = spec.format.tile[0]
-    return (
-        start % tile_rows == 0
-        and (stop % tile_rows == 0 or stop == spec.rows)
-        and _has_rows(spec)
-        and all(_ends(t, own) for t in spec.transforms if t.side == "out")
-    )
-
-
-def rows_of(spec: LinearSpec, tensors: Tensors, own: Range) -> tuple[LinearSpec, Tensors]:
-    """The linear of some rows of W, which ends there."""
-    if own == (0, spec.rows):
-        return spec, tensors
-    transforms, states = _cut_transforms(spec, tensors, "out", own)
-    cut = replace(spec, rows=own[1] - own[0], transforms=transforms)
-    return cut, {**spec.block(tensors, *own), **states}
-
-
-def ends_of_columns(spec: LinearSpec, own: Range) -> bool:
-    """Whether some columns of W are a linear of their own: tiles and the transforms of the input
-    end there, and every tensor of the format has an axis of tiles of a row, or is for all."""
-    start, stop = own
-    if start == 0 and stop == spec.cols:
-        return True
-    tile_cols = spec.format.tile[1]
-    if start % tile_cols or stop % tile_cols or spec.cols % tile_cols:
-        return False
-    every = spec.format.layout(spec.rows, spec.cols)
-    some = spec.format.layout(spec.rows, stop - start)
-    return all(
-        _has_columns(spec, name) or tensor == some[name] for name, tensor in every.items()
-    ) and all(_ends(t, own) for t in spec.transforms if t.side == "in")
-
-
-def columns_of(spec: LinearSpec, tensors: Tensors, own: Range) -> tuple[LinearSpec, Tensors]:
-    """The linear of some columns of W, which ends there. Its outputs, of all columns, add up to
-    those of W."""
-    start, stop = own
-    if own == (0, spec.cols):
-        return spec, tensors
-    transforms, cut = _cut_transforms(spec, tensors, "in", own)
-    tile_cols = spec.format.tile[1]
-    for name in spec.format.layout(spec.rows, spec.cols):
-        cut[name] = tensors[name]
-        if _has_columns(spec, name):
-            cut[name] = cut[name][:, start // tile_cols : stop // tile_cols].contiguous()
-    return replace(spec, cols=stop - start, transforms=transforms), cut
-
-
-def _has_columns(spec: LinearSpec, name: str) -> bool:
-    """Whether the second axis of a tensor runs over the tiles of a row."""
-    tensor = spec.format.layout(spec.rows, spec.cols)[name]
-    return tensor.by_tile_row and tensor.shape[:2] == spec.format.grid(spec.rows, spec.cols)
-
-
-def _has_rows(spec: LinearSpec) -> bool:
-    """Whether rows of tiles can be decoded without the others, transforms apart."""
-    return replace(spec, transforms=()).row_wise()
-
-
-def _ends(transform: TransformSpec, own: Range) -> bool:
-    """Whether no block of a transform is cut in two."""
-    if isinstance(transform, HadamardSpec):
-        return all(end % transform.order == 0 for end in own)
-    return type(transform) in (ScaleSpec, CodedScaleSpec)
-
-
-def _cut_transforms(
-    spec: LinearSpec, tensors: Tensors, side: str, own: Range
-) -> tuple[tuple[TransformSpec, ...], Tensors]:
-    """All transforms, those of one side cut, and their tensors."""
-    transforms: list[TransformSpec] = []
-    states: Tensors = {}
-    for i, transform in enumerate(spec.transforms):
-        state = {name: tensors[f"t{i}_{name}"] for name in transform.layout()}
-        if transform.side == side:
-            transform, state = _cut(transform, state, own)
-        transforms.append(transform)
-        states |= {f"t{i}_{name}": tensor for name, tensor in state.items()}
-    return tuple(transforms), states
-
-
-def _cut(transform: TransformSpec, state: Tensors, own: Range) -> tuple[TransformSpec, Tensors]:
-    start, stop = own
-    size = stop - start
-    if isinstance(transform, HadamardSpec):
-        signs = _some(state["signs"], 1, transform.size, own)
-        return replace(transform, size=size, block=transform.order), {"signs": signs}
-    if isinstance(transform, CodedScaleSpec):
-        index = _some(state["index"], transform.bits, transform.size, own)
-        return replace(transform, size=size), {**state, "index": index}
-    return replace(transform, size=size), {"scale": state["scale"][start:stop].contiguous()}
-
-
-def _some(packed: Tensor, bits: int, size: int, own: Range) -> Tensor:
-    """Some numbers of a packed vector."""
-    return pack_bits(unpack_bits(packed, bits, size)[own[0] : own[1]], bits)
 
 
 def dense_rows(W_RC: Tensor, ranges: Sequence[Range]) -> Tensor:

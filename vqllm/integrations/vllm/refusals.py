@@ -83,6 +83,23 @@ def undivided(name: str, spec: LinearSpec, size: int, tile_rows: int) -> ModelEr
     )
 
 
+def undivided_expert(name: str, size: int) -> ModelError:
+    """Experts that are to stay packed in processes whose parts do not end where codes do."""
+    return ModelError(
+        f"tensor parallelism of {size}: {name} cannot be divided while it is packed. Decode the "
+        "experts (leave vqllm_weights away), give each process whole experts "
+        f"(--enable-expert-parallel), or quantize with --set tensor_parallel={size}"
+    )
+
+
+def experts_with_biases(prefix: str) -> ModelError:
+    """Experts that are to stay packed and have biases."""
+    return ModelError(
+        f"vqllm_weights is 'packed', but the experts of {prefix} have biases and can only be "
+        "decoded; allowed are auto, decoded"
+    )
+
+
 def sizes_that_divide(rows: int, tile_rows: int) -> list[int]:
     """Numbers of processes that can hold equal numbers of rows of tiles."""
     if rows % tile_rows:
