@@ -78,9 +78,7 @@ def test_a_file_holds_the_model(
 ) -> None:
     output = tmp_path / "out.gguf"
     caplog.set_level("INFO", "vqllm")
-    api.export_gguf(
-        model, output, type="q3_k", calibration=text, sequences=8, converter=converter
-    )
+    api.export_gguf(model, output, type="q3_k", calibration=text, sequences=8, converter=converter)
     assert "12 x Q4_0, 2 x Q3_K" in caplog.text
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     reader: Any = gguf.GGUFReader(output)
@@ -110,7 +108,8 @@ def test_rows_of_another_matrix_are_not_taken(tmp_path: Path) -> None:
     tensor = gguf.GGUFReader(tmp_path / "a.gguf").tensors[0]
     W_RC = torch.arange(64).reshape(2, 32).half()
     order_R = row_order(tensor, W_RC.flip(0))
-    assert order_R is not None and order_R.tolist() == [1, 0]
+    assert order_R is not None
+    assert order_R.tolist() == [1, 0]
     assert row_order(tensor, W_RC + 1) is None
 
 
@@ -123,6 +122,6 @@ def test_what_bad_input_gets(model: Path, tmp_path: Path) -> None:
         api.export_gguf(model, tmp_path / "a.gguf", type="Q4_0", converter=tmp_path / "none.py")
     unknown = tmp_path / "convert_hf_to_gguf.py"
     unknown.write_text("raise SystemExit('ERROR: Model Strange is not supported')")
-    with pytest.raises(ModelError, match="does not know .* Model Strange is not supported"):
+    with pytest.raises(ModelError, match=r"does not know .* Model Strange is not supported"):
         api.export_gguf(model, tmp_path / "a.gguf", type="Q4_0", converter=unknown)
     assert not (tmp_path / "a.gguf").exists()
