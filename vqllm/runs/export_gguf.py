@@ -59,7 +59,8 @@ def run(given: ExportArguments, progress: Progress) -> Path:
     checked = check_model(model.path, model.name, recipe, given.trust_remote_code)
     converter = None
     if not _is_gguf(model):
-        converter = container.find_converter(given.converter and Path(given.converter))
+        named = None if given.converter is None else Path(given.converter)
+        converter = container.find_converter(named)
     with tempfile.TemporaryDirectory(prefix=f".{output.name[:64]}.", dir=output.parent) as made:
         folder = Path(made)
         partial = folder / "new.gguf"
