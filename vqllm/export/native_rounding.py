@@ -2,11 +2,10 @@
 
     steps for diag(H) ─► LDLQ ─► (steps for the codes ─► codes for the steps) a few times
 
-Both H are the shrunken one: its entries off the diagonal times `SHRINKAGE`. These types have no
+H is the shrunken one throughout: its entries off the diagonal times `SHRINKAGE`. These types have no
 rotation before them, so a few columns carry much of H, and codes that make up for errors in them
-fit the calibration text and little else. With the whole H the loss on that text falls by 40 % and
-the model gets worse; a fifth less coupling costs 4 % of the former and helps the latter (figures in
-docs/gguf.md).
+fit the calibration text and little else: with the whole H the loss on that text falls further, and
+the model gets worse on other text. docs/gguf.md has what the whole rule reaches.
 
 Given the codes, Ŵ is linear in each stored number, so that the best one follows from E H: a change
 δ of the step of a group with values V changes the loss by −2 δ (E H) Vᵀ + δ² V H Vᵀ.
