@@ -2,8 +2,8 @@
 
     steps for diag(H) ─► LDLQ ─► (steps for the codes ─► codes for the steps) a few times
 
-H is the shrunken one throughout: its entries off the diagonal times `SHRINKAGE`. These types have no
-rotation before them, so a few columns carry much of H, and codes that make up for errors in them
+H is the shrunken one throughout: its entries off the diagonal times `SHRINKAGE`. These types have
+no rotation before them, so a few columns carry much of H, and codes that make up for errors in them
 fit the calibration text and little else: with the whole H the loss on that text falls further, and
 the model gets worse on other text. docs/gguf.md has what the whole rule reaches.
 
