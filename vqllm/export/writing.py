@@ -1,0 +1,72 @@
+"""The GGUF file with new codes for some tensors of another one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from vqllm.export.native_rounding import round_to_nearest
+from vqllm.export.native_types import NativeType, type_for, type_of
+
+OUTSIDE = "Q6_K"
+"""Of the embedding and the output head, as llama-quantize has the head; Q8_0 where it must be."""
+
+FILE_TYPES = {"Q2_K": "Q2_K", "Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}
+"""Names of whole files in llama.cpp, where they are not those of the type."""
+
+
+def write(reader: Any, coded: Mapping[str, tuple[NativeType, Path]], main: str, path: Path) -> None:
+    """Write a file with the metadata and all tensors of another one.
+
+    Args:
+        reader: `gguf.GGUFReader` of the other file.
+        coded: type and blocks (`.npy`, uint8 [R, bytes of a row]) of the tensors that are new.
+        main: the type that the file is named after.
+        path: of the new file.
+    """
+    writer = gguf.GGUFWriter(path, reader.get_field("general.architecture").contents())
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name not in OWN_FIELDS:
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{FILE_TYPES.get(main, main)}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for tensor in reader.tensors:
+        if tensor.name in coded:
+            native, file = coded[tensor.name]
+            blocks = np.load(file, mmap_mode="r")
+            writer.add_tensor(tensor.name, blocks, raw_dtype=_number(native))
+        elif _is_outside(tensor) and (native := type_for(type_of(OUTSIDE), int(tensor.shape[0]))):
+            blocks = _nearest(tensor, native)
+            writer.add_tensor(tensor.name, blocks, raw_dtype=_number(native))
+        else:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+OWN_FIELDS = ("general.architecture", "general.file_type", "general.quantization_version")
+
+
+def _number(native: NativeType) -> gguf.GGMLQuantizationType:
+    return gguf.GGMLQuantizationType[native.name]
+
+
+def _is_outside(tensor: Any) -> bool:
+    """Whether a tensor is an embedding or a head that is not quantized yet."""
+    dense = tensor.tensor_type.name in ("F32", "F16", "BF16")
+    return dense and tensor.name in ("token_embd.weight", "output.weight")
+
+
+def _nearest(tensor: Any, native: NativeType) -> np.ndarray[Any, Any]:
+    """The blocks of a tensor, a few rows at a time."""
+    parts = []
+    for start in range(0, len(tensor.data), 4096):
+        rows = gguf.dequantize(tensor.data[start : start + 4096], tensor.tensor_type)
+        parts.append(round_to_nearest(native, torch.from_numpy(rows.copy())).blocks_RB.numpy())
+    return np.concatenate(parts)
