@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 import vqllm
 from tests.support.foreign import CONFIGS, write_coded
 from tests.support.quantized import quantize
+from vqllm.checkpoint.convert import convert_checkpoint
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.cli import app
-from vqllm.errors import ModelError
+from vqllm.errors import CheckpointError, ModelError
 from vqllm.models.load import load
 
 METHODS = list(CONFIGS)
@@ -114,3 +115,36 @@ def test_an_unknown_option_is_refused(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["dequantize", str(tmp_path / "model"), "--output", "x"])
     assert isinstance(shown.exception, ModelError)
     assert "checkpoint_format is 'bitblas'" in str(shown.exception)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_convert_keeps_every_weight(coded: dict[str, Coded], method: str, tmp_path: Path) -> None:
+    folder, dense = coded[method]
+    output = tmp_path / "own"
+    shown = CliRunner().invoke(app, ["convert", str(folder), "--output", str(output)])
+    assert shown.exit_code == 0, shown.output
+    checkpoint = Checkpoint.open(output)
+    assert {f"{name}.weight" for name in checkpoint.linears} == set(dense)
+    for name, weight in dense.items():
+        assert torch.equal(checkpoint.dense(name.removesuffix(".weight")), weight)
+    model, _ = load(output, dtype="float32")
+    own, _ = load(folder, dtype="float32")
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, own(tokens).logits, rtol=2e-2, atol=2e-2)
+
+
+def test_what_cannot_be_converted_is_refused_with_advice(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    write_coded(folder, "gptq", desc_act=True)
+    tensors = load_file(folder / "model.safetensors")
+    key = "model.layers.1.mlp.up_proj.g_idx"
+    tensors[key] = tensors[key].flip(0)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"up_proj, its columns .*vqllm dequantize"):
+        convert_checkpoint(folder, tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+    write_coded(tmp_path / "again", "gptq")
+    vqllm.dequantize(tmp_path / "again", tmp_path / "dense")
+    with pytest.raises(CheckpointError, match="is no checkpoint of another tool"):
+        convert_checkpoint(tmp_path / "dense", tmp_path / "own")
