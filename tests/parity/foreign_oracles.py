@@ -174,11 +174,32 @@ def aqlm() -> Iterator[Case]:
         yield f"aqlm-{num}x{bits}-{rows}x{cols}", config, tensors, dense
 
 
+def exl3() -> Iterator[Case]:
+    from gptqmodel.nn_modules.exllamav3_torch import ExllamaV3TorchLinear
+
+    factors = {"mcg": 0xCBAC1FED, "mul1": 0x83DCD12D}
+    for generator, bits in (("3inst", 3), ("mcg", 2), ("mul1", 5)):
+        tensors = {
+            "trellis": torch.randint(-(1 << 15), 1 << 15, (8, 8, 16 * bits)).to(torch.int16),
+            "suh": torch.randn(128).half(),
+            "svh": torch.randn(128).half(),
+        }
+        if generator in factors:
+            tensors[generator] = torch.tensor(factors[generator] - (1 << 32), dtype=torch.int32)
+        linear = ExllamaV3TorchLinear.from_tensors(
+            in_features=128, out_features=128, name="linear", tensors=tensors
+        )
+        dense = linear.get_weight_tensor(torch.float32).T
+        config = {"quant_method": "exl3", "version": "0.0.1", "bits": float(bits), "head_bits": 6}
+        yield f"exl3-{generator}-{bits}", config, tensors, dense
+
+
 SOURCES: dict[str, Callable[[], Iterator[Case]]] = {
     "gptq": gptq,
     "awq": awq,
     "compressed-tensors": compressed_tensors,
     "aqlm": aqlm,
+    "exl3": exl3,
 }
 
 

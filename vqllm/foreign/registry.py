@@ -7,10 +7,11 @@ from vqllm.foreign.aqlm import Aqlm
 from vqllm.foreign.awq import Awq
 from vqllm.foreign.base import ForeignFormat
 from vqllm.foreign.compressed_tensors import CompressedTensors
+from vqllm.foreign.exl3 import Exl3
 from vqllm.foreign.gptq import Gptq
 
 FORMATS: dict[str, type[ForeignFormat]] = {
-    own.method: own for own in (Gptq, Awq, CompressedTensors, Aqlm)
+    own.method: own for own in (Gptq, Awq, CompressedTensors, Aqlm, Exl3)
 }
 METHODS = tuple(FORMATS)
 KEYS = ("quantization_config", "compression_config")
