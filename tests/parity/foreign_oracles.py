@@ -14,6 +14,8 @@ Runs in an environment of its own, which the project does not need; it imports n
 Cases whose program is missing are left out.
 """
 
+# pyright: reportMissingImports=false
+
 import importlib.util
 import json
 import sys

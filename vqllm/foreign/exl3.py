@@ -123,7 +123,7 @@ def _values(generator: str) -> Tensor:
     factor, summand = GENERATORS[generator]
     bits_S = (torch.arange(1 << 16) * factor + summand) & 0xFFFFFFFF
     if generator == "mul1":
-        total = sum((bits_S >> shift) & 0xFF for shift in (0, 8, 16, 24))
+        total = torch.stack([(bits_S >> shift) & 0xFF for shift in (0, 8, 16, 24)]).sum(0)
         # The sum of four bytes is the low part of a float16 of 1024 and more; scaled and centred by
         # float16 constants.
         number = _float16(total + 0x6400)
