@@ -481,6 +481,18 @@ def export_gguf(
 
 
 @app.command()
+def convert(
+    folder: Annotated[Path, typer.Argument(help="a folder that another tool quantized")],
+    output: Annotated[Path, typer.Option(help="folder of the same model in this format")],
+) -> None:
+    """Write another tool's checkpoint (GPTQ, AWQ, ...) in this format, without loss."""
+    from vqllm.checkpoint.convert import convert_checkpoint
+
+    convert_checkpoint(folder, output)
+    out.print(f"{output}: the same weights, as a checkpoint of vqllm")
+
+
+@app.command()
 def recipes(
     name: Annotated[
         str | None, typer.Argument(help="print this recipe with all of its keys")

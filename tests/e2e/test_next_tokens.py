@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import vqllm
 from tests.support.tiny import save_tiny
-from vqllm.checkpoint.source import stored_tensors
+from vqllm.checkpoint.source_files import stored_tensors
 from vqllm.errors import ModelError
 from vqllm.hf import loading, next_tokens
 

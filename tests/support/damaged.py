@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vqllm.checkpoint.source import stored_tensors
+from vqllm.checkpoint.source_files import stored_tensors
 from vqllm.hf import loading
 
 

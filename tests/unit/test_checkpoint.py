@@ -22,8 +22,7 @@ from tests.support.fake_checkpoint import (
     linear_spec,
 )
 from tests.support.tiny import tiny_model
-from vqllm.checkpoint import atomic, checksums, side_files, writer
-from vqllm.checkpoint import dequantize as dequantize_module
+from vqllm.checkpoint import atomic, checksums, new_folder, side_files, writer
 from vqllm.checkpoint.dequantize import dequantize_checkpoint
 from vqllm.checkpoint.format import QuantizationConfig
 from vqllm.checkpoint.inspect import inspect_checkpoint
@@ -452,7 +451,7 @@ def test_header_agrees_with_safetensors(shared: FakeCheckpoint) -> None:
 def test_dequantized_folder_is_an_ordinary_model(
     dtype: str, shared: FakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dequantize_module, "MAX_SHARD_BYTES", 40_000)
+    monkeypatch.setattr(new_folder, "MAX_SHARD_BYTES", 40_000)
     out = dequantize_checkpoint(shared.folder, tmp_path / "dense", dtype)
     torch_dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     shards = list(out.glob("*.safetensors"))

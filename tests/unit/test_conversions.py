@@ -275,13 +275,13 @@ def test_a_stored_tensor_is_read_once_for_all_its_parts(
 ) -> None:
     source = SourceTensors.open(saved("dbrx"))
     read: list[str] = []
-    own = source._read
+    own = source._folder._read
 
     def count(key: str, take: Any) -> Tensor:
         read.append(key)
         return own(key, take)
 
-    monkeypatch.setattr(source, "_read", count)
+    monkeypatch.setattr(source._folder, "_read", count)
     names = [name for name in source if ".experts." in name]
     list(source.read_many(names))
     tensors = {key for name in names for key in source.files_of(name)}

@@ -285,19 +285,19 @@ def test_tokens_that_are_bytes_need_no_vocabulary(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq'), as quantization"),
+        ({"quantization_config": {"quant_method": "spqr", "bits": 4}}, "'spqr'), as quantization"),
         ({"quantization_config": {"quant_method": "hqq"}}, "'hqq'), as quantization_config"),
         ({"quantization_config": {"load_in_4bit": True}}, "'bitsandbytes'), as quantization"),
         ({"quantization_config": {"bits": 4}}, "'unknown'), as quantization_config in config.json"),
-        ({"compression_config": {"format": "x"}}, "'compressed-tensors'), as compression_config"),
+        ({"compression_config": {"quant_method": "x"}}, "'x'), as compression_config"),
         ({"quantization": {"bits": 4}}, "'mlx'), as quantization in config.json"),
         (
             {"quantization": {"b": 4}, "quantization_config": {"b": 4}},
             "'mlx'), as quantization_conf",
         ),
         (
-            {"text_config": {"quantization_config": {"quant_method": "compressed-tensors"}}},
-            "'compressed-tensors'), as text_config.quantization_config in config.json",
+            {"text_config": {"quantization_config": {"quant_method": "quark"}}},
+            "'quark'), as text_config.quantization_config in config.json",
         ),
     ],
 )

@@ -1,5 +1,5 @@
 """The checkpoint on disk: its format, reading and writing it; `resume/` is how a run goes on.
 
-May import: core, hf.
+May import: core, foreign, hf.
 Start at `format.py`, the specification.
 """

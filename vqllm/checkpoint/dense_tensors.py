@@ -7,8 +7,8 @@ the way that saving goes, so that they get the names and shapes that the model's
     experts.0.gate_proj.codes, ... ─► experts.gate_up_proj [E, 2 I, C] ─► experts.0.w1.weight, ...
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,12 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key, revert_weight_conversion
 
+from vqllm.checkpoint.new_folder import Made
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.checkpoint.shards import DTYPE_NAMES, natural_order
+from vqllm.checkpoint.stored import StoredFolder
 from vqllm.errors import CheckpointError
+from vqllm.foreign.coded_model import CodedModule
 from vqllm.hf.conversions import Renaming
 from vqllm.hf.linear_form import Part, fuse, to_linear_form
 from vqllm.hf.loading import explained, skeleton
@@ -27,15 +30,6 @@ from vqllm.hf.rules import by_kind, made_together, undone_by_saving
 
 FLOATS = {name: dtype for dtype, name in DTYPE_NAMES.items() if dtype.is_floating_point}
 """Dtypes of the tensors that a change of dtype concerns, by their names in safetensors files."""
-
-
-@dataclass(frozen=True)
-class Made:
-    """Tensors of the result that are made together."""
-
-    sizes: Mapping[str, int]
-    """their bytes, by name"""
-    make: Callable[[], dict[str, Tensor]]
 
 
 def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype, source: torch.dtype) -> list[Made]:
@@ -63,6 +57,23 @@ def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype, source: torch.dtyp
             size = stored.numel * dtype.itemsize if changes else stored.num_bytes
             wanted = dtype if changes else None
             made.append(Made({name: size}, partial(_stored, checkpoint, name, wanted)))
+    return sorted(made, key=lambda own: natural_order(next(iter(own.sizes))))
+
+
+def decoded_tensors(stored: StoredFolder, dtype: torch.dtype, source: torch.dtype) -> list[Made]:
+    """The same of a checkpoint of another tool, under the names that its files have."""
+    assert stored.coded is not None
+    made = []
+    for name, header in stored.tensors.items():
+        module = stored.coded.modules.get(name.removesuffix(".weight"))
+        if module is not None and name.endswith(".weight"):
+            size = module.shape.rows * module.shape.cols * dtype.itemsize
+            made.append(Made({name: size}, partial(_decoded_by, module, name, dtype)))
+            continue
+        changes = FLOATS.get(header.dtype) == source
+        size = math.prod(header.shape) * dtype.itemsize if changes else header.num_bytes
+        wanted = dtype if changes else None
+        made.append(Made({name: size}, partial(_stored, stored, name, wanted)))
     return sorted(made, key=lambda own: natural_order(next(iter(own.sizes))))
 
 
@@ -182,7 +193,16 @@ def _decoded(checkpoint: Checkpoint, module: str, dtype: torch.dtype) -> dict[st
     return {name: dense}
 
 
-def _stored(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _decoded_by(module: CodedModule, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    dense = module.decode(dtype)
+    if not bool(torch.isfinite(dense).all()):
+        _refuse_beyond(name, module.decode(torch.float32), dtype)
+    return {name: dense}
+
+
+def _stored(
+    checkpoint: Checkpoint | StoredFolder, name: str, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
     stored = checkpoint.read(name)
     if dtype is None:
         return {name: stored}

@@ -7,8 +7,10 @@ from pathlib import Path
 import yaml
 
 from vqllm.checkpoint.format import JSON
+from vqllm.checkpoint.inspect_coded import inspect_coded, list_of
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.checkpoint.shards import natural_order
+from vqllm.checkpoint.stored import coded_folder
 from vqllm.core.bits import BitCount
 from vqllm.core.coverage import ParameterCounts
 
@@ -24,9 +26,15 @@ def inspect_checkpoint(folder: str | Path, verify: bool = True) -> JSON:
         how many of them are quantized; `not_quantized`, reasons by module; `recipe` and
         `recipe_yaml`; `producer`; `format_version`; `num_bytes` of all tensors.
 
+    Of a checkpoint of another tool, in a format of `vqllm.foreign`, the same as far as it has it:
+    the recipe is its `quantization_config`, the codec its `quant_method`.
+
     Raises:
-        CheckpointError: not a vqllm checkpoint, a newer format, or damaged.
+        CheckpointError: not a checkpoint, a newer format, or damaged.
+        ModelError: the checkpoint of another tool is damaged, or has an option that is not known.
     """
+    if (coded := coded_folder(Path(folder))) is not None:
+        return inspect_coded(coded)
     checkpoint = Checkpoint.open(folder, verify)
     extra = checkpoint.quantization.extra
     bits = {name: checkpoint.bits(name) for name in checkpoint.linears}
@@ -72,9 +80,9 @@ def parameter_counts(checkpoint: Checkpoint) -> ParameterCounts:
     decoder layers are the list of modules that has the quantized linears.
     """
     inside = _in_layers(checkpoint)
-    lists = {_list_of(name) for name in inside}
+    lists = {list_of(name) for name in inside}
     others = {name: checkpoint.tensors[name].numel for name in checkpoint.other_tensors()}
-    others_in_layers = sum(numel for name, numel in others.items() if _list_of(name) in lists)
+    others_in_layers = sum(numel for name, numel in others.items() if list_of(name) in lists)
     quantized = _num_weights(checkpoint, checkpoint.linears)
     in_layers = _num_weights(checkpoint, inside)
     return ParameterCounts(
@@ -89,13 +97,6 @@ def _in_layers(checkpoint: Checkpoint) -> list[str]:
     """The quantized linears of the decoder layers."""
     outside = set(checkpoint.quantization.outside_layers)
     return [name for name in checkpoint.linears if name not in outside]
-
-
-def _list_of(name: str) -> str | None:
-    """The first list of modules that a module or tensor is in: what stands before a number."""
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-    return None if number is None else ".".join(parts[:number])
 
 
 def _num_weights(checkpoint: Checkpoint, modules: Iterable[str]) -> int:

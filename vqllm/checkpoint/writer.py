@@ -10,6 +10,7 @@ from vqllm.checkpoint.shards import read_header
 from vqllm.checkpoint.side_files import without_places
 from vqllm.core import json_text
 from vqllm.errors import CheckpointError, ModelError
+from vqllm.foreign import METHODS, without_codes
 from vqllm.hf.other_quantizers import refuse_quantized
 from vqllm.hf.released_formats import READABLE
 
@@ -28,10 +29,10 @@ def read_config(folder: Path) -> JSON:
 
 def read_dense_config(folder: Path) -> JSON:
     """As `read_config`; ModelError also when the model is quantized already, unless it was released
-    so."""
+    so or is decoded: then the configuration is that of the dense model."""
     config = read_config(folder)
-    refuse_quantized(folder, config, READABLE)
-    return config
+    refuse_quantized(folder, config, (*READABLE, *METHODS))
+    return without_codes(config)
 
 
 def write_config(

@@ -1,5 +1,5 @@
 """All knowledge of transformers: loading configs, tokenizers and models, recognising linears.
 
-May import: core.
+May import: core, foreign.
 Start at `linears.py`, which modules can be quantized.
 """

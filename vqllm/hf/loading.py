@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from vqllm.errors import ModelError, VqllmError
+from vqllm.foreign import without_codes
 from vqllm.hf.claims import refuse_claims, refuse_larger, stored_numbers
 from vqllm.hf.classes import auto_class
 from vqllm.hf.next_tokens import say_what_is_unused
@@ -33,32 +35,48 @@ MAX_REASON = 300
 COMPLETE = "Its files must be complete, undamaged and of one model; weights as safetensors."
 
 
-def load_model(folder: Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+def load_model(
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    tensors: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> PreTrainedModel:
     """The model in `folder`, in evaluation mode, every tensor of it as stored.
 
     Args:
+        tensors: those to load, where they are not those of the files: tensors, or what becomes one
+            by an index or `to`.
         options: more arguments for `from_pretrained` of its class.
 
     Raises:
         ModelError: a tensor is missing or of another shape, or transformers cannot load the model.
     """
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    quantized = getattr(config, "quantization_config", None) is not None
+    quantized = tensors or getattr(config, "quantization_config", None) is not None
     whole = skeleton(folder, trust_remote_code=trust_remote_code)
-    refuse_larger(whole, stored_numbers(folder, quantized), f"{folder}/config.json")
+    refuse_larger(whole, stored_numbers(folder, bool(quantized)), f"{folder}/config.json")
+    own_class = type(whole)
     del whole
+    options["output_loading_info"] = True
+    options["ignore_mismatched_sizes"] = True  # they are refused below, by name
     if (dense := dequantizing_config(config)) is not None:
         options["quantization_config"] = dense
     with explained(folder):
-        loaded: Any = auto_class(config).from_pretrained(
-            folder,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            **options,
-        )
+        if tensors is not None:
+            options |= {"config": config, "state_dict": dict(tensors)}
+            loaded: Any = own_class.from_pretrained(None, **options)
+        else:
+            loaded = auto_class(config).from_pretrained(
+                folder,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                **options,
+            )
     model, info = loaded
+    if tensors is not None and (folder / GENERATION_CONFIG_NAME).is_file():
+        with explained(folder):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     refuse_wrong_tensors(folder, model, info)
     if {parameter.device.type for parameter in model.parameters()} <= {"cpu", "meta"}:
         # The products of all experts at once need rows of 16 bytes, so they fail for experts whose
@@ -87,7 +105,19 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     its weights can be."""
     refuse_claims(folder)
     with explained(folder):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return _without_codes(config)
+
+
+def _without_codes(config: Any) -> Any:
+    """A configuration as it is for the dense weights, into which checkpoints of other tools are
+    decoded."""
+    for part in (config, getattr(config, "text_config", None)):
+        own = dict(vars(part)) if part is not None else {}
+        own = {key: value for key, value in own.items() if isinstance(value, dict)}
+        for key in own.keys() - without_codes(own).keys():
+            delattr(part, key)
+    return config
 
 
 def skeleton(folder: Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:

@@ -9,6 +9,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from vqllm.checkpoint import checksums
 from vqllm.checkpoint.reader import Checkpoint, is_checkpoint
+from vqllm.checkpoint.stored import tensors_to_load
 from vqllm.hf.loading import load_model, load_tokenizer
 from vqllm.hf.refusals import has_tokenizer, refuse_no_tokenizer
 from vqllm.models import resolve as models
@@ -26,8 +27,8 @@ def load(
     """Load a model to run it, quantized by vqllm or not, and its tokenizer.
 
     Args:
-        path: a quantized folder, or anything that names a model: an ordinary folder, a `.gguf`
-            file, a hub id, "demo".
+        path: a quantized folder, or anything that names a model: an ordinary folder, one of
+            another tool whose format is read, a `.gguf` file, a hub id, "demo".
         dtype: of activations and of everything that is not packed; "auto" is that of the folder.
         device_map: as in transformers: None is the CPU, "auto" whatever there is, or a dictionary.
         verify: compare a checkpoint's shards with their checksums first.
@@ -49,7 +50,11 @@ def load(
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     with checksums.compared(verify):
         model = load_model(
-            folder, trust_remote_code=trust_remote_code, dtype=dtype, device_map=device_map
+            folder,
+            trust_remote_code=trust_remote_code,
+            tensors=tensors_to_load(folder),
+            dtype=dtype,
+            device_map=device_map,
         )
     return model, tokenizer
 

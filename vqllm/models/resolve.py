@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vqllm.checkpoint.source import INDEX, SINGLE, stored_tensors, weight_map
+from vqllm.checkpoint.format import INDEX, SINGLE
+from vqllm.checkpoint.source_files import stored_tensors, weight_map
+from vqllm.checkpoint.stored import coded_folder
 from vqllm.core import json_text, path_names
 from vqllm.core.listing import listed
 from vqllm.errors import ModelError
@@ -174,6 +176,8 @@ def _check_weights(path: Path, config: dict[str, Any]) -> None:
             f"{path / 'config.json'} is damaged: its quantization_config is a "
             f"{type(quantization).__name__}, not an object. Fetch the model again."
         )
+    if coded_folder(path) is not None:  # all of its tensors have been looked at now
+        return
     if quantization and not is_of_mlx(config):
         weight_map(path)
     else:

@@ -13,7 +13,8 @@ from vqllm.allocation.gradient_statistics import needs_gradients
 from vqllm.calibration.gradients import WITHOUT
 from vqllm.calibration.layers import check_states
 from vqllm.checkpoint.file_names import FileNames
-from vqllm.checkpoint.source import SourceTensors, stored_tensors
+from vqllm.checkpoint.source import SourceTensors
+from vqllm.checkpoint.stored import StoredFolder
 from vqllm.checkpoint.writer import read_dense_config
 from vqllm.core.coverage import HALF, kinds_of
 from vqllm.errors import ModelError, NumericalError, RecipeError
@@ -55,7 +56,7 @@ def check_model(
         RecipeError: the codes of no codec fit its budget of bits.
     """
     read_dense_config(source)
-    stored = {name: tensor.shape for name, tensor in stored_tensors(source).items()}
+    stored = {name: tensor.shape for name, tensor in StoredFolder(source).tensors.items()}
     own = loading.skeleton(source, trust_remote_code=trust_remote_code)
     loading.check_tensors(source, own, stored)
     loading.load_tokenizer(source, trust_remote_code=trust_remote_code)

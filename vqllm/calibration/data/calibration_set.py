@@ -8,6 +8,7 @@ import torch
 
 from vqllm.calibration.data.cut_sequences import Sequences, load_tokens
 from vqllm.calibration.data.self_samples import generate_samples
+from vqllm.checkpoint.stored import tensors_to_load
 from vqllm.errors import CalibrationError
 from vqllm.hf.loading import load_config, load_model, load_tokenizer, max_length, runs_beyond
 
@@ -50,7 +51,11 @@ def calibration_sequences(
     if num_own + num_own_held_out:
         dtype = torch.bfloat16 if device.type == "cpu" else "auto"
         model = load_model(
-            folder, trust_remote_code=trust_remote_code, dtype=dtype, device_map=str(device)
+            folder,
+            trust_remote_code=trust_remote_code,
+            tensors=tensors_to_load(folder),
+            dtype=dtype,
+            device_map=str(device),
         )
         # As many sequences at once as their caches fit; the samples do not depend on it.
         most = _sequences_in_cache(model.config.get_text_config(), length)

@@ -1,0 +1,150 @@
+"""Checkpoints of other tools go wherever an ordinary model goes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+import vqllm
+from tests.support.foreign import CONFIGS, write_coded
+from tests.support.quantized import quantize
+from vqllm.checkpoint.convert import convert_checkpoint
+from vqllm.checkpoint.reader import Checkpoint
+from vqllm.cli import app
+from vqllm.errors import CheckpointError, ModelError
+from vqllm.models.load import load
+
+METHODS = list(CONFIGS)
+Coded = tuple[Path, dict[str, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Coded]:
+    folders = {method: tmp_path_factory.mktemp(method) / "model" for method in METHODS}
+    return {method: (folder, write_coded(folder, method)) for method, folder in folders.items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_loads_with_the_dense_weights(coded: dict[str, Coded], method: str) -> None:
+    folder, dense = coded[method]
+    model, tokenizer = load(folder)
+    assert tokenizer is not None
+    parameters = dict(model.named_parameters())
+    assert not hasattr(model.config, "quantization_config")
+    for name, weight in dense.items():
+        assert torch.equal(parameters[name], weight.half())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dequantize_writes_an_ordinary_model(
+    coded: dict[str, Coded], method: str, tmp_path: Path
+) -> None:
+    folder, dense = coded[method]
+    vqllm.dequantize(folder, tmp_path / "dense", "float32")
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert "quantization_config" not in config
+    stored = load_file(next((tmp_path / "dense").glob("*.safetensors")))
+    for name, weight in dense.items():
+        assert torch.equal(stored[name], weight)
+    model, _ = load(tmp_path / "dense")
+    own, _ = load(folder, dtype="float32")
+    tokens = torch.arange(12)[None] % model.config.vocab_size
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, own(tokens).logits, rtol=2e-2, atol=2e-2)
+
+
+def test_it_is_quantized_again_from_the_dense_weights(
+    coded: dict[str, Coded], tmp_path: Path
+) -> None:
+    folder, _ = coded["gptq"]
+    vqllm.dequantize(folder, tmp_path / "dense")
+    quantize(folder, tmp_path / "a", calibration="self")
+    quantize(tmp_path / "dense", tmp_path / "b", calibration="self")
+    for shard in sorted((tmp_path / "a").glob("*.safetensors")):
+        own, other = load_file(shard), load_file(tmp_path / "b" / shard.name)
+        assert own.keys() == other.keys()
+        assert all(torch.equal(own[name], other[name]) for name in own)
+    Checkpoint.open(tmp_path / "a")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inspect_counts_its_bits(coded: dict[str, Coded], method: str) -> None:
+    folder, dense = coded[method]
+    found = vqllm.inspect(folder)
+    assert {f"{own['name']}.weight" for own in found["linears"]} == set(dense)
+    assert found["bits_per_weight"]["codes only"] == pytest.approx(2 if method == "aqlm" else 4)
+    stored = load_file(folder / "model.safetensors")
+    assert found["num_bytes"] == sum(tensor.nbytes for tensor in stored.values())
+    shown = CliRunner().invoke(app, ["inspect", str(folder)])
+    assert shown.exit_code == 0
+    assert f"quant_method: {method}" in shown.stdout
+
+
+def test_eval_compares_with_it(coded: dict[str, Coded], tmp_path: Path) -> None:
+    folder, _ = coded["awq"]
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    options = ["--text", str(text), "--window-length", "64", "--windows", "2", "--device", "cpu"]
+    shown = CliRunner().invoke(app, ["eval", str(folder), "--baseline", str(folder), *options])
+    assert shown.exit_code == 0, shown.output
+    assert "100" in shown.stdout  # per cent of the first choices are the same
+
+
+def test_a_damaged_one_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    write_coded(folder, "gptq")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.qweight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for use in (load, vqllm.inspect, lambda path: vqllm.dequantize(path, tmp_path / "out")):
+        with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj has .*, but no qweight"):
+            use(folder)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_option_is_refused(tmp_path: Path) -> None:
+    write_coded(tmp_path / "model", "gptq", checkpoint_format="gptq_v2")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["checkpoint_format"] = "bitblas"
+    path.write_text(json.dumps(config))
+    shown = CliRunner().invoke(app, ["dequantize", str(tmp_path / "model"), "--output", "x"])
+    assert isinstance(shown.exception, ModelError)
+    assert "checkpoint_format is 'bitblas'" in str(shown.exception)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_convert_keeps_every_weight(coded: dict[str, Coded], method: str, tmp_path: Path) -> None:
+    folder, dense = coded[method]
+    output = tmp_path / "own"
+    shown = CliRunner().invoke(app, ["convert", str(folder), "--output", str(output)])
+    assert shown.exit_code == 0, shown.output
+    checkpoint = Checkpoint.open(output)
+    assert {f"{name}.weight" for name in checkpoint.linears} == set(dense)
+    for name, weight in dense.items():
+        assert torch.equal(checkpoint.dense(name.removesuffix(".weight")), weight)
+    model, _ = load(output, dtype="float32")
+    own, _ = load(folder, dtype="float32")
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, own(tokens).logits, rtol=2e-2, atol=2e-2)
+
+
+def test_what_cannot_be_converted_is_refused_with_advice(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    write_coded(folder, "gptq", desc_act=True)
+    tensors = load_file(folder / "model.safetensors")
+    key = "model.layers.1.mlp.up_proj.g_idx"
+    tensors[key] = tensors[key].flip(0)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"up_proj, its columns .*vqllm dequantize"):
+        convert_checkpoint(folder, tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+    write_coded(tmp_path / "again", "gptq")
+    vqllm.dequantize(tmp_path / "again", tmp_path / "dense")
+    with pytest.raises(CheckpointError, match="is no checkpoint of another tool"):
+        convert_checkpoint(tmp_path / "dense", tmp_path / "own")

@@ -1,0 +1,66 @@
+"""The formats that are read, by the `quant_method` that config.json names."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vqllm.foreign.aqlm import Aqlm
+from vqllm.foreign.awq import Awq
+from vqllm.foreign.base import ForeignFormat
+from vqllm.foreign.compressed_tensors import CompressedTensors
+from vqllm.foreign.exl3 import Exl3
+from vqllm.foreign.gptq import Gptq
+
+FORMATS: dict[str, type[ForeignFormat]] = {
+    own.method: own for own in (Gptq, Awq, CompressedTensors, Aqlm, Exl3)
+}
+METHODS = tuple(FORMATS)
+KEYS = ("quantization_config", "compression_config")
+"""Keys of config.json under which a format is described; the second is of compressed-tensors."""
+
+
+def format_of(config: Mapping[str, Any], where: str) -> ForeignFormat | None:
+    """The format of a folder; None if it is in none of these.
+
+    Args:
+        config: of its config.json.
+        where: that file, for messages.
+
+    Raises:
+        ModelError: an option that is not known, or a value that the format does not have.
+    """
+    for place, values in _found(config):
+        own = FORMATS[_method(place, values)]
+        return own.from_config(values, f"{where}: {place}")
+    return None
+
+
+def described(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of the format, as it stands there."""
+    return next((dict(values) for _, values in _found(config)), {})
+
+
+def without_codes(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json of the dense model: without what describes one of these formats."""
+    kept = {}
+    for key, value in config.items():
+        described = key in KEYS and isinstance(value, Mapping) and _method(key, value) in FORMATS
+        if key == "text_config" and isinstance(value, dict):
+            kept[key] = without_codes(value)
+        elif not described:
+            kept[key] = value
+    return kept
+
+
+def _found(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The descriptions of known formats, and where they stand."""
+    text = config.get("text_config")
+    for inner, place in ((config, ""), (text if isinstance(text, Mapping) else {}, "text_config.")):
+        for key in KEYS:
+            values = inner.get(key)
+            if isinstance(values, Mapping) and _method(key, values) in FORMATS:
+                yield f"{place}{key}", values
+
+
+def _method(key: str, values: Mapping[str, Any]) -> str:
+    usual = CompressedTensors.method if key.endswith("compression_config") else ""
+    return str(values.get("quant_method") or usual).lower()
