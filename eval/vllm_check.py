@@ -204,16 +204,25 @@ def tables(results: dict[str, Any]) -> None:
     for row in results.get("logits", []):
         lines.append(f"| {row['checkpoint']} | {row['weights']} | {row['worst']:.0e} |")
     rewrite(PAGE, "logits", "\n".join(lines) + "\n")
+    text = speed_table(results["speed"]) if results.get("speed") else "Not measured yet.\n"
+    rewrite(PAGE, "speed", text)
+
+
+def speed_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line a checkpoint; a cell has the dense original, packed and decoded weights."""
     kinds = ("batch 1", "batch 8", "prefill")
     head = " | ".join(f"{kind}, tokens/s" for kind in kinds)
-    lines = [f"| checkpoint | weights | {head} | start, s | resident, MB |"]
-    lines.append("|---" * 7 + "|")
-    for row in results.get("speed", []):
-        speeds = " | ".join(str(row[kind]) for kind in kinds)
-        first = f"| {row['checkpoint']} | {row['weights']} | {speeds}"
-        lines.append(f"{first} | {row['start_s']} | {row['resident_mb']} |")
-    text = "\n".join(lines) + "\n" if results.get("speed") else "Not measured yet.\n"
-    rewrite(PAGE, "speed", text)
+    lines = [f"| checkpoint: dense / packed / decoded | {head} | start, s | resident, MB |"]
+    lines.append("|---" * 6 + "|")
+    for checkpoint in dict.fromkeys(row["checkpoint"] for row in rows):
+        own = {row["weights"]: row for row in rows if row["checkpoint"] == checkpoint}
+        every = [own[weights] for weights in ("dense original", "packed", "decoded")]
+        cells = [" / ".join(f"{row[kind]:.0f}" for row in every) for kind in kinds]
+        cells += [
+            " / ".join(f"{row[key]:.0f}" for row in every) for key in ("start_s", "resident_mb")
+        ]
+        lines.append(f"| {checkpoint} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
