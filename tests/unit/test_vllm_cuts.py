@@ -7,6 +7,7 @@ from torch import Tensor
 from tests.support.fake_checkpoint import FORMATS, linear_spec, random_packed
 from vqllm.errors import ModelError
 from vqllm.integrations.vllm import cuts
+from vqllm_kernels import slices
 from vqllm_kernels.e8p.spec import E8PSpec
 from vqllm_kernels.formats import FormatSpec
 from vqllm_kernels.linear import LinearSpec
@@ -53,11 +54,11 @@ def close(a: Tensor, b: Tensor) -> None:
 
 @pytest.mark.parametrize("format", [*GRIDS.values(), FORMATS["uniform"]], ids=[*GRIDS, "uniform"])
 @pytest.mark.parametrize("own", [(0, 64), (32, 96), (96, 128)])
-def test_some_rows(format: FormatSpec, own: cuts.Range) -> None:
+def test_some_rows(format: FormatSpec, own: slices.Range) -> None:
     spec = spec_of(format)
     tensors = random_packed(spec)
-    assert cuts.ends_of_rows(spec, own)
-    cut, held = cuts.rows_of(spec, tensors, own)
+    assert slices.ends_of_rows(spec, own)
+    cut, held = slices.rows_of(spec, tensors, own)
     assert {name: t.shape for name, t in held.items()} == {
         name: t.shape for name, t in cut.layout().items()
     }
@@ -66,11 +67,11 @@ def test_some_rows(format: FormatSpec, own: cuts.Range) -> None:
 
 @pytest.mark.parametrize("format", GRIDS.values(), ids=GRIDS)
 @pytest.mark.parametrize("own", [(0, 128), (64, 192), (224, 256)])
-def test_some_columns(format: FormatSpec, own: cuts.Range) -> None:
+def test_some_columns(format: FormatSpec, own: slices.Range) -> None:
     spec = spec_of(format)
     tensors = random_packed(spec)
-    assert cuts.ends_of_columns(spec, own)
-    cut, held = cuts.columns_of(spec, tensors, own)
+    assert slices.ends_of_columns(spec, own)
+    cut, held = slices.columns_of(spec, tensors, own)
     assert {name: t.shape for name, t in held.items()} == {
         name: t.shape for name, t in cut.layout().items()
     }
@@ -81,8 +82,8 @@ def test_some_columns(format: FormatSpec, own: cuts.Range) -> None:
 def test_shares_of_rows_of_the_other_basis(format: FormatSpec) -> None:
     spec = spec_of(format, block=None)
     tensors = random_packed(spec)
-    assert not cuts.ends_of_rows(spec, (0, 64))
-    assert not cuts.ends_of_columns(spec, (0, 128))
+    assert not slices.ends_of_rows(spec, (0, 64))
+    assert not slices.ends_of_columns(spec, (0, 128))
     shares = [cuts.share_of(spec, tensors, rank, 2) for rank in range(2)]
     y = torch.cat([cut.dequantize(held) for cut, held in shares])  # before the output's transforms
     _, states = spec.split(tensors)
@@ -93,14 +94,14 @@ def test_shares_of_rows_of_the_other_basis(format: FormatSpec) -> None:
 
 
 @pytest.mark.parametrize("own", [(0, 48), (48, 96), (96, 128), (64, 128)])
-def test_dense_blocks_of_transforms(own: cuts.Range) -> None:
+def test_dense_blocks_of_transforms(own: slices.Range) -> None:
     block = 48 if own[0] % 48 == 0 else 64
     transform = BlockDiagonalSpec(side="in", size=128, block=block)
     spec = LinearSpec(rows=16, cols=128, format=E8PSpec(), transforms=(transform,))
     tensors = random_packed(spec)
-    assert cuts.ends_of_columns(spec, own)
-    assert not cuts.ends_of_columns(spec, (0, 16))
-    cut, held = cuts.columns_of(spec, tensors, own)
+    assert slices.ends_of_columns(spec, own)
+    assert not slices.ends_of_columns(spec, (0, 16))
+    cut, held = slices.columns_of(spec, tensors, own)
     assert {name: t.shape for name, t in held.items()} == {
         name: t.shape for name, t in cut.layout().items()
     }
@@ -109,15 +110,15 @@ def test_dense_blocks_of_transforms(own: cuts.Range) -> None:
 
 def test_what_cannot_be_cut() -> None:
     spec = spec_of(TRELLIS)
-    assert not cuts.ends_of_rows(spec, (0, 40)), "tiles of 16 rows"
-    assert not cuts.ends_of_rows(spec, (0, 16)), "blocks of 32 rows"
-    assert not cuts.ends_of_columns(spec_of(FORMATS["uniform"]), (0, 128)), "packed along a row"
+    assert not slices.ends_of_rows(spec, (0, 40)), "tiles of 16 rows"
+    assert not slices.ends_of_rows(spec, (0, 16)), "blocks of 32 rows"
+    assert not slices.ends_of_columns(spec_of(FORMATS["uniform"]), (0, 128)), "packed along a row"
     permuted = LinearSpec(
         rows=ROWS, cols=COLS, format=E8PSpec(), transforms=(PermutationSpec(side="in", size=COLS),)
     )
-    assert not cuts.ends_of_columns(permuted, (0, 128))
-    assert cuts.ends_of_rows(permuted, (3, 100))
-    assert not cuts.ends_of_rows(linear_spec(E8PSpec(), ROWS, COLS), (0, 64)), (
+    assert not slices.ends_of_columns(permuted, (0, 128))
+    assert slices.ends_of_rows(permuted, (3, 100))
+    assert not slices.ends_of_rows(linear_spec(E8PSpec(), ROWS, COLS), (0, 64)), (
         "blocks of the output"
     )
 
@@ -125,9 +126,9 @@ def test_what_cannot_be_cut() -> None:
 def test_whole_linears_are_left_as_they_are() -> None:
     spec = spec_of(TRELLIS, block=None)
     tensors = random_packed(spec)
-    assert cuts.ends_of_rows(spec, (0, ROWS))
-    assert cuts.rows_of(spec, tensors, (0, ROWS)) == (spec, tensors)
-    assert cuts.columns_of(spec, tensors, (0, COLS)) == (spec, tensors)
+    assert slices.ends_of_rows(spec, (0, ROWS))
+    assert slices.rows_of(spec, tensors, (0, ROWS)) == (spec, tensors)
+    assert slices.columns_of(spec, tensors, (0, COLS)) == (spec, tensors)
 
 
 def test_what_would_divide_is_said() -> None:

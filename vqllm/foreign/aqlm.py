@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vqllm.foreign.base import (
+    FLOATS,
     CannotHoldError,
     ForeignFormat,
     Options,
@@ -31,7 +32,6 @@ from vqllm_kernels.lut.spec import LutSpec
 from vqllm_kernels.residual.spec import ResidualSpec
 from vqllm_kernels.transforms import ScaleSpec
 
-FLOATS = ("F16", "BF16", "F32")
 MANY = range(1, 1 << 16)
 
 

@@ -19,12 +19,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from vqllm.foreign.base import ForeignFormat, Options, Packed, Rows, Shape, Stored
+from vqllm.foreign.base import FLOATS, ForeignFormat, Options, Packed, Rows, Shape, Stored
 from vqllm.foreign.groups import Grouped, regular
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The output that each nibble of a word belongs to."""
-FLOATS = ("F16", "BF16", "F32")
 NOTES = (
     "modules_to_not_convert", "backend", "fuse_max_seq_len", "do_fuse", "modules_to_fuse",
     "exllama_config", "lm_head", "meta", "desc_act", "sym", "dataset", "model_name_or_path",

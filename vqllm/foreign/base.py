@@ -20,6 +20,8 @@ from vqllm_kernels.linear import LinearSpec
 BLOCK_WEIGHTS = 1 << 22
 """Weights that are decoded at a time: 32 MB where they are int64 at work."""
 DAMAGED = "Get an undamaged copy."
+FLOATS = ("F16", "BF16", "F32")
+"""What scales are stored as, by safetensors' names."""
 
 Rows = Callable[[int, int], Tensor]
 """Gives rows `start` to `stop` of a weight, float32 [stop - start, cols]."""

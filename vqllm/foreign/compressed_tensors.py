@@ -23,13 +23,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from vqllm.foreign.base import ForeignFormat, Options, Packed, Rows, Shape, Stored
+from vqllm.foreign.base import FLOATS, ForeignFormat, Options, Packed, Rows, Shape, Stored
 from vqllm.foreign.groups import Grouped, as_bytes, regular
 from vqllm_kernels.bitpack import packed_bytes, unpack_bits
 
 BITS = (2, 4, 8)
 FORMAT = "pack-quantized"
-FLOATS = ("F16", "BF16", "F32")
 NOTES = ("ignore", "global_compression_ratio", "version", "quantization_status", "kv_cache_scheme")
 """Keys that say nothing about the stored weights. How a cache of keys and values would be stored is
 no part of them."""

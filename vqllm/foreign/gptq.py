@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 
 from vqllm.errors import ModelError
-from vqllm.foreign.base import ForeignFormat, Options, Packed, Rows, Shape, Stored
+from vqllm.foreign.base import FLOATS, ForeignFormat, Options, Packed, Rows, Shape, Stored
 from vqllm.foreign.groups import Grouped, as_bytes, regular
 from vqllm_kernels.bitpack import unpack_bits
 
 BITS = (2, 3, 4, 8)
-FLOATS = ("F16", "BF16", "F32")
 NOTES = (
     "desc_act", "sym", "static_groups", "true_sequential", "damp_percent", "damp_auto_increment",
     "act_group_aware", "mse", "meta", "model_name_or_path", "model_file_base_name", "lm_head",

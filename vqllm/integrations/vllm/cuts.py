@@ -4,7 +4,7 @@
 
 A process is to have some rows of W (q, k, v, gate, up) or some columns (o, down). Where every
 transform on that side is block diagonal and no block is cut in two, these are rows or columns of
-W', and all is as without a transform (`rows_of`, `columns_of`). A full Hadamard transform mixes all
+W', and all is as without a transform (`vqllm_kernels.slices`). A full Hadamard transform mixes all
 of them: then a process holds an equal share of the rows of W' (`share_of`), and y', from all
 processes, goes through the transforms of the output in each of them.
 """
@@ -17,28 +17,7 @@ from torch import Tensor
 
 from vqllm.integrations.vllm.refusals import undivided
 from vqllm_kernels.linear import LinearSpec
-from vqllm_kernels.slices import (
-    Range,
-    Tensors,
-    columns_of,
-    ends_of_columns,
-    ends_of_rows,
-    has_rows,
-    rows_of,
-)
-
-__all__ = [
-    "Piece",
-    "Range",
-    "check_divides",
-    "columns_of",
-    "dense_rows",
-    "ends_of_columns",
-    "ends_of_rows",
-    "own_rows",
-    "rows_of",
-    "share_of",
-]
+from vqllm_kernels.slices import Range, Tensors, has_rows
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from vqllm.core.tensors import frozen
-from vqllm.integrations.vllm import cuts, refusals
+from vqllm.integrations.vllm import refusals
 from vqllm.integrations.vllm.mode import Mode, is_packed
 from vqllm.integrations.vllm.packed import PackedLinears
 from vqllm.integrations.vllm.stored import default_float32, forget, take, wait_for
 from vqllm.runtime.embedding import looked_up
+from vqllm_kernels import slices
 from vqllm_kernels.linear import LinearSpec
 
 if TYPE_CHECKING:
@@ -113,8 +114,8 @@ class VqllmEmbeddingMethod(QuantizeMethodBase):
     def _keep_packed(self, layer: VocabParallelEmbedding, own: dict[str, Tensor]) -> None:
         """The rows of this process, or all where tiles do not end there."""
         rows = own_rows(layer)
-        is_cut = cuts.ends_of_rows(self.spec, rows)
-        part = cuts.rows_of(self.spec, own, rows) if is_cut else (self.spec, own)
+        is_cut = slices.ends_of_rows(self.spec, rows)
+        part = slices.rows_of(self.spec, own, rows) if is_cut else (self.spec, own)
         layer.vqllm_held = PackedLinears.of(layer, [part], layer.vqllm_dtype)
         layer.vqllm_spec, layer.vqllm_cut = part[0], is_cut
 
@@ -127,7 +128,7 @@ class VqllmEmbeddingMethod(QuantizeMethodBase):
         return W_RC
 
 
-def own_rows(layer: VocabParallelEmbedding) -> cuts.Range:
+def own_rows(layer: VocabParallelEmbedding) -> slices.Range:
     """The rows of this process."""
     indices = layer.shard_indices
     return indices.org_vocab_start_index, indices.org_vocab_end_index

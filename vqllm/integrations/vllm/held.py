@@ -13,7 +13,7 @@ from vqllm.core.tensors import frozen
 from vqllm.integrations.vllm import cuts
 from vqllm.integrations.vllm.packed import PackedLinears
 from vqllm.integrations.vllm.stored import WEIGHT
-from vqllm_kernels import dispatch
+from vqllm_kernels import dispatch, slices
 from vqllm_kernels.linear import LinearSpec
 
 
@@ -22,7 +22,7 @@ class Plan:
     """What a process holds of each part, decided before weights are read."""
 
     is_packed: bool
-    ranges: list[list[cuts.Range]]
+    ranges: list[list[slices.Range]]
     """Its rows of each part."""
     shares: list[bool]
     """Whether it holds a share of the rows of W' in place of rows or columns of W."""
@@ -33,7 +33,7 @@ class Plan:
         layer: LinearBase,
         names: Sequence[str],
         specs: Sequence[LinearSpec | None],
-        ranges: list[list[cuts.Range]],
+        ranges: list[list[slices.Range]],
         is_packed: bool,
     ) -> "Plan":
         size = getattr(layer, "tp_size", 1)
@@ -45,9 +45,9 @@ class Plan:
                 shares.append(False)
                 continue
             if isinstance(layer, RowParallelLinear):
-                is_cut = cuts.ends_of_columns(spec, columns_of(layer))
+                is_cut = slices.ends_of_columns(spec, columns_of(layer))
             else:
-                is_cut = len(own) == 1 and cuts.ends_of_rows(spec, own[0])
+                is_cut = len(own) == 1 and slices.ends_of_rows(spec, own[0])
             if not is_cut:
                 cuts.check_divides(name, spec, size)
             shares.append(not is_cut)
@@ -60,7 +60,7 @@ class Held:
 
     linears: PackedLinears
     shares: list[bool]
-    outputs: dict[int, tuple[list[Any], list[cuts.Range]]]
+    outputs: dict[int, tuple[list[Any], list[slices.Range]]]
     """of parts held by share: the transforms of the output, and the rows that are kept then"""
     gathers_input: bool
     adds_up: bool
@@ -87,9 +87,9 @@ class Held:
                 outputs[i] = _outputs(layer, i, spec, own), plan.ranges[i]
             else:
                 cut = (
-                    cuts.columns_of(spec, own, columns_of(layer))
+                    slices.columns_of(spec, own, columns_of(layer))
                     if is_row
-                    else cuts.rows_of(spec, own, whole(plan.ranges[i]))
+                    else slices.rows_of(spec, own, whole(plan.ranges[i]))
                 )
                 held.append(cut)
         shared = is_row and any(plan.shares)
@@ -145,12 +145,12 @@ def _outputs(layer: nn.Module, part: int, spec: LinearSpec, own: dict[str, Tenso
     return stages
 
 
-def whole(ranges: Sequence[cuts.Range]) -> cuts.Range:
+def whole(ranges: Sequence[slices.Range]) -> slices.Range:
     """One range of ranges that follow each other."""
     return ranges[0][0], ranges[-1][1]
 
 
-def columns_of(layer: RowParallelLinear) -> cuts.Range:
+def columns_of(layer: RowParallelLinear) -> slices.Range:
     """The columns of this process."""
     cols = layer.input_size_per_partition
     return layer.tp_rank * cols, (layer.tp_rank + 1) * cols

@@ -18,6 +18,7 @@ from vqllm.integrations.vllm import cuts, refusals
 from vqllm.integrations.vllm.held import Held, Plan, columns_of
 from vqllm.integrations.vllm.mode import Mode, is_packed
 from vqllm.integrations.vllm.stored import WEIGHT, default_float32, take, wait_for
+from vqllm_kernels import slices
 from vqllm_kernels.linear import LinearSpec
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class VqllmLinearMethod(LinearMethodBase):
 
     def _ranges(
         self, layer: LinearBase, pieces: list[cuts.Piece], cols: int
-    ) -> list[list[cuts.Range]]:
+    ) -> list[list[slices.Range]]:
         rows = [spec.rows if spec is not None else 0 for spec in self.specs]
         if len(rows) == len(pieces):
             for name, spec, piece in zip(self.names, self.specs, pieces):

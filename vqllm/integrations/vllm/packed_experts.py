@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqllm.integrations.vllm import cuts
 from vqllm.integrations.vllm.packed import PackedLinears
 from vqllm.integrations.vllm.refusals import undivided_expert
 from vqllm.integrations.vllm.stored import WEIGHT
+from vqllm_kernels import slices
 from vqllm_kernels.linear import LinearSpec
 
 Tensors = dict[str, Tensor]
@@ -111,14 +111,14 @@ def check_divides(
             raise undivided_expert(names[part], process[1])
 
 
-def _range(size: int, process: tuple[int, int]) -> cuts.Range:
+def _range(size: int, process: tuple[int, int]) -> slices.Range:
     rank, num = process
     return rank * size // num, (rank + 1) * size // num
 
 
 def _ends(spec: LinearSpec, shard: str, process: tuple[int, int]) -> bool:
     size = spec.cols if shard == OUTPUT else spec.rows
-    ends = cuts.ends_of_columns if shard == OUTPUT else cuts.ends_of_rows
+    ends = slices.ends_of_columns if shard == OUTPUT else slices.ends_of_rows
     return size % process[1] == 0 and ends(spec, _range(size, process))
 
 
@@ -127,8 +127,8 @@ def _part(
 ) -> tuple[LinearSpec | None, Tensors]:
     if spec is not None:
         if shard == OUTPUT:
-            return cuts.columns_of(spec, own, _range(spec.cols, process))
-        return cuts.rows_of(spec, own, _range(spec.rows, process))
+            return slices.columns_of(spec, own, _range(spec.cols, process))
+        return slices.rows_of(spec, own, _range(spec.rows, process))
     W_RC: Any = own[WEIGHT].to(dtype)
     start, stop = _range(W_RC.shape[shard == OUTPUT], process)
     return None, {WEIGHT: W_RC[:, start:stop] if shard == OUTPUT else W_RC[start:stop]}
