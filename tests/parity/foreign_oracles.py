@@ -196,12 +196,96 @@ def exl3() -> Iterator[Case]:
         yield f"exl3-{generator}-{bits}", config, tensors, dense
 
 
+def vptq() -> Iterator[Case]:
+    from gptqmodel.nn_modules.qlinear.vptq_torch import VPTQLinear
+    from gptqmodel.utils.backend import BACKEND
+
+    cases = {
+        "vptq-8-8x1": {"vector_lens": (-1, 8), "num_centroids": (-1, 256)},
+        "vptq-5+7-6x1-bias": {
+            "vector_lens": (-1, 6),
+            "num_centroids": (-1, 32),
+            "num_res_centroids": (-1, 128),
+            "group_num": 2,
+            "enable_norm": True,
+            "enable_perm": True,
+        },
+        "vptq-9+9-4x1": {
+            "vector_lens": (-1, 4),
+            "num_centroids": (-1, 512),
+            "num_res_centroids": (-1, 512),
+            "enable_norm": True,
+        },
+        "vptq-outliers": {
+            "vector_lens": (4, 6),
+            "num_centroids": (16, 64),
+            "npercent": 5.0,
+            "enable_norm": True,
+            "enable_perm": True,
+        },
+        "vptq-outliers-groups": {
+            "vector_lens": (4, 3),
+            "num_centroids": (32, 16),
+            "num_res_centroids": (-1, 8),
+            "npercent": 5.0,
+            "group_num": 3,
+            "enable_perm": True,
+        },
+    }
+    for name, options in cases.items():
+        linear = VPTQLinear(
+            bits=2,
+            in_features=COLS,
+            out_features=ROWS,
+            dtype=torch.float32,
+            backend=BACKEND.VPTQ_TORCH,
+            **options,
+        )
+        norm = {"weight_scale": scales(COLS), "weight_bias": scales(COLS) * name.endswith("bias")}
+        tables = {"centroids": 1.0, "res_centroids": 0.1, "outlier_centroids": 4.0}
+        tensors: dict[str, Tensor] = {}
+        for key, stored in linear.state_dict().items():
+            kind = key.removesuffix(".weight")
+            if kind in tables:
+                tensors[key] = (torch.randn(stored.shape) * tables[kind]).half()
+            elif kind == "indices":
+                tensors[key] = words(*stored.shape)
+            elif kind == "outlier_indices":
+                entries = linear.num_centroids_pair[0]
+                tensors[key] = torch.randint(0, entries, stored.shape).to(torch.int16)
+            else:
+                tensors[key] = norm[kind] if kind in norm else torch.randperm(COLS).to(torch.int16)
+        linear.load_state_dict(
+            {key: value.to(linear.state_dict()[key]) for key, value in tensors.items()}
+        )
+        linear._validate_loaded_state()
+        layer = {
+            "bias": False,
+            "in_features": COLS,
+            "out_features": ROWS,
+            "vector_lens": list(linear.vector_lens),
+            "num_centroids": list(linear.num_centroids_pair),
+            "num_res_centroids": list(linear.num_res_centroids_pair),
+            "group_num": linear.group_num,
+            "group_size": linear.group_size,
+            "outlier_size": linear.outlier_size,
+            "indices_as_float": False,
+            "is_indice_packed": True,
+            "enable_norm": linear.enable_norm,
+            "enable_perm": linear.enable_perm,
+            "vector_quant_dim": "out",
+        }
+        config = {"quant_method": "vptq", "shared_layer_config": {"up_proj": layer}}
+        yield name, config, tensors, linear.dequantize()
+
+
 SOURCES: dict[str, Callable[[], Iterator[Case]]] = {
     "gptq": gptq,
     "awq": awq,
     "compressed-tensors": compressed_tensors,
     "aqlm": aqlm,
     "exl3": exl3,
+    "vptq": vptq,
 }
 
 

@@ -32,7 +32,7 @@ class Case:
     @property
     def is_held(self) -> bool:
         """Whether our own format holds it."""
-        return self.method in HELD and "act-order" not in self.name
+        return self.method in HELD and not self.name.endswith(("act-order", "bias"))
 
     @property
     def rtol(self) -> float:
@@ -45,7 +45,7 @@ class Case:
 
 
 DATA = Path(__file__).parents[1] / "data" / "foreign"
-HELD = ("gptq", "awq", "compressed-tensors", "aqlm")
+HELD = ("gptq", "awq", "compressed-tensors", "aqlm", "vptq")
 
 
 def cases(folder: Path) -> list[Case]:

@@ -226,3 +226,14 @@ def _numbers(allowed: Sequence[int]) -> str:
     if isinstance(allowed, range):
         return f"{allowed[0]}..{allowed[-1]}"
     return ", ".join(map(str, allowed))
+
+
+def exact_half(name: str, values: Tensor) -> Tensor:
+    """The same numbers in float16. CannotHoldError where one has no equal there."""
+    half = values.half()
+    if not torch.equal(half.double(), values.double()):
+        raise CannotHoldError(
+            f"a value of {name} is {values.dtype} and has no equal in float16, in which our "
+            "tables are stored"
+        )
+    return half

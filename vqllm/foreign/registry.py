@@ -9,9 +9,10 @@ from vqllm.foreign.base import ForeignFormat
 from vqllm.foreign.compressed_tensors import CompressedTensors
 from vqllm.foreign.exl3 import Exl3
 from vqllm.foreign.gptq import Gptq
+from vqllm.foreign.vptq import Vptq
 
 FORMATS: dict[str, type[ForeignFormat]] = {
-    own.method: own for own in (Gptq, Awq, CompressedTensors, Aqlm, Exl3)
+    own.method: own for own in (Gptq, Awq, CompressedTensors, Aqlm, Exl3, Vptq)
 }
 METHODS = tuple(FORMATS)
 KEYS = ("quantization_config", "compression_config")
