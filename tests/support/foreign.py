@@ -68,10 +68,11 @@ def linear_of(
     case: Case,
     tensors: Mapping[str, Tensor] | None = None,
     config: Mapping[str, Any] | None = None,
+    name: str = "model.layers.0.mlp.up_proj",
 ) -> CodedModule:
     """The linear of a case, or of changed tensors or another configuration."""
     tensors = case.tensors if tensors is None else tensors
-    stored = {f"model.layers.0.mlp.up_proj.{key}": value for key, value in tensors.items()}
+    stored = {f"{name}.{key}": value for key, value in tensors.items()}
     headers = {
         key: StoredTensor(DTYPE_NAMES[value.dtype], tuple(value.shape), value.nbytes)
         for key, value in stored.items()
@@ -92,17 +93,20 @@ def write_coded(folder: Path, method: str, **changes: Any) -> dict[str, Tensor]:
     save_tiny(folder, "llama", dtype=torch.float16, intermediate_size=128)
     tensors = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
-    dense = {}
+    dense, described = {}, CONFIGS[method] | changes
     for key in [key for key in tensors if "layers." in key and tensors[key].dim() == 2]:
         name, (rows, cols) = key.removesuffix(".weight"), tensors.pop(key).shape
         own = RANDOM[method](rows, cols, generator)
         tensors |= {f"{name}.{end}": value.contiguous() for end, value in own.items()}
-        case = Case(name, CONFIGS[method] | changes, own, torch.empty(0))
-        dense[key] = linear_of(case).decode(torch.float32)
+        if method == "vptq":
+            layers = described.get("config_for_layers", {})
+            described = described | {"config_for_layers": layers | {name: vptq_layer(rows, cols)}}
+        case = Case(name, described, own, torch.empty(0))
+        dense[key] = linear_of(case, name=name).decode(torch.float32)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"] = CONFIGS[method] | changes
+    config["quantization_config"] = described
     path.write_text(json.dumps(config))
     return dense
 
@@ -150,7 +154,39 @@ def _aqlm(rows: int, cols: int, generator: torch.Generator) -> dict[str, Tensor]
     }
 
 
-RANDOM = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed, "aqlm": _aqlm}
+def _vptq(rows: int, cols: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {
+        "indices": _words(generator, 1, rows // 4, cols // 2),
+        "centroids.weight": torch.randn((1, 256 * 4), generator=generator).half(),
+        "res_centroids.weight": torch.randn((1, 256 * 4), generator=generator).half() * 0.1,
+        "perm": torch.randperm(cols, generator=generator).to(torch.int16),
+    }
+
+
+def vptq_layer(rows: int, cols: int) -> dict[str, Any]:
+    """The options of a linear of VPTQ of 8 + 8 bits for 4 outputs."""
+    return {
+        "in_features": cols,
+        "out_features": rows,
+        "vector_lens": [-1, 4],
+        "num_centroids": [-1, 256],
+        "num_res_centroids": [-1, 256],
+        "group_num": 1,
+        "group_size": cols,
+        "outlier_size": 0,
+        "is_indice_packed": True,
+        "enable_norm": False,
+        "enable_perm": True,
+    }
+
+
+RANDOM = {
+    "gptq": _gptq,
+    "awq": _awq,
+    "compressed-tensors": _compressed,
+    "aqlm": _aqlm,
+    "vptq": _vptq,
+}
 _WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 CONFIGS: dict[str, dict[str, Any]] = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True},
@@ -167,4 +203,5 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "in_group_size": 8,
         "out_group_size": 1,
     },
+    "vptq": {"quant_method": "vptq"},
 }
