@@ -27,7 +27,7 @@ class Case:
 
     @property
     def method(self) -> str:
-        return self.config["quant_method"]
+        return self.config.get("quant_method", "")
 
     @property
     def is_held(self) -> bool:
@@ -77,7 +77,8 @@ def linear_of(
         key: StoredTensor(DTYPE_NAMES[value.dtype], tuple(value.shape), value.nbytes)
         for key, value in stored.items()
     }
-    values = {"quantization_config": case.config if config is None else config}
+    config = case.config if config is None else config
+    values = {"quantization_config" if "quant_method" in config else "quip_params": config}
     model = coded_model(Path("folder"), values, headers, stored.__getitem__)
     assert model is not None
     (module,) = model.modules.values()

@@ -50,7 +50,7 @@ def test_what_our_format_cannot_hold_is_said(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=told)
 def test_a_missing_or_misshapen_tensor_is_named(case: Case) -> None:
-    optional = {"g_idx", "weight_zero_point", "mcg", "mul1"}
+    optional = {"g_idx", "weight_zero_point", "mcg", "mul1", "rcp", "tp_rank"}
     for name, tensor in case.tensors.items():
         marker = name == linear_of(case).format.marker
         rest = {key: value for key, value in case.tensors.items() if key != name}

@@ -117,7 +117,7 @@ def _check_indices(module: Stored, name: str, index: Tensor, entries: int) -> No
     """Raise ModelError for an index of an entry that there is not."""
     if int(index.max()) >= entries or int(index.min()) < 0:
         raise module.wrong(
-            f"its {name} are {int(index.min())}..{int(index.max())}, and there are {entries} entries"
+            f"its {name} are {int(index.min())}..{int(index.max())}, of {entries} entries"
         )
 
 
