@@ -68,18 +68,13 @@ def linear_of(
     case: Case,
     tensors: Mapping[str, Tensor] | None = None,
     config: Mapping[str, Any] | None = None,
-    name: str = "model.layers.0.mlp.up_proj",
 ) -> CodedModule:
     """The linear of a case, or of changed tensors or another configuration."""
     tensors = case.tensors if tensors is None else tensors
-    stored = {f"{name}.{key}": value for key, value in tensors.items()}
-    headers = {
-        key: StoredTensor(DTYPE_NAMES[value.dtype], tuple(value.shape), value.nbytes)
-        for key, value in stored.items()
-    }
+    stored = {f"model.layers.0.mlp.up_proj.{key}": value for key, value in tensors.items()}
     config = case.config if config is None else config
     values = {"quantization_config" if "quant_method" in config else "quip_params": config}
-    model = coded_model(Path("folder"), values, headers, stored.__getitem__)
+    model = coded_model(Path("folder"), values, _headers(stored), stored.__getitem__)
     assert model is not None
     (module,) = model.modules.values()
     return module
@@ -94,22 +89,41 @@ def write_coded(folder: Path, method: str, **changes: Any) -> dict[str, Tensor]:
     save_tiny(folder, "llama", dtype=torch.float16, intermediate_size=128)
     tensors = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
-    dense, described = {}, CONFIGS[method] | changes
-    for key in [key for key in tensors if "layers." in key and tensors[key].dim() == 2]:
-        name, (rows, cols) = key.removesuffix(".weight"), tensors.pop(key).shape
+    config, described = json.loads((folder / "config.json").read_text()), CONFIGS[method] | changes
+    for name, (rows, cols) in _without_linears(tensors, fused=method == "quip#").items():
         own = RANDOM[method](rows, cols, generator)
+        if name.endswith(("qkv_proj", "upgate_proj")):
+            own["fuse_scales"] = torch.rand(3 if "qkv" in name else 2, generator=generator) + 0.5
         tensors |= {f"{name}.{end}": value.contiguous() for end, value in own.items()}
         if method == "vptq":
             layers = described.get("config_for_layers", {})
             described = described | {"config_for_layers": layers | {name: vptq_layer(rows, cols)}}
-        case = Case(name, described, own, torch.empty(0))
-        dense[key] = linear_of(case, name=name).decode(torch.float32)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["quantization_config"] = described
-    path.write_text(json.dumps(config))
-    return dense
+    config["quantization_config" if "quant_method" in described else "quip_params"] = described
+    (folder / "config.json").write_text(json.dumps(config))
+    model = coded_model(folder, config, _headers(tensors), tensors.__getitem__)
+    assert model is not None
+    return {f"{name}.weight": own.decode(torch.float32) for name, own in model.modules.items()}
+
+
+def _without_linears(tensors: dict[str, Tensor], fused: bool) -> dict[str, tuple[int, int]]:
+    """Takes the linears of the layers out; their sizes by name, as QuIP# stores them if `fused`."""
+    parts = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
+    parts |= {"up_proj": "upgate_proj", "gate_proj": "upgate_proj"}
+    found: dict[str, tuple[int, int]] = {}
+    for key in [key for key in tensors if "layers." in key and tensors[key].dim() == 2]:
+        parent, _, name = key.removesuffix(".weight").rpartition(".")
+        name = f"{parent}.{parts.get(name, name) if fused else name}"
+        rows, cols = tensors.pop(key).shape
+        found[name] = (found.get(name, (0, 0))[0] + rows, cols)
+    return found
+
+
+def _headers(tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+    return {
+        key: StoredTensor(DTYPE_NAMES[value.dtype], tuple(value.shape), value.nbytes)
+        for key, value in tensors.items()
+    }
 
 
 def _words(generator: torch.Generator, *shape: int) -> Tensor:
@@ -181,12 +195,40 @@ def vptq_layer(rows: int, cols: int) -> dict[str, Any]:
     }
 
 
+def _rotated(rows: int, cols: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {
+        "SU": torch.randn(cols, generator=generator).sign().half(),
+        "SV": _scales(generator, rows),
+    }
+
+
+def _quip(rows: int, cols: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {
+        "Qidxs": _words(generator, rows, cols // 16).view(torch.int64),
+        "Wscale": torch.tensor(1.0),
+        "codebook_id": torch.tensor(7),
+        **_rotated(rows, cols, generator),
+    }
+
+
+def _qtip(rows: int, cols: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {
+        "trellis": _words(generator, rows * cols // 256, 16).view(torch.int16),
+        "tlut": torch.randn((512, 2), generator=generator).half(),
+        "rcp": torch.tensor(0),
+        "tp_rank": torch.tensor(8),
+        **_rotated(rows, cols, generator),
+    }
+
+
 RANDOM = {
     "gptq": _gptq,
     "awq": _awq,
     "compressed-tensors": _compressed,
     "aqlm": _aqlm,
     "vptq": _vptq,
+    "quip#": _quip,
+    "qtip": _qtip,
 }
 _WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -205,4 +247,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "out_group_size": 1,
     },
     "vptq": {"quant_method": "vptq"},
+    "quip#": {"codebook": "E8P12", "codebook_version": 1, "lora_rank": 0, "rescale_WH": False},
+    "qtip": {
+        "codebook": "bitshift",
+        "decode_mode": "quantlut_sym",
+        "L": 16,
+        "K": 2,
+        "V": 2,
+        "tlut_bits": 9,
+        "td_x": 16,
+        "td_y": 16,
+    },
 }

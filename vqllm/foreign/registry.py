@@ -43,8 +43,9 @@ def format_of(config: Mapping[str, Any], where: str) -> ForeignFormat | None:
 
 
 def described(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says of the format, as it stands there."""
-    return next((dict(values) for _, values in _found(config)), {})
+    """What config.json says of the format, as it stands there, and its name."""
+    found = ({"quant_method": _method(*own), **own[1]} for own in _found(config))
+    return next(found, {})
 
 
 def without_codes(config: dict[str, Any]) -> dict[str, Any]:
