@@ -101,9 +101,14 @@ def write_coded(folder: Path, method: str, **changes: Any) -> dict[str, Tensor]:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config["quantization_config" if "quant_method" in described else "quip_params"] = described
     (folder / "config.json").write_text(json.dumps(config))
-    model = coded_model(folder, config, _headers(tensors), tensors.__getitem__)
+    return {f"{name}.weight": weight for name, weight in decoded(tensors, config).items()}
+
+
+def decoded(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of all linears in these tensors, float32."""
+    model = coded_model(Path("folder"), config, _headers(tensors), tensors.__getitem__)
     assert model is not None
-    return {f"{name}.weight": own.decode(torch.float32) for name, own in model.modules.items()}
+    return {name: own.decode(torch.float32) for name, own in model.modules.items()}
 
 
 def _without_linears(tensors: dict[str, Tensor], fused: bool) -> dict[str, tuple[int, int]]:

@@ -72,7 +72,7 @@ def e8p_own_signs(codes: Tensor) -> Tensor:
     signs = torch.zeros_like(codes)
     for coordinate, bit in enumerate(SIGN_BIT):
         signs |= ((codes >> bit) & 1) << coordinate
-    flips = 0x81 * _is_odd(e8p_base()).int()  # coordinates 0 and 7
+    flips = 0x81 * _is_odd(e8p_base().abs()).int()  # coordinates 0 and 7
     return signs ^ flips[(codes >> 8).long()]
 
 
