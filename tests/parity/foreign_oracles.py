@@ -229,6 +229,7 @@ def vptq() -> Iterator[Case]:
             "num_centroids": (16, 64),
             "npercent": 5.0,
             "enable_norm": True,
+            "norm_dim": 1,
             "enable_perm": True,
         },
         "vptq-outliers-groups": {
@@ -249,7 +250,8 @@ def vptq() -> Iterator[Case]:
             backend=BACKEND.VPTQ_TORCH,
             **options,
         )
-        norm = {"weight_scale": scales(COLS), "weight_bias": scales(COLS) * name.endswith("bias")}
+        size = ROWS if linear.norm_dim else COLS
+        norm = {"weight_scale": scales(size), "weight_bias": scales(size) * name.endswith("bias")}
         tables = {"centroids": 1.0, "res_centroids": 0.1, "outlier_centroids": 4.0}
         tensors: dict[str, Tensor] = {}
         for key, stored in linear.state_dict().items():
@@ -280,6 +282,7 @@ def vptq() -> Iterator[Case]:
             "indices_as_float": False,
             "is_indice_packed": True,
             "enable_norm": linear.enable_norm,
+            "norm_dim": linear.norm_dim,
             "enable_perm": linear.enable_perm,
             "vector_quant_dim": "out",
         }

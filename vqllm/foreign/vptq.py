@@ -12,7 +12,7 @@ outputs and, with residuals, a second one of m entries:
     outlier_centroids.weight  float [1, k·u]
     perm                      int16 [C]                 without a sign: input perm[j] of the model
                                                         is input j of the codes
-    weight_scale, weight_bias float [C]                 of the model's inputs
+    weight_scale, weight_bias float [C]                 of the model's inputs; [R] with norm_dim 1
 
 Outputs beyond R and inputs beyond C are padding. Where indices are not packed
 (`is_indice_packed`), they are int16 without a sign, or float16 of the same bits, and those of
@@ -100,7 +100,8 @@ class Vptq(ForeignFormat):
             module.expect("perm", ("I16", "I32", "I64"), (own.cols,), "the order of its inputs")
         if own.has_scale:
             for name in ("weight_scale", "weight_bias"):
-                module.expect(name, FLOATS, (own.cols,), f"{own.cols} inputs")
+                size = own.rows if own.of_outputs else own.cols
+                module.expect(name, FLOATS, (size,), "outputs" if own.of_outputs else "inputs")
         return Shape(own.rows, own.cols, math.lcm(own.length, own.outlier_length))
 
     def rows(self, module: Stored, shape: Shape) -> Rows:
@@ -111,7 +112,7 @@ class Vptq(ForeignFormat):
             parts.append(_looked_up(every, _tables(module, "res_centroids", own), own))
         outlier_values = _outliers(module, own) if own.outliers else None
         back_C = order(module, own).argsort() if own.has_order else None
-        affine = scale_and_bias(module) if own.has_scale else None
+        affine = scale_and_bias(module, own) if own.has_scale else None
 
         def decode(start: int, stop: int) -> Tensor:
             weight = parts[0](start, stop)
@@ -123,7 +124,8 @@ class Vptq(ForeignFormat):
             if back_C is not None:
                 weight = weight[:, back_C]
             if affine is not None:
-                weight = weight * affine[0] + affine[1]
+                scale, bias = (part[start:stop] if own.of_outputs else part for part in affine)
+                weight = weight * scale + bias
             return weight
 
         return decode

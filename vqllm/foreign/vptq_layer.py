@@ -35,6 +35,8 @@ class Layer:
     is_packed: bool
     has_scale: bool
     has_order: bool
+    of_outputs: bool
+    """whether scales are of outputs"""
 
     @property
     def index_bits(self) -> int:
@@ -76,11 +78,11 @@ def read_options(values: Any, where: str) -> Layer:
         is_packed=options.choice("is_indice_packed", (True, False), False),
         has_scale=options.choice("enable_norm", (True, False), False),
         has_order=options.choice("enable_perm", (True, False), False),
+        of_outputs=options.number("norm_dim", (0, 1), 0) == 1,
     )
     if outliers >= cols or not 0 <= outliers + own.num_groups * own.group - cols < own.group:
         options.refuse("group_size", own.group, f"what makes {cols} inputs with the other options")
     options.choice("vector_quant_dim", ("out",), "out")
-    options.number("norm_dim", (0,), 0)
     options.ignore("bias", "indices_as_float", "enable_proxy_error", "device", "dtype")
     options.end()
     return own
@@ -129,9 +131,11 @@ def order(module: Stored, own: Layer) -> Tensor:
     return perm_C
 
 
-def scale_and_bias(module: Stored) -> tuple[Tensor, Tensor]:
-    """float32 [C] each."""
-    return module.read("weight_scale").float(), module.read("weight_bias").float()
+def scale_and_bias(module: Stored, own: Layer) -> tuple[Tensor, Tensor]:
+    """float32 [1, C] each, or [R, 1]."""
+    axis = 1 if own.of_outputs else 0
+    scale, bias = (module.read(f"weight_{name}").float() for name in ("scale", "bias"))
+    return scale.unsqueeze(axis), bias.unsqueeze(axis)
 
 
 def _pair(options: Options, key: str, default: tuple[int, int] | None = None) -> tuple[int, int]:

@@ -50,14 +50,15 @@ def _transforms(
     if own.has_scale:
         if bool(module.read("weight_bias").any()):
             raise CannotHoldError(
-                "it has a weight_bias that is not 0, a number for each input that is added to its "
-                "weights, for which no format of ours has a place"
+                "it has a weight_bias that is not 0, which is added to its weights, and no format "
+                "of ours has a place for it"
             )
-        scale_C = exact_half("weight_scale", module.read("weight_scale"))
-        if not bool(scale_C.all()):
+        scale = exact_half("weight_scale", module.read("weight_scale"))
+        if not bool(scale.all()):
             raise CannotHoldError("a weight_scale is 0, and scales of ours are not")
-        transforms.append(ScaleSpec(side="in", size=own.cols))
-        states.append({"scale": scale_C})
+        side, size = ("out", own.rows) if own.of_outputs else ("in", own.cols)
+        transforms.append(ScaleSpec(side=side, size=size))
+        states.append({"scale": scale})
     if own.has_order:
         transforms.append(PermutationSpec(side="in", size=own.cols))
         states.append({"permutation": order(module, own).int()})
