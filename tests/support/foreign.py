@@ -45,7 +45,7 @@ class Case:
 
 
 DATA = Path(__file__).parents[1] / "data" / "foreign"
-HELD = ("gptq", "awq", "compressed-tensors", "aqlm")
+HELD = ("gptq", "awq", "compressed-tensors", "aqlm", "exl3")
 
 
 def cases(folder: Path) -> list[Case]:
@@ -89,11 +89,15 @@ def write_coded(folder: Path, method: str, **changes: Any) -> dict[str, Tensor]:
     Args:
         changes: keys of its `quantization_config` that replace the usual ones.
     """
-    save_tiny(folder, "llama", dtype=torch.float16, intermediate_size=128)
+    sizes = SIZES if method == "exl3" else {"intermediate_size": 128}
+    save_tiny(folder, "llama", dtype=torch.float16, **sizes)
     tensors = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     dense = {}
-    for key in [key for key in tensors if "layers." in key and tensors[key].dim() == 2]:
+    parts = ("layers.", "lm_head") if method == "exl3" else ("layers.",)
+    for key in [key for key in tensors if any(part in key for part in parts)]:
+        if tensors[key].dim() == 1:
+            continue
         name, (rows, cols) = key.removesuffix(".weight"), tensors.pop(key).shape
         own = RANDOM[method](rows, cols, generator)
         tensors |= {f"{name}.{end}": value.contiguous() for end, value in own.items()}
@@ -150,7 +154,32 @@ def _aqlm(rows: int, cols: int, generator: torch.Generator) -> dict[str, Tensor]
     }
 
 
-RANDOM = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed, "aqlm": _aqlm}
+def _exl3(rows: int, cols: int, generator: torch.Generator) -> dict[str, Tensor]:
+    words = torch.randint(-(1 << 15), 1 << 15, (cols // 16, rows // 16, 64), generator=generator)
+    scales = {
+        name: _scales(generator, size)
+        * 10
+        * (1 - 2 * torch.randint(0, 2, (size,), generator=generator).half())
+        for name, size in (("suh", cols), ("svh", rows))
+    }
+    mul1 = torch.tensor(0x83DCD12D - (1 << 32), dtype=torch.int32)
+    return {"trellis": words.short(), "mul1": mul1, **scales}
+
+
+RANDOM = {
+    "gptq": _gptq,
+    "awq": _awq,
+    "compressed-tensors": _compressed,
+    "aqlm": _aqlm,
+    "exl3": _exl3,
+}
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "head_dim": 64,
+    "num_attention_heads": 2,
+}
+"""What EXL3 asks for: multiples of 128 everywhere."""
 _WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 CONFIGS: dict[str, dict[str, Any]] = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True},
@@ -167,4 +196,5 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "in_group_size": 8,
         "out_group_size": 1,
     },
+    "exl3": {"quant_method": "exl3", "version": "1.6.5", "bits": 4.0, "head_bits": 4},
 }
