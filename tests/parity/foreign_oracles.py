@@ -21,6 +21,7 @@ compute in plain torch.
 # pyright: reportMissingImports=false
 
 import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -187,21 +188,51 @@ def aqlm() -> Iterator[Case]:
 def exl3() -> Iterator[Case]:
     from gptqmodel.nn_modules.exllamav3_torch import ExllamaV3TorchLinear
 
+    class HalfBits(ExllamaV3TorchLinear):
+        """The program knows whole bits only: the states of half bits are taken one by one."""
+
+        def _unpack_indices(self, start: int = 0, stop: int | None = None) -> Tensor:
+            return torch.tensor(
+                [[states(tile) for tile in row[start:stop]] for row in self.trellis.tolist()]
+            )
+
     factors = {"mcg": 0xCBAC1FED, "mul1": 0x83DCD12D}
-    for generator, bits in (("3inst", 3), ("mcg", 2), ("mul1", 5)):
+    forms = (("3inst", 3), ("mcg", 2), ("mul1", 5), ("mul1", 1.5), ("mul1", 3.5))
+    for generator, bits, end in (*((*own, "") for own in forms), ("mcg", 4, "-signs")):
         tensors = {
-            "trellis": torch.randint(-(1 << 15), 1 << 15, (8, 8, 16 * bits)).to(torch.int16),
+            "trellis": torch.randint(-(1 << 15), 1 << 15, (8, 8, int(16 * bits))).to(torch.int16),
             "suh": torch.randn(128).half(),
             "svh": torch.randn(128).half(),
         }
+        if end:
+            tensors |= {name: tensors[name].sign() for name in ("suh", "svh")}
         if generator in factors:
             tensors[generator] = torch.tensor(factors[generator] - (1 << 32), dtype=torch.int32)
-        linear = ExllamaV3TorchLinear.from_tensors(
-            in_features=128, out_features=128, name="linear", tensors=tensors
+        program = ExllamaV3TorchLinear if bits == int(bits) else HalfBits
+        linear = program.from_tensors(
+            in_features=128, out_features=128, name="linear", tensors=dict(tensors)
         )
         dense = linear.get_weight_tensor(torch.float32).T
+        if end:
+            tensors |= {name[:2]: bit_field(tensors.pop(name)) for name in ("suh", "svh")}
         config = {"quant_method": "exl3", "version": "0.0.1", "bits": float(bits), "head_bits": 6}
-        yield f"exl3-{generator}-{bits}", config, tensors, dense
+        yield f"exl3-{generator}-{bits}{end}", config, tensors, dense
+
+
+def states(tile: list[int]) -> list[int]:
+    """The 16 bits before the end of each symbol of a tile of half bits, whose symbols have k and
+    k + 1 bits in turn."""
+    words = [(tile[i + 1] & 0xFFFF, tile[i] & 0xFFFF) for i in range(0, len(tile), 2)]
+    ring = "".join(f"{half:016b}" for word in words for half in word)
+    few = len(tile) // 16
+    ends = itertools.accumulate((few, few + 1) * 128)
+    return [int((ring + ring)[end + len(ring) - 16 : end + len(ring)], 2) for end in ends]
+
+
+def bit_field(signs: Tensor) -> Tensor:
+    """A bit for each number, 1 where it is negative, the first one lowest: int16 words."""
+    bits = (signs < 0).long().view(-1, 16) << torch.arange(16)
+    return bits.sum(1).to(torch.int16)
 
 
 def vptq() -> Iterator[Case]:

@@ -45,7 +45,7 @@ class Case:
 
 
 DATA = Path(__file__).parents[1] / "data" / "foreign"
-HELD = ("gptq", "awq", "compressed-tensors", "aqlm", "vptq")
+HELD = ("gptq", "awq", "compressed-tensors", "aqlm", "vptq", "exl3")
 
 
 def cases(folder: Path) -> list[Case]:
@@ -86,11 +86,12 @@ def write_coded(folder: Path, method: str, **changes: Any) -> dict[str, Tensor]:
     Args:
         changes: keys of its `quantization_config` that replace the usual ones.
     """
-    save_tiny(folder, "llama", dtype=torch.float16, intermediate_size=128)
+    sizes = SIZES if method == "exl3" else {"intermediate_size": 128}
+    save_tiny(folder, "llama", dtype=torch.float16, **sizes)
     tensors = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     config, described = json.loads((folder / "config.json").read_text()), CONFIGS[method] | changes
-    for name, (rows, cols) in _without_linears(tensors, fused=method == "quip#").items():
+    for name, (rows, cols) in _without_linears(tensors, method).items():
         own = RANDOM[method](rows, cols, generator)
         if name.endswith(("qkv_proj", "upgate_proj")):
             own["fuse_scales"] = torch.rand(3 if "qkv" in name else 2, generator=generator) + 0.5
@@ -111,14 +112,17 @@ def decoded(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[st
     return {name: own.decode(torch.float32) for name, own in model.modules.items()}
 
 
-def _without_linears(tensors: dict[str, Tensor], fused: bool) -> dict[str, tuple[int, int]]:
-    """Takes the linears of the layers out; their sizes by name, as QuIP# stores them if `fused`."""
+def _without_linears(tensors: dict[str, Tensor], method: str) -> dict[str, tuple[int, int]]:
+    """Takes the linears of the layers out, and the head if the method stores it; their sizes by
+    name, as the method stores them."""
+    fused, places = method == "quip#", ("layers.", "lm_head") if method == "exl3" else ("layers.",)
     parts = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
     parts |= {"up_proj": "upgate_proj", "gate_proj": "upgate_proj"}
     found: dict[str, tuple[int, int]] = {}
-    for key in [key for key in tensors if "layers." in key and tensors[key].dim() == 2]:
-        parent, _, name = key.removesuffix(".weight").rpartition(".")
-        name = f"{parent}.{parts.get(name, name) if fused else name}"
+    stored = [key for key in tensors if any(place in key for place in places)]
+    for key in [key for key in stored if tensors[key].dim() == 2]:
+        parent, dot, name = key.removesuffix(".weight").rpartition(".")
+        name = f"{parent}{dot}{parts.get(name, name) if fused else name}"
         rows, cols = tensors.pop(key).shape
         found[name] = (found.get(name, (0, 0))[0] + rows, cols)
     return found
@@ -226,6 +230,18 @@ def _qtip(rows: int, cols: int, generator: torch.Generator) -> dict[str, Tensor]
     }
 
 
+def _exl3(rows: int, cols: int, generator: torch.Generator) -> dict[str, Tensor]:
+    words = torch.randint(-(1 << 15), 1 << 15, (cols // 16, rows // 16, 64), generator=generator)
+    scales = {
+        name: _scales(generator, size)
+        * 10
+        * (1 - 2 * torch.randint(0, 2, (size,), generator=generator).half())
+        for name, size in (("suh", cols), ("svh", rows))
+    }
+    mul1 = torch.tensor(0x83DCD12D - (1 << 32), dtype=torch.int32)
+    return {"trellis": words.short(), "mul1": mul1, **scales}
+
+
 RANDOM = {
     "gptq": _gptq,
     "awq": _awq,
@@ -234,7 +250,15 @@ RANDOM = {
     "vptq": _vptq,
     "quip#": _quip,
     "qtip": _qtip,
+    "exl3": _exl3,
 }
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "head_dim": 64,
+    "num_attention_heads": 2,
+}
+"""What EXL3 asks for: multiples of 128 everywhere."""
 _WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 CONFIGS: dict[str, dict[str, Any]] = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True},
@@ -263,4 +287,5 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "td_x": 16,
         "td_y": 16,
     },
+    "exl3": {"quant_method": "exl3", "version": "1.6.5", "bits": 4.0, "head_bits": 4},
 }
