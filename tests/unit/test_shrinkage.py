@@ -90,7 +90,7 @@ def test_every_rule_has_the_shrunken_hessian(rule: str) -> None:
 def test_it_is_the_basis_of_the_codes_that_counts() -> None:
     """A transform may bring entries off the diagonal along; shrinking comes after it."""
     H_CC = torch.diag(torch.arange(1.0, 65.0))
-    turned = {"transforms": [{"type": "hadamard", "side": "in"}]}
+    turned: dict[str, Any] = {"transforms": [{"type": "hadamard", "side": "in"}]}
     assert made(H_CC, recipe(0.0)).W_hat_RC.equal(made(H_CC, recipe()).W_hat_RC)
     assert not made(H_CC, recipe(0.0, **turned)).W_hat_RC.equal(
         made(H_CC, recipe(**turned)).W_hat_RC
@@ -99,15 +99,18 @@ def test_it_is_the_basis_of_the_codes_that_counts() -> None:
 
 def test_a_head_has_it_as_well() -> None:
     W_RC, H_CC = gaussian(40, 32), hessian(32)
-    part = {"head": {"codec": UNIFORM, "rounding": {"type": "ldlq"}}}
+    part: dict[str, Any] = {"head": {"codec": UNIFORM, "rounding": {"type": "ldlq"}}}
+
+    def reader(start: int, stop: int) -> Tensor:
+        return W_RC[start:stop]
 
     def head(H_CC: Tensor, shrinkage: float | None) -> Tensor:
         whole = recipe(shrinkage, **part)
         assert whole.head is not None
         own = whole.of(whole.head)
-        spec = linear_spec(*W_RC.shape, own)
+        spec = linear_spec(40, 32, own)
         matrix = Matrix(names=("head",), recipe=own, spec=spec, is_head=True)
-        made = quantize_rows(matrix, lambda *rows: W_RC[slice(*rows)], W_RC.device, H_CC, 9)
+        made = quantize_rows(matrix, reader, W_RC.device, H_CC, 9)
         return spec.dequantize(made.tensors)
 
     assert torch.equal(head(H_CC, 0.5), head(shrunken(H_CC, 0.5), None))
