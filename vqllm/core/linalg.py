@@ -18,8 +18,9 @@ def is_zero(H_CC: Tensor) -> bool:
     return bool((torch.diagonal(H_CC) == 0).all())
 
 
-def damp(H_CC: Tensor, damping: float) -> Tensor:
-    """H + damping · mean(diag H) · I, positive definite for a positive semidefinite H.
+def damp(H_CC: Tensor, damping: float, shrinkage: float = 1.0) -> Tensor:
+    """H with its entries off the diagonal times `shrinkage`, + damping · mean(diag H) · I: positive
+    definite for a positive semidefinite H.
 
     A feature that was zero on every calibration token (H_jj <= 0) gets mean(diag H) in place of
     its diagonal: it is then rounded to nearest by itself, and its weights still serve inputs that
@@ -28,6 +29,8 @@ def damp(H_CC: Tensor, damping: float) -> Tensor:
     Args:
         H_CC: symmetric E[x xᵀ], [C, C].
         damping: relative to mean(diag H), 0 or more.
+        shrinkage: 0 to 1. The result is a mean of H, which counts this much, and of its diagonal
+            alone; 1 leaves the entries as they are.
 
     Raises:
         NumericalError: an entry that is not finite, or an input group that is zero throughout.
@@ -45,7 +48,7 @@ def damp(H_CC: Tensor, damping: float) -> Tensor:
             "the Hessian is zero: this input was zero on every calibration token. Use other "
             "calibration text, or leave the linear out with a `skip` pattern."
         )
-    damped = H_CC.clone()
+    damped = H_CC.clone() if shrinkage == 1 else shrinkage * H_CC
     torch.diagonal(damped).copy_(torch.where(diagonal > 0, diagonal + damping * mean, mean))
     return damped
 

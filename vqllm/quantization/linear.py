@@ -115,7 +115,7 @@ def quantize_group(
 def _damped(H_CC: Tensor, H_prime: Tensor, recipe: Recipe, names: Iterable[str]) -> Tensor:
     """H in the transformed basis, made positive definite; the identity where no input was seen."""
     if not linalg.is_zero(H_CC):
-        return linalg.damp(H_prime, recipe.hessian.damping)
+        return linalg.damp(H_prime, recipe.hessian.damping, recipe.hessian.shrinkage)
     logger.warning(
         "the input of %s was zero on every calibration token: rounded to nearest", ", ".join(names)
     )
