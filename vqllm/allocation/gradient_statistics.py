@@ -136,16 +136,19 @@ class GradientStatistics:
             recipe.seed,
             job.activation_budget,
             scratch / "gradients",
+            self._run.processes,
         )
         # A visitor for each kind of result that the recipe needs; its results are stored under its
         # name here.
         visitors: dict[str, Visitor] = {}
         if recipe.hessian.weights == "output":
-            visitors["weights"] = TokenWeights(self._tokens, recipe.hessian.power)
+            visitors["weights"] = TokenWeights(
+                self._tokens, recipe.hessian.power, self._run.processes
+            )
         if recipe.allocation is not None:
             visitors["loss"] = self._sensitivity()
         if isinstance(recipe.rounding, OutputRounding):
-            visitors["outputs"] = OutputHessians(recipe.hessian.power)
+            visitors["outputs"] = OutputHessians(recipe.hessian.power, self._tokens.numel())
         share = self._progress.share
         gradients.run(self._selection.of, visitors, self._record, share)
 

@@ -19,6 +19,14 @@ class Form(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     on_cpu: bool
+    order: tuple[int, ...]
+    """of the axes in memory"""
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Form":
+        strides = tensor.stride()
+        order = sorted(range(tensor.dim()), key=lambda axis: (-strides[axis], axis))
+        return cls(tensor.dtype, tuple(tensor.shape), tensor.device.type == "cpu", tuple(order))
 
     @property
     def num_bytes(self) -> int:
@@ -50,8 +58,7 @@ class Parcel:
                 return len(tensors) - 1
 
         Pickler(file).dump(value)
-        forms = (Form(t.dtype, tuple(t.shape), t.device.type == "cpu") for t in tensors)
-        return cls(file.getvalue(), tuple(forms)), tensors
+        return cls(file.getvalue(), tuple(map(Form.of, tensors))), tensors
 
     def opened(self, tensors: Sequence[Tensor]) -> Any:
         """The value with these tensors in it. Comes from a process of the same run."""
@@ -65,22 +72,24 @@ class Parcel:
 
 def join(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """The bytes of all tensors in one buffer, uint8."""
-    forms = [Form(t.dtype, tuple(t.shape), True) for t in tensors]
+    forms = [Form.of(tensor) for tensor in tensors]
     buffer = torch.zeros(sum(f.padded_bytes for f in forms), dtype=torch.uint8, device=device)
     start = 0
     for tensor, form in zip(tensors, forms):
-        own = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        own = tensor.detach().permute(form.order).contiguous().reshape(-1).view(torch.uint8)
         buffer[start : start + form.num_bytes] = own
         start += form.padded_bytes
     return buffer
 
 
 def part(buffer: Tensor, forms: Sequence[Form]) -> list[Tensor]:
-    """The tensors of a buffer, each in memory of its own: the sums of products may depend on where
-    an operand begins."""
+    """The tensors of a buffer, each in memory of its own with its axes in the order that it had:
+    the sums of products may depend on where an operand begins, and on its strides."""
     tensors, start = [], 0
     for form in forms:
-        own = buffer[start : start + form.num_bytes].clone().view(form.dtype).view(form.shape)
+        own = buffer[start : start + form.num_bytes].clone().view(form.dtype)
+        own = own.view([form.shape[axis] for axis in form.order])
+        own = own.permute([form.order.index(axis) for axis in range(len(form.order))])
         tensors.append(own.cpu() if form.on_cpu else own)
         start += form.padded_bytes
     return tensors
