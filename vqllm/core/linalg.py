@@ -1,6 +1,6 @@
 """Factorisations of H for the rounding rules. Deterministic, and none of them alters its input."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -125,7 +125,15 @@ BLOCK = 512
 little more and lose speed of the product."""
 
 
-def add_symmetric(total_CC: Tensor, a_NC: Tensor, b_NC: Tensor) -> None:
+def symmetric_blocks(num_features: int) -> list[slice]:
+    """The rows that `add_symmetric` adds to in each of its products."""
+    size = -(-num_features // -(-num_features // BLOCK))
+    return [slice(start, start + size) for start in range(0, num_features, size)]
+
+
+def add_symmetric(
+    total_CC: Tensor, a_NC: Tensor, b_NC: Tensor, blocks: Collection[int] | None = None
+) -> None:
     """Add aᵀ b, known to be symmetric, to `total_CC` in place: only the blocks on and above the
     diagonal. `symmetric` completes the sum.
 
@@ -133,17 +141,16 @@ def add_symmetric(total_CC: Tensor, a_NC: Tensor, b_NC: Tensor) -> None:
         total_CC: float32.
         a_NC, b_NC: of any floating dtype. Two in bfloat16 are multiplied as such where the
             processor can; each product then is exact in float32, and so are the sums.
+        blocks: numbers of `symmetric_blocks` that are added to; None for all.
     """
     in_bfloat16 = a_NC.dtype == b_NC.dtype == torch.bfloat16
     is_one = a_NC is b_NC  # as usual: one copy is enough
     a_NC = a_NC.to(total_CC)
     b_NC = a_NC if is_one else b_NC.to(total_CC)
-    num_features = len(total_CC)
-    size = -(-num_features // -(-num_features // BLOCK))
     with _multiplied_in_bfloat16() if in_bfloat16 else nullcontext():
-        for start in range(0, num_features, size):
-            rows = slice(start, start + size)
-            total_CC[rows, start:].addmm_(a_NC[:, rows].T, b_NC[:, start:])
+        for number, rows in enumerate(symmetric_blocks(len(total_CC))):
+            if blocks is None or number in blocks:
+                total_CC[rows, rows.start :].addmm_(a_NC[:, rows].T, b_NC[:, rows.start :])
 
 
 @contextmanager
