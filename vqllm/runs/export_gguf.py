@@ -108,9 +108,6 @@ def _write(
         types = {name: chosen[found[name].name] for name in orders}
         outside |= {name: native for name, native in chosen.items() if name in writing.ENDS}
         _say(types | outside)
-    main = (
-        wanted if isinstance(wanted, NativeType) else wanted.main(types, checked.selection.shapes)
-    )
     stream = LayerStream(model.path, device, dtype, given.trust_remote_code, checked.tensors)
     coded: dict[str, tuple[NativeType, Path]] = {}
     for own in coded_linears(stream, tokens_SL, types, folder, progress):
@@ -118,6 +115,7 @@ def _write(
         np.save(file, own.matrix.blocks_RB[orders[own.name]].cpu().numpy())
         coded[found[own.name].name] = types[own.name], file
     progress.phase("writing the file")
+    main = wanted.main(types, checked.selection.shapes) if isinstance(wanted, Mix) else wanted
     writing.write(reader, coded, outside, main.name, target)
 
 
