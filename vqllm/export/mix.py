@@ -5,8 +5,9 @@ bytes that each type takes                                   ─┴► the choic
 """
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -193,10 +194,28 @@ class Offer:
             losses: nats a token that each tensor costs in each of its types.
         """
         items = [Item(self.costs[name], tuple(losses[name])) for name in self.types]
-        picks = allocate(items, self.size - self.fixed)
+        picks = min(self._tried(items), key=lambda picks: _expected(items, picks))
         spent = self.fixed + sum(item.costs[pick] for item, pick in zip(items, picks))
-        expected = sum(item.losses[pick] for item, pick in zip(items, picks))
+        expected = _expected(items, picks)
         logger.info("types for a file of %d bytes; expected KL divergence %.3g", spent, expected)
         if spent < WITHIN * self.size:
             logger.warning("no type that lowers the loss fits the rest of %d bytes", self.size)
         return {name: types[pick] for (name, types), pick in zip(self.types.items(), picks)}
+
+    def _tried(self, items: Sequence[Item]) -> Iterator[list[int]]:
+        """Choices for every item that fit. The embedding and the head are tried in each of their
+        types: a step of theirs is so large that it may fit only in place of many others."""
+        ends = [place for place, name in enumerate(self.types) if name in ENDS]
+        for own in product(*(range(len(items[place].costs)) for place in ends)):
+            tried = [*items]
+            for place, pick in zip(ends, own):
+                tried[place] = Item((items[place].costs[pick],), (items[place].losses[pick],))
+            if self.fixed + sum(min(item.costs) for item in tried) <= self.size:
+                picks = allocate(tried, self.size - self.fixed)
+                for place, pick in zip(ends, own):
+                    picks[place] = pick
+                yield picks
+
+
+def _expected(items: Sequence[Item], picks: Sequence[int]) -> float:
+    return sum(item.losses[pick] for item, pick in zip(items, picks))

@@ -2,13 +2,12 @@
 the KL divergence of the predictions.
 
 One type of each is measured: the model runs on a few sequences with the matrix rounded and without.
-The other types cost in proportion to their squared errors.
+The other types cost in proportion to their errors.
 """
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,11 @@ from vqllm.calibration.layer_calls import States
 from vqllm.calibration.layer_stream import LayerStream
 from vqllm.calibration.passes import batches
 from vqllm.core import threads
-from vqllm.export.native_rounding import round_to_nearest
+from vqllm.export.ends import ROWS, modules_of, round_rows
 from vqllm.export.native_types import NativeType
 
-ROWS = 4096
-"""Of a matrix, that are rounded to learn its errors; and those that are rounded at a time."""
+SAMPLE = 4096
+"""Rows of a matrix that are rounded to learn its errors in a type."""
 SEQUENCES = 16
 """Calibration sequences that the model runs on."""
 MEASURED_BITS = 4.5
@@ -39,37 +38,20 @@ class Outside:
     """that use the matrix, in the model of a stream"""
     types: tuple[NativeType, ...]
     """that it is offered"""
+    H_CC: Tensor | None
+    """what it is rounded with; None: to nearest"""
 
-
-def ends(model: Any, reader: Any) -> list[str]:
-    """The tensors of a GGUF file that are the model's embedding and its output head.
-
-    Args:
-        model: transformers' model; its weights may be on the meta device.
-        reader: a `gguf.GGUFReader`.
-    """
-    shapes = {name: tuple(_weight(module).shape) for name, module in _modules(model).items()}
-    return [
-        tensor.name
-        for tensor in reader.tensors
-        if shapes.get(tensor.name) == tuple(int(size) for size in reversed(tensor.shape))
-    ]
-
-
-def _modules(model: Any) -> dict[str, nn.Module]:
-    found = {
-        "token_embd.weight": model.get_input_embeddings(),
-        "output.weight": model.get_output_embeddings(),
-    }
-    return {
-        name: module
-        for name, module in found.items()
-        if isinstance(getattr(module, "weight", None), Tensor)
-    }
+    @property
+    def weight(self) -> Tensor:
+        return self.modules[0].get_parameter("weight").data
 
 
 def losses(
-    stream: LayerStream, tokens_SL: Tensor, offered: Mapping[str, Sequence[NativeType]], tied: bool
+    stream: LayerStream,
+    tokens_SL: Tensor,
+    offered: Mapping[str, Sequence[NativeType]],
+    hessians: Mapping[str, Tensor],
+    tied: bool,
 ) -> dict[str, list[float]]:
     """Losses of matrices outside the layers, by the names of their tensors.
 
@@ -77,47 +59,45 @@ def losses(
         stream: the unquantized model.
         tokens_SL: calibration sequences, int64.
         offered: the types of each.
+        hessians: those of the matrices that are not rounded to nearest.
         tied: whether the head has no tensor of its own.
     """
-    modules = _modules(stream.model)
+    modules = modules_of(stream.model)
     matrices = {}
     for name, types in offered.items():
-        matrices[name] = Outside((*modules.values(),) if tied else (modules[name],), tuple(types))
-    tokens_SL = tokens_SL[:SEQUENCES]
-    errors = {name: _squared_errors(matrix) for name, matrix in matrices.items()}
-    rounded = {name: _rounded(own.modules[0], _measured(own)) for name, own in matrices.items()}
-    found = _divergences(stream, tokens_SL, [(matrices[name], rounded[name]) for name in matrices])
-    found_losses = {}
-    for (name, matrix), kl in zip(matrices.items(), found):
-        own = errors[name]
-        at = own[matrix.types.index(_measured(matrix))]
-        found_losses[name] = [kl * error / at if at > 0 else 0.0 for error in own]
-    return found_losses
+        users = (*modules.values(),) if tied else (modules[name],)
+        matrices[name] = Outside(users, tuple(types), hessians.get(name))
+    variants = [(matrix, _rounded(matrix, _measured(matrix))) for matrix in matrices.values()]
+    found = {}
+    for (name, matrix), kl in zip(
+        matrices.items(), _divergences(stream, tokens_SL[:SEQUENCES], variants)
+    ):
+        errors = _errors(matrix)
+        measured = errors[matrix.types.index(_measured(matrix))]
+        found[name] = [kl * own / measured if measured > 0 else 0.0 for own in errors]
+    return found
 
 
 def _measured(matrix: Outside) -> NativeType:
     return min(matrix.types, key=lambda native: abs(native.bits - MEASURED_BITS))
 
 
-def _squared_errors(matrix: Outside) -> list[float]:
-    """Of some rows in each type."""
-    weight_VC = _weight(matrix.modules[0])
-    W_RC = weight_VC[:: -(-len(weight_VC) // ROWS)].float()
-    return [
-        float(threads.total((W_RC - round_to_nearest(native, W_RC).W_hat_RC).double().square()))
-        for native in matrix.types
-    ]
+def _errors(matrix: Outside) -> list[float]:
+    """tr(E H Eᵀ) of some rows in each type."""
+    W_RC = matrix.weight[:: -(-len(matrix.weight) // SAMPLE)].float()
+    errors = []
+    for native in matrix.types:
+        E_RC = W_RC - round_rows(native, W_RC, matrix.H_CC, passes=0).W_hat_RC
+        EH_RC = E_RC if matrix.H_CC is None else E_RC @ matrix.H_CC
+        errors.append(float(threads.total((EH_RC * E_RC).double())))
+    return errors
 
 
-def _rounded(module: nn.Module, native: NativeType) -> Tensor:
-    """The weight of a module as a type reproduces it."""
-    weight_VC = _weight(module)
-    parts = [round_to_nearest(native, W_RC.float()) for W_RC in weight_VC.split(ROWS)]
+def _rounded(matrix: Outside, native: NativeType) -> Tensor:
+    """The weight as a type reproduces it."""
+    weight_VC = matrix.weight
+    parts = (round_rows(native, W_RC, matrix.H_CC, passes=0) for W_RC in weight_VC.split(ROWS))
     return torch.cat([part.W_hat_RC.to(weight_VC.dtype) for part in parts])
-
-
-def _weight(module: nn.Module) -> Tensor:
-    return module.get_parameter("weight").data
 
 
 def _divergences(
@@ -136,7 +116,7 @@ def _divergences(
                         before = states.get((v, b))
                         states[v, b] = stream.run(index, tokens_SL[own], before)
     totals = [0.0] * len(variants)
-    vocabulary = len(_weight(stream.model.get_output_embeddings()))
+    vocabulary = stream.model.config.get_text_config().vocab_size
     most = max(1, LOGIT_BYTES // (4 * vocabulary * tokens_SL.shape[1]))
     for b, own in enumerate(rows):
         for part in batches(tokens_SL[own], stream.device, most):

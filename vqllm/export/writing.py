@@ -7,11 +7,12 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from torch import Tensor
 
-from vqllm.export.native_rounding import round_to_nearest
+from vqllm.export.ends import EMBEDDING, HEAD, ROWS, round_rows
 from vqllm.export.native_types import NativeType, type_for, type_of
 
-ENDS = ("token_embd.weight", "output.weight")
+ENDS = (EMBEDDING, HEAD)
 """The embedding and the output head."""
 OUTSIDE = "Q6_K"
 """Of both, as llama-quantize has the head; Q8_0 where it must be."""
@@ -24,6 +25,7 @@ def write(
     reader: Any,
     coded: Mapping[str, tuple[NativeType, Path]],
     outside: Mapping[str, NativeType],
+    hessians: Mapping[str, Tensor],
     main: str,
     path: Path,
 ) -> None:
@@ -34,6 +36,7 @@ def write(
         coded: type and blocks (`.npy`, uint8 [R, bytes of a row]) of the tensors that are new.
         outside: types of the embedding and the head, by tensor; one that has its type already, or
             none here, stays as it is.
+        hessians: of those that are not rounded to nearest.
         main: the type that the file is named after.
         path: of the new file.
     """
@@ -44,7 +47,7 @@ def write(
             blocks = np.load(file, mmap_mode="r")
             writer.add_tensor(tensor.name, blocks, raw_dtype=_number(native))
         elif (native := outside.get(tensor.name)) and native.name != tensor.tensor_type.name:
-            blocks = _nearest(tensor, native)
+            blocks = _blocks(tensor, native, hessians.get(tensor.name))
             writer.add_tensor(tensor.name, blocks, raw_dtype=_number(native))
         else:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
@@ -102,10 +105,11 @@ def outside_types(reader: Any) -> dict[str, NativeType]:
     return found
 
 
-def _nearest(tensor: Any, native: NativeType) -> np.ndarray[Any, Any]:
-    """The blocks of a tensor, a few rows at a time."""
+def _blocks(tensor: Any, native: NativeType, H_CC: Tensor | None) -> np.ndarray[Any, Any]:
+    """The blocks of a tensor outside the layers, some rows at a time."""
     parts = []
-    for start in range(0, len(tensor.data), 4096):
-        rows = gguf.dequantize(tensor.data[start : start + 4096], tensor.tensor_type)
-        parts.append(round_to_nearest(native, torch.from_numpy(rows.copy())).blocks_RB.numpy())
+    for start in range(0, len(tensor.data), ROWS):
+        rows = gguf.dequantize(tensor.data[start : start + ROWS], tensor.tensor_type)
+        W_RC = torch.from_numpy(rows.copy())
+        parts.append(round_rows(native, W_RC, H_CC).blocks_RB.cpu().numpy())
     return np.concatenate(parts)

@@ -100,11 +100,11 @@ def _write(
     device = device_of(given.device)
     tokens_SL = sequences_of(model.path, recipe, device, given.trust_remote_code)["calibration"]
     dtype = dtype_of(given.compute_dtype)
-    outside = writing.outside_types(reader)
+    outside, hessians = writing.outside_types(reader), {}
     if mixed is not None:
         # The tensors of `checked` are for one stream, that of the layers that are coded.
         opened = partial(LayerStream, model.path, device, trust_remote_code=given.trust_remote_code)
-        chosen = mixed.choose(opened, dtype, tokens_SL, given.seed, folder, progress)
+        chosen, hessians = mixed.choose(opened, dtype, tokens_SL, given.seed, folder, progress)
         types = {name: chosen[found[name].name] for name in orders}
         outside |= {name: native for name, native in chosen.items() if name in writing.ENDS}
         _say(types | outside)
@@ -116,7 +116,7 @@ def _write(
         coded[found[own.name].name] = types[own.name], file
     progress.phase("writing the file")
     main = wanted.main(types, checked.selection.shapes) if isinstance(wanted, Mix) else wanted
-    writing.write(reader, coded, outside, main.name, target)
+    writing.write(reader, coded, outside, hessians, main.name, target)
 
 
 def _plan(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vqllm.calibration.layer_stream import LayerStream
 from vqllm.core.progress import Progress
-from vqllm.export import outside_losses, type_losses
+from vqllm.export import ends, outside_losses, type_losses
 from vqllm.export.mix import Mix, Offer
 from vqllm.export.native_types import NativeType
 
@@ -45,9 +45,8 @@ class MixedTypes:
         Raises:
             RecipeError: no choice gives the size that is asked for.
         """
-        ends = outside_losses.ends(model, reader)
-        offer = Offer.of(mix, reader, {*linears.values(), *ends}, folder)
-        tied = "output.weight" not in {own.name for own in reader.tensors}
+        offer = Offer.of(mix, reader, {*linears.values(), *ends.names_of(model, reader)}, folder)
+        tied = ends.HEAD not in {own.name for own in reader.tensors}
         return cls(offer, linears, tied)
 
     def choose(
@@ -58,19 +57,30 @@ class MixedTypes:
         seed: int,
         folder: Path,
         progress: Progress,
-    ) -> dict[str, NativeType]:
-        """The type of each tensor in the file that there was a choice for, by its name.
+    ) -> tuple[dict[str, NativeType], dict[str, Tensor]]:
+        """Choose.
 
         Args:
             dtype: in which the pass with gradients runs.
             tokens_SL: calibration sequences, int64.
             seed: of the labels of the loss.
             folder: for what does not fit in memory.
+
+        Returns:
+            by name the type of each tensor in the file that there was a choice for, and H of the
+            head if it is one.
         """
+        head = ends.HeadInput()
+
+        def opened() -> LayerStream:
+            stream = open_stream(dtype)
+            head.watch(stream.model)
+            return stream
+
         offered = self.offer.types
         gradients = type_losses.Pass(seed, folder / "gradients", ACTIVATION_BYTES)
         of_linears = gradients.losses(
-            lambda: open_stream(dtype),
+            opened,
             tokens_SL,
             {name: offered[own] for name, own in self.linears.items()},
             progress,
@@ -78,10 +88,11 @@ class MixedTypes:
         losses = {own: [0.0] * len(types) for own, types in offered.items()}
         for name, own in self.linears.items():
             losses[own] = [a + b for a, b in zip(losses[own], of_linears[name])]
+        hessians = head.hessians(self.tied)
         outside = {own: types for own, types in offered.items() if own not in self.linears.values()}
         if outside:
             progress.phase("divergence by the embedding and the head")
             # In float32: sums that are rounded to 16 bits diverge about as much as 8-bit weights.
             stream = open_stream(torch.float32)
-            losses |= outside_losses.losses(stream, tokens_SL, outside, self.tied)
-        return self.offer.choose(losses)
+            losses |= outside_losses.losses(stream, tokens_SL, outside, hessians, self.tied)
+        return self.offer.choose(losses), hessians
