@@ -493,6 +493,40 @@ def convert(
 
 
 @app.command()
+def archive(
+    folder: Annotated[Path, typer.Argument(help="a quantized folder")],
+    output: Annotated[Path, typer.Option(help="the file, which must not be there")],
+) -> None:
+    """Write a checkpoint as one entropy-coded file, for storage and transport."""
+    from vqllm.archive import archive
+
+    made = archive(folder, output)
+    table = Table("tensors", "MB", "in the archive", "saved")
+    for kind, (before, after) in sorted(made.kinds.items(), key=lambda item: -item[1][0]):
+        table.add_row(kind, *_sizes(before, after))
+    table.add_row("all files", *_sizes(made.before, made.after))
+    out.print(table)
+    out.print(f"{output}: vqllm unarchive gives the same files back", markup=False, highlight=False)
+
+
+def _sizes(before: int, after: int) -> tuple[str, str, str]:
+    saved = 100 * (1 - after / before) if before else 0.0
+    return f"{before / 1e6:.2f}", f"{after / 1e6:.2f}", f"{saved:.1f} %"
+
+
+@app.command()
+def unarchive(
+    file: Annotated[Path, typer.Argument(help="a file that vqllm archive wrote")],
+    output: Annotated[Path, typer.Option(help="a new or an empty folder")],
+) -> None:
+    """Write the folder that an archive was made of, the same bytes."""
+    from vqllm.archive import unarchive
+
+    unarchive(file, output)
+    out.print(f"{output}: the same files as before", markup=False, highlight=False)
+
+
+@app.command()
 def recipes(
     name: Annotated[
         str | None, typer.Argument(help="print this recipe with all of its keys")

@@ -85,6 +85,11 @@ def test_rows_that_blocks_of_256_do_not_divide() -> None:
         "Q5_K": "Q5_1",
         "Q6_K": "Q8_0",
         "IQ4_XS": "IQ4_NL",
+        "IQ2_XXS": "IQ4_NL",
+        "IQ2_XS": "IQ4_NL",
+        "IQ2_S": "IQ4_NL",
+        "IQ3_XXS": "IQ4_NL",
+        "IQ3_S": "IQ4_NL",
     }
     assert type_for(TYPES["Q2_K"], 100) is None
 

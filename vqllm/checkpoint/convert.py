@@ -10,7 +10,7 @@ from vqllm._version import __version__
 from vqllm.checkpoint import atomic, writer
 from vqllm.checkpoint.file_names import FileNames
 from vqllm.checkpoint.format import QuantizationConfig, shard_name
-from vqllm.checkpoint.new_folder import Made, new_folder, split
+from vqllm.checkpoint.new_folder import Made, new_folder, num_bytes, split
 from vqllm.checkpoint.shards import natural_order
 from vqllm.checkpoint.side_files import copy_files
 from vqllm.checkpoint.source import SourceTensors
@@ -67,7 +67,7 @@ def convert_checkpoint(folder: str | Path, output: str | Path) -> Path:
         source={"model": local_paths.name_of(str(folder.absolute()))},
     )
     made = _made(stored, source, specs, prefixes)
-    with new_folder(output, made, "converted model") as partial_folder:
+    with new_folder(output, num_bytes(made), "converted model") as partial_folder:
         _write(folder, made, partial_folder, config)
     return output
 
