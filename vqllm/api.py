@@ -47,7 +47,7 @@ def quantize(
     allow_bin: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
-) -> Summary:
+) -> Summary | None:
     """Quantize a model into a folder that transformers loads; the same as `vqllm quantize`.
 
     Args:
@@ -72,6 +72,9 @@ def quantize(
             and nothing else, and converted to safetensors in the cache, once.
         progress: receives events; None logs a line per layer.
         command: what the report says the checkpoint was made with.
+
+    Returns:
+        what came of it; None in all but the first of several processes that were started together.
 
     Raises:
         VqllmError: a mistake that the message explains; finished layers are kept.

@@ -130,9 +130,10 @@ def quantize(
             progress=progress,
             command=shlex.join(["vqllm", *sys.argv[1:]]),
         )
-    _print_rows(summary.rows())
-    # Outside the table, in one piece: made to be copied.
-    out.print(summary.load_line(), markup=False, highlight=False)
+    if summary is not None:  # only the first of several processes has one
+        _print_rows(summary.rows())
+        # Outside the table, in one piece: made to be copied.
+        out.print(summary.load_line(), markup=False, highlight=False)
 
 
 @app.command()
