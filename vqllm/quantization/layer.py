@@ -60,7 +60,7 @@ def quantize_layer(
     """
     layer, trainer = task.layer, task.trainer
     groups = calibrator.groups(layer.index, layer.linears)
-    stages = _stages(groups) if recipe.hessian.refresh == "group" else [groups]
+    stages = in_stages(groups) if recipe.hessian.refresh == "group" else [groups]
     results: list[PackedMatrix] = []
     unfinished = dict(layer.linears)
     for stage in stages:
@@ -98,7 +98,7 @@ def _warn_of_unreached(results: list[PackedMatrix]) -> None:
         )
 
 
-def _stages(groups: list[InputGroup]) -> list[list[InputGroup]]:
+def in_stages(groups: list[InputGroup]) -> list[list[InputGroup]]:
     """The groups one by one; those of all experts that read one input together, since none of them
     changes what another reads."""
     return [
