@@ -89,6 +89,7 @@ The weights of M
         split-v1          vqllm_kernels.split.reference
         trellis-v1        vqllm_kernels.trellis.reference
         trellis-v2        vqllm_kernels.trellis.reference_v2
+        trellis-v3        vqllm_kernels.trellis.reference_v3
 
         Codes narrower than a byte are packed as vqllm_kernels.bitpack says: least significant bit
         first, every row padded to a whole byte.

@@ -56,9 +56,17 @@ def _measure(folder: str, trust_remote_code: bool) -> JSON:
 
     logging.disable_progress_bar()
     found = {"imports": _resident()}
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
-    )
+    from vqllm.checkpoint.stored import tensors_to_load
+
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "trust_remote_code": trust_remote_code}
+    # Checkpoints of other tools, which transformers would load by their own packages.
+    decoded = tensors_to_load(Path(folder))
+    if decoded is None:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    else:
+        from vqllm.hf.loading import load_model
+
+        model = load_model(Path(folder), tensors=decoded, **options)
     found["loaded"] = _resident()
     tokens = torch.arange(8)[None]
     model.generate(

@@ -43,13 +43,6 @@ class NativeMatrix:
     W_hat_RC: Tensor
 
 
-def shrunken(H_CC: Tensor, shrinkage: float = SHRINKAGE) -> Tensor:
-    """H with its entries off the diagonal times `shrinkage`."""
-    shrunk_CC = shrinkage * H_CC
-    torch.diagonal(shrunk_CC).copy_(torch.diagonal(H_CC))
-    return shrunk_CC
-
-
 def round_to_nearest(native: NativeType, W_RC: Tensor) -> NativeMatrix:
     """A matrix of which no H is known: an embedding, an output head."""
     codec = NativeCodec(native_type=native.name)
@@ -82,7 +75,7 @@ def round_matrix(
     codec = NativeCodec(native_type=native.name)
     if passes is None:
         passes = PASSES if native.grid is None else VECTOR_PASSES
-    H_CC = linalg.damp(shrunken(H_CC, shrinkage), DAMPING)
+    H_CC = linalg.damp(H_CC, DAMPING, shrinkage)
     weight_RC = torch.diagonal(H_CC).expand(W_RC.shape)
     state = steps.fit_state(native, W_RC, weight_RC)
     columns = TileColumns.of(W_RC, H_CC, codec, state)

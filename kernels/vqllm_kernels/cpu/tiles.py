@@ -20,7 +20,7 @@ from functools import cached_property
 from vqllm_kernels.cpu.activations import LARGEST
 from vqllm_kernels.cpu.instructions import Instructions
 from vqllm_kernels.cpu.vectors import Value, Vectors
-from vqllm_kernels.trellis import reference
+from vqllm_kernels.trellis import reference, reference_v3
 
 PIECE = 4
 """Columns of a register."""
@@ -46,18 +46,21 @@ class TileProduct:
     """Rows of x."""
     masks: tuple[int, ...] = ()
     """Of code gf2."""
+    places: tuple[int, ...] = ()
+    """Those of trellis-v3; () is the order of a ring along the rows."""
 
     @property
     def key(self) -> str:
         """The fields as a text, a constant for the compiler."""
-        *fields, masks = vars(self).values()
-        return "/".join([*map(str, fields), ",".join(map(str, masks))])
+        *fields, masks, places = vars(self).values()
+        lists = (",".join(map(str, own)) for own in (masks, places))
+        return "/".join([*map(str, fields), *lists])
 
     @classmethod
     def of(cls, key: str) -> "TileProduct":
-        instructions, code, *numbers, masks = key.split("/")
-        bits = tuple(int(mask) for mask in masks.split(",") if mask)
-        return cls(instructions, code, *map(int, numbers), bits)  # type: ignore[arg-type]
+        instructions, code, *numbers, masks, places = key.split("/")
+        lists = (tuple(int(n) for n in own.split(",") if n) for own in (masks, places))
+        return cls(instructions, code, *map(int, numbers), *lists)  # type: ignore[arg-type]
 
     @property
     def step_weights(self) -> int:
@@ -123,8 +126,9 @@ class TileProduct:
 
     @cached_property
     def ends(self) -> list[int]:
-        """Where the window of each state ends."""
-        return reference.step_ends(self.tile_bits, reference.WEIGHTS // self.step_weights)
+        """Where the window of each state ends, by its place in the tile."""
+        ends = reference.step_ends(self.tile_bits, reference.WEIGHTS // self.step_weights)
+        return [ends[t] for t in reference_v3.step_of_place(self.places)] if self.places else ends
 
 
 @dataclass(frozen=True)

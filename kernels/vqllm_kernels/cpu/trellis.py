@@ -20,15 +20,15 @@ from vqllm_kernels.cpu.sums import add_sums, bfloat16, scale_sums
 from vqllm_kernels.cpu.tiles import PARITIES, TileEmitter, TileProduct
 from vqllm_kernels.cpu.vectors import Value, Vectors
 from vqllm_kernels.kernels import Tensors
-from vqllm_kernels.trellis import reference, reference_v2
+from vqllm_kernels.trellis import reference, reference_v2, reference_v3
 
 if TYPE_CHECKING:
-    from vqllm_kernels.trellis.spec import ParityTrellisSpec, TrellisSpec
+    from vqllm_kernels.trellis.spec import ParityTrellisSpec, PlacedTrellisSpec, TrellisSpec
+
+    Spec = TrellisSpec | ParityTrellisSpec | PlacedTrellisSpec
 
 
-def part(
-    spec: "TrellisSpec | ParityTrellisSpec", tensors: Tensors, instructions: Instructions
-) -> Part:
+def part(spec: "Spec", tensors: Tensors, instructions: Instructions) -> Part:
     """The codes of a linear with their kernels."""
     scale = float(tensors["scale"])
     table = _table(_product(spec, instructions, 1), tensors.get("table"))
@@ -49,12 +49,10 @@ def part(
     )
 
 
-def _product(
-    spec: "TrellisSpec | ParityTrellisSpec", instructions: Instructions, rows: int
-) -> TileProduct:
+def _product(spec: "Spec", instructions: Instructions, rows: int) -> TileProduct:
     masks = getattr(spec, "masks", ())
     sizes = spec.tile_rows, spec.tile_bits, spec.state_bits
-    return TileProduct(instructions, spec.code, *sizes, rows, masks)
+    return TileProduct(instructions, spec.code, *sizes, rows, masks, getattr(spec, "places", ()))
 
 
 def _table(product: TileProduct, stored: Tensor | None) -> Tensor | None:
@@ -79,7 +77,7 @@ def operand(product: TileProduct) -> Operand:
     if product.code == PARITIES:
         factors, means = (1.0, 1.0), (0.0, 0.0)
     else:
-        moments = reference.moments_of(product.code, product.state_bits)
+        moments = _moments(product)
         factors = (1 / moments.deviations[0], 1 / moments.deviations[-1])
         means = (moments.means[0], moments.means[-1])
     return Operand(
@@ -89,6 +87,12 @@ def operand(product: TileProduct) -> Operand:
         factors=factors,
         offsets=(means[0] + extra, means[1] + extra),
     )
+
+
+def _moments(product: TileProduct) -> reference.Moments:
+    if product.places:
+        return reference_v3.moments()
+    return reference.moments_of(product.code, product.state_bits)
 
 
 def _extra(product: TileProduct, is_bytes: bool | None = None) -> float:
@@ -107,7 +111,7 @@ def panel_numbers(product: TileProduct, scale: float) -> tuple[float, float, flo
     """What the weights of even and odd columns are multiplied by, and what is added then."""
     if product.code == PARITIES:
         return scale, scale, 0.0, 0.0
-    moments = reference.moments_of(product.code, product.state_bits)
+    moments = _moments(product)
     extra = _extra(product, is_bytes=False)
     factors = [scale / moments.deviations[i] for i in (0, -1)]
     means = [moments.means[i] + extra for i in (0, -1)]

@@ -183,9 +183,17 @@ def raw_values(code: str, states: Tensor) -> Tensor:
     [...]."""
     if code != "3inst":
         raise ValueError(f"trellis code {code!r} has a stored table")
-    x = (89226354 * states + 64248484) & _U32
+    return sums_of_halves((89226354 * states + 64248484) & _U32).half().double()[..., None]
+
+
+def sums_of_halves(x: Tensor) -> Tensor:
+    """The sums of the two halves of y of 3inst, read as float16: float32 [...], exact.
+
+    Args:
+        x: int64 [...] of 32 bits.
+    """
     y = (x & 0x8FFF8FFF) ^ 0x3B603B60
-    return (_float16(y & 0xFFFF) + _float16(y >> 16)).double()[..., None]
+    return _float16(y & 0xFFFF).float() + _float16(y >> 16).float()
 
 
 def values(

@@ -1,7 +1,8 @@
-"""Formats trellis-v1 and trellis-v2: a bitshift trellis over tiles of 256 weights.
+"""Formats trellis-v1, trellis-v2 and trellis-v3: a bitshift trellis over tiles of 256 weights.
 
 The values of states are computed, or in a table of float16, in trellis-v1 (`reference`). In
 trellis-v2 an index that is linear in the state leads to a small table of int8 (`reference_v2`).
+trellis-v3 has tiles in an order of its own, and the values of EXL3 (`reference_v3`).
 """
 
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from vqllm_kernels.cpu.kernels import PackedKernels
 from vqllm_kernels.formats import FormatSpec, register
-from vqllm_kernels.kernels import Kernels, Kind
+from vqllm_kernels.kernels import Kernels, Kind, NoKernels
 from vqllm_kernels.layout import TensorLayout
-from vqllm_kernels.trellis import reference, reference_v2
+from vqllm_kernels.trellis import reference, reference_v2, reference_v3
 
 if TYPE_CHECKING:
     from vqllm_kernels.cpu.parts import Part
@@ -198,6 +199,73 @@ class ParityTrellisSpec(FormatSpec):
                 f"{rate:g} bits a weight and states of {self.state_bits} bits in tiles of "
                 f"{self.tile_rows} rows: more than the {bits} bits that are read at once"
             )
+        return None
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class PlacedTrellisSpec(FormatSpec):
+    """Tiles of `tile_rows` x 256 / `tile_rows` weights in `tile_bits` bits each, one weight a step.
+
+    Bit k of a step's number is bit `places`[k] of its place in the tile, row-major.
+    """
+
+    format_id: ClassVar[str] = "trellis-v3"
+    step_weights: ClassVar[int] = 1
+
+    tile_rows: int
+    code: str
+    tile_bits: int
+    state_bits: int
+    places: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        problem = self._problem()
+        if problem:
+            raise ValueError(f"{self.format_id}: {problem}")
+
+    def _problem(self) -> str | None:
+        if self.code not in reference_v3.CODES:
+            return f"code {self.code!r}; allowed are {', '.join(reference_v3.CODES)}"
+        if sorted(self.places) != list(range(8)):
+            return f"places {list(self.places)}; each of 0 to 7 must be there once"
+        return _ring_problem(self.tile_rows, self.tile_bits, self.state_bits, reference.WEIGHTS)
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        return (self.tile_rows, reference.WEIGHTS // self.tile_rows)
+
+    def layout(self, rows: int, cols: int) -> dict[str, TensorLayout]:
+        shape = (*self.grid(rows, cols), self.tile_bits // reference.WORD)
+        return {
+            "codes": TensorLayout(shape, torch.int16, "codes", by_tile_row=True),
+            "scale": TensorLayout((1,), torch.float32, "side"),
+        }
+
+    def decode(self, tensors: dict[str, Tensor], rows: int, cols: int) -> Tensor:
+        sizes = self.tile_bits, self.state_bits, self.places
+        return reference_v3.decode(tensors, self.code, self.tile, *sizes, rows, cols)
+
+    def kernels(self, kind: Kind) -> Kernels:
+        if kind == "packed":
+            return PackedKernels(spec=self, parts=self._parts, reason=self._not_packed())
+        if kind == "triton":
+            return NoKernels(f"{self.format_id}: tiles in another order have no kernel")
+        return super().kernels(kind)
+
+    def _parts(self, tensors: dict[str, Tensor]) -> "list[Part]":
+        from vqllm_kernels.cpu import instructions, trellis
+
+        return [trellis.part(self, tensors, instructions.instructions())]
+
+    def _not_packed(self) -> str | None:
+        if self.code not in reference.MULTIPLIERS:
+            return f"code {self.code} is no sum of bytes"
+        # Of 64 rows, windows of two rows are read at once, as neighbours in the ring.
+        if self.tile_rows not in PACKED_TILE_ROWS[:2]:
+            return f"tiles of {self.tile_rows} rows; packed products take {PACKED_TILE_ROWS[:2]}"
+        if self.places[0] != 0:
+            return f"places {list(self.places)}: neighbours in a row are not two steps in turn"
         return None
 
 
