@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from vqllm.core import linalg
 from vqllm.export.native_rounding import (
     DAMPING,
-    PASSES,
     NativeMatrix,
     round_matrix,
     round_to_nearest,
@@ -89,9 +88,9 @@ class HeadInput:
 
 
 def round_rows(
-    native: NativeType, W_RC: Tensor, H_CC: Tensor | None, passes: int = PASSES
+    native: NativeType, W_RC: Tensor, H_CC: Tensor | None, passes: int | None = None
 ) -> NativeMatrix:
-    """Rows of a matrix in a type, by LDLQ where H is known, else to nearest."""
+    """Rows of a matrix in a type, as `round_matrix` does where H is known, else to nearest."""
     if H_CC is None:
         return round_to_nearest(native, W_RC.float())
     return round_matrix(native, W_RC.to(H_CC), H_CC, passes=passes)
