@@ -13,6 +13,7 @@ from vqllm.errors import EvaluationError
 from vqllm.evaluation import perplexity as evaluation
 from vqllm.evaluation import speed
 from vqllm.evaluation.resident import resident_bytes
+from vqllm.forecast.plan import Plan
 from vqllm.hf.running import explained_run
 from vqllm.models.load import load as load
 from vqllm.models.load import load_to_run
@@ -20,12 +21,19 @@ from vqllm.models.resolve import resolve
 from vqllm.recipes import Recipe, TuningRecipe
 from vqllm.report.summary import Summary
 from vqllm.runs import commands
-from vqllm.runs.arguments import CompareArguments, QuantizeArguments, TuneArguments, source_names
+from vqllm.runs.arguments import (
+    CompareArguments,
+    PlanArguments,
+    QuantizeArguments,
+    TuneArguments,
+    source_names,
+)
 from vqllm.runs.compare.result import ComparisonResult
 from vqllm.runs.devices import device_of
 from vqllm.runs.export_gguf import ExportArguments
 from vqllm.runs.export_gguf import run as run_export
 from vqllm.runs.measure import text_label
+from vqllm.runs.plan import plan as plan_of
 
 
 def quantize(
@@ -94,6 +102,58 @@ def quantize(
         allow_bin=allow_bin,
     )
     return commands.quantize(given, command, progress or LogProgress())
+
+
+def plan(
+    model: str | Path,
+    *,
+    recipe: str | Path | Recipe | None = None,
+    bits: float | None = None,
+    preset: str | None = None,
+    calibration: str | Path | Iterable[str | Path] | None = None,
+    seed: int | None = None,
+    changes: tuple[str, ...] = (),
+    device: str | None = None,
+    compute_dtype: str | None = None,
+    evaluate: bool = True,
+    eval_text: str | Path | None = None,
+    eval_windows: int | None = None,
+    measure: bool = True,
+    trust_remote_code: bool = False,
+    allow_bin: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
+    """What `quantize` with these arguments would give and take; the same as `vqllm plan`.
+
+    Args:
+        model: as in `quantize`; or a folder with a config.json and no weights, of which nothing is
+            measured.
+        measure: whether quality, time and memory are estimated from measurements on the model,
+            which takes up to a minute for a small one. Sizes need none.
+        recipe, bits, preset, calibration, seed, changes, device, compute_dtype, evaluate,
+            eval_text, eval_windows, trust_remote_code, allow_bin, progress: as in `quantize`.
+
+    Raises:
+        VqllmError: a mistake that `quantize` would end with.
+    """
+    given = PlanArguments(
+        model=model,
+        recipe=recipe,
+        bits=bits,
+        preset=preset,
+        calibration=source_names(calibration),
+        seed=seed,
+        changes=changes,
+        device=device,
+        compute_dtype=compute_dtype,
+        evaluate=evaluate,
+        eval_text=eval_text,
+        eval_windows=eval_windows,
+        measure=measure,
+        trust_remote_code=trust_remote_code,
+        allow_bin=allow_bin,
+    )
+    return plan_of(given, progress or LogProgress())
 
 
 def tune(

@@ -40,7 +40,7 @@ def quantize(given: QuantizeArguments, command: str | None, progress: Progress) 
     model = models.resolve(
         given.model, trust_remote_code=given.trust_remote_code, allow_bin=given.allow_bin
     )
-    job = _job(given, recipe, model)
+    job = job_of(given, recipe, model)
     evaluate = given.evaluate and _is_measurable(given, job.source)
     windows = _windows(given, job.source) if evaluate else None
     if recipe.tune is not None:
@@ -99,7 +99,7 @@ def compare(given: CompareArguments, command: str | None, progress: Progress) ->
     jobs, commands = {}, {}
     for member in members:
         own = member_of(member.origin, member.changes, member.name)
-        jobs[member.name] = _job(own, member.recipe, model)
+        jobs[member.name] = job_of(own, member.recipe, model)
         commands[member.name] = own.call()
     plan = Plan(
         model=model,
@@ -167,7 +167,8 @@ def _tuning_recipe(given: TuneArguments) -> TuningRecipe:
     return recipes.tuning_from_dict(values, chosen.name)
 
 
-def _job(given: QuantizeArguments, recipe: Recipe, model: ResolvedModel) -> Job:
+def job_of(given: QuantizeArguments, recipe: Recipe, model: ResolvedModel) -> Job:
+    """The run of a recipe that the arguments mean."""
     return Job(
         source=model.path,
         model=model.name,

@@ -1,0 +1,5 @@
+"""What a run will give and take, before it begins: size, quality, time, memory, disk.
+
+May import: core, hf, recipes, checkpoint, plan, allocation, quantization, report.
+Start at `plan.py`, the record; `sizes.py` has the size, and what stays as it is.
+"""

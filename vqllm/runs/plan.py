@@ -1,0 +1,43 @@
+"""The plan of a run that the arguments of `vqllm.plan` mean."""
+
+from pathlib import Path
+
+from vqllm.checkpoint.absent_weights import source_tensors
+from vqllm.checkpoint.source_files import has_weights
+from vqllm.core.progress import Progress
+from vqllm.forecast.make import plan_of
+from vqllm.forecast.plan import Plan
+from vqllm.models import resolve as models
+from vqllm.models.resolve import ResolvedModel
+from vqllm.quantization.checks import Checked, check_model, check_selection
+from vqllm.recipes import Recipe
+from vqllm.runs.arguments import PlanArguments
+from vqllm.runs.commands import job_of, recipe_of
+
+
+def plan(given: PlanArguments, progress: Progress) -> Plan:
+    """What the run would give and take. VqllmError as of the run."""
+    run = given.of_run(Path("."))
+    recipe = recipe_of(run)
+    model, is_there = _resolved(given)
+    job = job_of(run, recipe, model)
+    checked = _checked(job.source, job.model, recipe, given.trust_remote_code)
+    return plan_of(job, checked, given.measure and is_there, progress)
+
+
+def _resolved(given: PlanArguments) -> tuple[ResolvedModel, bool]:
+    """The model, and whether it has weights: a folder with config.json alone can be planned."""
+    path = Path(given.model).expanduser()
+    weights = [*path.glob("*.safetensors*"), *path.glob("*.bin")]
+    if str(given.model) != "demo" and (path / "config.json").is_file() and not weights:
+        return ResolvedModel(str(given.model), path), False
+    found = models.resolve(
+        given.model, trust_remote_code=given.trust_remote_code, allow_bin=given.allow_bin
+    )
+    return found, True
+
+
+def _checked(source: Path, name: str, recipe: Recipe, trust_remote_code: bool) -> Checked:
+    if has_weights(source):
+        return check_model(source, name, recipe, trust_remote_code)
+    return check_selection(source_tensors(source, trust_remote_code), name, recipe)
