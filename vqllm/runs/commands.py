@@ -42,7 +42,7 @@ def quantize(given: QuantizeArguments, command: str | None, progress: Progress) 
     )
     job = job_of(given, recipe, model)
     evaluate = given.evaluate and _is_measurable(given, job.source)
-    windows = _windows(given, job.source) if evaluate else None
+    windows = windows_of(given, job.source) if evaluate else None
     if recipe.tune is not None:
         return quantize_and_tune.run(job, model, windows, evaluate, command, progress)
     return quantization.run(job, windows, evaluate, command, progress, hub_id=model.hub_id)
@@ -75,7 +75,7 @@ def tune(given: TuneArguments, command: str | None, progress: Progress) -> Summa
         device=device_of(given.device),
         trust_remote_code=given.trust_remote_code,
     )
-    windows = _windows(given, job.teacher.path) if given.evaluate else None
+    windows = windows_of(given, job.teacher.path) if given.evaluate else None
     return tuning.run(job, windows, given.evaluate, command, progress)
 
 
@@ -106,7 +106,7 @@ def compare(given: CompareArguments, command: str | None, progress: Progress) ->
         output=Path(given.output),
         jobs=jobs,
         repeated=repeated,
-        windows=_windows(given, model.path),
+        windows=windows_of(given, model.path),
         commands=commands,
         command=command or given.call(),
         keep_checkpoints=given.keep_checkpoints,
@@ -201,7 +201,7 @@ def _check_windows(text: str | Path | None, number: int | None) -> None:
         raise EvaluationError("a number of windows is of a text: pass --eval-text FILE as well.")
 
 
-def _windows(
+def windows_of(
     given: QuantizeArguments | TuneArguments | CompareArguments, source: Path
 ) -> Windows | None:
     """What is measured on, if it is a text. It is read before the long part: a text that cannot be

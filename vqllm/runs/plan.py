@@ -12,7 +12,7 @@ from vqllm.models.resolve import ResolvedModel
 from vqllm.quantization.checks import Checked, check_model, check_selection
 from vqllm.recipes import Recipe
 from vqllm.runs.arguments import PlanArguments
-from vqllm.runs.commands import job_of, recipe_of
+from vqllm.runs.commands import job_of, recipe_of, windows_of
 
 
 def plan(given: PlanArguments, progress: Progress) -> Plan:
@@ -22,7 +22,15 @@ def plan(given: PlanArguments, progress: Progress) -> Plan:
     model, is_there = _resolved(given)
     job = job_of(run, recipe, model)
     checked = _checked(job.source, job.model, recipe, given.trust_remote_code)
-    return plan_of(job, checked, given.measure and is_there, progress)
+    windows = windows_of(run, job.source) if given.evaluate and is_there else None
+    return plan_of(
+        job,
+        checked,
+        progress,
+        windows=None if windows is None else (len(windows.tokens_SL), windows.tokens_SL.shape[1]),
+        evaluate=given.evaluate,
+        may_measure=given.measure and is_there,
+    )
 
 
 def _resolved(given: PlanArguments) -> tuple[ResolvedModel, bool]:
