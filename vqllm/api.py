@@ -42,6 +42,8 @@ def quantize(
     *,
     recipe: str | Path | Recipe | None = None,
     bits: float | None = None,
+    size: int | str | None = None,
+    kl: float | None = None,
     preset: str | None = None,
     calibration: str | Path | Iterable[str | Path] | None = None,
     seed: int | None = None,
@@ -62,10 +64,15 @@ def quantize(
         model: "demo", a hub id, a folder or a `.gguf` file.
         output: the folder to write; an unfinished run of the same command goes on.
         recipe: a shipped recipe's name, a YAML file or a Recipe; with `bits` instead, the best
-            recipe for that number of bits (2 when neither is given).
-        preset: with `bits`: "fast", "balanced" (the default) or "best", by the time of a run, or
-            "tuned": the best quality, for which the whole model has to fit in memory with its
-            gradients.
+            recipe for that number of bits, 1.1 to 5 (2 when nothing is given).
+        size: instead, the best recipe whose weight files, embedding and head included, have at
+            most so many bytes, and hardly fewer: a number or a text ("60MB", "1.5GB").
+        kl: instead, the best recipe for this KL divergence from the original's predictions, nats
+            a token. If what is measured is off by more than 15 %, the model is quantized once
+            more, with the expectation corrected by it.
+        preset: with `bits`, `size` or `kl`: "fast" (bits only), "balanced" (the default) or "best",
+            by the time of a run, or "tuned": the best quality, for which the whole model has to fit
+            in memory with its gradients.
         calibration: sources in place of the recipe's: "self", files, folders, datasets ids.
         seed: in place of the recipe's.
         changes: `dotted.key=value` changes of the recipe.
@@ -89,6 +96,8 @@ def quantize(
         output=output,
         recipe=recipe,
         bits=bits,
+        size=size,
+        kl=kl,
         preset=preset,
         calibration=source_names(calibration),
         seed=seed,
@@ -109,6 +118,8 @@ def plan(
     *,
     recipe: str | Path | Recipe | None = None,
     bits: float | None = None,
+    size: int | str | None = None,
+    kl: float | None = None,
     preset: str | None = None,
     calibration: str | Path | Iterable[str | Path] | None = None,
     seed: int | None = None,
@@ -130,7 +141,7 @@ def plan(
             measured.
         measure: whether quality, time and memory are estimated from measurements on the model,
             which takes up to a minute for a small one. Sizes need none.
-        recipe, bits, preset, calibration, seed, changes, device, compute_dtype, evaluate,
+        recipe, bits, size, kl, preset, calibration, seed, changes, device, compute_dtype, evaluate,
             eval_text, eval_windows, trust_remote_code, allow_bin, progress: as in `quantize`.
 
     Raises:
@@ -140,6 +151,8 @@ def plan(
         model=model,
         recipe=recipe,
         bits=bits,
+        size=size,
+        kl=kl,
         preset=preset,
         calibration=source_names(calibration),
         seed=seed,

@@ -83,11 +83,13 @@ EvalWindows = Annotated[
 
 
 Recipe = Annotated[str | None, typer.Option(help="a recipe's name, or a YAML file")]
-Bits = Annotated[
-    float | None, typer.Option(help="1.5, 2, 2.5, 3, 3.5 or 4: the best recipe for it")
+Bits = Annotated[float | None, typer.Option(help="bits a weight, 1.1 to 5: the best recipe for it")]
+Size = Annotated[
+    str | None, typer.Option(help="bytes of the whole file in place of bits: 60MB, 1.5GB")
 ]
+KL = Annotated[float | None, typer.Option("--kl", help="KL divergence to reach in place of bits")]
 Preset = Annotated[
-    str | None, typer.Option(help="with --bits: fast, balanced (default), best or tuned")
+    str | None, typer.Option(help="instead of a recipe: fast, balanced (default), best or tuned")
 ]
 Evaluate = Annotated[
     bool, typer.Option("--eval/--no-eval", help="measure the result against the original")
@@ -100,6 +102,8 @@ def quantize(
     output: Annotated[Path, typer.Option(help="folder of the quantized model")],
     recipe: Recipe = None,
     bits: Bits = None,
+    size: Size = None,
+    kl: KL = None,
     preset: Preset = None,
     calibration: Calibration = None,
     seed: Seed = None,
@@ -124,6 +128,8 @@ def quantize(
             model,
             recipe,
             bits,
+            size,
+            kl,
             preset,
             calibration,
             seed,
@@ -143,6 +149,8 @@ def quantize(
             output,
             recipe=recipe,
             bits=bits,
+            size=size,
+            kl=kl,
             preset=preset,
             calibration=calibration,
             seed=seed,
@@ -170,6 +178,8 @@ def plan(
     ],
     recipe: Recipe = None,
     bits: Bits = None,
+    size: Size = None,
+    kl: KL = None,
     preset: Preset = None,
     calibration: Calibration = None,
     seed: Seed = None,
@@ -197,6 +207,8 @@ def plan(
             model,
             recipe=recipe,
             bits=bits,
+            size=size,
+            kl=kl,
             preset=preset,
             calibration=calibration,
             seed=seed,

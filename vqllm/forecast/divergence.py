@@ -4,6 +4,7 @@ import math
 
 from vqllm.core import threads
 from vqllm.core.protocols import Codec
+from vqllm.forecast.gradients import PassMeasured
 from vqllm.forecast.measure import Measured
 from vqllm.forecast.plan import Estimate
 from vqllm.forecast.quality import error_of
@@ -53,20 +54,21 @@ def expected_kl(job: Job, checked: Checked, measured: Measured) -> float | None:
 def end_losses(job: Job, checked: Checked, measured: Measured) -> dict[str, float]:
     """What the matrices outside the layers that the recipe quantizes are expected to add, by the
     module that stores them."""
+    found = measured.found
+    assert found is not None, "the model predicts tokens"
     matrices = outside.plan(checked.tensors.blueprint.model, job.recipe)
     return {
-        matrix.names[0]: unit_loss(checked, matrix, measured) * error_of(matrix.recipe.codec)
+        matrix.names[0]: unit_loss(checked, matrix, found) * error_of(matrix.recipe.codec)
         for matrix in matrices
     }
 
 
-def unit_loss(checked: Checked, matrix: Matrix, measured: Measured) -> float:
+def unit_loss(checked: Checked, matrix: Matrix, found: PassMeasured) -> float:
     """The loss for errors as large as the weights of a matrix outside the layers."""
-    assert measured.found is not None, "the model predicts tokens"
     name = next(own for own in matrix.names if f"{own}.weight" in checked.tensors)
     W_RC = checked.tensors.read_rows(f"{name}.weight", 0, min(ROWS, matrix.spec.rows))
     mean = float(threads.mean(W_RC.float().square()))
-    return measured.found.ends.loss(matrix, mean)
+    return found.ends.loss(matrix, mean)
 
 
 def estimates(kl: float) -> tuple[Estimate, Estimate]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from vqllm.core import memory
 from vqllm.core.progress import Progress
 from vqllm.forecast.divergence import estimates, expected_kl
-from vqllm.forecast.measure import Measured, measure
+from vqllm.forecast.measure import Look, measure
 from vqllm.forecast.plan import Plan
 from vqllm.forecast.scale import Scope, disk, peaks, seconds
 from vqllm.forecast.sizes import codecs_by_size, sizes
@@ -26,7 +26,7 @@ def plan_of(
     windows: tuple[int, int] | None = None,
     evaluate: bool = True,
     may_measure: bool = True,
-    measured: Measured | None = None,
+    seen: Look | None = None,
 ) -> Plan:
     """The plan of a job.
 
@@ -36,14 +36,13 @@ def plan_of(
             sequences.
         evaluate: whether it is measured.
         may_measure: whether the model's weights are there, and may be read.
-        measured: what was measured before, for this recipe.
+        seen: what was measured before.
 
     Raises:
         VqllmError: a mistake that the run would end with.
     """
     recipe = job.recipe
-    if measured is None and may_measure:
-        measured = measure(job, checked, progress)
+    measured = measure(job, checked, progress, seen) if may_measure else None
     codecs = measured.codecs if measured is not None else {}
     own = sizes(checked, recipe, codecs or codecs_by_size(checked.selection, recipe))
     scope = Scope.of(job, checked, windows, evaluate, own.files.tensors)

@@ -50,8 +50,20 @@ class Measured:
     """seconds a token for logits and their divergence"""
 
 
-def measure(job: Job, checked: Checked, progress: Progress) -> Measured:
-    """Measure. Errors as of the run."""
+@dataclass(frozen=True)
+class Look:
+    """What can be measured before codecs are chosen; it serves for all recipes with the same
+    transforms and rounding."""
+
+    base_bytes: int
+    text: FewText
+    index: int
+    """of the layer that is tried"""
+    found: PassMeasured | None
+
+
+def look(job: Job, checked: Checked, progress: Progress) -> Look:
+    """Text, and the pass with gradients. Errors as of the run."""
     memory.keep_large_blocks_apart()
     memory.restart_peak()
     base = memory.peak_resident()
@@ -59,11 +71,24 @@ def measure(job: Job, checked: Checked, progress: Progress) -> Measured:
     text = few_sequences(job)
     model = checked.tensors.blueprint.model
     index = _middle(checked.selection, layer_names(model))
-    with tempfile.TemporaryDirectory() as folder:
-        found = None
-        if predicts_tokens(model.config) and not text.note:
-            progress.phase("gradients of the predictions, few sequences")
+    found = None
+    if predicts_tokens(model.config) and not text.note:
+        progress.phase("gradients of the predictions, few sequences")
+        with tempfile.TemporaryDirectory() as folder:
             found = measure_gradients(job, checked, text.tokens, index, Path(folder), progress)
+    return Look(base, text, index, found)
+
+
+def measure(job: Job, checked: Checked, progress: Progress, seen: Look | None = None) -> Measured:
+    """Measure all. Errors as of the run.
+
+    Args:
+        seen: by an earlier look.
+    """
+    seen = seen or look(job, checked, progress)
+    base, text, index, found = seen.base_bytes, seen.text, seen.index, seen.found
+    model = checked.tensors.blueprint.model
+    with tempfile.TemporaryDirectory() as folder:
         codecs = chosen_codecs(checked.selection, job.recipe, found)
         progress.phase(f"calibrating and rounding a linear of each shape of layer {index}")
         common = _most_common(checked.selection, codecs)

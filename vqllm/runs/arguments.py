@@ -39,6 +39,8 @@ class QuantizeArguments(_Arguments):
     output: str | Path
     recipe: str | Path | Recipe | None = None
     bits: float | None = None
+    size: int | str | None = None
+    kl: float | None = None
     preset: str | None = None
     calibration: list[str] | None = None
     seed: int | None = None
@@ -61,6 +63,8 @@ class PlanArguments(_Arguments):
     model: str | Path
     recipe: str | Path | Recipe | None = None
     bits: float | None = None
+    size: int | str | None = None
+    kl: float | None = None
     preset: str | None = None
     calibration: list[str] | None = None
     seed: int | None = None

@@ -24,6 +24,7 @@ from vqllm.runs.compare.run import Plan
 from vqllm.runs.compare.run import run as run_comparison
 from vqllm.runs.devices import device_of, dtype_of
 from vqllm.runs.measure import Windows, text_windows
+from vqllm.runs.targets import Aim, run_to_kl
 from vqllm.runs.teacher_check import teacher_of
 from vqllm.runs.tuning_job import TuningJob
 
@@ -40,6 +41,27 @@ def quantize(given: QuantizeArguments, command: str | None, progress: Progress) 
     model = models.resolve(
         given.model, trust_remote_code=given.trust_remote_code, allow_bin=given.allow_bin
     )
+    if given.size is None and given.kl is None:
+        return _run(given, recipe, model, command, progress)
+    aim = Aim(
+        given,
+        job_of(given, recipe, model),
+        lambda name, changes: named_recipe(given, name, changes),
+        progress,
+    )
+    if given.kl is None:
+        return _run(given, aim.recipe(), model, command, progress)
+    return run_to_kl(aim, lambda recipe: _run(given, recipe, model, command, progress))
+
+
+def _run(
+    given: QuantizeArguments,
+    recipe: Recipe,
+    model: ResolvedModel,
+    command: str,
+    progress: Progress,
+) -> Summary:
+    """The run of a recipe."""
     job = job_of(given, recipe, model)
     evaluate = given.evaluate and _is_measurable(given, job.source)
     windows = windows_of(given, job.source) if evaluate else None
@@ -121,17 +143,36 @@ def recipe_of(given: QuantizeArguments) -> Recipe:
         RecipeError: there is no such recipe, or arguments exclude each other.
     """
     recipe = given.recipe
-    if recipe is not None and (given.bits is not None or given.preset is not None):
-        raise RecipeError("give a recipe, or a number of bits and a preset, not both.")
+    targets = {"bits": given.bits, "size": given.size, "kl": given.kl}
+    named = [key for key, value in targets.items() if value is not None]
+    if recipe is not None and (named or given.preset is not None):
+        raise RecipeError(
+            "give a recipe, or a number of bits (or a size, or a KL divergence) and a preset, not "
+            "both."
+        )
+    if len(named) > 1:
+        raise RecipeError(f"{' and '.join(named)} exclude each other: give one of them.")
+    if given.preset == "fast" and named and named != ["bits"]:
+        raise RecipeError(
+            f"{named[0]} with the preset fast: it codes all linears alike, so that its rates are "
+            f"few. Take {', '.join(p for p in recipes.PRESETS if p != 'fast')}."
+        )
     if isinstance(recipe, Recipe):
-        chosen = recipe
         if given.changes:
             raise RecipeError("changes apply to recipes by name or file; change the object itself.")
-    else:
-        if recipe is None:
-            bits = DEFAULT_BITS if given.bits is None else given.bits
-            recipe = recipes.best(bits, given.preset or "balanced")
-        chosen = recipes.load(recipe, given.changes)
+        return _with_arguments(given, recipe)
+    if recipe is not None:
+        return named_recipe(given, recipe, ())
+    bits = DEFAULT_BITS if given.bits is None else given.bits
+    return named_recipe(given, *recipes.for_rate(bits, given.preset or "balanced"))
+
+
+def named_recipe(given: QuantizeArguments, name: str | Path, changes: tuple[str, ...]) -> Recipe:
+    """A recipe by name or file, with these changes, then those of the arguments."""
+    return _with_arguments(given, recipes.load(name, (*changes, *given.changes)))
+
+
+def _with_arguments(given: QuantizeArguments, chosen: Recipe) -> Recipe:
     # Arguments that stand in place of keys.
     values = chosen.to_dict()
     if given.calibration is not None:

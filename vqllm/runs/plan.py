@@ -2,17 +2,14 @@
 
 from pathlib import Path
 
-from vqllm.checkpoint.absent_weights import source_tensors
-from vqllm.checkpoint.source_files import has_weights
 from vqllm.core.progress import Progress
 from vqllm.forecast.make import plan_of
 from vqllm.forecast.plan import Plan
 from vqllm.models import resolve as models
 from vqllm.models.resolve import ResolvedModel
-from vqllm.quantization.checks import Checked, check_model, check_selection
-from vqllm.recipes import Recipe
 from vqllm.runs.arguments import PlanArguments
-from vqllm.runs.commands import job_of, recipe_of, windows_of
+from vqllm.runs.commands import job_of, named_recipe, recipe_of, windows_of
+from vqllm.runs.targets import Aim, checked_model
 
 
 def plan(given: PlanArguments, progress: Progress) -> Plan:
@@ -20,8 +17,18 @@ def plan(given: PlanArguments, progress: Progress) -> Plan:
     run = given.of_run(Path("."))
     recipe = recipe_of(run)
     model, is_there = _resolved(given)
-    job = job_of(run, recipe, model)
-    checked = _checked(job.source, job.model, recipe, given.trust_remote_code)
+    job, seen = job_of(run, recipe, model), None
+    may_measure = given.measure and is_there
+    if run.size is not None or run.kl is not None:
+        aim = Aim(
+            run,
+            job,
+            lambda name, changes: named_recipe(run, name, changes),
+            progress,
+            may_measure,
+        )
+        job, seen = job_of(run, aim.recipe(), model), aim.seen
+    checked = checked_model(job)
     windows = windows_of(run, job.source) if given.evaluate and is_there else None
     return plan_of(
         job,
@@ -29,7 +36,8 @@ def plan(given: PlanArguments, progress: Progress) -> Plan:
         progress,
         windows=None if windows is None else (len(windows.tokens_SL), windows.tokens_SL.shape[1]),
         evaluate=given.evaluate,
-        may_measure=given.measure and is_there,
+        may_measure=may_measure,
+        seen=seen,
     )
 
 
@@ -43,9 +51,3 @@ def _resolved(given: PlanArguments) -> tuple[ResolvedModel, bool]:
         given.model, trust_remote_code=given.trust_remote_code, allow_bin=given.allow_bin
     )
     return found, True
-
-
-def _checked(source: Path, name: str, recipe: Recipe, trust_remote_code: bool) -> Checked:
-    if has_weights(source):
-        return check_model(source, name, recipe, trust_remote_code)
-    return check_selection(source_tensors(source, trust_remote_code), name, recipe)
