@@ -4,10 +4,10 @@
 
 FOLDER of the data holds calibration/c4.txt and calibration/wiki.txt (calibration) and
 wikitext-2-raw/wiki.test.raw (the first windows are evaluated). A model is `demo` or NAME=FOLDER;
-`eval/train_tiny_moe.py` makes small ones that have learned something. Every plan and every run is a
-process of its own, so that its peak of memory is its own. Rows are kept in eval/results/plan.json as
-they come; what stands there is not repeated. `--only TEXT` takes the cases whose options have it,
-`--rows-only` writes the tables from the kept rows.
+`eval/train_tiny_moe.py` makes small ones that have learned something. Every plan and every run is
+a process of its own, so that its peak of memory is its own. Rows are kept in
+eval/results/plan.json as they come; what stands there is not repeated. `--only TEXT` takes the
+cases whose options have it, `--rows-only` writes the tables from the kept rows.
 
 Times hold where nothing else runs on the machine.
 """
