@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vqllm.calibration.layer_calibrator import InputGroup, LayerCalibrator
+from vqllm.calibration.hessian import InputGroup, InputHessian
+from vqllm.calibration.layer_calibrator import LayerCalibrator
+from vqllm.calibration.layer_stream import LayerStream
 from vqllm.core import memory, threads
 from vqllm.core.protocols import Codec
 from vqllm.core.tiles import to_tiles
@@ -70,92 +72,102 @@ def try_layer(
         codecs: of linears of each shape, where the recipe has several.
         folder: for activations.
     """
-    recipe, trial = job.recipe, Trial()
     memory.restart_peak()
     stream = job.open_stream()
-    calibrator = LayerCalibrator(
-        stream,
-        tokens,
-        job.activation_budget,
-        folder,
-        found.weights if found else None,
-        recipe.target.of,
-        None,
-        recipe.hessian.expert_shrinkage,
-    )
-    clock = _Clock()
+    tried = _Tried(job, checked, tokens, found, codecs, stream, folder)
     for before in range(index + 1):
         start = time.perf_counter()
         with stream.layer(before) as module:
-            own = linears_of(module, stream.names[before], stream.shared)
-            linears = checked.selection.of(own)
+            linears = checked.selection.of(linears_of(module, stream.names[before], stream.shared))
             weights = {name: linear.weight.data for name, linear in linears.items()}
             stream.cast(before)
-            trial.loading = time.perf_counter() - start
-            calibrator.begin(linears)
+            tried.trial.loading = time.perf_counter() - start
+            tried.calibrator.begin(linears)
             if before == index:
-                groups = calibrator.groups(index, linears)
-                unfinished, trial.num_stages = dict(linears), len(stages(groups))
-                for stage in stages(groups):
-                    for chunk in calibrator.chunks(linears, stage, HESSIAN_BYTES):
-                        with clock.running("passes"):
-                            hessians = calibrator.hessians(index, linears, chunk)
-                        for group, hessian in zip(chunk, hessians):
-                            if not hessian.is_known:
-                                continue
-                            H_CC = hessian.matrix(group.names[0])
-                            known = Statistics(
-                                H_CC,
-                                hessian.num_tokens,
-                                hessian.drift,
-                                found.outputs if found else {},
-                            )
-                            _round(job, checked, group, weights, known, codecs, trial, linears)
-                    for group in stage:
-                        for name in group.names:
-                            del unfinished[name]
-                    if unfinished:
-                        with clock.running("passes"):
-                            calibrator.settle(module, unfinished.values())
-            with clock.running("forward"):
-                calibrator.advance(before)
-    calibrator.close()
-    num = tokens.numel()
-    trial.forward = clock.last / num
-    trial.passes = clock.totals.get("passes", 0.0) / num + trial.forward
+                tried.round(index, module, linears, weights)
+            with tried.clock.running("forward"):
+                tried.calibrator.advance(before)
+    tried.calibrator.close()
+    trial, num = tried.trial, tokens.numel()
+    trial.forward = tried.clock.last / num
+    trial.passes = tried.clock.totals.get("passes", 0.0) / num + trial.forward
     trial.peak_bytes = memory.peak_resident()
     return trial
 
 
-def _round(
-    job: Job,
-    checked: Checked,
-    group: InputGroup,
-    weights: Mapping[str, Tensor],
-    known: Statistics,
-    codecs: Mapping[Shape, Codec],
-    trial: Trial,
-    linears: Mapping[str, torch.nn.Linear],
-) -> None:
-    """Round the linears of a group whose shapes are new."""
-    for name in group.names:
-        shape = (weights[name].shape[0], weights[name].shape[1])
-        if shape in trial.rounding:
-            continue
-        own = {name: codecs[shape]} if shape in codecs else None
-        start = time.perf_counter()
-        (made,) = quantize_group(
-            {name: weights[name].float()},
-            known,
-            job.recipe,
-            own,
+class _Tried:
+    """The layer on its way, with what is measured of it."""
+
+    def __init__(
+        self,
+        job: Job,
+        checked: Checked,
+        tokens: Tensor,
+        found: PassMeasured | None,
+        codecs: Mapping[Shape, Codec],
+        stream: LayerStream,
+        folder: Path,
+    ) -> None:
+        self._recipe, self._cuts, self._codecs = job.recipe, checked.selection.cuts, codecs
+        self._outputs = found.outputs if found else {}
+        self.trial, self.clock = Trial(), _Clock()
+        self.calibrator = LayerCalibrator(
+            stream,
+            tokens,
+            job.activation_budget,
+            folder,
+            found.weights if found else None,
+            job.recipe.target.of,
             None,
-            checked.selection.cuts,
+            job.recipe.hessian.expert_shrinkage,
         )
-        trial.rounding[shape] = time.perf_counter() - start
-        if not any(transform.type == "hadamard" for transform in job.recipe.transforms):
-            trial.errors[shape] = _error(name, weights[name].float(), job.recipe)
-        install(linears[name], "weight", made.W_hat_RC)
+
+    def round(
+        self,
+        index: int,
+        module: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        weights: Mapping[str, Tensor],
+    ) -> None:
+        """Measure every input group as a run does, and round a linear of each shape."""
+        calibrator = self.calibrator
+        in_order = stages(calibrator.groups(index, linears))
+        unfinished, self.trial.num_stages = dict(linears), len(in_order)
+        for stage in in_order:
+            for chunk in calibrator.chunks(linears, stage, HESSIAN_BYTES):
+                with self.clock.running("passes"):
+                    hessians = calibrator.hessians(index, linears, chunk)
+                for group, hessian in zip(chunk, hessians):
+                    if hessian.is_known:
+                        self._round_group(group, hessian, linears, weights)
+            for name in (name for group in stage for name in group.names):
+                del unfinished[name]
+            if unfinished:
+                with self.clock.running("passes"):
+                    calibrator.settle(module, unfinished.values())
+
+    def _round_group(
+        self,
+        group: InputGroup,
+        hessian: InputHessian,
+        linears: Mapping[str, nn.Linear],
+        weights: Mapping[str, Tensor],
+    ) -> None:
+        """Round the linears of a group whose shapes are new."""
+        H_CC, num = hessian.matrix(group.names[0]), hessian.num_tokens
+        known = Statistics(H_CC, num, hessian.drift, self._outputs)
+        for name in group.names:
+            W_RC = weights[name].float()
+            shape = (W_RC.shape[0], W_RC.shape[1])
+            if shape in self.trial.rounding:
+                continue
+            own = {name: self._codecs[shape]} if shape in self._codecs else None
+            start = time.perf_counter()
+            (made,) = quantize_group({name: W_RC}, known, self._recipe, own, None, self._cuts)
+            self.trial.rounding[shape] = time.perf_counter() - start
+            if not any(transform.type == "hadamard" for transform in self._recipe.transforms):
+                self.trial.errors[shape] = _error(name, W_RC, self._recipe)
+            install(linears[name], "weight", made.W_hat_RC)
 
 
 def _error(name: str, W_RC: Tensor, recipe: Recipe) -> float:
