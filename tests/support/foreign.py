@@ -44,6 +44,11 @@ class Case:
         return 1e-6 * float(self.expected.abs().max())
 
 
+MIXTURES = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128},
+}
+"""Models whose experts are stored one by one, under other names than in memory or the same."""
 DATA = Path(__file__).parents[1] / "data" / "foreign"
 HELD = ("gptq", "awq", "compressed-tensors", "aqlm", "exl3")
 
@@ -83,20 +88,23 @@ def linear_of(
     return module
 
 
-def write_coded(folder: Path, method: str, **changes: Any) -> dict[str, Tensor]:
-    """A tiny Llama whose linears are random codes of a format; returns its dense weights.
+def write_coded(
+    folder: Path, method: str, model: str = "llama", **changes: Any
+) -> dict[str, Tensor]:
+    """A tiny model whose linears are random codes of a format; returns its dense weights.
 
     Args:
+        model: "llama", or one of MIXTURES.
         changes: keys of its `quantization_config` that replace the usual ones.
     """
     sizes = SIZES if method == "exl3" else {"intermediate_size": 128}
-    save_tiny(folder, "llama", dtype=torch.float16, **sizes)
+    save_tiny(folder, model, dtype=torch.float16, **sizes | MIXTURES.get(model, {}))
     tensors = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     dense = {}
     parts = ("layers.", "lm_head") if method == "exl3" else ("layers.",)
     for key in [key for key in tensors if any(part in key for part in parts)]:
-        if tensors[key].dim() == 1:
+        if tensors[key].dim() == 1 or len(tensors[key]) < 32:  # norms, routers
             continue
         name, (rows, cols) = key.removesuffix(".weight"), tensors.pop(key).shape
         own = RANDOM[method](rows, cols, generator)
