@@ -130,9 +130,10 @@ def quantize(
             progress=progress,
             command=shlex.join(["vqllm", *sys.argv[1:]]),
         )
-    _print_rows(summary.rows())
-    # Outside the table, in one piece: made to be copied.
-    out.print(summary.load_line(), markup=False, highlight=False)
+    if summary is not None:  # only the first of several processes has one
+        _print_rows(summary.rows())
+        # Outside the table, in one piece: made to be copied.
+        out.print(summary.load_line(), markup=False, highlight=False)
 
 
 @app.command()
@@ -442,8 +443,17 @@ def export_gguf(
     model: Annotated[str, typer.Argument(help="demo, a hub id, a folder, or a .gguf file")],
     output: Annotated[Path, typer.Option(help="the file to write, new, ending in .gguf")],
     native_type: Annotated[
-        str, typer.Option("--type", help="llama.cpp's type for the linears: Q3_K, Q4_0, ...")
-    ],
+        str | None, typer.Option("--type", help="llama.cpp's type for the linears: Q3_K, Q4_0, ...")
+    ] = None,
+    mix: Annotated[
+        str | None,
+        typer.Option(
+            help="types mixed by sensitivity, the size of plain --type: default, or names"
+        ),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="types mixed within this size of the whole file: 80MB, ...")
+    ] = None,
     calibration: Calibration = None,
     sequences: Annotated[
         int | None, typer.Option(help="calibration sequences of 128 tokens", min=1)
@@ -466,6 +476,8 @@ def export_gguf(
             model,
             output,
             type=native_type,
+            mix=mix,
+            size=size,
             calibration=calibration,
             sequences=sequences,
             seed=seed,
@@ -476,8 +488,8 @@ def export_gguf(
             allow_bin=allow_bin,
             progress=progress,
         )
-    size = output.stat().st_size
-    out.print(f"{output}: {size / 1e6:.1f} MB for llama.cpp", markup=False, highlight=False)
+    megabytes = output.stat().st_size / 1e6
+    out.print(f"{output}: {megabytes:.1f} MB for llama.cpp", markup=False, highlight=False)
 
 
 @app.command()
@@ -490,6 +502,40 @@ def convert(
 
     convert_checkpoint(folder, output)
     out.print(f"{output}: the same weights, as a checkpoint of vqllm")
+
+
+@app.command()
+def archive(
+    folder: Annotated[Path, typer.Argument(help="a quantized folder")],
+    output: Annotated[Path, typer.Option(help="the file, which must not be there")],
+) -> None:
+    """Write a checkpoint as one entropy-coded file, for storage and transport."""
+    from vqllm.archive import archive
+
+    made = archive(folder, output)
+    table = Table("tensors", "MB", "in the archive", "saved")
+    for kind, (before, after) in sorted(made.kinds.items(), key=lambda item: -item[1][0]):
+        table.add_row(kind, *_sizes(before, after))
+    table.add_row("all files", *_sizes(made.before, made.after))
+    out.print(table)
+    out.print(f"{output}: vqllm unarchive gives the same files back", markup=False, highlight=False)
+
+
+def _sizes(before: int, after: int) -> tuple[str, str, str]:
+    saved = 100 * (1 - after / before) if before else 0.0
+    return f"{before / 1e6:.2f}", f"{after / 1e6:.2f}", f"{saved:.1f} %"
+
+
+@app.command()
+def unarchive(
+    file: Annotated[Path, typer.Argument(help="a file that vqllm archive wrote")],
+    output: Annotated[Path, typer.Option(help="a new or an empty folder")],
+) -> None:
+    """Write the folder that an archive was made of, the same bytes."""
+    from vqllm.archive import unarchive
+
+    unarchive(file, output)
+    out.print(f"{output}: the same files as before", markup=False, highlight=False)
 
 
 @app.command()

@@ -47,5 +47,9 @@ class EvaluationError(VqllmError):
     """An evaluation that cannot be run: unknown task, missing extra, text too short."""
 
 
+class ProcessError(VqllmError):
+    """Processes that share a run and were started with different arguments, or one that ended."""
+
+
 class OutOfSpaceError(VqllmError):
     """The disk is full. What was finished stays and the run can be resumed."""

@@ -11,7 +11,7 @@ import torch
 from tests.support.tiny import TEXT, save_tiny
 from vqllm import api
 from vqllm.errors import CheckpointError, ModelError, RecipeError
-from vqllm.export.tensors import row_order
+from vqllm.export.tensors import Place, row_order
 from vqllm.models.load import load
 
 NAMES = {
@@ -107,10 +107,10 @@ def test_rows_of_another_matrix_are_not_taken(tmp_path: Path) -> None:
     writer.close()
     tensor = gguf.GGUFReader(tmp_path / "a.gguf").tensors[0]
     W_RC = torch.arange(64).reshape(2, 32).half()
-    order_R = row_order(tensor, W_RC.flip(0))
+    order_R = row_order(Place(tensor), W_RC.flip(0))
     assert order_R is not None
     assert order_R.tolist() == [1, 0]
-    assert row_order(tensor, W_RC + 1) is None
+    assert row_order(Place(tensor), W_RC + 1) is None
 
 
 def test_what_bad_input_gets(model: Path, tmp_path: Path) -> None:

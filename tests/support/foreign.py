@@ -27,12 +27,12 @@ class Case:
 
     @property
     def method(self) -> str:
-        return self.config["quant_method"]
+        return self.config.get("quant_method", "")
 
     @property
     def is_held(self) -> bool:
         """Whether our own format holds it."""
-        return self.method in HELD and "act-order" not in self.name
+        return self.method in HELD and not self.name.endswith(("act-order", "bias"))
 
     @property
     def rtol(self) -> float:
@@ -50,7 +50,7 @@ MIXTURES = {
 }
 """Models whose experts are stored one by one, under other names than in memory or the same."""
 DATA = Path(__file__).parents[1] / "data" / "foreign"
-HELD = ("gptq", "awq", "compressed-tensors", "aqlm", "exl3")
+HELD = ("gptq", "awq", "compressed-tensors", "aqlm", "vptq", "exl3")
 
 
 def cases(folder: Path) -> list[Case]:
@@ -77,12 +77,9 @@ def linear_of(
     """The linear of a case, or of changed tensors or another configuration."""
     tensors = case.tensors if tensors is None else tensors
     stored = {f"model.layers.0.mlp.up_proj.{key}": value for key, value in tensors.items()}
-    headers = {
-        key: StoredTensor(DTYPE_NAMES[value.dtype], tuple(value.shape), value.nbytes)
-        for key, value in stored.items()
-    }
-    values = {"quantization_config": case.config if config is None else config}
-    model = coded_model(Path("folder"), values, headers, stored.__getitem__)
+    config = case.config if config is None else config
+    values = {"quantization_config" if "quant_method" in config else "quip_params": config}
+    model = coded_model(Path("folder"), values, _headers(stored), stored.__getitem__)
     assert model is not None
     (module,) = model.modules.values()
     return module
@@ -101,22 +98,50 @@ def write_coded(
     save_tiny(folder, model, dtype=torch.float16, **sizes | MIXTURES.get(model, {}))
     tensors = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
-    dense = {}
-    parts = ("layers.", "lm_head") if method == "exl3" else ("layers.",)
-    for key in [key for key in tensors if any(part in key for part in parts)]:
-        if tensors[key].dim() == 1 or len(tensors[key]) < 32:  # norms, routers
-            continue
-        name, (rows, cols) = key.removesuffix(".weight"), tensors.pop(key).shape
+    config, described = json.loads((folder / "config.json").read_text()), CONFIGS[method] | changes
+    for name, (rows, cols) in _without_linears(tensors, method).items():
         own = RANDOM[method](rows, cols, generator)
+        if name.endswith(("qkv_proj", "upgate_proj")):
+            own["fuse_scales"] = torch.rand(3 if "qkv" in name else 2, generator=generator) + 0.5
         tensors |= {f"{name}.{end}": value.contiguous() for end, value in own.items()}
-        case = Case(name, CONFIGS[method] | changes, own, torch.empty(0))
-        dense[key] = linear_of(case).decode(torch.float32)
+        if method == "vptq":
+            layers = described.get("config_for_layers", {})
+            described = described | {"config_for_layers": layers | {name: vptq_layer(rows, cols)}}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["quantization_config"] = CONFIGS[method] | changes
-    path.write_text(json.dumps(config))
-    return dense
+    config["quantization_config" if "quant_method" in described else "quip_params"] = described
+    (folder / "config.json").write_text(json.dumps(config))
+    return {f"{name}.weight": weight for name, weight in decoded(tensors, config).items()}
+
+
+def decoded(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of all linears in these tensors, float32."""
+    model = coded_model(Path("folder"), config, _headers(tensors), tensors.__getitem__)
+    assert model is not None
+    return {name: own.decode(torch.float32) for name, own in model.modules.items()}
+
+
+def _without_linears(tensors: dict[str, Tensor], method: str) -> dict[str, tuple[int, int]]:
+    """Takes the linears of the layers out, and the head if the method stores it; their sizes by
+    name, as the method stores them."""
+    fused, places = method == "quip#", ("layers.", "lm_head") if method == "exl3" else ("layers.",)
+    parts = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
+    parts |= {"up_proj": "upgate_proj", "gate_proj": "upgate_proj"}
+    found: dict[str, tuple[int, int]] = {}
+    stored = [key for key in tensors if any(place in key for place in places)]
+    # Not norms, nor routers.
+    for key in [key for key in stored if tensors[key].dim() == 2 and len(tensors[key]) >= 32]:
+        parent, dot, name = key.removesuffix(".weight").rpartition(".")
+        name = f"{parent}{dot}{parts.get(name, name) if fused else name}"
+        rows, cols = tensors.pop(key).shape
+        found[name] = (found.get(name, (0, 0))[0] + rows, cols)
+    return found
+
+
+def _headers(tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+    return {
+        key: StoredTensor(DTYPE_NAMES[value.dtype], tuple(value.shape), value.nbytes)
+        for key, value in tensors.items()
+    }
 
 
 def _words(generator: torch.Generator, *shape: int) -> Tensor:
@@ -162,6 +187,58 @@ def _aqlm(rows: int, cols: int, generator: torch.Generator) -> dict[str, Tensor]
     }
 
 
+def _vptq(rows: int, cols: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {
+        "indices": _words(generator, 1, rows // 4, cols // 2),
+        "centroids.weight": torch.randn((1, 256 * 4), generator=generator).half(),
+        "res_centroids.weight": torch.randn((1, 256 * 4), generator=generator).half() * 0.1,
+        "perm": torch.randperm(cols, generator=generator).to(torch.int16),
+    }
+
+
+def vptq_layer(rows: int, cols: int) -> dict[str, Any]:
+    """The options of a linear of VPTQ of 8 + 8 bits for 4 outputs."""
+    return {
+        "in_features": cols,
+        "out_features": rows,
+        "vector_lens": [-1, 4],
+        "num_centroids": [-1, 256],
+        "num_res_centroids": [-1, 256],
+        "group_num": 1,
+        "group_size": cols,
+        "outlier_size": 0,
+        "is_indice_packed": True,
+        "enable_norm": False,
+        "enable_perm": True,
+    }
+
+
+def _rotated(rows: int, cols: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {
+        "SU": torch.randn(cols, generator=generator).sign().half(),
+        "SV": _scales(generator, rows),
+    }
+
+
+def _quip(rows: int, cols: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {
+        "Qidxs": _words(generator, rows, cols // 16).view(torch.int64),
+        "Wscale": torch.tensor(1.0),
+        "codebook_id": torch.tensor(7),
+        **_rotated(rows, cols, generator),
+    }
+
+
+def _qtip(rows: int, cols: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {
+        "trellis": _words(generator, rows * cols // 256, 16).view(torch.int16),
+        "tlut": torch.randn((512, 2), generator=generator).half(),
+        "rcp": torch.tensor(0),
+        "tp_rank": torch.tensor(8),
+        **_rotated(rows, cols, generator),
+    }
+
+
 def _exl3(rows: int, cols: int, generator: torch.Generator) -> dict[str, Tensor]:
     words = torch.randint(-(1 << 15), 1 << 15, (cols // 16, rows // 16, 64), generator=generator)
     scales = {
@@ -179,6 +256,9 @@ RANDOM = {
     "awq": _awq,
     "compressed-tensors": _compressed,
     "aqlm": _aqlm,
+    "vptq": _vptq,
+    "quip#": _quip,
+    "qtip": _qtip,
     "exl3": _exl3,
 }
 SIZES = {
@@ -203,6 +283,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "nbits_per_codebook": 8,
         "in_group_size": 8,
         "out_group_size": 1,
+    },
+    "vptq": {"quant_method": "vptq"},
+    "quip#": {"codebook": "E8P12", "codebook_version": 1, "lora_rank": 0, "rescale_WH": False},
+    "qtip": {
+        "codebook": "bitshift",
+        "decode_mode": "quantlut_sym",
+        "L": 16,
+        "K": 2,
+        "V": 2,
+        "tlut_bits": 9,
+        "td_x": 16,
+        "td_y": 16,
     },
     "exl3": {"quant_method": "exl3", "version": "1.6.5", "bits": 4.0, "head_bits": 4},
 }

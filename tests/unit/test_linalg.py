@@ -31,6 +31,18 @@ class TestDamp:
         H = x.T @ x / 4
         assert torch.linalg.cholesky_ex(linalg.damp(H, 0.01))[1] == 0
 
+    def test_shrinks_what_is_off_the_diagonal(self) -> None:
+        H = torch.tensor([[2.0, 1.0, -2.0], [1.0, 4.0, 0.0], [-2.0, 0.0, 6.0]])
+        damped = linalg.damp(H, 0.5, 0.25)
+        assert damped.tolist() == [[4.0, 0.25, -0.5], [0.25, 6.0, 0.0], [-0.5, 0.0, 8.0]]
+        assert torch.equal(linalg.damp(H, 0.5, 0.0), torch.diag(torch.tensor([4.0, 6.0, 8.0])))
+
+    def test_without_shrinkage_every_bit_is_that_of_h(self) -> None:
+        H = hessian(12, dtype=torch.float32)
+        damped = linalg.damp(H, 0.01, 1.0)
+        assert torch.equal(damped, linalg.damp(H, 0.01))
+        assert torch.equal(damped.triu(1), H.triu(1))
+
     def test_does_not_depend_on_the_unit_of_the_activations(self) -> None:
         H = hessian(9)
         torch.testing.assert_close(linalg.damp(1e6 * H, 0.1), 1e6 * linalg.damp(H, 0.1))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vqllm.core import metrics
 from vqllm.errors import RecipeError
-from vqllm.export.native_rounding import round_matrix, round_to_nearest, shrunken
+from vqllm.export.native_rounding import round_matrix, round_to_nearest
 from vqllm.export.native_types import TYPES, type_for, type_of
 
 R, C = 24, 512
@@ -85,13 +85,13 @@ def test_rows_that_blocks_of_256_do_not_divide() -> None:
         "Q5_K": "Q5_1",
         "Q6_K": "Q8_0",
         "IQ4_XS": "IQ4_NL",
+        "IQ2_XXS": "IQ4_NL",
+        "IQ2_XS": "IQ4_NL",
+        "IQ2_S": "IQ4_NL",
+        "IQ3_XXS": "IQ4_NL",
+        "IQ3_S": "IQ4_NL",
     }
     assert type_for(TYPES["Q2_K"], 100) is None
-
-
-def test_shrunken_keeps_the_diagonal() -> None:
-    H_CC = torch.tensor([[2.0, 1.0], [1.0, 4.0]])
-    assert shrunken(H_CC, 0.5).tolist() == [[2.0, 0.5], [0.5, 4.0]]
 
 
 def test_an_unknown_type_is_told() -> None:

@@ -48,7 +48,7 @@ def expected_losses(
     try:
         if not bool(H_F.isfinite().all()):
             raise NumericalError(f"NaN or infinite. Avoid them with {WITHOUT}")
-        H_damped = linalg.damp(H_prime, recipe.hessian.damping)
+        H_damped = linalg.damp(H_prime, recipe.hessian.damping, recipe.hessian.shrinkage)
         inverse_CC = _inverse_of_feedback(H_damped, recipe)
     except NumericalError as error:
         raise NumericalError(f"{name}, gradients in its outputs: {error}") from error

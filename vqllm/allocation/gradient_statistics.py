@@ -19,7 +19,7 @@ from vqllm.allocation.sensitivity import Sensitivity
 from vqllm.calibration.gradients import Findings, GradientPass, Visitor
 from vqllm.calibration.layer_calls import States
 from vqllm.calibration.saliency import OutputHessians, TokenWeights
-from vqllm.checkpoint.resume.layer_writer import LayerWriter
+from vqllm.checkpoint.resume.shared_run import SharedRun
 from vqllm.core.progress import Progress
 from vqllm.core.protocols import OutputRounding
 from vqllm.plan.cuts import divided
@@ -56,7 +56,7 @@ class GradientStatistics:
     def __init__(
         self,
         job: Job,
-        run: LayerWriter,
+        run: SharedRun,
         selection: Selection,
         tokens: Tensor,
         progress: Progress,
@@ -100,10 +100,12 @@ class GradientStatistics:
         recipe = self._job.recipe
         if recipe.allocation is None:
             return {}
-        chosen = self._run.load_or_make(
-            "allocation",
-            lambda: choose_codecs(self._selection, self._of_all_layers("loss"), recipe),
-        )
+        chosen = self._run.load("allocation")
+        if chosen is None:
+            losses = self._of_all_layers("loss")
+            chosen = self._run.load_or_make(
+                "allocation", lambda: choose_codecs(self._selection, losses, recipe)
+            )
         codecs = recipe.allocation.codecs
         return {
             name: Allocated(codecs[int(number)], float(kl)) for name, (number, kl) in chosen.items()
@@ -134,16 +136,19 @@ class GradientStatistics:
             recipe.seed,
             job.activation_budget,
             scratch / "gradients",
+            self._run.processes,
         )
         # A visitor for each kind of result that the recipe needs; its results are stored under its
         # name here.
         visitors: dict[str, Visitor] = {}
         if recipe.hessian.weights == "output":
-            visitors["weights"] = TokenWeights(self._tokens, recipe.hessian.power)
+            visitors["weights"] = TokenWeights(
+                self._tokens, recipe.hessian.power, self._run.processes
+            )
         if recipe.allocation is not None:
             visitors["loss"] = self._sensitivity()
         if isinstance(recipe.rounding, OutputRounding):
-            visitors["outputs"] = OutputHessians(recipe.hessian.power)
+            visitors["outputs"] = OutputHessians(recipe.hessian.power, self._tokens.numel())
         share = self._progress.share
         gradients.run(self._selection.of, visitors, self._record, share)
 
@@ -166,7 +171,7 @@ class _Record:
     The pass goes from the last layer to layer 0, so it is complete when layer 0 is done.
     """
 
-    def __init__(self, run: LayerWriter, anew: bool = False) -> None:
+    def __init__(self, run: SharedRun, anew: bool = False) -> None:
         self._run = run
         if anew:
             run.save(STATE, {})

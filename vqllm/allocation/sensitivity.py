@@ -1,7 +1,7 @@
 """How much errors in the weights of each linear change the model's predictions."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ FEWEST_TOKENS = 1 << 14
 TOKENS_PER_FEATURE = 8
 """H and H_F come from a sample of the tokens, of at least this size. With 8 tokens a feature, the
 loss of rounding on these tokens is about an eighth less than on others."""
+
+SEQUENCE = 128
+"""Tokens of a sequence, roughly: what the products of the gradients of its tokens cost."""
 
 SHARED_BYTES = 2 << 30
 """What H and H_F of the experts of a layer may take before they have them together."""
@@ -71,18 +74,38 @@ class Sensitivity(Visitor):
             self._roles = {}
         self._weights = {name: linear.weight.data for name, linear in linears.items()}
 
-    def visit(self, name: str, rows: slice, x: Tensor, g: Tensor) -> None:
-        """Add a batch: the input [.., C] of a linear and the gradients in its outputs, [.., R]."""
-        step = max(1, self._num_tokens // max(FEWEST_TOKENS, TOKENS_PER_FEATURE * x.shape[-1]))
+    def keep(self, names: Collection[str]) -> None:
+        """These linears are to be judged here."""
+        self._weights = {name: W for name, W in self._weights.items() if name in names}
+
+    def cost(self, linear: nn.Linear) -> float:
+        """Of the sums, and of the judgement."""
+        rows, cols = linear.out_features, linear.in_features
+        num = self._num_tokens / self._step("", cols)
+        return num * (cols + SEQUENCE) * (rows + cols) + 4.0 * cols**3
+
+    def _step(self, name: str, cols: int) -> int:
+        """Every so many sequences are used."""
         if name in self._experts and name not in self._roles:
-            step = 1  # it has few tokens
+            return 1  # it has few tokens
+        return max(1, self._num_tokens // max(FEWEST_TOKENS, TOKENS_PER_FEATURE * cols))
+
+    def part_of(self, name: str, rows: slice, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        """Of a batch those tokens that are used: the input [S, L, C] of a linear and the gradients
+        in its outputs, [S, L, R]."""
+        step = self._step(name, x.shape[-1])
         # Every step-th sequence of the whole data, wherever the batches begin; of an input without
         # sequences every step-th token, each one a sequence by itself.
         if x.dim() == 3 and len(x) == rows.stop - rows.start:
             own = slice(-rows.start % step, None, step)
-            x_own, g_own = x[own], g[own]
-        else:
-            x_own, g_own = (a.flatten(0, -2)[::step, None] for a in (x, g))
+            return x[own], g[own]
+        x, g = (a.flatten(0, -2)[::step, None] for a in (x, g))
+        return x, g
+
+    def add(self, name: str, part: tuple[Tensor, ...]) -> None:
+        """Add what `part_of` gave."""
+        x_own, g_own = part
+        step = self._step(name, x_own.shape[-1])
         x_SLC, g_SLR = x_own.float(), g_own.float()
         if name in self._roles:
             own = x_SLC.square().sum(-1) * g_SLR.square().sum(-1)

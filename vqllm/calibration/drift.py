@@ -13,7 +13,7 @@ out, the layer runs with the linear and without it, its output replaced by zeros
 the linear, r, is the layer's output when it and all linears after it return zeros.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from vqllm.core import threads
 
+INPUT, RESIDUAL = "input", "residual"
+"""Names of the two sums."""
 ROUNDING_ERRORS = 8
 """Units of the last place by which a sum of the stream and an output may differ from the layer's
 own, where some layers add in another order."""
@@ -36,6 +38,8 @@ class Drift:
     residual_RC: Tensor | None = None
     """Σ w (r⁰ − r) xᵀ, or None where the output is not added to the stream"""
     mass: float = 0.0
+    parts: Collection[str] = (INPUT, RESIDUAL)
+    """the sums that this process adds up"""
 
     @classmethod
     def empty(cls, linear: nn.Linear, residual: bool, device: torch.device) -> "Drift":
@@ -47,15 +51,22 @@ class Drift:
 
     def add(self, x0_NC: Tensor, x_NC: Tensor, weight_N: Tensor | None) -> None:
         """Add the inputs of a batch of tokens in both models."""
-        x_NC = x_NC.float()
-        gap_NC = _weighted(x0_NC.float() - x_NC, weight_N)
-        self.input_CC.addmm_(gap_NC.T, x_NC)
         self.mass += len(x_NC) if weight_N is None else float(threads.total(weight_N))
+        if INPUT in self.parts:
+            x_NC = x_NC.float()
+            gap_NC = _weighted(x0_NC.float() - x_NC, weight_N)
+            self.input_CC.addmm_(gap_NC.T, x_NC)
 
     def add_residual(self, gap_NR: Tensor, x_NC: Tensor, weight_N: Tensor | None) -> None:
         """Add the drift r⁰ − r of the stream before the linear, for tokens that `add` was given."""
         assert self.residual_RC is not None, "asked for when the drift was begun"
-        self.residual_RC.addmm_(_weighted(gap_NR.float(), weight_N).T, x_NC.float())
+        if RESIDUAL in self.parts:
+            self.residual_RC.addmm_(_weighted(gap_NR.float(), weight_N).T, x_NC.float())
+
+    def sums(self) -> dict[str, Tensor]:
+        """The sums by name."""
+        residual = {} if self.residual_RC is None else {RESIDUAL: self.residual_RC}
+        return {INPUT: self.input_CC, **residual}
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,12 @@ Source: the labels and their use for rounding: Tseng et al., "YAQA", arXiv 2505.
 Kim et al., "GuidedQuant", arXiv 2505.07004.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +30,15 @@ from torch.nn import functional as F
 from vqllm.calibration.activation_store import StatesStore
 from vqllm.calibration.layer_calls import States
 from vqllm.calibration.layer_stream import LayerStream
-from vqllm.calibration.passes import batches
+from vqllm.calibration.passes import batch_size, batches
+from vqllm.calibration.shares import Share, spread
 from vqllm.core import rng
+from vqllm.core.distributed import Processes
 from vqllm.errors import ModelError, NumericalError
 from vqllm.hf.decoder_layers import linears_of
 from vqllm.hf.experts import expert_linears
+
+T = TypeVar("T")
 
 WITHOUT = (
     "--preset fast, or --set hessian.weights=none --set allocation=null and a rounding rule other "
@@ -72,7 +78,13 @@ class Record(Protocol):
 
 
 class Visitor:
-    """Receives inputs and gradients of all linears, layer by layer, the last layer first."""
+    """Receives inputs and gradients of all linears, layer by layer, the last layer first.
+
+    Several processes run some of the sequences each. A linear belongs to one of them, which adds up
+    what all have seen of it; where `is_local`, all add up what they have seen themselves.
+    """
+
+    is_local = False
 
     def begin(self, linears: Mapping[str, nn.Linear]) -> None:
         """A layer comes next, with these linears by full name, as the model stores them."""
@@ -80,6 +92,20 @@ class Visitor:
     def share(self, roles: Mapping[str, str]) -> None:
         """The layer that comes next has experts: what their linears have in common by full name,
         for a visitor that cannot keep something large for each of them."""
+
+    def keep(self, names: Collection[str]) -> None:
+        """Of the layer that has begun, these linears are those of this process."""
+
+    def cost(self, linear: nn.Linear) -> float:
+        """What a linear costs its process, in multiplications."""
+        return 0.0
+
+    def part_of(self, name: str, rows: slice, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        """What `add` needs of a call of a linear; arguments as of `visit`."""
+        return ()
+
+    def add(self, name: str, part: tuple[Tensor, ...]) -> None:
+        """Add up what `part_of` gave."""
 
     def visit(self, name: str, rows: slice, x: Tensor, g: Tensor) -> None:
         """A call of a linear.
@@ -90,6 +116,7 @@ class Visitor:
             x, g: its input [.., C] and the gradients in its outputs, [.., R]; where both have the
                 leading axes [S, L], they are those of the batch.
         """
+        self.add(name, self.part_of(name, rows, x, g))
 
     def finish(self) -> Findings:
         """The findings of the layer, after all its batches."""
@@ -101,7 +128,7 @@ class GradientPass:
 
     `open_stream` opens the unquantized model. `tokens` is
     int64 [S, L]. Within `budget_bytes` the stored inputs are in memory, beyond in files below
-    `folder`.
+    `folder`. `processes` share the sequences; all of them make one and call `run`.
     """
 
     def __init__(
@@ -111,12 +138,15 @@ class GradientPass:
         seed: int,
         budget_bytes: int,
         folder: Path,
+        processes: Processes | None = None,
     ) -> None:
         self._open_stream = open_stream
         self._tokens = tokens
         self._seed = seed
         self._budget_bytes = budget_bytes
         self._folder = folder
+        self._processes = processes or Processes()
+        self._share = Share(self._processes)
         self._inputs: list[StatesStore] = []
         self._gradient: StatesStore | None = None
 
@@ -148,7 +178,9 @@ class GradientPass:
             stream = self._forward(share, done)
             last = len(stream) - 1
             if gradient is not None:
-                self._write_gradient(len(stream), slice(None), gradient)
+                for rows in self._own_batches(stream):
+                    own = gradient.each(lambda values, rows=rows: values[rows])
+                    self._write_gradient(len(stream), rows, own)
                 self._turn_gradient()
                 del gradient  # it is in the store
             for index in reversed(range(done or len(stream))):
@@ -159,11 +191,15 @@ class GradientPass:
                     for visitor in visitors.values():
                         visitor.share({own: expert.role for own, expert in experts.items()})
                         visitor.begin(linears)
+                    roles = {own: expert.role for own, expert in experts.items()}
+                    calls = Calls([*visitors.values()], linears, roles, self._processes)
                     stream.cast(index)
-                    self._backward(stream, index, linears, [*visitors.values()], index == last)
+                    self._backward(stream, index, linears, calls, index == last)
                     self._turn_gradient()
                 found = {name: visitor.finish() for name, visitor in visitors.items()}
-                record.finish(index, found, self._gradient_of_all() if index else None)
+                gradient = self._gradient_of_all(stream) if index else None
+                record.finish(index, self._merged(found), gradient)
+                del gradient
                 share(FORWARD + (1 - FORWARD) * (1 - index / len(stream)))
         finally:
             self.close()
@@ -179,16 +215,19 @@ class GradientPass:
         """Store the inputs of all layers, or of the first `num_layers`. Those of layer 0 are the
         embeddings, which are computed again."""
         stream = self._open_stream()
+        sizes = [batch_size(self._tokens, stream.device, n) for n in (None, self._at_loss(stream))]
+        self._share = Share(self._processes, math.lcm(*sizes))
         for index in range((num_layers or len(stream)) - 1):
             with stream.ready(index):
-                for rows in batches(self._tokens, stream.device):
+                for rows in self._own_batches(stream):
                     output = stream.run(index, self._tokens[rows], self._input(stream, index, rows))
                     assert output is not None, "no hook ends this pass early"
                     if len(self._inputs) == index:
                         store = self._store(len(stream), output, f"input-{index + 1}")
                         self._inputs.append(store)
-                    self._inputs[index].write(rows, output)
-                self._inputs[index].turn()
+                    self._inputs[index].write(self._share.held(rows), output)
+                if len(self._inputs) > index:  # there is none in a process without sequences
+                    self._inputs[index].turn()
             share(FORWARD * (index + 1) / len(stream))
         return stream
 
@@ -197,23 +236,18 @@ class GradientPass:
         stream: LayerStream,
         index: int,
         linears: Mapping[str, nn.Linear],
-        visitors: Sequence[Visitor],
+        calls: "Calls",
         last: bool,
     ) -> None:
         """Run loaded layer `index` with gradients; store those in its input."""
-        # Behind the last layer are the logits, which limit how many sequences fit in memory.
-        per_batch = None
-        if last:
-            vocabulary = stream.model.config.get_text_config().vocab_size
-            per_batch = max(1, LOGIT_BYTES // (4 * vocabulary * self._tokens.shape[1]))
-        for rows in batches(self._tokens, stream.device, per_batch):
+        per_batch = self._at_loss(stream) if last else None
+        for rows in self._in_rounds(batches(self._tokens, stream.device, per_batch), calls):
             states = self._input(stream, index, rows)
             if states is not None:
                 states = states.each(_recording)
 
             def visit(name: str, x: Tensor, g: Tensor, rows: slice = rows) -> None:
-                for visitor in visitors:
-                    visitor.visit(name, rows, x, g)
+                calls.add(name, rows, x, g)
 
             with watched(linears, visit):
                 if last:
@@ -223,7 +257,8 @@ class GradientPass:
                     assert output is not None
                     assert self._gradient is not None
                     _check_gradient(output.hidden, stream.names[index])
-                    _backward(output, self._gradient.read(rows, stream.device))
+                    held = self._share.held(rows)
+                    _backward(output, self._gradient.read(held, stream.device))
             if states is not None:
                 self._keep_gradient(stream, rows, states, stream.names[index])
 
@@ -249,7 +284,22 @@ class GradientPass:
 
     def _input(self, stream: LayerStream, index: int, rows: slice) -> States | None:
         """The input of layer `index`; None for layer 0, whose input are the embeddings."""
-        return self._inputs[index - 1].read(rows, stream.device) if index else None
+        held = self._share.held(rows)
+        return self._inputs[index - 1].read(held, stream.device) if index else None
+
+    def _at_loss(self, stream: LayerStream) -> int:
+        """How many sequences fit in memory with the logits, which are behind the last layer."""
+        vocabulary = stream.model.config.get_text_config().vocab_size
+        return max(1, LOGIT_BYTES // (4 * vocabulary * self._tokens.shape[1]))
+
+    def _own_batches(self, stream: LayerStream) -> Iterator[slice]:
+        return filter(self._share.is_own, batches(self._tokens, stream.device))
+
+    def _in_rounds(self, rows: Iterable[slice], calls: "Calls") -> Iterator[slice]:
+        """The batches of this process; after each round calls go to those that add them up."""
+        for rows_of_round in self._share.rounds(rows):
+            yield from rows_of_round
+            calls.deliver()
 
     def _keep_gradient(self, stream: LayerStream, rows: slice, states: States, name: str) -> None:
         hidden = states.hidden.grad
@@ -272,20 +322,105 @@ class GradientPass:
     def _write_gradient(self, num_layers: int, rows: slice, gradient: States) -> None:
         if self._gradient is None:
             self._gradient = self._store(num_layers, gradient, "gradient")
-        self._gradient.write(rows, gradient)
+        self._gradient.write(self._share.held(rows), gradient)
 
     def _turn_gradient(self) -> None:
         if self._gradient is not None:  # a model of one layer has none
             self._gradient.turn()
 
-    def _gradient_of_all(self) -> States:
-        assert self._gradient is not None, "a layer is done"
-        return self._gradient.read(slice(None), torch.device("cpu"))
+    def _gradient_of_all(self, stream: LayerStream) -> States | None:
+        """That of all sequences, in the first process."""
+        cpu = torch.device("cpu")
+        if self._processes.size == 1:
+            assert self._gradient is not None, "a layer is done"
+            return self._gradient.read(slice(None), cpu)
+        own = []
+        for rows in self._own_batches(stream):
+            assert self._gradient is not None, "a layer is done"
+            own.append((rows.start, self._gradient.read(self._share.held(rows), cpu)))
+        found = self._to_first(own)
+        if found is None:
+            return None
+        parts = [states for _, states in sorted(itertools.chain(*found), key=lambda own: own[0])]
+        hidden = torch.cat([states.hidden for states in parts])
+        names = parts[0].beside
+        return States(hidden, {n: torch.cat([own.beside[n] for own in parts]) for n in names})
+
+    def _merged(self, found: dict[str, Findings]) -> dict[str, Findings]:
+        """The findings of all processes, in the first one."""
+        merged: dict[str, Findings] = {kind: {} for kind in found}
+        for others in self._to_first(found) or ():
+            for kind, findings in others.items():
+                merged[kind] |= findings
+        return merged
+
+    def _to_first(self, value: T) -> list[T] | None:
+        """The values of all processes by rank, in the first one."""
+        none: list[Any] = [None] * (self._processes.size - 1)
+        found = self._processes.deliver([value, *none])
+        return found if self._processes.is_first else None
 
     def _store(self, num_layers: int, states: States, name: str) -> StatesStore:
         budget_bytes = self._budget_bytes // num_layers
         path = self._folder / f"{name}.bin"
-        return StatesStore(len(self._tokens), states, budget_bytes, path)
+        return StatesStore(self._share.num_held(len(self._tokens)), states, budget_bytes, path)
+
+
+class Calls:
+    """The calls of a layer's linears, on their way to those that add them up."""
+
+    def __init__(
+        self,
+        visitors: Sequence[Visitor],
+        linears: Mapping[str, nn.Linear],
+        roles: Mapping[str, str],
+        processes: Processes,
+    ) -> None:
+        """Args:
+        visitors: for which the layer has begun.
+        roles: of linears of experts. Those of one role may be added up together.
+        """
+        self._visitors, self._processes = visitors, processes
+        costs: dict[str, float] = {}
+        for name, linear in linears.items():
+            key = roles.get(name, name)
+            costs[key] = costs.get(key, 0.0) + sum(visitor.cost(linear) for visitor in visitors)
+        ranks = dict(zip(costs, spread([*costs.values()], processes.size)))
+        self._owners = {name: ranks[roles.get(name, name)] for name in linears}
+        for visitor in visitors:
+            visitor.keep([name for name, rank in self._owners.items() if rank == processes.rank])
+        self._new()
+
+    def add(self, name: str, rows: slice, x: Tensor, g: Tensor) -> None:
+        """A call, as of `Visitor.visit`."""
+        if self._processes.size == 1:
+            for visitor in self._visitors:
+                visitor.visit(name, rows, x, g)
+            return
+        parts = []
+        for visitor in self._visitors:
+            if visitor.is_local:
+                visitor.visit(name, rows, x, g)
+            else:  # copies, since what goes backward next may write into this memory
+                part = visitor.part_of(name, rows, x, g)
+                parts.append(tuple(tensor.clone() for tensor in part))
+        self._outgoing[self._owners[name]].append((name, parts))
+
+    def deliver(self) -> None:
+        """Let those that add them up have the calls so far."""
+        if self._processes.size == 1:
+            return
+        adding = [visitor for visitor in self._visitors if not visitor.is_local]
+        for calls in self._processes.deliver(self._outgoing):
+            for name, parts in calls:
+                for visitor, part in zip(adding, parts):
+                    visitor.add(name, part)
+        self._new()
+
+    def _new(self) -> None:
+        self._outgoing: list[list[tuple[str, list[tuple[Tensor, ...]]]]] = [
+            [] for _ in range(self._processes.size)
+        ]
 
 
 def watched(

@@ -1,5 +1,6 @@
 """H = E[w x xᵀ] of an input group, accumulated in float32 over batches of tokens."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,8 @@ class InputHessian:
     """the sum of the weights"""
     drift: Drift | None = None
     """how far the input is from that of the original model, where it was measured"""
+    blocks: Collection[int] | None = None
+    """of `linalg.symmetric_blocks`, those that this process adds up; None for all"""
 
     @classmethod
     def empty(cls, num_features: int, device: torch.device) -> "InputHessian":
@@ -41,13 +44,13 @@ class InputHessian:
 
     def add(self, x_NC: Tensor, weight_N: Tensor | None = None) -> None:
         """Add a batch of tokens, any float dtype, [N, C], each with its weight, 0 or more."""
-        if weight_N is None:
-            self.mass += len(x_NC)
-        else:
-            x_NC = x_NC.float() * weight_N.sqrt()[:, None]
-            self.mass += float(threads.total(weight_N))
-        linalg.add_symmetric(self.total_CC, x_NC, x_NC)
         self.num_tokens += x_NC.shape[0]
+        self.mass += len(x_NC) if weight_N is None else float(threads.total(weight_N))
+        if self.blocks is not None and not self.blocks:
+            return
+        if weight_N is not None:
+            x_NC = x_NC.float() * weight_N.sqrt()[:, None]
+        linalg.add_symmetric(self.total_CC, x_NC, x_NC, self.blocks)
 
     @property
     def is_known(self) -> bool:

@@ -1,5 +1,6 @@
 """Calibration of one decoder layer: its input groups, their Hessians, the states of the next."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,12 +16,11 @@ from vqllm.calibration.hessian import InputGroup, InputHessian
 from vqllm.calibration.layer_stream import LayerStream
 from vqllm.calibration.layers import LayerDone
 from vqllm.calibration.passes import Model, Passes
+from vqllm.calibration.shares import gather_sums, share_sums
 from vqllm.core import metrics
+from vqllm.core.distributed import Processes
 from vqllm.errors import ModelError
 from vqllm.hf.experts import expert_linears
-
-GROUP_TOKENS = 2048
-"""Tokens that run to find out which linears read the same input."""
 
 
 @dataclass
@@ -32,6 +32,15 @@ class _Observed:
     routed: dict[str, list[Tensor | None]]
     """for each input, the weights of its tokens, where a router chose them"""
     residual: Tensor | None = None
+
+
+@dataclass
+class _Batch:
+    """What was observed of some sequences in the two models."""
+
+    rows: slice
+    quantized: _Observed
+    original: _Observed | None = None
 
 
 @dataclass
@@ -55,6 +64,7 @@ class LayerCalibrator:
     with quantized layers, and Hessians come with the drift of the inputs between the two; with
     "residual" that of the residual stream is measured too. `aims` is the model for whose input the
     unquantized layer's output is the aim of training. `shrinkage` is that of experts' Hessians.
+    `processes` share the sequences and the sums; all of them call the same methods.
     """
 
     def __init__(
@@ -67,6 +77,7 @@ class LayerCalibrator:
         target: Literal["weights", "outputs", "residual"] = "weights",
         aims: Model | None = None,
         shrinkage: float = 1.0,
+        processes: Processes | None = None,
     ) -> None:
         self._shrinkage = shrinkage
         self._weights = weights or {}
@@ -74,7 +85,8 @@ class LayerCalibrator:
         models: tuple[Model, ...] = ("quantized",)
         if target != "weights" or aims == "original":
             models = ("quantized", "original")
-        self._passes = Passes(stream, tokens, budget_bytes, folder, models, aims)
+        self._processes = processes or Processes()
+        self._passes = Passes(stream, tokens, budget_bytes, folder, models, aims, processes)
         self._stream = stream
         self._layer = _Layer()
 
@@ -90,6 +102,22 @@ class LayerCalibrator:
         A linear that the batch does not reach (an expert that was not routed to) is a group of
         its own, after the others.
         """
+        layer, name = self._stream.layers[index], self._stream.names[index]
+        self._layer.experts = LayerExperts(expert_linears(layer, name, linears), self._shrinkage)
+        found = self._found(index, linears)
+        # The first process has run the sequences that tell.
+        groups, facts = self._processes.broadcast(lambda: found)
+        self._layer.repeats, self._layer.unreached, told = facts
+        self._layer.writers = {
+            name: Writer(gain, tuple(linears[own] for own in later))
+            for name, (gain, later) in told.items()
+        }
+        return groups
+
+    def _found(
+        self, index: int, linears: Mapping[str, nn.Linear]
+    ) -> tuple[list[InputGroup], tuple[bool, bool, dict[str, tuple[float, list[str]]]]]:
+        """The groups of a layer, and the facts of `_Layer`, modules by their names."""
         # Linears share an input if they get the same tensor, or another view of the same memory.
         inputs: list[tuple[Tensor, list[str]]] = []
         num_calls: Counter[str] = Counter()
@@ -102,14 +130,13 @@ class LayerCalibrator:
                     return
             inputs.append((x, [name]))
 
-        few = slice(0, max(1, GROUP_TOKENS // self._passes.tokens.shape[1]))
-        layer, name = self._stream.layers[index], self._stream.names[index]
-        with self._passes.learning(layer):
-            self._passes.run(index, few, linears, visit)
-        self._layer.experts = LayerExperts(expert_linears(layer, name, linears), self._shrinkage)
-        self._layer.repeats = max(num_calls.values(), default=0) > 1
+        few = self._passes.few
+        if few.start < few.stop:  # otherwise a process without sequences
+            with self._passes.learning(self._stream.layers[index]):
+                self._passes.run(index, few, linears, visit)
         experts = self._layer.experts.linears.keys()
-        self._layer.unreached = len(num_calls.keys() - experts) < len(linears.keys() - experts)
+        repeats = max(num_calls.values(), default=0) > 1
+        unreached = len(num_calls.keys() - experts) < len(linears.keys() - experts)
         # A linear that ran more than once belongs to the group of its first input.
         first_input: dict[str, int] = {}
         for i, (_, names) in enumerate(inputs):
@@ -122,9 +149,12 @@ class LayerCalibrator:
         groups = [group for group in groups if group.names]
         groups += [InputGroup((name,)) for name in linears if name not in first_input]
         groups = self._layer.experts.grouped(groups)
-        if self._target == "residual":
-            self._find_writers(index, few, linears, groups)
-        return groups
+        told: dict[str, tuple[float, list[str]]] = {}
+        if self._target == "residual" and self._processes.is_first:
+            names = {linear: name for name, linear in linears.items()}
+            for name, writer in self._find_writers(index, few, linears, groups).items():
+                told[name] = writer.gain, [names[own] for own in writer.later]
+        return groups, (repeats, unreached, told)
 
     def hessians(
         self, index: int, linears: Mapping[str, nn.Linear], groups: list[InputGroup]
@@ -169,13 +199,20 @@ class LayerCalibrator:
             ModelError: the model does not call it.
         """
         hessian = InputHessian.empty(linear.in_features, self._stream.device)
+        inputs: list[Tensor] = []
 
         def visit(_: str, x: Tensor) -> None:
-            hessian.add(x.reshape(-1, x.shape[-1]))
+            inputs.append(x.reshape(-1, x.shape[-1]).clone())
             raise LayerDone
 
-        for rows in self._passes.batches():
-            self._passes.run(index, rows, {name: linear}, visit, beyond=True)
+        share_sums([hessian], self._processes)
+        for batches in self._passes.rounds():
+            inputs.clear()
+            for rows in batches:
+                self._passes.run(index, rows, {name: linear}, visit, beyond=True)
+            for x_NC in itertools.chain.from_iterable(self._processes.exchange(inputs)):
+                hessian.add(x_NC)
+        gather_sums([hessian], self._processes)
         if hessian.num_tokens == 0:
             raise ModelError(
                 f"{type(self._stream.model).__name__} does not call its output head {name}, so "
@@ -221,13 +258,13 @@ class LayerCalibrator:
         few: slice,
         linears: Mapping[str, nn.Linear],
         groups: Iterable[InputGroup],
-    ) -> None:
+    ) -> dict[str, Writer]:
         def run() -> Tensor:
             output = self._passes.run(index, few, {}, lambda name, x: None)
             assert output is not None, "nothing ends this pass early"
             return output.hidden
 
-        self._layer.writers = writers(run, linears, [group.names for group in groups])
+        return writers(run, linears, [group.names for group in groups])
 
     def _empty(self, linear: nn.Linear, group: InputGroup) -> InputHessian:
         hessian = InputHessian.empty(linear.in_features, self._stream.device)
@@ -247,18 +284,30 @@ class LayerCalibrator:
         watched = {group.names[0]: linears[group.names[0]] for group in hessians}
         others = self._layer.experts.others(hessians, linears, self._stream.device)
         watched |= {name: linears[name] for name in others}
-        for batch in self._passes.batches():
-            original = None
-            if self._target != "weights":
-                original = self._observe(index, batch, watched, "original")
-            quantized = self._observe(index, batch, watched, "quantized")
+        all_sums = [*hessians.values(), *{id(own): own for own in others.values()}.values()]
+        share_sums(all_sums, self._processes)
+        for batch in self._observed(index, watched):
             for group, hessian in hessians.items():
-                self._add(hessian, group.names, batch, quantized)
-                if hessian.drift is not None and original is not None:
-                    hessian.drift = self._with(hessian.drift, group, batch, quantized, original)
+                self._add(hessian, group.names, batch.rows, batch.quantized)
+                if hessian.drift is not None and batch.original is not None:
+                    hessian.drift = self._with(hessian.drift, group, batch, batch.original)
             for name, hessian in others.items():
-                self._add(hessian, (name,), batch, quantized)
+                self._add(hessian, (name,), batch.rows, batch.quantized)
+        gather_sums(all_sums, self._processes)
         self._layer.experts.share(hessians)
+
+    def _observed(self, index: int, watched: Mapping[str, nn.Linear]) -> Iterator[_Batch]:
+        """Run all batches as far as the watched linears, each process its own; they come in order,
+        in every process."""
+        for rows_of_round in self._passes.rounds():
+            own = []
+            for rows in rows_of_round:
+                original = None
+                if self._target != "weights":
+                    original = self._observe(index, rows, watched, "original")
+                quantized = self._observe(index, rows, watched, "quantized")
+                own.append(_Batch(rows, quantized, original))
+            yield from itertools.chain.from_iterable(self._processes.exchange(own))
 
     def _add(
         self, hessian: InputHessian, names: tuple[str, ...], batch: slice, observed: _Observed
@@ -296,17 +345,17 @@ class LayerCalibrator:
         self,
         drift: Drift,
         group: InputGroup,
-        batch: slice,
-        quantized: _Observed,
+        batch: _Batch,
         original: _Observed,
     ) -> Drift | None:
         """The drift with a batch added; None where the linear runs on other tokens in the two
         models, or more than once."""
-        num_tokens = self._passes.tokens[batch].numel()
+        quantized = batch.quantized
+        num_tokens = self._passes.tokens[batch.rows].numel()
         inputs = [*original.inputs[group.names[0]], *quantized.inputs[group.names[0]]]
         if len(inputs) != 2 or any(x.shape[:-1].numel() != num_tokens for x in inputs):
             return None
-        weight_N = self._weight(group.names, batch, inputs[1])
+        weight_N = self._weight(group.names, batch.rows, inputs[1])
         x0_NC, x_NC = (x.reshape(num_tokens, -1) for x in inputs)
         drift.add(x0_NC, x_NC, weight_N)
         if original.residual is not None and quantized.residual is not None:

@@ -5,6 +5,7 @@ and, if needed, for the original one beside it.
     original    states ─► the same layer with its own weights ─► states of the next layer
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from vqllm.calibration.activation_store import StatesStore
 from vqllm.calibration.layer_calls import States
 from vqllm.calibration.layer_stream import LayerStream
 from vqllm.calibration.replay import Replay
+from vqllm.calibration.shares import Share
+from vqllm.core.distributed import Processes
 from vqllm.errors import NumericalError
 from vqllm.hf.linears import capture_inputs
 
@@ -26,6 +29,9 @@ CPU_BATCH_TOKENS = 1024
 """Tokens that run through a layer at once on the CPU. 1024 to 8192 take the same time where memory
 is reused (2.2 s for 65,536 tokens of a layer of 576 x 1536), but the larger blocks of 4096 and 8192
 come as new pages each time (2.7 to 3.2 s)."""
+
+GROUP_TOKENS = 2048
+"""Tokens that run to find out which linears read the same input."""
 
 Model = Literal["quantized", "original"]
 Visit = Callable[[str, Tensor], None]
@@ -48,12 +54,18 @@ class Passes:
         folder: Path,
         models: tuple[Model, ...],
         aims: Model | None = None,
+        processes: Processes | None = None,
     ) -> None:
         """Args:
-        aims: the model whose states `aim` starts from, if it is called; one of `models`.
+        aims: the model whose states `aim` starts from, if it is called; one of `models`. Every
+            process then has the states of all sequences, since training takes any of them.
+        processes: those that share the sequences.
         """
         self.stream = stream
         self.tokens = tokens
+        self.processes = processes or Processes()
+        unit = unit_of(tokens, stream.device)
+        self._share = Share(self.processes, unit, holds_all=aims is not None)
         self._models = models
         self._aims: Model | None = aims
         self._wanted: StatesStore | None = None
@@ -87,6 +99,19 @@ class Passes:
         """The sequences that run together."""
         return batches(self.tokens, self.stream.device)
 
+    def rounds(self) -> Iterator[list[slice]]:
+        """The batches of this process that run before processes exchange what they saw."""
+        return self._share.rounds(self.batches())
+
+    @property
+    def few(self) -> slice:
+        """The first sequences, on which facts about a layer are found: in the first process, all
+        that tell; in the others, a batch that may tell something else."""
+        if self.processes.is_first:
+            return slice(0, few_of(self.tokens))
+        own = filter(self._share.is_own, self.batches())
+        return next(own, slice(0, 0))
+
     def run(
         self,
         index: int,
@@ -110,7 +135,7 @@ class Passes:
         states = None
         if index > 0:
             assert model in self._stores, "layers are advanced in order"
-            states = self._stores[model].read(rows, self.stream.device)
+            states = self._stores[model].read(self._share.held(rows), self.stream.device)
         with self._weights_of(model), capture_inputs(dict(linears), visit):
             return self.stream.run(index, self.tokens[rows], states, beyond=beyond)
 
@@ -122,7 +147,7 @@ class Passes:
             if self._wanted is None:
                 # Two of them take turns with the original's states.
                 self._wanted = self._new_store(f"wanted-{index % 2}", output)
-            self._wanted.write(rows, output)
+            self._wanted.write(self._share.held(rows), output)
         assert self._wanted is not None, "there are sequences"
         self._wanted.turn()
         self._is_next = self._aims == "original"
@@ -152,8 +177,9 @@ class Passes:
                 self._stores[model], self._wanted = self._wanted, old
                 continue
             for rows, output in self._outputs(index, model):
-                self._store(model, output).write(rows, output)
-            self._stores[model].turn()
+                self._store(model, output).write(self._share.held(rows), output)
+            if model in self._stores:  # there is none in a process without sequences
+                self._stores[model].turn()
         self._replay.close()
 
     def close(self) -> None:
@@ -164,16 +190,22 @@ class Passes:
                 store.close()
 
     def _outputs(self, index: int, model: Model) -> Iterator[tuple[slice, States]]:
-        """The outputs of loaded layer `index`, batch by batch."""
-        for rows in self.batches():
-            output = self.run(index, rows, {}, lambda name, x: None, model=model)
-            assert output is not None, "nothing ends this pass early"
-            if not bool(torch.isfinite(output.hidden).all()):
-                raise NumericalError(
-                    f"the output of {self.stream.names[index]} is not finite in "
-                    f"{self.stream.compute_dtype}: run with --compute-dtype float32"
-                )
-            yield rows, output
+        """The outputs of loaded layer `index`, batch by batch: of the sequences of this process, or
+        of all where it has the states of all."""
+        for rows_of_round in self.rounds():
+            found = []
+            for rows in rows_of_round:
+                output = self.run(index, rows, {}, lambda name, x: None, model=model)
+                assert output is not None, "nothing ends this pass early"
+                if not bool(torch.isfinite(output.hidden).all()):
+                    raise NumericalError(
+                        f"the output of {self.stream.names[index]} is not finite in "
+                        f"{self.stream.compute_dtype}: run with --compute-dtype float32"
+                    )
+                found.append((rows, output))
+            if self._share.holds_all:
+                found = itertools.chain.from_iterable(self.processes.exchange(found))
+            yield from found
 
     def _store(self, model: Model, output: States) -> StatesStore:
         if model not in self._stores:
@@ -184,7 +216,8 @@ class Passes:
         num_stores = len(self._models) + (self._aims is not None)
         budget_bytes = self._budget_bytes // num_stores
         path = self._folder / f"states-{name}.bin"
-        return StatesStore(len(self.tokens), output, budget_bytes, path)
+        num_held = self._share.num_held(len(self.tokens))
+        return StatesStore(num_held, output, budget_bytes, path)
 
     @contextmanager
     def _weights_of(self, model: Model) -> Iterator[None]:
@@ -204,8 +237,23 @@ class Passes:
 
 def batches(tokens: Tensor, device: torch.device, most: int | None = None) -> Iterator[slice]:
     """The sequences of `tokens` [S, L] that run through a layer together, at most `most`."""
-    num_sequences, length = tokens.shape
-    step = max(1, (CPU_BATCH_TOKENS if device.type == "cpu" else BATCH_TOKENS) // length)
-    step = min(step, most or step)
+    num_sequences, step = len(tokens), batch_size(tokens, device, most)
     for start in range(0, num_sequences, step):
         yield slice(start, min(start + step, num_sequences))
+
+
+def batch_size(tokens: Tensor, device: torch.device, most: int | None = None) -> int:
+    """How many sequences run together."""
+    size = max(1, (CPU_BATCH_TOKENS if device.type == "cpu" else BATCH_TOKENS) // tokens.shape[1])
+    return min(size, most or size)
+
+
+def few_of(tokens: Tensor) -> int:
+    """How many sequences run to find out facts about a layer."""
+    return max(1, GROUP_TOKENS // tokens.shape[1])
+
+
+def unit_of(tokens: Tensor, device: torch.device) -> int:
+    """How many sequences belong to one process together: batches that hold those of `few_of`."""
+    size = batch_size(tokens, device)
+    return -(-few_of(tokens) // size) * size

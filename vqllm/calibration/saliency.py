@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vqllm.calibration.gradients import WITHOUT, Findings, Visitor
 from vqllm.core import linalg, threads
+from vqllm.core.distributed import Processes
 from vqllm.errors import NumericalError
 from vqllm.hf.experts import roles_of
 
@@ -39,7 +40,10 @@ class TokenWeights(Visitor):
     tensors for linears whose input has only some of the tokens.
     """
 
-    def __init__(self, tokens: Tensor, power: float) -> None:
+    is_local = True
+
+    def __init__(self, tokens: Tensor, power: float, processes: Processes | None = None) -> None:
+        self._processes = processes or Processes()
         self._tokens = tokens
         self._power = power
         self._squares: dict[str, Tensor] = {}
@@ -54,7 +58,8 @@ class TokenWeights(Visitor):
         total_SL[rows] += g.float().square().mean(-1).cpu()
 
     def finish(self) -> Findings:
-        """The weights of the layer's linears."""
+        """The weights of the layer's linears, in every process."""
+        self._gather()
         findings = {name: torch.empty(0) for name in self._partial}
         for name in self._squares.keys() - self._partial:
             mean = threads.mean(self._squares[name])
@@ -67,6 +72,18 @@ class TokenWeights(Visitor):
         self._squares, self._partial = {}, set()
         return findings
 
+    def _gather(self) -> None:
+        """Let all processes have the squares of all tokens; each token was seen by one."""
+        if self._processes.size == 1:
+            return
+        found = self._processes.exchange((self._squares, self._partial))
+        self._squares, self._partial = {}, set()
+        for squares, partial in found:
+            self._partial |= partial
+            for name, total_SL in squares.items():
+                before = self._squares.get(name)
+                self._squares[name] = total_SL if before is None else before + total_SL
+
 
 class OutputHessians(Visitor):
     """Sums g gᵀ of the linears of a layer; findings are packed blocks, for `unpack`.
@@ -75,8 +92,11 @@ class OutputHessians(Visitor):
     Hessian together where those of a layer would take more than `SHARED_BYTES`.
     """
 
-    def __init__(self, power: float) -> None:
-        self._power = power
+    def __init__(self, power: float, num_tokens: int = 0) -> None:
+        """Args:
+        num_tokens: that will come, for `cost`.
+        """
+        self._power, self._num_tokens = power, num_tokens
         self._roles: Mapping[str, str] = {}
         self._sums: dict[str, Tensor] = {}
         self._num_rows: dict[str, int] = {}
@@ -91,8 +111,17 @@ class OutputHessians(Visitor):
         if sum(rows * min(rows, BLOCK) for rows in sizes) * 4 <= SHARED_BYTES:
             self._roles = {}
 
-    def visit(self, name: str, rows: slice, x: Tensor, g: Tensor) -> None:
-        """Add the gradients of a batch in the outputs of a linear, [.., R]."""
+    def cost(self, linear: nn.Linear) -> float:
+        """Of the sums."""
+        return float(linear.out_features) * min(linear.out_features, BLOCK) * self._num_tokens
+
+    def part_of(self, name: str, rows: slice, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of a batch in the outputs of a linear, [.., R]."""
+        return (g,)
+
+    def add(self, name: str, part: tuple[Tensor, ...]) -> None:
+        """Add what `part_of` gave."""
+        (g,) = part
         name = self._roles.get(name, name)
         self._num_rows[name] = g.shape[-1]
         # g |g|^(power − 1), so that g gᵀ has the weight |g|^(2 power − 2).

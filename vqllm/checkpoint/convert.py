@@ -11,7 +11,7 @@ from vqllm.checkpoint import atomic, writer
 from vqllm.checkpoint.file_names import FileNames
 from vqllm.checkpoint.format import QuantizationConfig, shard_name
 from vqllm.checkpoint.merged_experts import linears_of_experts
-from vqllm.checkpoint.new_folder import Made, new_folder, split
+from vqllm.checkpoint.new_folder import Made, new_folder, num_bytes, split
 from vqllm.checkpoint.shards import natural_order
 from vqllm.checkpoint.side_files import copy_files
 from vqllm.checkpoint.source import SourceTensors
@@ -71,7 +71,7 @@ def convert_checkpoint(folder: str | Path, output: str | Path) -> Path:
     # With experts apart, those that are not coded are linears of their own in the files too.
     moved = {key: file_names.of(name) for key, name in experts.items() if file_names.is_apart(name)}
     made = _made(stored, source, specs, prefixes, moved)
-    with new_folder(output, made, "converted model") as partial_folder:
+    with new_folder(output, num_bytes(made), "converted model") as partial_folder:
         _write(folder, made, partial_folder, config)
     return output
 

@@ -50,7 +50,7 @@ def dequantize_checkpoint(folder: str | Path, output: str | Path, dtype: str = "
     else:
         assert coded is not None
         made = decoded_tensors(coded, DTYPES[name], source)
-    with new_folder(output, made, "dense model") as partial:
+    with new_folder(output, num_bytes(made), "dense model") as partial:
         _write_folder(folder, config, made, name, partial)
     return output
 

@@ -71,12 +71,13 @@ def _linear(module: CodedModule, bits: BitCount) -> JSON:
 
 
 def _bits(module: CodedModule, files: dict[str, StoredTensor]) -> BitCount:
-    """Of its stored tensors, by what they hold."""
+    """Of its stored tensors, by what they hold; its share where other linears are in them too."""
     format, found = module.format, {"codes": 0, "codebook": 0, "side": 0}
     for name in module.stored.headers:
         tables = "codebook" if name in format.tables else "side"
         kind = "codes" if name in format.codes else tables
-        found[kind] += 8 * files[f"{module.name}.{name}"].num_bytes
+        bits = 8 * files[f"{module.stored.name}.{name}"].num_bytes
+        found[kind] += bits * module.shape.rows // module.whole.rows
     return BitCount(**found)
 
 

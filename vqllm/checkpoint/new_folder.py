@@ -26,29 +26,29 @@ class Made:
 
 
 @contextmanager
-def new_folder(output: Path, made: Sequence[Made], what: str) -> Iterator[Path]:
+def new_folder(output: Path, size: int, what: str) -> Iterator[Path]:
     """An empty folder that becomes `output` at the end.
 
     Args:
-        made: what will be written there.
+        size: bytes that will be written there.
         what: it is, for the message of a full disk.
 
     Raises:
         CheckpointError: `output` is in use.
-        OutOfSpaceError: the disk is full, or will be with these tensors.
+        OutOfSpaceError: the disk is full, or will be with these bytes.
     """
     if atomic.names_in(output):
         raise CheckpointError(
             f"{output} is not empty; the output must be a new or an empty folder."
         )
-    atomic.check_space(output, num_bytes(made))
+    atomic.check_space(output, size)
     try:
         with _folder_beside(output.absolute()) as partial:
             yield partial
             _publish(partial, output)
     except OutOfSpaceError as error:
         raise OutOfSpaceError(
-            f"no space left for {output}: the {what} has {num_bytes(made) / 1e6:.1f} MB. "
+            f"no space left for {output}: the {what} has {size / 1e6:.1f} MB. "
             "Nothing was left there. Free some space or choose another output folder."
         ) from error
     atomic.sync_folder(output.absolute().parent)

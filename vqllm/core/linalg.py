@@ -1,6 +1,6 @@
 """Factorisations of H for the rounding rules. Deterministic, and none of them alters its input."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -18,8 +18,9 @@ def is_zero(H_CC: Tensor) -> bool:
     return bool((torch.diagonal(H_CC) == 0).all())
 
 
-def damp(H_CC: Tensor, damping: float) -> Tensor:
-    """H + damping · mean(diag H) · I, positive definite for a positive semidefinite H.
+def damp(H_CC: Tensor, damping: float, shrinkage: float = 1.0) -> Tensor:
+    """H with its entries off the diagonal times `shrinkage`, + damping · mean(diag H) · I: positive
+    definite for a positive semidefinite H.
 
     A feature that was zero on every calibration token (H_jj <= 0) gets mean(diag H) in place of
     its diagonal: it is then rounded to nearest by itself, and its weights still serve inputs that
@@ -28,6 +29,8 @@ def damp(H_CC: Tensor, damping: float) -> Tensor:
     Args:
         H_CC: symmetric E[x xᵀ], [C, C].
         damping: relative to mean(diag H), 0 or more.
+        shrinkage: 0 to 1. The result is a mean of H, which counts this much, and of its diagonal
+            alone; 1 leaves the entries as they are.
 
     Raises:
         NumericalError: an entry that is not finite, or an input group that is zero throughout.
@@ -45,7 +48,7 @@ def damp(H_CC: Tensor, damping: float) -> Tensor:
             "the Hessian is zero: this input was zero on every calibration token. Use other "
             "calibration text, or leave the linear out with a `skip` pattern."
         )
-    damped = H_CC.clone()
+    damped = H_CC.clone() if shrinkage == 1 else shrinkage * H_CC
     torch.diagonal(damped).copy_(torch.where(diagonal > 0, diagonal + damping * mean, mean))
     return damped
 
@@ -122,7 +125,15 @@ BLOCK = 512
 little more and lose speed of the product."""
 
 
-def add_symmetric(total_CC: Tensor, a_NC: Tensor, b_NC: Tensor) -> None:
+def symmetric_blocks(num_features: int) -> list[slice]:
+    """The rows that `add_symmetric` adds to in each of its products."""
+    size = -(-num_features // -(-num_features // BLOCK))
+    return [slice(start, start + size) for start in range(0, num_features, size)]
+
+
+def add_symmetric(
+    total_CC: Tensor, a_NC: Tensor, b_NC: Tensor, blocks: Collection[int] | None = None
+) -> None:
     """Add aᵀ b, known to be symmetric, to `total_CC` in place: only the blocks on and above the
     diagonal. `symmetric` completes the sum.
 
@@ -130,17 +141,16 @@ def add_symmetric(total_CC: Tensor, a_NC: Tensor, b_NC: Tensor) -> None:
         total_CC: float32.
         a_NC, b_NC: of any floating dtype. Two in bfloat16 are multiplied as such where the
             processor can; each product then is exact in float32, and so are the sums.
+        blocks: numbers of `symmetric_blocks` that are added to; None for all.
     """
     in_bfloat16 = a_NC.dtype == b_NC.dtype == torch.bfloat16
     is_one = a_NC is b_NC  # as usual: one copy is enough
     a_NC = a_NC.to(total_CC)
     b_NC = a_NC if is_one else b_NC.to(total_CC)
-    num_features = len(total_CC)
-    size = -(-num_features // -(-num_features // BLOCK))
     with _multiplied_in_bfloat16() if in_bfloat16 else nullcontext():
-        for start in range(0, num_features, size):
-            rows = slice(start, start + size)
-            total_CC[rows, start:].addmm_(a_NC[:, rows].T, b_NC[:, start:])
+        for number, rows in enumerate(symmetric_blocks(len(total_CC))):
+            if blocks is None or number in blocks:
+                total_CC[rows, rows.start :].addmm_(a_NC[:, rows].T, b_NC[:, rows.start :])
 
 
 @contextmanager

@@ -33,6 +33,25 @@ class Progress(Protocol):
         ...
 
 
+class NoProgress:
+    """Says nothing: of a process that works for another one."""
+
+    def phase(self, text: str) -> None:
+        pass
+
+    def share(self, done: float) -> None:
+        pass
+
+    def layers(self, num_layers: int, num_finished: int) -> None:
+        pass
+
+    def linear(self, record: JSON) -> None:
+        pass
+
+    def layer(self, index: int, records: list[JSON]) -> None:
+        pass
+
+
 class LogProgress:
     """One line per phase and per layer through `logging`, and in long phases one every 30 seconds;
     the default in Python."""

@@ -286,6 +286,10 @@ class Transform(Part, ABC):
 class Rounding(Part, ABC):
     """The rule that chooses codes, given H."""
 
+    rows_apart: ClassVar[bool] = False
+    """Whether it codes each row of tiles by itself, with a codec whose state it does not change, so
+    that several processes may code some of the rows each."""
+
     @abstractmethod
     def __call__(
         self, W_RC: Tensor, H_CC: Tensor, codec: Codec, state: State

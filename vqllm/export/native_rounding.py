@@ -30,6 +30,8 @@ SHRINKAGE = 0.8
 DAMPING = 0.01
 PASSES = 1
 """Times that steps, then codes, are chosen again."""
+VECTOR_PASSES = 2
+"""The same, of vectors: there are fewer of them, and a pass takes less time."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,6 @@ class NativeMatrix:
     W_hat_RC: Tensor
 
 
-def shrunken(H_CC: Tensor, shrinkage: float = SHRINKAGE) -> Tensor:
-    """H with its entries off the diagonal times `shrinkage`."""
-    shrunk_CC = shrinkage * H_CC
-    torch.diagonal(shrunk_CC).copy_(torch.diagonal(H_CC))
-    return shrunk_CC
-
-
 def round_to_nearest(native: NativeType, W_RC: Tensor) -> NativeMatrix:
     """A matrix of which no H is known: an embedding, an output head."""
     codec = NativeCodec(native_type=native.name)
@@ -55,7 +50,7 @@ def round_to_nearest(native: NativeType, W_RC: Tensor) -> NativeMatrix:
     state = codec.fit(X_IJE, None, torch.Generator())
     codes_IJM = codec.encode(X_IJE, state)
     return NativeMatrix(
-        codec.pack(codes_IJM, state)["blocks"], codec.decode(codes_IJM, state)[..., 0]
+        codec.pack(codes_IJM, state)["blocks"], codec.decode(codes_IJM, state).flatten(1)
     )
 
 
@@ -64,7 +59,7 @@ def round_matrix(
     W_RC: Tensor,
     H_CC: Tensor,
     shrinkage: float = SHRINKAGE,
-    passes: int = PASSES,
+    passes: int | None = None,
 ) -> NativeMatrix:
     """Choose steps and codes.
 
@@ -72,31 +67,34 @@ def round_matrix(
         W_RC: weights, float32; the blocks of the type divide C.
         H_CC: E[x xᵀ], float32, as measured.
         shrinkage: of its entries off the diagonal.
-        passes: times that steps, then codes, are chosen again.
+        passes: times that steps, then codes, are chosen again; None for the default of the type.
 
     Raises:
         NumericalError: an H that cannot be factorized.
     """
     codec = NativeCodec(native_type=native.name)
-    H_CC = linalg.damp(shrunken(H_CC, shrinkage), DAMPING)
+    if passes is None:
+        passes = PASSES if native.grid is None else VECTOR_PASSES
+    H_CC = linalg.damp(H_CC, DAMPING, shrinkage)
     weight_RC = torch.diagonal(H_CC).expand(W_RC.shape)
     state = steps.fit_state(native, W_RC, weight_RC)
     columns = TileColumns.of(W_RC, H_CC, codec, state)
     E_RC = feedback(columns, STRIPE)
     for _ in range(passes):
-        columns.state, E_RC = fit_steps(native, columns, E_RC)
+        columns.state, E_RC = fit_steps(codec, columns, E_RC)
         descend(columns, E_RC, STRIPE)
     codes_IJM, state = columns.result
-    W_hat_RC = codec.decode(codes_IJM, state)[..., 0]
+    W_hat_RC = codec.decode(codes_IJM, state).flatten(1)
     return NativeMatrix(codec.pack(codes_IJM, state)["blocks"], W_hat_RC)
 
 
-def fit_steps(native: NativeType, columns: TileColumns, E_RC: Tensor) -> tuple[State, Tensor]:
+def fit_steps(codec: NativeCodec, columns: TileColumns, E_RC: Tensor) -> tuple[State, Tensor]:
     """The state with steps and offsets that are better for the codes, and its W − Ŵ.
 
     No stored number is changed unless the loss falls with it.
     """
-    values_RC = steps.reproduced(native, columns.codes_IJM[..., 0])
+    native, codes_IJM = codec.native, columns.codes_IJM
+    values_RC = codec.values(codes_IJM).flatten(1)
     state = dict(columns.state)
     fit = _Fit(native, columns.H_CC, values_RC, state, E_RC.clone())
     for group in range(state["step"].shape[1]):
@@ -109,7 +107,7 @@ def fit_steps(native: NativeType, columns: TileColumns, E_RC: Tensor) -> tuple[S
             if native.has_offset:
                 fit.d_of(block, "dmin", "m", -torch.ones_like(values_RC))
     state = steps.with_steps(native, fit.state)
-    E_RC = columns.W_RC - columns.codec.decode(columns.codes_IJM, state)[..., 0]
+    E_RC = columns.W_RC - codec.decode(codes_IJM, state).flatten(1)
     return state, E_RC
 
 
@@ -131,7 +129,8 @@ class _Fit:
         if self.native.scales is None:
             self._change("d", group, cols, V_Rn, None)
         else:
-            self._change("s", group, cols, V_Rn * self._of_block("d", group), self.native.scales)
+            per_integer = self.native.scaled_by[1] * self._of_block("d", group)
+            self._change("s", group, cols, V_Rn * per_integer, self.native.scales)
 
     def offset_of(self, group: int) -> None:
         """The offset of a group: float16 itself, or its integer."""
@@ -148,6 +147,8 @@ class _Fit:
         cols = self._cols(block, self.native.block)
         groups = slice(cols.start // self.native.group, cols.stop // self.native.group)
         s_Rn = self.state[integers][:, groups].repeat_interleave(self.native.group, 1)
+        if key == "d":
+            s_Rn = steps.scaled(self.native, s_Rn)
         self._change(key, block, cols, values_RC[:, cols] * s_Rn, None)
 
     def _cols(self, index: int, size: int) -> slice:

@@ -3,7 +3,8 @@
 A type codes blocks of 32 or 256 weights of a row. All of them have the same form: in a group of
 weights
 
-    w = step · v + offset        v an integer of a range, or a value of a table of 16
+    w = step · v + offset        v an integer of a range, or a value of a table of 16, or an element
+                                 of a signed vector of a grid, which codes 8 weights, or 4
 
 and differ in how a block stores the steps and offsets of its groups:
 
@@ -11,6 +12,9 @@ and differ in how a block stores the steps and offsets of its groups:
              Q4_1 Q5_1                   step = d                 offset = m
     scaled   Q3_K Q6_K IQ4_XS            step = d · s             no offset
              Q2_K Q4_K Q5_K              step = d · s             offset = −dmin · m
+    vectors  IQ2_XXS IQ2_XS IQ2_S        step = d · (1/8 + s/4)   no offset
+             IQ3_XXS                     step = d · (1/4 + s/2)   no offset
+             IQ3_S                       step = d · (1 + 2 s)     no offset
 
 d, dmin and the m of Q4_1 and Q5_1 are float16, one a block; s and the m of Q2_K, Q4_K and Q5_K are
 integers of a few bits, one a group.
@@ -27,6 +31,17 @@ NON_LINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 8
 
 
 @dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Vectors of magnitudes, one of which codes some weights of a row, with signs."""
+
+    size: int
+    width: int
+    """weights that a vector codes"""
+    parity: bool
+    """whether signs come 7 for 8 weights, so that an even number of them is minus"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class NativeType:
     """One type."""
 
@@ -37,10 +52,14 @@ class NativeType:
     """of a block"""
     group: int
     """weights that share a step"""
-    values: tuple[int, ...]
-    """what a code can mean, ascending; code i is values[i]"""
+    values: tuple[int, ...] = ()
+    """what a code of one weight can mean, ascending; code i is values[i]"""
+    grid: Grid | None = None
+    """of a type whose codes are vectors; it has no `values` then"""
     scales: tuple[int, int] | None = None
     """the least and the largest integer s of a group; None where the step is d itself"""
+    scaled_by: tuple[float, float] = (0.0, 1.0)
+    """a and b of step = d · (a + b s)"""
     has_offset: bool = False
     max_min: int | None = None
     """the largest integer m of a group; None where the offset, if there is one, is float16"""
@@ -52,9 +71,31 @@ class NativeType:
         """Of a weight, all included."""
         return 8 * self.num_bytes / self.block
 
+    @property
+    def tile_cols(self) -> int:
+        """Weights of a row that are coded together."""
+        if self.grid is None:
+            return 1
+        return 8 if self.grid.parity else self.grid.width
+
 
 def _range(low: int, high: int) -> tuple[int, ...]:
     return tuple(range(low, high + 1))
+
+
+def _of_vectors(
+    name: str, num_bytes: int, group: int, grid: Grid, scaled_by: tuple[float, float]
+) -> NativeType:
+    return NativeType(
+        name=name,
+        block=256,
+        num_bytes=num_bytes,
+        group=group,
+        grid=grid,
+        scales=(0, 15),
+        scaled_by=scaled_by,
+        fallback="IQ4_NL",
+    )
 
 
 _ALL = (
@@ -128,6 +169,11 @@ _ALL = (
         scales=(-32, 31),
         fallback="IQ4_NL",
     ),
+    _of_vectors("IQ2_XXS", 66, 32, Grid(size=256, width=8, parity=True), (1 / 8, 1 / 4)),
+    _of_vectors("IQ2_XS", 74, 16, Grid(size=512, width=8, parity=True), (1 / 8, 1 / 4)),
+    _of_vectors("IQ2_S", 82, 16, Grid(size=1024, width=8, parity=False), (1 / 8, 1 / 4)),
+    _of_vectors("IQ3_XXS", 98, 32, Grid(size=256, width=4, parity=True), (1 / 4, 1 / 2)),
+    _of_vectors("IQ3_S", 110, 32, Grid(size=512, width=4, parity=False), (1.0, 2.0)),
 )
 
 TYPES = {own.name: own for own in _ALL}

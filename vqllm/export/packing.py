@@ -5,6 +5,8 @@ that are `run` weights apart:
 
     byte l of a chunk      weight l | weight run + l | weight 2 run + l | ..    lowest bits first
 
+Where vectors are coded, their numbers and bytes of 8 signs take the place of the codes of weights.
+
 Source: llama.cpp (MIT), ggml/src/ggml-common.h for the order of the fields; the decoders of the
 package `gguf` are what the tests compare with.
 """
@@ -17,20 +19,27 @@ from torch import Tensor
 from vqllm.export.native_types import NativeType
 
 Parts = Mapping[str, Tensor]
-"""Of N blocks: `q` uint8 [N, block], code numbers; `d` and, where there is one, `dmin` float16
-[N, 1]; `s` and `m` int32 [N, groups]."""
+"""Of N blocks: `q` uint8 [N, block], code numbers, or of vectors int32 [N, vectors] with `signs`
+int32 [N, block / 8]; `d` and, where there is one, `dmin` float16 [N, 1]; `s` and `m` int32
+[N, groups]."""
 
 
-def pack(native: NativeType, codes_RC: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+def pack(native: NativeType, codes_RJM: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     """The bytes of all rows, uint8 [R, blocks a row · bytes of a block].
 
     Args:
-        codes_RC: numbers of values, int32.
+        codes_RJM: numbers of values, int32 [R, C, 1]; or codes of tiles, of numbers of vectors
+            and, last, signs.
         state: that of `NativeCodec`.
     """
-    R, C = codes_RC.shape
-    num_blocks = C // native.block
-    parts = {"q": codes_RC.to(torch.uint8).reshape(R * num_blocks, native.block)}
+    R, J, _ = codes_RJM.shape
+    num_blocks = J * native.tile_cols // native.block
+    if native.grid is None:
+        parts = {"q": codes_RJM.to(torch.uint8).reshape(R * num_blocks, native.block)}
+    else:
+        bits = codes_RJM[..., -1].reshape(R * num_blocks, -1)
+        signs = bits if native.tile_cols == 8 else bits[:, 0::2] | (bits[:, 1::2] << 4)
+        parts = {"q": codes_RJM[..., :-1].reshape(R * num_blocks, -1), "signs": signs}
     for name, tensor in state.items():
         parts[name] = tensor.reshape(R * num_blocks, -1)
     packed = torch.cat([own.to(torch.uint8) for own in _PACKERS[native.name](parts)], 1)
@@ -120,6 +129,40 @@ def _iq4_xs(p: Parts) -> list[Tensor]:
     return [_half(p["d"]), high & 255, high >> 8, low, _field(p["q"], 4, 16)]
 
 
+def _signs_and_scales(p: Parts) -> Tensor:
+    """A number of 32 bits for 32 weights: four times 7 signs, then the scale."""
+    signs = (p["signs"] & 127).long().unflatten(1, (-1, 4)) << torch.tensor([0, 7, 14, 21])
+    return _little_endian(signs.sum(2) | (p["s"].long() << 28), 4)
+
+
+def _little_endian(numbers: Tensor, size: int) -> Tensor:
+    return ((numbers[..., None] >> (8 * torch.arange(size))) & 255).flatten(1)
+
+
+def _iq2_xxs(p: Parts) -> list[Tensor]:
+    numbers, others = p["q"].unflatten(1, (-1, 4)), _signs_and_scales(p).unflatten(1, (-1, 4))
+    return [_half(p["d"]), torch.cat([numbers, others], 2).flatten(1)]
+
+
+def _iq2_xs(p: Parts) -> list[Tensor]:
+    numbers = p["q"] | ((p["signs"] & 127) << 9)
+    return [_half(p["d"]), _little_endian(numbers, 2), _field(p["s"], 4, 1)]
+
+
+def _iq2_s(p: Parts) -> list[Tensor]:
+    q = p["q"]
+    return [_half(p["d"]), q & 255, p["signs"], _field(q >> 8, 2, 1), _field(p["s"], 4, 1)]
+
+
+def _iq3_xxs(p: Parts) -> list[Tensor]:
+    return [_half(p["d"]), p["q"], _signs_and_scales(p)]
+
+
+def _iq3_s(p: Parts) -> list[Tensor]:
+    q = p["q"]
+    return [_half(p["d"]), q & 255, _field(q >> 8, 1, 1), p["signs"], _field(p["s"], 4, 1)]
+
+
 _PACKERS: dict[str, Callable[[Parts], list[Tensor]]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
@@ -133,4 +176,9 @@ _PACKERS: dict[str, Callable[[Parts], list[Tensor]]] = {
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
     "IQ4_XS": _iq4_xs,
+    "IQ2_XXS": _iq2_xxs,
+    "IQ2_XS": _iq2_xs,
+    "IQ2_S": _iq2_s,
+    "IQ3_XXS": _iq3_xxs,
+    "IQ3_S": _iq3_s,
 }

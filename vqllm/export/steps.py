@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from vqllm.core.protocols import State
+from vqllm.export import grids
 from vqllm.export.native_types import NativeType
 
 REACHES = tuple(0.6 + 0.05 * i for i in range(13))
 """Of the outermost value of a type, what the largest weight of a group is brought to in turn: up to
 1.2, where it is clipped, and down to 0.6, where the steps are coarser and fall differently."""
+VECTOR_REACHES = tuple(0.3 + 0.1 * i for i in range(14))
+"""The same of the largest magnitude of a grid: few vectors have it in several places, as weights of
+like magnitudes would need, and clipping costs less than a fit that is bad for all 8."""
 SHRINKAGES = (0.0, 0.1, 0.2, 0.3)
 """Parts of a range that are clipped at either end, where there is an offset."""
 D_FACTORS = tuple(0.8 + 0.025 * i for i in range(17))
@@ -45,21 +49,23 @@ def fit_state(native: NativeType, X_RC: Tensor, weight_RC: Tensor) -> State:
         if offset_RG is not None:
             state["dmin"] = half(offset_RG)
         return with_steps(native, state)
-    values_RGn = reproduced(native, code(native, x_RGn, step_RG, offset_RG))
+    values_RGn = rounded(native, x_RGn, weight_RGn, step_RG, offset_RG)
     cost_RG = (weight_RGn * values_RGn.square()).sum(2)
     state = {}
-    state["d"], state["s"] = _integers(native, step_RG, cost_RG, native.scales)
+    state["d"], state["s"] = _integers(native, step_RG, cost_RG, native.scales, native.scaled_by)
     if offset_RG is not None:
         assert native.max_min is not None
         cost_RG = weight_RGn.sum(2)
-        state["dmin"], state["m"] = _integers(native, -offset_RG, cost_RG, (0, native.max_min))
+        state["dmin"], state["m"] = _integers(
+            native, -offset_RG, cost_RG, (0, native.max_min), (0.0, 1.0)
+        )
     return _tried_again(native, x_RGn, weight_RGn, state)
 
 
 def with_steps(native: NativeType, state: State) -> State:
     """The state with `step` and `offset` as they follow from what is stored."""
     d_RG = _a_group(native, state["d"].float())
-    step_RG = d_RG if native.scales is None else d_RG * state["s"].float()
+    step_RG = d_RG if native.scales is None else d_RG * scaled(native, state["s"])
     offset_RG = torch.zeros_like(step_RG)
     if native.has_offset:
         dmin_RG = _a_group(native, state["dmin"].float())
@@ -67,14 +73,28 @@ def with_steps(native: NativeType, state: State) -> State:
     return {**state, "step": step_RG, "offset": offset_RG}
 
 
-def code(
-    native: NativeType, x_RGn: Tensor, step_RG: Tensor, offset_RG: Tensor | None = None
+def scaled(native: NativeType, s: Tensor) -> Tensor:
+    """What integers of groups multiply d by, float32."""
+    a, b = native.scaled_by
+    return a + b * s.float()
+
+
+def rounded(
+    native: NativeType,
+    x_RGn: Tensor,
+    weight_RGn: Tensor,
+    step_RG: Tensor,
+    offset_RG: Tensor | None = None,
 ) -> Tensor:
-    """Numbers of the nearest values, int32 [R, G, n]. A step of zero gives the value next to 0."""
+    """The nearest values, float32 [R, G, n]. A step of zero gives the value next to 0."""
     if offset_RG is not None:
         x_RGn = x_RGn - offset_RG[..., None]
     inverse_RG = torch.where(step_RG == 0, 0.0, 1 / step_RG)
-    return nearest(native, x_RGn * inverse_RG[..., None])
+    ratio_RGn = x_RGn * inverse_RG[..., None]
+    if native.grid is None:
+        return reproduced(native, nearest(native, ratio_RGn))
+    ratio_TE, weight_TE = (a.reshape(-1, native.tile_cols) for a in (ratio_RGn, weight_RGn))
+    return grids.reproduced(native, grids.nearest(native, ratio_TE, weight_TE)).view_as(x_RGn)
 
 
 def nearest(native: NativeType, ratio: Tensor) -> Tensor:
@@ -111,10 +131,15 @@ def _step(native: NativeType, x_RGn: Tensor, weight_RGn: Tensor) -> Tensor:
     """The best step of each group without an offset, [R, G]; it may be negative."""
     farthest = x_RGn.abs().argmax(2, keepdim=True)
     largest_RG = x_RGn.gather(2, farthest)[..., 0]
+    if native.grid is not None:  # signs are stored beside the vectors
+        ends, reaches = (float(grids.vectors_of(native).max()),), VECTOR_REACHES
+        largest_RG = largest_RG.abs()
+    else:
+        ends, reaches = (native.values[0], native.values[-1]), REACHES
 
     def tried() -> Iterator[Tensor]:
-        for end in (native.values[0], native.values[-1]):
-            for reach in REACHES:
+        for end in ends:
+            for reach in reaches:
                 yield largest_RG / (end * reach)
 
     def solve(values_RGn: Tensor) -> Tensor:
@@ -135,7 +160,7 @@ def _best(
     best = torch.zeros_like(x_RGn[..., 0])
     least = (weight_RGn * x_RGn.square()).sum(2)
     for step in tried:
-        values_RGn = reproduced(native, code(native, x_RGn, step))
+        values_RGn = rounded(native, x_RGn, weight_RGn, step)
         step = solve(values_RGn)
         error = _error(x_RGn, weight_RGn, values_RGn, step)
         best = torch.where(error < least, step, best)
@@ -158,7 +183,7 @@ def _step_and_offset(
         for above in SHRINKAGES:
             offset = low_RG - (low_RG - high_RG) * below * 0.5
             step = (high_RG - (high_RG - low_RG) * above * 0.5 - offset) / native.values[-1]
-            v = reproduced(native, code(native, x_RGn, step, offset))
+            v = rounded(native, x_RGn, weight_RGn, step, offset)
             # Two equations of least squares: for step and offset.
             weighted = weight_RGn * v
             sum_v, sum_vv, sum_vx = (
@@ -181,7 +206,11 @@ def _step_and_offset(
 
 
 def _integers(
-    native: NativeType, wanted_RG: Tensor, cost_RG: Tensor, limits: tuple[int, int]
+    native: NativeType,
+    wanted_RG: Tensor,
+    cost_RG: Tensor,
+    limits: tuple[int, int],
+    scaled_by: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
     """d of each block, float16 [R, B], and the integers [R, G] whose products with it come nearest
     to what is wanted.
@@ -190,7 +219,9 @@ def _integers(
         wanted_RG: steps, or offsets without their sign.
         cost_RG: what their squared errors cost.
         limits: the least and the largest integer.
+        scaled_by: a and b; an integer s stands for d · (a + b s).
     """
+    a, b = scaled_by
     groups = native.block // native.group
     wanted_RBg, cost_RBg = (a.unflatten(1, (-1, groups)) for a in (wanted_RG, cost_RG))
     farthest = wanted_RBg.abs().argmax(2, keepdim=True)
@@ -199,19 +230,24 @@ def _integers(
     least = torch.full_like(largest_RB, torch.inf)
     for end in limits if limits[0] < 0 else limits[1:]:
         for factor in D_FACTORS:
-            d_RB = largest_RB / end * factor
-            s_RBg = _divided(wanted_RBg, d_RB, limits)
-            weighted = cost_RBg * s_RBg
-            d_RB = half(_ratio((weighted * wanted_RBg).sum(2), (weighted * s_RBg).sum(2))).float()
-            s_RBg = _divided(wanted_RBg, d_RB, limits)
-            error = (cost_RBg * (wanted_RBg - d_RB[..., None] * s_RBg).square()).sum(2)
+            d_RB = largest_RB / (a + b * end) * factor
+            factor_RBg = a + b * _divided(wanted_RBg, d_RB, limits, scaled_by)
+            weighted = cost_RBg * factor_RBg
+            d_RB = _ratio((weighted * wanted_RBg).sum(2), (weighted * factor_RBg).sum(2))
+            d_RB = half(d_RB).float()
+            factor_RBg = a + b * _divided(wanted_RBg, d_RB, limits, scaled_by)
+            error = (cost_RBg * (wanted_RBg - d_RB[..., None] * factor_RBg).square()).sum(2)
             best = torch.where(error < least, d_RB, best)
             least = torch.minimum(error, least)
-    return half(best), _divided(wanted_RBg, best, limits).flatten(1).to(torch.int32)
+    integers_RBg = _divided(wanted_RBg, best, limits, scaled_by)
+    return half(best), integers_RBg.flatten(1).to(torch.int32)
 
 
-def _divided(wanted_RBg: Tensor, d_RB: Tensor, limits: tuple[int, int]) -> Tensor:
-    return _ratio(wanted_RBg, d_RB[..., None]).round().clamp(*limits)
+def _divided(
+    wanted_RBg: Tensor, d_RB: Tensor, limits: tuple[int, int], scaled_by: tuple[float, float]
+) -> Tensor:
+    a, b = scaled_by
+    return ((_ratio(wanted_RBg, d_RB[..., None]) - a) / b).round().clamp(*limits)
 
 
 def _tried_again(native: NativeType, x_RGn: Tensor, weight_RGn: Tensor, state: State) -> State:
@@ -227,7 +263,7 @@ def _tried_again(native: NativeType, x_RGn: Tensor, weight_RGn: Tensor, state: S
         if native.max_min is not None:
             own["m"] = (state["m"] + up_min).clamp(0, native.max_min)
         full = with_steps(native, own)
-        v = reproduced(native, code(native, x_RGn, full["step"], full["offset"]))
+        v = rounded(native, x_RGn, weight_RGn, full["step"], full["offset"])
         error = _error(x_RGn - full["offset"][..., None], weight_RGn, v, full["step"])
         if least is None:
             least = error

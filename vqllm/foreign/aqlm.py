@@ -13,18 +13,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from vqllm.foreign.base import (
     FLOATS,
-    CannotHoldError,
     ForeignFormat,
     Options,
     Packed,
     Rows,
     Shape,
     Stored,
+    exact_half,
 )
 from vqllm_kernels.bitpack import pack_bits
 from vqllm_kernels.linear import LinearSpec
@@ -99,8 +98,8 @@ class Aqlm(ForeignFormat):
         )
         several = self.num_codebooks > 1
         format = ResidualSpec(stages=(lut,) * self.num_codebooks) if several else lut
-        codebooks = _half("codebooks", module.read("codebooks"))
-        scale_R = _half("scales", module.read("scales")).flatten()
+        codebooks = exact_half("codebooks", module.read("codebooks"))
+        scale_R = exact_half("scales", module.read("scales")).flatten()
 
         def make() -> dict[str, Tensor]:
             codes_IJM = module.read("codes")
@@ -118,14 +117,3 @@ class Aqlm(ForeignFormat):
 
     def _unsigned(self, codes: Tensor) -> Tensor:
         return codes.int() & ((1 << self.index_bits) - 1)
-
-
-def _half(name: str, values: Tensor) -> Tensor:
-    """The same numbers in float16. CannotHoldError where one has no equal there."""
-    half = values.half()
-    if not torch.equal(half.double(), values.double()):
-        raise CannotHoldError(
-            f"a value of {name} is {values.dtype} and has no equal in float16, in which our "
-            "tables are stored"
-        )
-    return half

@@ -106,11 +106,20 @@ class Shape:
     unit: int = 1
 
 
+@dataclass(frozen=True)
+class Part:
+    """The linear whose weight is rows `start` to `stop` of what a module stores."""
+
+    name: str
+    start: int
+    stop: int
+
+
 class ForeignFormat(ABC):
     """The format of one checkpoint, with the options that its configuration gives."""
 
     method: ClassVar[str]
-    """`quant_method` in config.json"""
+    """`quant_method` in config.json, or what stands for it"""
     marker: ClassVar[str]
     """the tensor that every coded module has, and nothing else"""
     names: ClassVar[frozenset[str]]
@@ -125,6 +134,10 @@ class ForeignFormat(ABC):
     def from_config(cls, values: Mapping[str, Any], where: str) -> Self:
         """Read `quantization_config`. ModelError for an option or value that is not known."""
 
+    def of_model(self, config: Mapping[str, Any]) -> Self:
+        """The same format, for a model with this config.json."""
+        return self
+
     @abstractmethod
     def shape(self, module: Stored) -> Shape:
         """The size of a module's weight. ModelError where a tensor is missing or misshapen."""
@@ -132,6 +145,10 @@ class ForeignFormat(ABC):
     @abstractmethod
     def rows(self, module: Stored, shape: Shape) -> Rows:
         """A decoder of its weight. ModelError where a stored value is none of the format."""
+
+    def parts(self, module: Stored, shape: Shape) -> tuple[Part, ...]:
+        """The linears that a module is: itself, unless several are stored as one."""
+        return (Part(module.name, 0, shape.rows),)
 
     def incomplete(self, names: Collection[str]) -> bool:
         """Whether a module with these of the format's tensors, but not its marker, is damaged.
@@ -150,14 +167,14 @@ class ForeignFormat(ABC):
         """
         raise CannotHoldError(f"no format of ours holds what {self.method} stores")
 
-    def decode(self, module: Stored, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """The dense weight [rows, cols], decoded in float32 and rounded once."""
+    def decode(self, module: Stored, shape: Shape, part: Part, dtype: torch.dtype) -> Tensor:
+        """The dense weight of a part of a module, decoded in float32 and rounded once."""
         rows = self.rows(module, shape)
-        weight = torch.empty(shape.rows, shape.cols, dtype=dtype)
+        weight = torch.empty(part.stop - part.start, shape.cols, dtype=dtype)
         step = max(BLOCK_WEIGHTS // shape.cols // shape.unit, 1) * shape.unit
-        for start in range(0, shape.rows, step):
-            stop = min(start + step, shape.rows)
-            weight[start:stop] = rows(start, stop)
+        for start in range(part.start, part.stop, step):
+            stop = min(start + step, part.stop)
+            weight[start - part.start : stop - part.start] = rows(start, stop)
         return weight
 
 
@@ -226,3 +243,14 @@ def _numbers(allowed: Sequence[int]) -> str:
     if isinstance(allowed, range):
         return f"{allowed[0]}..{allowed[-1]}"
     return ", ".join(map(str, allowed))
+
+
+def exact_half(name: str, values: Tensor) -> Tensor:
+    """The same numbers in float16. CannotHoldError where one has no equal there."""
+    half = values.half()
+    if not torch.equal(half.double(), values.double()):
+        raise CannotHoldError(
+            f"a value of {name} is {values.dtype} and has no equal in float16, in which our "
+            "tables are stored"
+        )
+    return half

@@ -2,7 +2,7 @@
 and all others as they are."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vqllm.errors import ModelError
-from vqllm.foreign.base import ForeignFormat, Header, Packed, Shape, Stored
+from vqllm.foreign.base import ForeignFormat, Header, Packed, Part, Shape, Stored
 from vqllm.foreign.registry import format_of
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -19,27 +19,39 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 @dataclass(frozen=True)
 class CodedModule:
-    """A module whose weight is stored as codes."""
+    """A linear whose weight is stored as codes.
+
+    Attributes:
+        stored: the tensors; those of linears that are stored as one are the same.
+        whole: the weight that they make.
+        part: the rows of it that are this linear's.
+    """
 
     format: ForeignFormat
     stored: Stored
-    shape: Shape
+    whole: Shape
+    part: Part
 
     @property
     def name(self) -> str:
-        return self.stored.name
+        return self.part.name
+
+    @property
+    def shape(self) -> Shape:
+        """Of its weight."""
+        return replace(self.whole, rows=self.part.stop - self.part.start)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """Its dense weight [rows, cols]."""
-        return self.format.decode(self.stored, self.shape, dtype)
+        return self.format.decode(self.stored, self.whole, self.part, dtype)
 
     def describe(self) -> str:
         """Its codes in a few words."""
-        return self.format.describe(self.stored, self.shape)
+        return self.format.describe(self.stored, self.whole)
 
     def pack(self) -> Packed:
         """The same weight in our own format; raises CannotHoldError where it has none."""
-        return self.format.pack(self.stored, self.shape)
+        return self.format.pack(self.stored, self.whole)
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,8 @@ class CodedModel:
     """A folder of another tool.
 
     Attributes:
-        modules: the coded ones by name in the files.
+        modules: the coded linears by their names, which are those in the files unless several are
+            stored as one.
         dtype: in which its weights are decoded: that of the model.
         taken: names of the stored tensors that are codes.
     """
@@ -86,11 +99,15 @@ def coded_model(
                 module, name = key.removesuffix(f".{own}"), own
         if name in format.names:
             found.setdefault(module, {})[name] = header
-    modules = {}
+    modules: dict[str, CodedModule] = {}
+    taken: set[str] = set()
     for name, own in found.items():
         if format.marker in own:
             stored = Stored(folder, name, own, partial(_read, read, name))
-            modules[name] = CodedModule(format, stored, format.shape(stored))
+            whole = format.shape(stored)
+            for part in format.parts(stored, whole):
+                modules[part.name] = CodedModule(format, stored, whole, part)
+            taken |= {f"{name}.{key}" for key in own}
         elif format.incomplete(own):
             Stored(folder, name, own, read).need(format.marker)
     if not modules:
@@ -98,7 +115,6 @@ def coded_model(
             f"{folder}: config.json says {format.method!r}, but no module has a tensor "
             f"{format.marker!r}. Put back the config.json that was written with these weights."
         )
-    taken = {f"{name}.{key}" for name in modules for key in found[name]}
     return CodedModel(format, modules, _dtype(config), frozenset(taken))
 
 

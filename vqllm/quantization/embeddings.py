@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vqllm.calibration.layer_calibrator import LayerCalibrator
 from vqllm.calibration.layer_stream import LayerStream
 from vqllm.checkpoint.packed_matrix import PackedMatrix
-from vqllm.checkpoint.resume.layer_writer import LayerWriter
+from vqllm.checkpoint.resume.shared_run import SharedRun
 from vqllm.core.progress import Progress
 from vqllm.errors import ModelError
 from vqllm.hf.linears import is_linear, why_not_embedding
@@ -36,7 +36,7 @@ class EmbeddingAndHead:
         tied: modules that use the tensors of another one, which is the value.
     """
 
-    def __init__(self, stream: LayerStream, run: LayerWriter, recipe: Recipe) -> None:
+    def __init__(self, stream: LayerStream, run: SharedRun, recipe: Recipe) -> None:
         self._stream, self._run = stream, run
         matrices = plan(stream.model, recipe)
         self._embedding = next((matrix for matrix in matrices if not matrix.is_head), None)

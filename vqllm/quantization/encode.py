@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from vqllm.core import metrics, rng
+from vqllm.core.distributed import Processes
 from vqllm.core.protocols import OutputRounding, State
 from vqllm.core.tiles import to_tiles
+from vqllm.quantization.spreading import round_rows
 from vqllm.recipes import Recipe
 
 
@@ -46,7 +48,12 @@ def fit(
 
 
 def encode(
-    recipe: Recipe, W_RC: Tensor, H_CC: Tensor, state: State, output_RR: Tensor | None = None
+    recipe: Recipe,
+    W_RC: Tensor,
+    H_CC: Tensor,
+    state: State,
+    output_RR: Tensor | None = None,
+    processes: Processes | None = None,
 ) -> Encoded:
     """Choose codes, move what the codec learned where the recipe says so, and pack.
 
@@ -56,12 +63,13 @@ def encode(
         state: of the codec, as `fit` gives it.
         output_RR: H_O in the same basis, for a rounding rule that asks what errors in each output
             do.
+        processes: those that round some of the rows each; all of them call this.
     """
     codec, rounding = recipe.codec, recipe.rounding
     if isinstance(rounding, OutputRounding):
         assert output_RR is not None, "measured for such rules"
         rounding = rounding.with_outputs(output_RR)
-    codes_IJM, state = rounding(W_RC, H_CC, codec, state)
+    codes_IJM, state = round_rows(rounding, W_RC, H_CC, codec, state, processes or Processes())
     for tuning in recipe.tuning:
         codes_IJM, state = tuning(W_RC, H_CC, codec, codes_IJM, state, rounding)
     entropy = sum(map(metrics.code_entropy, codec.streams(codes_IJM)))

@@ -11,18 +11,20 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqllm.allocation.choose_codecs import Allocated
 from vqllm.calibration.hessian import InputHessian
 from vqllm.calibration.layer_calibrator import InputGroup, LayerCalibrator
 from vqllm.checkpoint.packed_matrix import PackedMatrix
+from vqllm.core.distributed import Processes
 from vqllm.core.listing import listed
 from vqllm.core.progress import Progress
 from vqllm.plan.cuts import Cut
 from vqllm.quantization.layer_training import LayerTrainer
 from vqllm.quantization.linear import Statistics, quantize_group
 from vqllm.quantization.loaded_layer import LoadedLayer, install
+from vqllm.quantization.spreading import Spread
 from vqllm.recipes import Recipe
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,9 @@ class LayerTask:
     trainer: LayerTrainer | None
     """where the recipe trains layers"""
     cuts: Mapping[str, Cut] = field(default_factory=dict)
-    """where processes cut linears, of all of the model"""
+    """where processes of a server cut linears, of all of the model"""
+    processes: Processes = field(default_factory=Processes)
+    """those that quantize the layer together"""
 
 
 def quantize_layer(
@@ -56,7 +60,7 @@ def quantize_layer(
     """
     layer, trainer = task.layer, task.trainer
     groups = calibrator.groups(layer.index, layer.linears)
-    stages = _stages(groups) if recipe.hessian.refresh == "group" else [groups]
+    stages = in_stages(groups) if recipe.hessian.refresh == "group" else [groups]
     results: list[PackedMatrix] = []
     unfinished = dict(layer.linears)
     for stage in stages:
@@ -94,7 +98,7 @@ def _warn_of_unreached(results: list[PackedMatrix]) -> None:
         )
 
 
-def _stages(groups: list[InputGroup]) -> list[list[InputGroup]]:
+def in_stages(groups: list[InputGroup]) -> list[list[InputGroup]]:
     """The groups one by one; those of all experts that read one input together, since none of them
     changes what another reads."""
     return [
@@ -106,21 +110,43 @@ def _stages(groups: list[InputGroup]) -> list[list[InputGroup]]:
 def _quantize_groups(
     task: LayerTask, groups: list[InputGroup], calibrator: LayerCalibrator, recipe: Recipe
 ) -> list[PackedMatrix]:
-    """Measure H of some groups at once, and quantize them."""
-    results: list[PackedMatrix] = []
-    waiting = calibrator.hessians(task.layer.index, task.layer.linears, groups)[::-1]
+    """Measure H of some groups at once, and quantize them, each process some of their linears."""
+    layer, names = task.layer, [name for group in groups for name in group.names]
+    waiting = calibrator.hessians(layer.index, layer.linears, groups)[::-1]
+    recipes = {name: _with_codec(task, name, recipe) for name in names}
+    shapes = {name: _shape(layer.linears[name]) for name in names}
+    spread = Spread.of(groups, shapes, recipes, task.processes)
+    made: list[PackedMatrix] = []
     for group in groups:
-        results += _quantize_group(task, group, waiting.pop(), recipe)
+        made += _quantize_group(task, group, waiting.pop(), recipe, spread)
+    results = _all_of(spread, groups, made)
+    # One after the other, since those of a chunk of experts are large.
+    for result in results:
+        if recipe.hessian.refresh == "group":
+            _install([result], layer)
+        if not task.trainer:
+            del layer.weights[result.name]
     return results
 
 
+def _shape(linear: nn.Linear) -> tuple[int, int]:
+    return linear.out_features, linear.in_features
+
+
+def _with_codec(task: LayerTask, name: str, recipe: Recipe) -> Recipe:
+    """The recipe with the codec that a linear got from a budget, if there is one."""
+    allocated = task.allocation.get(name)
+    return recipe if allocated is None else recipe.with_codec(allocated.codec)
+
+
 def _quantize_group(
-    task: LayerTask, group: InputGroup, hessian: InputHessian, recipe: Recipe
+    task: LayerTask, group: InputGroup, hessian: InputHessian, recipe: Recipe, spread: Spread
 ) -> list[PackedMatrix]:
-    """Quantize a group, and let go of all that is not needed any more: for an expert of 14336
-    features, H alone is 0.8 GB."""
+    """Quantize the linears of a group that this process has, and let go of all that is not needed
+    any more: for an expert of 14336 features, H alone is 0.8 GB."""
     layer, allocation = task.layer, task.allocation
-    if not hessian.is_known:  # of all experts no token reached one
+    # Of all experts no token reached one, or others quantize these.
+    if not hessian.is_known or not any(spread.is_here(name) for name in group.names):
         return []
     W = {name: layer.weights[name].float() for name in group.names}
     H_CC, num_tokens = hessian.matrix(group.names[0]), hessian.num_tokens
@@ -128,15 +154,24 @@ def _quantize_group(
     del hessian
     codecs = {name: allocation[name].codec for name in W if name in allocation}
     trained = task.trainer.weights(group.names) if task.trainer else None
-    made = quantize_group(W, statistics, recipe, codecs, trained, task.cuts)
+    made = quantize_group(W, statistics, recipe, codecs, trained, task.cuts, spread)
     made = [_placed(own, task) for own in made]
-    if recipe.hessian.refresh == "group":
-        _install(made, layer)
-    if not task.trainer:
-        for name in group.names:
-            del layer.weights[name]
     # Those of experts are decoded again where they are needed: all of a layer take much memory.
     return [replace(own, decoded_RC=None) for own in made] if group.side else made
+
+
+def _all_of(
+    spread: Spread, groups: list[InputGroup], made: list[PackedMatrix]
+) -> list[PackedMatrix]:
+    """The linears of all processes, decoded here but for those of experts."""
+    names = [name for group in groups for name in group.names]
+    of_experts = {name for group in groups if group.side for name in group.names}
+    return [
+        result
+        if result.decoded_RC is not None or result.name in of_experts
+        else replace(result, decoded_RC=result.W_hat_RC)
+        for result in spread.gather(names, made)
+    ]
 
 
 def _install(results: list[PackedMatrix], layer: LoadedLayer) -> None:

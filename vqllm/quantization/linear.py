@@ -11,11 +11,13 @@ from vqllm.calibration import saliency
 from vqllm.calibration.drift import Drift
 from vqllm.checkpoint.packed_matrix import LinearRecord, PackedMatrix, bit_fields
 from vqllm.core import linalg, metrics, threads
+from vqllm.core.distributed import Processes
 from vqllm.core.protocols import JSON, Codec, OutputRounding
 from vqllm.errors import NumericalError
 from vqllm.plan.cuts import Cut, divided
 from vqllm.plan.packed_spec import Transformed, linear_spec, transformed
 from vqllm.quantization.encode import encode, fit, with_transforms
+from vqllm.quantization.spreading import Spread
 from vqllm.quantization.target import corrected
 from vqllm.recipes import Recipe
 
@@ -52,6 +54,8 @@ class _Task:
     """H_O in that basis, if the rounding rule asks for it"""
     fields: JSON
     """of the record: what H was measured on, and what was aimed at"""
+    rounders: Processes
+    """those that round some of its rows each"""
 
 
 def quantize_group(
@@ -61,6 +65,7 @@ def quantize_group(
     codecs: Mapping[str, Codec] | None = None,
     trained: Mapping[str, Tensor] | None = None,
     cuts: Mapping[str, Cut] | None = None,
+    spread: Spread | None = None,
 ) -> list[PackedMatrix]:
     """Quantize linears that read the same input. A pure function of its arguments.
 
@@ -71,12 +76,13 @@ def quantize_group(
         codecs: of linears that have another than the recipe's, by full name.
         trained: W after training, of all of them, which is rounded in place of the weights.
         cuts: where processes that share the linears out cut them, by full name.
+        spread: which processes quantize which; those of others are left out. All by default.
 
     Raises:
         NumericalError: weights that are not finite, or an H that cannot be factorized; names the
             linear.
     """
-    codecs = codecs or {}
+    codecs, spread = codecs or {}, spread or Spread()
     for name, W_RC in weights.items():
         _check_finite(name, W_RC)
     H_CC = statistics.H_CC
@@ -89,6 +95,8 @@ def quantize_group(
     del H_prime  # as large as H
     results = []
     for name, linear in linears.items():
+        if not spread.is_here(name):
+            continue
         own = recipes[name]
         task = _Task(
             name=name,
@@ -104,6 +112,7 @@ def quantize_group(
                 "num_tokens": statistics.num_tokens,
                 **_target_fields(weights[name], targets[name], statistics, recipe, bool(trained)),
             },
+            rounders=spread.rounders(name),
         )
         done = _quantize_linear(task, own.with_codec(codecs.get(name, recipe.codec)))
         if recipe.fragile is not None and done.record.proxy_loss > recipe.fragile.above:
@@ -115,7 +124,7 @@ def quantize_group(
 def _damped(H_CC: Tensor, H_prime: Tensor, recipe: Recipe, names: Iterable[str]) -> Tensor:
     """H in the transformed basis, made positive definite; the identity where no input was seen."""
     if not linalg.is_zero(H_CC):
-        return linalg.damp(H_prime, recipe.hessian.damping)
+        return linalg.damp(H_prime, recipe.hessian.damping, recipe.hessian.shrinkage)
     logger.warning(
         "the input of %s was zero on every calibration token: rounded to nearest", ", ".join(names)
     )
@@ -142,7 +151,7 @@ def _quantize_linear(task: _Task, recipe: Recipe) -> PackedMatrix:
     name, W_RC, (R, C) = task.name, task.linear.W_RC, task.W_RC.shape
     try:
         state = fit(name, recipe, W_RC, task.H_damped)
-        encoded = encode(recipe, W_RC, task.H_damped, state, task.output_RR)
+        encoded = encode(recipe, W_RC, task.H_damped, state, task.output_RR, task.rounders)
     except NumericalError as error:
         raise NumericalError(f"{name}, damping {recipe.hessian.damping}: {error}") from error
     # The error of the code alone, in the basis where it codes.

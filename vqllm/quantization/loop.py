@@ -14,6 +14,7 @@ from vqllm.calibration.data.calibration_set import calibration_sequences
 from vqllm.calibration.layer_calibrator import LayerCalibrator
 from vqllm.calibration.passes import Model
 from vqllm.checkpoint.resume.layer_writer import LayerWriter
+from vqllm.checkpoint.resume.shared_run import SharedRun
 from vqllm.core import memory
 from vqllm.core.coverage import kinds_of
 from vqllm.core.progress import Progress
@@ -44,17 +45,20 @@ class Outcome:
     """int64 [S, L], sequences that nothing was calibrated on"""
 
 
-def open_run(job: Job) -> tuple[LayerWriter, Checked]:
-    """The job's output folder, new or with the finished layers of an earlier run of the same job,
-    and the model.
+def check(job: Job) -> Checked:
+    """The model. ModelError: a run would fail on it."""
+    return check_model(job.source, job.model, job.recipe, job.trust_remote_code)
+
+
+def open_run(job: Job) -> LayerWriter:
+    """The output folder of a job whose model was checked, new or with the finished layers of an
+    earlier run of the same job.
 
     Raises:
-        ModelError: a run would fail on this model; nothing is written then.
         CheckpointError: something else is in the folder; a difference to the earlier run is shown.
     """
-    checked = check_model(job.source, job.model, job.recipe, job.trust_remote_code)
     settings = {"device": job.device.type, "compute_dtype": str(job.compute_dtype or "auto")}
-    folder = LayerWriter(
+    return LayerWriter(
         job.output,
         job.source,
         job.model,
@@ -64,13 +68,12 @@ def open_run(job: Job) -> tuple[LayerWriter, Checked]:
         origin=job.origin,
         private=job.is_part,
     )
-    return folder, checked
 
 
 @memory.old_objects_kept()
-def quantize(job: Job, run: LayerWriter, checked: Checked, progress: Progress) -> Outcome:
+def quantize(job: Job, run: SharedRun, checked: Checked, progress: Progress) -> Outcome:
     """Quantize a model into the checkpoint folder of `run`, from its first unfinished layer on.
-    `run` and `checked` are what `open_run` returns.
+    `checked` is what `check` returns. All processes of `run` call this.
 
     Every finished layer is on disk before the next one begins; a run that is killed at any moment
     and started again writes the same bytes as one that was not.
@@ -112,7 +115,7 @@ class _Loop:
     def __init__(
         self,
         job: Job,
-        run: LayerWriter,
+        run: SharedRun,
         checked: Checked,
         tokens_SL: Tensor,
         progress: Progress,
@@ -153,6 +156,7 @@ class _Loop:
             self._recipe.target.of,
             _aims(self._recipe),
             self._recipe.hessian.expert_shrinkage,
+            self._run.processes,
         )
         self._progress.layers(len(self._stream), self._run.num_finished)
 
@@ -184,7 +188,8 @@ class _Loop:
         if recipe.layer and layer.linears:
             trainer = LayerTrainer(recipe.layer, recipe.seed, layer, self._calibrator)
         outputs = self._findings.outputs(layer.index)
-        task = LayerTask(layer, outputs, self._allocation, trainer, self._selection.cuts)
+        cuts, processes = self._selection.cuts, self._run.processes
+        task = LayerTask(layer, outputs, self._allocation, trainer, cuts, processes)
         results = quantize_layer(task, self._calibrator, recipe, self._progress)
         self._run.write_layer(layer.index, results, trainer.vectors() if trainer else {})
         if trainer:
@@ -216,7 +221,10 @@ class _Loop:
             ModelError: nothing was quantized.
         """
         self._progress.phase("writing the rest of the model")
-        quantized = {*self._run.quantized, *self._ends.names}
+        return self._run.write_in_first(self._write_the_rest)
+
+    def _write_the_rest(self, folder: LayerWriter) -> dict[str, str]:
+        quantized = {*folder.quantized, *self._ends.names}
         reasons = why_not_quantized(
             self._stream.model,
             self._stream.names,
@@ -224,13 +232,13 @@ class _Loop:
             self._recipe.skip,
             self._selection.kept,
         )
-        if not self._run.quantized:
+        if not folder.quantized:
             raise ModelError(f"nothing in {self._job.model} was quantized: {kinds_of(reasons)}")
-        self._run.finish(reasons, self._ends.results, self._ends.tied)
+        folder.finish(reasons, self._ends.results, self._ends.tied)
         return reasons
 
     def records(self) -> list[JSON]:
-        """The lines of the report."""
+        """The lines of the report; none in other processes than the first."""
         ends = [result.record.to_dict() for result in self._ends.results]
         return self._run.all_records() + ends
 

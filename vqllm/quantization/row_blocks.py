@@ -168,7 +168,7 @@ class _Coder:
             H_CC = torch.eye(matrix.spec.cols, device=device)
         linears, H_prime = transformed({name: sample_RC}, H_CC, recipe)
         sample = linears[name]
-        H_damped = linalg.damp(H_prime, recipe.hessian.damping)
+        H_damped = linalg.damp(H_prime, recipe.hessian.damping, recipe.hessian.shrinkage)
         state = fit(name, recipe, sample.W_RC, H_damped, weight_R)
         layout = matrix.spec.format.layout(matrix.spec.rows, matrix.spec.cols)
         by_row = {key for key, tensor in layout.items() if tensor.by_tile_row}

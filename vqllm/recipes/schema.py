@@ -215,13 +215,15 @@ class Recipe(Settings):
         return TuningRecipe(**{**given, "name": self.name, "seed": self.seed, "calibration": text})
 
     def to_dict(self) -> JSON:
-        """JSON values with every field present, but `skip_kinds` and `tensor_parallel` where they
-        are the default: the recipes in checkpoints and journals of earlier versions do not have
-        them either."""
+        """JSON values with every field present, but `skip_kinds`, `tensor_parallel` and
+        `hessian.shrinkage` where they are the default: the recipes in checkpoints and journals of
+        earlier versions do not have them either."""
         values = self.model_dump(mode="json")
         for key in ("skip_kinds", "tensor_parallel"):
             if getattr(self, key) == Recipe.model_fields[key].default:
                 del values[key]
+        if self.hessian.shrinkage == Hessian.model_fields["shrinkage"].default:
+            del values["hessian"]["shrinkage"]
         return values
 
     def to_yaml(self, with_paths: bool = True) -> str:

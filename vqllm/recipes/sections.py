@@ -70,6 +70,13 @@ class Hessian(Settings):
     damping: float = Field(
         default=0.01, gt=0, le=10, description="added to the diagonal, relative to mean(diag H)"
     )
+    shrinkage: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="what entries of H off the diagonal are multiplied by, in the basis in which "
+        "weights are coded; 1 leaves them as they are",
+    )
     refresh: Literal["group", "layer"] = Field(
         default="group",
         description="measure each input group after the groups before it in the layer are "

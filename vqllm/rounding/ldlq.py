@@ -68,6 +68,7 @@ STRIPE = 128
 class LDLQ(Rounding):
     """Block LDLQ for every tile shape, then coordinate descent."""
 
+    rows_apart = True
     type: Literal["ldlq"] = "ldlq"
     order: Literal["natural", "hessian"] = Field(
         default="natural",

@@ -13,6 +13,7 @@ from vqllm.rounding.base import ROUNDINGS
 class Nearest(Rounding):
     """Round to nearest."""
 
+    rows_apart = True
     type: Literal["nearest"] = "nearest"
 
     def __call__(

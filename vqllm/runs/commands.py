@@ -5,7 +5,8 @@ from pathlib import Path
 
 from vqllm import recipes
 from vqllm.checkpoint.reader import Checkpoint
-from vqllm.core.progress import Progress
+from vqllm.core.distributed import Processes
+from vqllm.core.progress import NoProgress, Progress
 from vqllm.errors import EvaluationError, ModelError, RecipeError
 from vqllm.hf.classes import predicts_tokens
 from vqllm.hf.loading import load_config
@@ -17,6 +18,7 @@ from vqllm.report.summary import Summary
 from vqllm.runs import quantize as quantization
 from vqllm.runs import quantize_and_tune
 from vqllm.runs import tune as tuning
+from vqllm.runs.agreement import check_agreement
 from vqllm.runs.arguments import CompareArguments, QuantizeArguments, TuneArguments
 from vqllm.runs.compare.grid import Origin, expand
 from vqllm.runs.compare.result import ComparisonResult
@@ -32,20 +34,32 @@ logger = logging.getLogger(__name__)
 DEFAULT_BITS = 2
 
 
-def quantize(given: QuantizeArguments, command: str | None, progress: Progress) -> Summary:
-    """The run that the arguments mean. `command` stands in place of their call in the pages."""
+def quantize(given: QuantizeArguments, command: str | None, progress: Progress) -> Summary | None:
+    """The run that the arguments mean; None in all but the first of several processes. `command`
+    stands in place of their call in the pages."""
     command = command or given.call()
+    processes = Processes.started(device_of(given.device))
+    with processes.watched(), processes.quiet():
+        job, model = processes.in_turn(lambda: _quantize_job(given))
+        check_agreement(job, processes)
+        evaluate = given.evaluate and _is_measurable(given, job.source)
+        windows = None
+        if evaluate:  # only the first process measures
+            windows = processes.on_first(lambda: _windows(given, job.source))
+        own = progress if processes.is_first else NoProgress()
+        shared = (windows, evaluate, command, own)
+        if job.recipe.tune is not None:
+            return quantize_and_tune.run(job, model, *shared, processes=processes)
+        return quantization.run(job, *shared, hub_id=model.hub_id, processes=processes)
+
+
+def _quantize_job(given: QuantizeArguments) -> tuple[Job, ResolvedModel]:
     _check_windows(given.eval_text, given.eval_windows)
     recipe = recipe_of(given)
     model = models.resolve(
         given.model, trust_remote_code=given.trust_remote_code, allow_bin=given.allow_bin
     )
-    job = _job(given, recipe, model)
-    evaluate = given.evaluate and _is_measurable(given, job.source)
-    windows = _windows(given, job.source) if evaluate else None
-    if recipe.tune is not None:
-        return quantize_and_tune.run(job, model, windows, evaluate, command, progress)
-    return quantization.run(job, windows, evaluate, command, progress, hub_id=model.hub_id)
+    return _job(given, recipe, model), model
 
 
 def _is_measurable(given: QuantizeArguments, source: Path) -> bool:

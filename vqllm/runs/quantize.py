@@ -1,13 +1,16 @@
 """A whole run: the loop over the layers, the measurement of its result, the pages about it."""
 
 import time
+from contextlib import ExitStack
 
 from vqllm.checkpoint.inspect import bits_per_weight, parameter_counts
 from vqllm.checkpoint.reader import Checkpoint
+from vqllm.checkpoint.resume.shared_run import SharedRun, own_scratch
 from vqllm.core import memory
+from vqllm.core.distributed import Processes
 from vqllm.core.progress import Progress
 from vqllm.plan.job import Job
-from vqllm.quantization.loop import open_run, sequences_of
+from vqllm.quantization.loop import check, open_run, sequences_of
 from vqllm.quantization.loop import quantize as run_pipeline
 from vqllm.report.pages import report_pages
 from vqllm.report.summary import Summary
@@ -25,28 +28,41 @@ def run(
     *,
     hub_id: str | None,
     hooks: Hooks | None = None,
-) -> Summary:
+    processes: Processes | None = None,
+) -> Summary | None:
     """Quantize, measure and write the pages, going on where an earlier run of the job stopped.
 
     Args:
         windows: what the result is measured on; None takes the held-out sequences.
         evaluate: False leaves it unmeasured.
         command: what the pages say the checkpoint was made with.
-        hub_id: the model's repository on the hub, where that is known.
+        processes: those that share the work.
+
+    Returns:
+        None in all but the first of several processes.
 
     Raises:
         VqllmError: a mistake that the message explains; finished layers are kept.
     """
-    hooks = hooks or Hooks()
-    folder, checked = open_run(job)
-    with folder:
-        hooks.prepare(
-            folder,
-            job.recipe,
-            lambda: sequences_of(job.source, job.recipe, job.device, job.trust_remote_code),
-        )
+    hooks, processes = hooks or Hooks(), processes or Processes()
+    checked = processes.together(lambda: check(job))
+    with ExitStack() as stack:
+        # Only the first process writes.
+        folder = processes.on_first(lambda: stack.enter_context(open_run(job)))
+        if folder is not None:
+            hooks.prepare(
+                folder,
+                job.recipe,
+                lambda: sequences_of(job.source, job.recipe, job.device, job.trust_remote_code),
+            )
         # The checkpoint, complete but for the pages about it.
-        outcome = run_pipeline(job, folder, checked, progress)
+        with own_scratch(job.output, folder, processes) as scratch:
+            shared = SharedRun(folder, processes, scratch)
+            outcome = run_pipeline(job, shared, checked, progress)
+        if not job.is_part:
+            processes.leave()
+        if folder is None:
+            return None
         if not job.is_part:
             originals.remember(job.output, job.origin, command, job.recipe.to_dict())
         # Its measurement.

@@ -17,7 +17,7 @@ from vqllm.errors import CheckpointError
 from vqllm.hf.loading import load_config, runs_beyond
 from vqllm.models.resolve import ResolvedModel
 from vqllm.plan.job import Job
-from vqllm.quantization.loop import open_run
+from vqllm.quantization.loop import check, open_run
 from vqllm.report.summary import Summary
 from vqllm.runs import quantize as quantization
 from vqllm.runs import tune as tuning
@@ -35,7 +35,8 @@ def run(
     progress: Progress,
     *,
     hooks: Hooks | None = None,
-) -> Summary:
+    processes: Processes | None = None,
+) -> Summary | None:
     """Quantize and tune, going on where an earlier run of the job stopped.
 
     Args:
@@ -43,16 +44,20 @@ def run(
         teacher: the model of the job.
         windows, evaluate, command: as in `tune.run`.
         hooks: `prepare` is called for both folders.
+        processes: those that share the work; all must see the output folder.
+
+    Returns:
+        None in all but the first of several processes.
 
     Raises:
         CheckpointError: something else is in the folder, or a run of another recipe.
         RecipeError: its stages are for several processes, and one quantizes.
     """
-    hooks = hooks or Hooks()
+    hooks, processes = hooks or Hooks(), processes or Processes()
     # Round, unless an earlier run finished that.
     seconds = {}
-    if not _is_rounded(job):
-        seconds = quantization.run(
+    if not processes.broadcast(lambda: _is_rounded(job, processes)):
+        rounded = quantization.run(
             _rounding_job(job),
             None,
             False,
@@ -60,8 +65,12 @@ def run(
             progress,
             hub_id=teacher.hub_id,
             hooks=Hooks(prepare=hooks.prepare),
-        ).seconds
-        del seconds["evaluation"]  # there was none
+            processes=processes,
+        )
+        processes.wait()  # for the folder to be complete
+        if rounded is not None:
+            seconds = rounded.seconds
+            del seconds["evaluation"]  # there was none
 
     def with_rounding(summary: Summary) -> Summary:
         return replace(summary, seconds={**seconds, **summary.seconds})
@@ -75,18 +84,18 @@ def run(
         progress,
         hooks=replace(hooks, finish=lambda summary: hooks.finish(with_rounding(summary))),
     )
-    assert summary is not None, "one process quantizes"
-    return with_rounding(summary)
+    return None if summary is None else with_rounding(summary)
 
 
 def check_output(job: Job, teacher: ResolvedModel) -> None:
     """Refuse, with its errors, a job that `run` could not begin or go on with."""
     rounding = _rounding_job(job)
-    if _is_rounded(job):
+    if _is_rounded(job, Processes()):
         if is_unfinished(job.output):
             open_tuned_run(_tuning_job(job, teacher), Processes()).__exit__(None, None, None)
     elif atomic.names_in(rounding.output):
-        open_run(rounding)[0].__exit__(None, None, None)
+        check(rounding)
+        open_run(rounding).__exit__(None, None, None)
 
 
 def _rounding_job(job: Job) -> Job:
@@ -108,11 +117,11 @@ def _tuning_job(job: Job, teacher: ResolvedModel) -> TuningJob:
     )
 
 
-def _is_rounded(job: Job) -> bool:
+def _is_rounded(job: Job, processes: Processes) -> bool:
     """Whether the first part is finished. Errors as of `run`."""
     # What the second part would refuse is found before the first one begins.
     assert job.recipe.tune is not None, "there is a part that follows"
-    check_shard(job.recipe.tune, Processes(), "tune.")
+    check_shard(job.recipe.tune, processes, "tune.")
     _check_length(job)
     check_free(job.output)
     # No finished checkpoint inside: a run in the folder itself must be one of this kind.

@@ -1,7 +1,7 @@
 """The output folder of a quantization: finished layers, and how they become a checkpoint."""
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -215,14 +215,17 @@ class LayerWriter(RunFolder):
             others[self._names.of(name)] = values
         return others
 
-    def decoded(self, index: int) -> Iterator[tuple[str, Tensor]]:
-        """The dense weights [R, C] of each quantized linear of a finished layer, float32."""
+    def packed(self, index: int) -> list[tuple[str, LinearSpec, dict[str, Tensor]]]:
+        """Name, specification and stored tensors of each quantized linear of a finished layer."""
         layer = self._journal.finished[index]
         tensors = load_file(self._output / layer.shard)
+        found = []
         for name, values in layer.linears.items():
             spec = spec_from_dict(values)
             prefix = self._names.prefix(name, spec)
-            yield name, spec.dequantize({key: tensors[f"{prefix}.{key}"] for key in spec.layout()})
+            own = {key: tensors[f"{prefix}.{key}"] for key in spec.layout()}
+            found.append((name, spec, own))
+        return found
 
     def vectors(self, index: int, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of a finished layer that are not packed, by full name."""
@@ -236,18 +239,6 @@ class LayerWriter(RunFolder):
     def all_records(self) -> list[JSON]:
         """The report lines of all finished layers."""
         return [record for layer in self._journal.finished for record in layer.records]
-
-    def read_rows(self, module: str, start: int, stop: int) -> Tensor:
-        """Rows of the weight of a module of the source model, as stored."""
-        return self._tensors.read_rows(f"{module}.weight", start, stop)
-
-    def stores(self, module: str) -> bool:
-        """Whether the source model has a weight under the name of this module."""
-        return f"{module}.weight" in self._tensors
-
-    def has(self, name: str) -> bool:
-        """Whether the source model has a tensor of this full name that can be changed alone."""
-        return name in self._tensors and self._names.is_alone(name)
 
     def finish(
         self,

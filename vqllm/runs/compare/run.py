@@ -23,7 +23,7 @@ from vqllm.errors import CheckpointError, EvaluationError, ModelError, OutOfSpac
 from vqllm.models.resolve import ResolvedModel
 from vqllm.plan.job import Job
 from vqllm.quantization.checks import check_model
-from vqllm.quantization.loop import open_run
+from vqllm.quantization.loop import check, open_run
 from vqllm.recipes import Recipe, TuningRecipe
 from vqllm.report.comparison import comparison_pages
 from vqllm.report.pages import PAGE, PLOT
@@ -126,6 +126,7 @@ def _run_member(plan: Plan, store: Store, name: str, job: Job, progress: Progres
         summary = quantization.run(job, *shared, hub_id=plan.model.hub_id, hooks=hooks)
     else:
         summary = quantize_and_tune.run(job, plan.model, *shared, hooks=hooks)
+    assert summary is not None, "one process compares"
     assert summary.evaluation is not None
     logger.info(
         "%s: KL divergence %.4f, %.1f MB",
@@ -177,7 +178,8 @@ def _check_folders(plan: Plan, store: Store) -> None:
         elif job.recipe.tune is not None:
             quantize_and_tune.check_output(job, plan.model)
         elif atomic.names_in(job.output):
-            open_run(job)[0].__exit__(None, None, None)
+            check(job)
+            open_run(job).__exit__(None, None, None)
 
 
 def _identity(plan: Plan) -> JSON:
