@@ -46,6 +46,10 @@ class SourceTensors:
         """Names in the files of the stored tensors that a parameter is made of."""
         return self._origins[self.blueprint.origin(name)].keys
 
+    def shape_in_files(self, key: str) -> tuple[int, ...]:
+        """The shape of a stored tensor, or of the dense one where another tool coded it."""
+        return self._stored[key].shape
+
     def is_decoded(self, name: str) -> bool:
         """Whether a parameter's stored form is one of few bits, as an original was released in."""
         return self.blueprint.conversions.is_decoded(self.blueprint.origin(name))
