@@ -84,10 +84,11 @@ def test_experts_are_coded_and_routers_are_not(made: Path, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
 
+@pytest.mark.parametrize("mix", [None, "Q4_0,Q5_0,Q8_0"])
 def test_a_killed_run_goes_on_and_writes_the_same_bytes(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mix: str | None, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export(made, tmp_path / "whole.gguf")
+    export(made, tmp_path / "whole.gguf", mix=mix)
     write_layer = CodedLayers.write_layer
 
     def killed(self: CodedLayers, index: int, coded: Any) -> None:
@@ -99,19 +100,20 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(CodedLayers, "write_layer", killed)
         with pytest.raises(KeyboardInterrupt):
-            export(made, output)
+            export(made, output, mix=mix)
     with pytest.raises(CheckpointError, match=r'settings.type: "Q4_0" → "Q8_0"'):
-        export(made, output, type="Q8_0")
+        export(made, output, type="Q8_0", mix=mix)
     layers = []
     with monkeypatch.context() as patch:
         patch.setattr("vqllm.export.container.convert", None)  # its file is kept
         patch.setattr("vqllm.runs.export_gguf.sequences_of", None)  # and so are the sequences
+        patch.setattr("vqllm.runs.mixed_types.MixedTypes.choose", None)  # and the types
         patch.setattr(
             CodedLayers,
             "write_layer",
             lambda self, index, coded: (layers.append(index), write_layer(self, index, coded)),
         )
-        export(made, output)
+        export(made, output, mix=mix)
     assert layers == [1]
     assert output.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "whole.gguf"]
