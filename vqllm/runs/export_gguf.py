@@ -2,9 +2,10 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,20 @@ from vqllm.errors import CheckpointError, ModelError
 from vqllm.export import container, tensors, writing
 from vqllm.export.coded_layers import CodedLayers, folder_of
 from vqllm.export.layer_run import code_layers
-from vqllm.export.native_types import NativeType, type_for, type_of
+from vqllm.export.mix import Mix, mix_of, options
+from vqllm.export.native_types import NativeType
 from vqllm.models import demo
 from vqllm.models.resolve import ResolvedModel, resolve
 from vqllm.quantization.checks import Checked, check_model
 from vqllm.quantization.loop import sequences_of
 from vqllm.recipes import Recipe
 from vqllm.runs.devices import device_of, dtype_of
+from vqllm.runs.mixed_types import MixedTypes
 
 logger = logging.getLogger(__name__)
+
+TYPE_OF, HESSIAN_OF = "type of ", "hessian of "
+"""Before the names of tensors, in what a run keeps of the choice of types."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +45,9 @@ class ExportArguments:
 
     model: str | Path
     output: str | Path
-    type: str
+    type: str | None = None
+    mix: str | Sequence[str] | None = None
+    size: str | int | None = None
     calibration: list[str] | None = None
     sequences: int | None = None
     seed: int = 0
@@ -56,7 +64,7 @@ def run(given: ExportArguments, progress: Progress) -> Path:
     Raises:
         VqllmError: a mistake that the message explains.
     """
-    wanted, output = type_of(given.type), _output(given.output)
+    wanted, output = mix_of(given.type, given.mix, given.size), _output(given.output)
     recipe = _recipe(given)
     model = resolve(
         given.model, trust_remote_code=given.trust_remote_code, allow_bin=given.allow_bin
@@ -78,7 +86,7 @@ class _Export:
     """One run."""
 
     given: ExportArguments
-    wanted: NativeType
+    wanted: NativeType | Mix
     recipe: Recipe
     model: ResolvedModel
     checked: Checked
@@ -95,25 +103,68 @@ class _Export:
 
         given, trusted = self.given, self.given.trust_remote_code
         reader: Any = GGUFReader(source)
-        places = tensors.places_of_linears(reader, self.checked.selection.shapes)
+        shapes = self.checked.selection.shapes
+        places = tensors.places_of_linears(reader, shapes)
         types, orders = _plan(self.wanted, self.checked, places)
+        mixed = None
+        if isinstance(self.wanted, Mix):
+            linears = {name: places[name].name for name in types}
+            model = self.checked.tensors.blueprint.model
+            mixed = MixedTypes.of(self.wanted, reader, model, linears, self.run.scratch)
         self.progress.phase("calibration text")
         device = device_of(given.device)
         tokens_SL = self.run.load_or_make(
             "sequences", lambda: sequences_of(self.model.path, self.recipe, device, trusted)
         )["calibration"]
+        outside, hessians = writing.outside_types(reader), {}
+        if mixed is not None:
+            chosen, hessians = self._chosen(mixed, tokens_SL)
+            types = {name: chosen[places[name].name] for name in types}
+            outside |= {name: native for name, native in chosen.items() if name in writing.ENDS}
+            _say(types | outside)
         dtype = dtype_of(given.compute_dtype)
         stream = LayerStream(self.model.path, device, dtype, trusted, self.checked.tensors)
         shrinkage = self.recipe.hessian.expert_shrinkage
         code_layers(stream, tokens_SL, types, shrinkage, self.run, self.progress)
         self.progress.phase("writing the file")
+        main = self.wanted.main(types, shapes) if isinstance(self.wanted, Mix) else self.wanted
         new = self.run.scratch / "new.gguf"
         with _out_of_space(new):
             coded = self._in_file(types, orders, places)
-            writing.write(reader, coded, self.wanted.name, new)
+            writing.write(reader, coded, outside, hessians, main.name, new)
             with new.open("rb+") as file:
                 os.fsync(file.fileno())
         self.run.finish(new)
+
+    def _chosen(
+        self, mixed: MixedTypes, tokens_SL: torch.Tensor
+    ) -> tuple[dict[str, NativeType], dict[str, torch.Tensor]]:
+        """What `MixedTypes.choose` returns, once a run."""
+        given, offered = self.given, mixed.offer.types
+        device, dtype = device_of(given.device), dtype_of(given.compute_dtype)
+        # The tensors of `checked` are for one stream, that of the layers that are coded.
+        opened = partial(
+            LayerStream, self.model.path, device, trust_remote_code=given.trust_remote_code
+        )
+
+        def choose() -> dict[str, torch.Tensor]:
+            chosen, hessians = mixed.choose(
+                opened, dtype, tokens_SL, given.seed, self.run.scratch, self.progress
+            )
+            numbers = {
+                TYPE_OF + name: torch.tensor(offered[name].index(native))
+                for name, native in chosen.items()
+            }
+            return numbers | {HESSIAN_OF + name: H_CC for name, H_CC in hessians.items()}
+
+        stored = self.run.load_or_make("types", choose)
+        types = {name: own[int(stored[TYPE_OF + name])] for name, own in offered.items()}
+        hessians = {
+            key.removeprefix(HESSIAN_OF): H_CC
+            for key, H_CC in stored.items()
+            if key.startswith(HESSIAN_OF)
+        }
+        return types, hessians
 
     def _in_file(
         self,
@@ -146,26 +197,29 @@ def _out_of_space(path: Path) -> Iterator[None]:
 
 
 def _plan(
-    wanted: NativeType, checked: Checked, places: Mapping[str, tensors.Place]
+    wanted: NativeType | Mix, checked: Checked, places: Mapping[str, tensors.Place]
 ) -> tuple[dict[str, NativeType], dict[str, torch.Tensor]]:
-    """The type of each linear that is coded, and its order of rows; told before anything is
-    computed. ModelError where nothing is left."""
+    """The type of each linear that is coded (of a mix the first that it can have), and its order of
+    rows; told before anything is computed. ModelError where nothing is left."""
+    natives = wanted.types if isinstance(wanted, Mix) else (wanted,)
     shapes, orders = checked.selection.shapes, {}
-    natives = {name: type_for(wanted, cols) for name, (_, cols) in shapes.items()}
-    weights = {f"{name}.weight": name for name in places if natives[name] is not None}
+    offered = {name: options(natives, cols) for name, (_, cols) in shapes.items()}
+    weights = {f"{name}.weight": name for name in places if offered[name]}
     for weight, W_RC in checked.tensors.read_many(weights):
         order_R = tensors.row_order(places[weights[weight]], W_RC)
         if order_R is not None:
             orders[weights[weight]] = order_R
     whole = tensors.of_whole_tensors(places, orders)
-    types = {name: native for name, native in natives.items() if native and name in whole}
+    types = {name: own[0] for name, own in offered.items() if own and name in whole}
     kept = [name for name in shapes if name not in types]
     if not types:
         raise ModelError(
-            f"no linear can be stored as {wanted.name}: its blocks of {wanted.block} divide the "
-            "columns of none, or the converter has none of them as a matrix of its own."
+            f"no linear can be stored as {listed([own.name for own in natives])}: blocks of "
+            f"{natives[0].block} divide the columns of none, or the converter has none of them as "
+            "a matrix of its own."
         )
-    logger.info(tensors.sizes({name: native.name for name, native in types.items()}))
+    if not isinstance(wanted, Mix):
+        _say(types)
     if kept:
         logger.warning(
             "%d linears stay as the GGUF file of the source has them: %s", len(kept), listed(kept)
@@ -173,16 +227,20 @@ def _plan(
     return types, orders
 
 
+def _say(types: Mapping[str, NativeType]) -> None:
+    logger.info(tensors.sizes({name: native.name for name, native in types.items()}))
+
+
 def _identity(
     given: ExportArguments,
-    wanted: NativeType,
+    wanted: NativeType | Mix,
     recipe: Recipe,
     model: ResolvedModel,
     converter: Path | None,
 ) -> JSON:
     """All that could change a byte of the file."""
     settings = {
-        "type": wanted.name,
+        **_asked(wanted),
         "device": device_of(given.device).type,
         "compute_dtype": str(dtype_of(given.compute_dtype) or "auto"),
         "converter": None if converter is None else str(converter),
@@ -194,6 +252,16 @@ def _identity(
         settings=settings,
         trust_remote_code=given.trust_remote_code,
     )
+
+
+def _asked(wanted: NativeType | Mix) -> JSON:
+    if not isinstance(wanted, Mix):
+        return {"type": wanted.name}
+    return {
+        "type": None if wanted.plain is None else wanted.plain.name,
+        "mix": [native.name for native in wanted.types],
+        "size": wanted.num_bytes,
+    }
 
 
 def _recipe(given: ExportArguments) -> Recipe:
