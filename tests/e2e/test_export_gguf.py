@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.foreign import write_coded
 from tests.support.tiny import TEXT, save_tiny
 from vqllm import api
 from vqllm.errors import CheckpointError, ModelError, RecipeError
+from vqllm.export import container
 from vqllm.export.tensors import Place, row_order
 from vqllm.models.load import load
 
@@ -96,6 +98,26 @@ def test_a_file_holds_the_model(
         W_RC = W_RC if heads is None else reordered(W_RC, heads)
         error = gguf.dequantize(own.data, own.tensor_type) - W_RC
         assert np.square(error).mean() < 0.1 * np.square(W_RC).mean(), theirs
+
+
+def test_weights_that_another_tool_coded_are_converted_dense(
+    text: Path, converter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, convert = tmp_path / "awq", container.convert
+    write_coded(folder, "awq")
+
+    def of_dense(converter: Path, folder: Path, name: str, output: Path) -> None:
+        assert "quantization_config" not in (folder / "config.json").read_text()
+        assert name.endswith("awq")
+        convert(converter, folder, name, output)
+
+    monkeypatch.setattr(container, "convert", of_dense)
+    options = {"calibration": text, "sequences": 4, "converter": converter}
+    api.export_gguf(folder, tmp_path / "out.gguf", type="Q8_0", **options)
+    reader: Any = gguf.GGUFReader(tmp_path / "out.gguf")
+    types = {own.name: own.tensor_type.name for own in reader.tensors}
+    assert types["blk.1.ffn_up.weight"] == "Q8_0"
+    assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out.gguf"]
 
 
 def test_rows_of_another_matrix_are_not_taken(tmp_path: Path) -> None:

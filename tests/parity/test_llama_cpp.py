@@ -41,7 +41,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {**GEMMA, "num_hidden_layers": 7},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 96},
-    "qwen3_moe": EXPERTS,
+    "qwen3_moe": {**EXPERTS, "norm_topk_prob": True},  # llama.cpp takes it for granted
 }
 STACKED = {"gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "down_proj": ("ffn_down_exps",)}
 LINEARS = {

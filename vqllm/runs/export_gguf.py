@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ import torch
 from vqllm import recipes
 from vqllm.calibration.layer_stream import LayerStream
 from vqllm.checkpoint import atomic
+from vqllm.checkpoint.dequantize import dequantize_checkpoint
 from vqllm.checkpoint.resume.journal import identity
+from vqllm.checkpoint.stored import coded_folder
 from vqllm.core.listing import listed
 from vqllm.core.progress import Progress
 from vqllm.core.protocols import JSON
@@ -294,9 +297,20 @@ def _source(model: ResolvedModel, converter: Path | None, folder: Path) -> Path:
         if converter is None:
             partial = demo.gguf_file(folder)
         else:
-            container.convert(converter, model.path, model.name, partial)
+            _convert(converter, model, partial)
         partial.replace(made)
     return made
+
+
+def _convert(converter: Path, model: ResolvedModel, target: Path) -> None:
+    """Run the converter, on dense weights also where another tool coded them."""
+    if coded_folder(model.path) is None:
+        container.convert(converter, model.path, model.name, target)
+        return
+    dense = target.with_name("dense")
+    shutil.rmtree(dense, ignore_errors=True)
+    container.convert(converter, dequantize_checkpoint(model.path, dense), model.name, target)
+    shutil.rmtree(dense)
 
 
 def _output(output: str | Path) -> Path:
