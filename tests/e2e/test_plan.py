@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 from transformers import AutoConfig
+from typer.testing import CliRunner
 
 from tests.support.quantized import recipe
 from tests.support.tiny import save_tiny
 from vqllm import api
+from vqllm.cli import app
 
 TRELLIS = {"type": "trellis", "bits": 3, "state_bits": 8, "tile_rows": 16, "code": "gf2"}
 BUDGET = {
@@ -59,6 +61,18 @@ def test_the_planned_size_is_that_of_the_files(
     assert planned.bits_per_weight == summary.bits_per_weight
     # A tuned checkpoint is written by other code, whose headers are a few bytes shorter.
     assert planned.file_bytes == pytest.approx(files, abs=64 if changes is TUNED else 0)
+
+
+def test_a_dry_run_is_the_plan_and_writes_nothing(tmp_path: Path, text: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    out = tmp_path / "out"
+    few = ("--set", "calibration.sequences=4", "--set", "calibration.length=32")
+    given = ("quantize", str(source), "--output", str(out), "--recipe", "gptq-4bit")
+    done = CliRunner().invoke(app, [*given, "--calibration", str(text), *few, "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert not out.exists()
+    for label in ("size", "expected KL", "time", "peak memory", "disk", "modules not quantized"):
+        assert label in done.output, label
 
 
 def test_a_config_alone_has_the_size_of_the_model_with_its_weights(tmp_path: Path) -> None:

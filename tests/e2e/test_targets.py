@@ -35,6 +35,13 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
+def test_a_size_is_planned_with_embedding_and_head(model: Path, text: Path) -> None:
+    planned = api.plan(model, size="0.25MB", **options(text))
+    assert 0.985 * 250_000 <= planned.file_bytes <= 250_000
+    assert planned.recipe_values["head"] is not None
+
+
+@pytest.mark.slow
 def test_files_have_the_size_that_was_asked_for_or_hardly_less(
     tmp_path: Path, model: Path, text: Path
 ) -> None:

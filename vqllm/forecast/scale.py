@@ -150,7 +150,8 @@ def peaks(job: Job, measured: Measured, scope: Scope) -> dict[str, int]:
         found["calibration text"] = measured.text.peak_bytes
     if needs_gradients(job.recipe) and measured.found is not None:
         inputs = min(scope.layers * grows, budget)
-        found["gradients"] = measured.found.peak_bytes + inputs
+        # Beside the inputs of all layers the gradient in one, its copy, and that as a file.
+        found["gradients"] = measured.found.peak_bytes + inputs + 3 * grows
     if scope.eval_tokens:
         logits = scope.vocabulary * scope.itemsize * scope.eval_length
         blocks = FLOAT_LOGITS * 4 * min(256, scope.eval_length) * scope.vocabulary
