@@ -138,6 +138,17 @@ def test_convert_keeps_every_weight(coded: dict[str, Coded], method: str, tmp_pa
         torch.testing.assert_close(model(tokens).logits, own(tokens).logits, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize(
+    ("method", "reason"), [("quip#", "one Hadamard transform"), ("qtip", "no format of ours")]
+)
+def test_what_no_format_of_ours_holds_is_refused(
+    coded: dict[str, Coded], method: str, reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        convert_checkpoint(coded[method][0], tmp_path / "own")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("method", "kind"), [("gptq", "mixtral"), ("awq", "qwen3_moe")])
 def test_experts_that_are_stored_one_by_one(method: str, kind: str, tmp_path: Path) -> None:
     folder, output = tmp_path / "model", tmp_path / "own"
