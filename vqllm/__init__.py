@@ -14,7 +14,7 @@ from vqllm._version import __version__ as __version__
 from vqllm.integrations import _autoregister
 
 if TYPE_CHECKING:
-    from vqllm.api import compare, load, plan, quantize, tune
+    from vqllm.api import compare, load, quantize, tune
     from vqllm.checkpoint.dequantize import dequantize_checkpoint as dequantize
     from vqllm.checkpoint.inspect import inspect_checkpoint as inspect
     from vqllm.checkpoint.reader import Checkpoint
@@ -34,14 +34,12 @@ _HOMES = {
     "describe": "vqllm.runtime:describe",
     "inspect": "vqllm.checkpoint.inspect:inspect_checkpoint",
     "load": "vqllm.api:load",
-    "plan": "vqllm.api:plan",
     "quantize": "vqllm.api:quantize",
     "set_weight_cache": "vqllm.runtime:set_weight_cache",
     "tune": "vqllm.api:tune",
 }
 
 __all__ = [  # noqa: RUF022 - by what one does, not by alphabet
-    "plan",
     "quantize",
     "tune",
     "compare",
