@@ -1,11 +1,12 @@
 """Train a tiny mixture-of-experts language model on text files, for measurements on experts.
 
-    python eval/train_tiny_moe.py TEXTS OUTPUT [--minutes 5] [--seed 0]
+    python eval/train_tiny_moe.py TEXTS OUTPUT [--minutes 5] [--seed 0] [--dense]
 
 A model of random weights says nothing about quantization: what its experts get has no structure,
 and its routers choose at random. This one has learned something, and is small: a Qwen3-MoE of 4
 layers with 16 experts of 128 x 128 in each, of which a token goes to 2. The balancing loss is weak,
-so that every expert is used, some several times as often as others.
+so that every expert is used, some several times as often as others. With --dense the model is a
+Qwen3 of the same size without experts.
 
 TEXTS is a folder of .txt files. The last 15 % of each are held out: perplexity is measured on them,
 and scripts that load the model may calibrate and judge on them (`parts`). The number of steps
@@ -17,11 +18,18 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 HELD_OUT = 0.15
@@ -52,6 +60,12 @@ CONFIG = {
     "eos_token_id": 0,
 }
 
+DENSE = CONFIG.keys() - {
+    *("num_experts", "num_experts_per_tok", "norm_topk_prob"),
+    *("moe_intermediate_size", "router_aux_loss_coef"),
+}
+"""Those keys that a model without experts has."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -59,14 +73,17 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dense", action="store_true", help="a model without experts")
     arguments = parser.parse_args()
     tokenizer = train_tokenizer(parts(arguments.texts)[0])
     learned, held_out = (sequences(tokenizer, part) for part in parts(arguments.texts))
     print(f"{learned.numel()} tokens to learn from, {held_out.numel()} held out", flush=True)
     steps = round(arguments.minutes * STEPS_A_MINUTE)
-    model = train(learned, steps, arguments.seed).bfloat16()
+    model = train(learned, steps, arguments.seed, arguments.dense).bfloat16()
     model.save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
+    if arguments.dense:
+        return
     measured = evaluate(model.float(), held_out)  # of the rounded weights
     (arguments.output / "training.json").write_text(json.dumps(measured | {"steps": steps}) + "\n")
     print(f"perplexity {measured['perplexity']}; share of tokens of each expert:")
@@ -104,11 +121,16 @@ def sequences(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
     return torch.cat([t[: len(t) // LENGTH * LENGTH].view(-1, LENGTH) for t in ids])
 
 
-def train(learned: Tensor, steps: int, seed: int) -> Qwen3MoeForCausalLM:
+def train(learned: Tensor, steps: int, seed: int, dense: bool = False) -> Any:
     torch.manual_seed(seed)
-    config = Qwen3MoeConfig(**CONFIG)
-    model = Qwen3MoeForCausalLM(config)
-    model.set_experts_implementation("grouped_mm")
+    if dense:
+        own = {key: value for key, value in CONFIG.items() if key in DENSE}
+        config = Qwen3Config(**own, intermediate_size=384)
+        model = Qwen3ForCausalLM(config)
+    else:
+        config = Qwen3MoeConfig(**CONFIG)
+        model = Qwen3MoeForCausalLM(config)
+        model.set_experts_implementation("grouped_mm")
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
@@ -127,10 +149,10 @@ def train(learned: Tensor, steps: int, seed: int) -> Qwen3MoeForCausalLM:
     start = time.time()
     for step in range(steps):
         batch = learned[order[step * BATCH : (step + 1) * BATCH]]
-        out = model(batch, labels=batch, output_router_logits=True)
+        out = model(batch, labels=batch, **({} if dense else {"output_router_logits": True}))
         loss = out.loss + BALANCE * sum(
             load_balancing_loss_func((logits,), config.num_experts, config.num_experts_per_tok)
-            for logits in out.router_logits
+            for logits in (() if dense else out.router_logits)
         )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

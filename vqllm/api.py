@@ -13,6 +13,7 @@ from vqllm.errors import EvaluationError
 from vqllm.evaluation import perplexity as evaluation
 from vqllm.evaluation import speed
 from vqllm.evaluation.resident import resident_bytes
+from vqllm.forecast.plan import Plan
 from vqllm.hf.running import explained_run
 from vqllm.models.load import load as load
 from vqllm.models.load import load_to_run
@@ -20,12 +21,19 @@ from vqllm.models.resolve import resolve
 from vqllm.recipes import Recipe, TuningRecipe
 from vqllm.report.summary import Summary
 from vqllm.runs import commands
-from vqllm.runs.arguments import CompareArguments, QuantizeArguments, TuneArguments, source_names
+from vqllm.runs.arguments import (
+    CompareArguments,
+    PlanArguments,
+    QuantizeArguments,
+    TuneArguments,
+    source_names,
+)
 from vqllm.runs.compare.result import ComparisonResult
 from vqllm.runs.devices import device_of
 from vqllm.runs.export_gguf import ExportArguments
 from vqllm.runs.export_gguf import run as run_export
 from vqllm.runs.measure import text_label
+from vqllm.runs.plan import plan as plan_of
 
 
 def quantize(
@@ -34,6 +42,8 @@ def quantize(
     *,
     recipe: str | Path | Recipe | None = None,
     bits: float | None = None,
+    size: int | str | None = None,
+    kl: float | None = None,
     preset: str | None = None,
     calibration: str | Path | Iterable[str | Path] | None = None,
     seed: int | None = None,
@@ -54,10 +64,15 @@ def quantize(
         model: "demo", a hub id, a folder or a `.gguf` file.
         output: the folder to write; an unfinished run of the same command goes on.
         recipe: a shipped recipe's name, a YAML file or a Recipe; with `bits` instead, the best
-            recipe for that number of bits (2 when neither is given).
-        preset: with `bits`: "fast", "balanced" (the default) or "best", by the time of a run, or
-            "tuned": the best quality, for which the whole model has to fit in memory with its
-            gradients.
+            recipe for that number of bits, 1.1 to 5 (2 when nothing is given).
+        size: instead, the best recipe whose weight files, embedding and head included, have at
+            most so many bytes, and hardly fewer: a number or a text ("60MB", "1.5GB").
+        kl: instead, the best recipe for this KL divergence from the original's predictions, nats
+            a token. If what is measured is off by more than 15 %, the model is quantized once
+            more, with the expectation corrected by it.
+        preset: with `bits`, `size` or `kl`: "fast" (bits only), "balanced" (the default) or "best",
+            by the time of a run, or "tuned": the best quality, for which the whole model has to fit
+            in memory with its gradients.
         calibration: sources in place of the recipe's: "self", files, folders, datasets ids.
         seed: in place of the recipe's.
         changes: `dotted.key=value` changes of the recipe.
@@ -84,6 +99,8 @@ def quantize(
         output=output,
         recipe=recipe,
         bits=bits,
+        size=size,
+        kl=kl,
         preset=preset,
         calibration=source_names(calibration),
         seed=seed,
@@ -97,6 +114,62 @@ def quantize(
         allow_bin=allow_bin,
     )
     return commands.quantize(given, command, progress or LogProgress())
+
+
+def plan(
+    model: str | Path,
+    *,
+    recipe: str | Path | Recipe | None = None,
+    bits: float | None = None,
+    size: int | str | None = None,
+    kl: float | None = None,
+    preset: str | None = None,
+    calibration: str | Path | Iterable[str | Path] | None = None,
+    seed: int | None = None,
+    changes: tuple[str, ...] = (),
+    device: str | None = None,
+    compute_dtype: str | None = None,
+    evaluate: bool = True,
+    eval_text: str | Path | None = None,
+    eval_windows: int | None = None,
+    measure: bool = True,
+    trust_remote_code: bool = False,
+    allow_bin: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
+    """What `quantize` with these arguments would give and take; the same as `vqllm plan`.
+
+    Args:
+        model: as in `quantize`; or a folder with a config.json and no weights, of which nothing is
+            measured.
+        measure: whether quality, time and memory are estimated from measurements on the model,
+            which takes up to a minute for a small one. Sizes need none.
+        recipe, bits, size, kl, preset, calibration, seed, changes, device, compute_dtype, evaluate,
+            eval_text, eval_windows, trust_remote_code, allow_bin, progress: as in `quantize`.
+
+    Raises:
+        VqllmError: a mistake that `quantize` would end with.
+    """
+    given = PlanArguments(
+        model=model,
+        recipe=recipe,
+        bits=bits,
+        size=size,
+        kl=kl,
+        preset=preset,
+        calibration=source_names(calibration),
+        seed=seed,
+        changes=changes,
+        device=device,
+        compute_dtype=compute_dtype,
+        evaluate=evaluate,
+        eval_text=eval_text,
+        eval_windows=eval_windows,
+        measure=measure,
+        trust_remote_code=trust_remote_code,
+        allow_bin=allow_bin,
+    )
+    return plan_of(given, progress or LogProgress())
 
 
 def tune(
@@ -220,7 +293,9 @@ def export_gguf(
     model: str | Path,
     output: str | Path,
     *,
-    type: str,
+    type: str | None = None,
+    mix: str | Sequence[str] | None = None,
+    size: str | int | None = None,
     calibration: str | Path | Iterable[str | Path] | None = None,
     sequences: int | None = None,
     seed: int = 0,
@@ -236,6 +311,9 @@ def export_gguf(
     Args:
         output: a new file whose name ends in `.gguf`.
         type: a native type of llama.cpp for the linears of the layers: "Q3_K", ...
+        mix: the types that tensors may get, "default" or names; each tensor gets the one that pays
+            most for its sensitivity. The file is as large as with `type` alone, or as `size` says.
+        size: of the whole file, bytes or "80MB"; without `mix`, the default types are mixed.
         sequences: number of calibration sequences of 128 tokens; None takes as many as `quantize`.
         converter: llama.cpp's `convert_hf_to_gguf.py`; None takes the installed package. A model
             that is a GGUF file itself needs none.
@@ -246,13 +324,15 @@ def export_gguf(
         The path of the file. It appears whole, or not at all.
 
     Raises:
-        VqllmError: an unknown type, a quantized model, an architecture that the converter does not
-            know, or no converter; the message says what to do.
+        VqllmError: an unknown type, a size that cannot be met, a quantized model, an architecture
+            that the converter does not know, or no converter; the message says what to do.
     """
     given = ExportArguments(
         model=model,
         output=output,
         type=type,
+        mix=mix,
+        size=size,
         calibration=source_names(calibration),
         sequences=sequences,
         seed=seed,

@@ -82,17 +82,29 @@ EvalWindows = Annotated[
 ]
 
 
+Recipe = Annotated[str | None, typer.Option(help="a recipe's name, or a YAML file")]
+Bits = Annotated[float | None, typer.Option(help="bits a weight, 1.1 to 5: the best recipe for it")]
+Size = Annotated[
+    str | None, typer.Option(help="bytes of the whole file in place of bits: 60MB, 1.5GB")
+]
+KL = Annotated[float | None, typer.Option("--kl", help="KL divergence to reach in place of bits")]
+Preset = Annotated[
+    str | None, typer.Option(help="instead of a recipe: fast, balanced (default), best or tuned")
+]
+Evaluate = Annotated[
+    bool, typer.Option("--eval/--no-eval", help="measure the result against the original")
+]
+
+
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="demo, a hub id, a folder, or a .gguf file")],
     output: Annotated[Path, typer.Option(help="folder of the quantized model")],
-    recipe: Annotated[str | None, typer.Option(help="a recipe's name, or a YAML file")] = None,
-    bits: Annotated[
-        float | None, typer.Option(help="1.5, 2, 2.5, 3, 3.5 or 4: the best recipe for it")
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="with --bits: fast, balanced (default), best or tuned")
-    ] = None,
+    recipe: Recipe = None,
+    bits: Bits = None,
+    size: Size = None,
+    kl: KL = None,
+    preset: Preset = None,
     calibration: Calibration = None,
     seed: Seed = None,
     device: Device = None,
@@ -100,9 +112,10 @@ def quantize(
     changes: Changes = None,
     eval_text: EvalText = None,
     eval_windows: EvalWindows = None,
-    evaluate: Annotated[
-        bool, typer.Option("--eval/--no-eval", help="measure the result against the original")
-    ] = True,
+    evaluate: Evaluate = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only say what the run would give and take")
+    ] = False,
     trust_remote_code: Trust = False,
     allow_bin: AllowBin = False,
 ) -> None:
@@ -110,12 +123,34 @@ def quantize(
     from vqllm import api
     from vqllm.core.progress_bar import progress_for
 
+    if dry_run:
+        plan(
+            model,
+            recipe,
+            bits,
+            size,
+            kl,
+            preset,
+            calibration,
+            seed,
+            device,
+            compute_dtype,
+            changes,
+            eval_text,
+            eval_windows,
+            evaluate,
+            trust_remote_code=trust_remote_code,
+            allow_bin=allow_bin,
+        )
+        return
     with progress_for(err) as progress:
         summary = api.quantize(
             model,
             output,
             recipe=recipe,
             bits=bits,
+            size=size,
+            kl=kl,
             preset=preset,
             calibration=calibration,
             seed=seed,
@@ -134,6 +169,67 @@ def quantize(
         _print_rows(summary.rows())
         # Outside the table, in one piece: made to be copied.
         out.print(summary.load_line(), markup=False, highlight=False)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(help="as for quantize, or a folder with a config.json and no weights"),
+    ],
+    recipe: Recipe = None,
+    bits: Bits = None,
+    size: Size = None,
+    kl: KL = None,
+    preset: Preset = None,
+    calibration: Calibration = None,
+    seed: Seed = None,
+    device: Device = None,
+    compute_dtype: ComputeDtype = None,
+    changes: Changes = None,
+    eval_text: EvalText = None,
+    eval_windows: EvalWindows = None,
+    evaluate: Evaluate = True,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure/--no-measure", help="estimate quality, time and memory too"),
+    ] = True,
+    json_output: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    trust_remote_code: Trust = False,
+    allow_bin: AllowBin = False,
+) -> None:
+    """What quantize would give and take: size, quality, time, memory, disk."""
+    from vqllm import api
+    from vqllm.core.progress_bar import progress_for
+    from vqllm.report.summary import coverage_rows
+
+    with progress_for(err) as progress:
+        found = api.plan(
+            model,
+            recipe=recipe,
+            bits=bits,
+            size=size,
+            kl=kl,
+            preset=preset,
+            calibration=calibration,
+            seed=seed,
+            changes=tuple(changes or ()),
+            device=device,
+            compute_dtype=compute_dtype,
+            evaluate=evaluate,
+            eval_text=eval_text,
+            eval_windows=eval_windows,
+            measure=measure,
+            trust_remote_code=trust_remote_code,
+            allow_bin=allow_bin,
+            progress=progress,
+        )
+    if json_output:
+        out.print_json(json.dumps(found.to_dict()))
+        return
+    _print_rows([*found.rows(), *coverage_rows(found.parameters, found.not_quantized)])
+    for note in found.notes:
+        out.print(note, markup=False, highlight=False)
 
 
 @app.command()
@@ -443,8 +539,17 @@ def export_gguf(
     model: Annotated[str, typer.Argument(help="demo, a hub id, a folder, or a .gguf file")],
     output: Annotated[Path, typer.Option(help="the file to write, new, ending in .gguf")],
     native_type: Annotated[
-        str, typer.Option("--type", help="llama.cpp's type for the linears: Q3_K, Q4_0, ...")
-    ],
+        str | None, typer.Option("--type", help="llama.cpp's type for the linears: Q3_K, Q4_0, ...")
+    ] = None,
+    mix: Annotated[
+        str | None,
+        typer.Option(
+            help="types mixed by sensitivity, the size of plain --type: default, or names"
+        ),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="types mixed within this size of the whole file: 80MB, ...")
+    ] = None,
     calibration: Calibration = None,
     sequences: Annotated[
         int | None, typer.Option(help="calibration sequences of 128 tokens", min=1)
@@ -467,6 +572,8 @@ def export_gguf(
             model,
             output,
             type=native_type,
+            mix=mix,
+            size=size,
             calibration=calibration,
             sequences=sequences,
             seed=seed,
@@ -477,8 +584,8 @@ def export_gguf(
             allow_bin=allow_bin,
             progress=progress,
         )
-    size = output.stat().st_size
-    out.print(f"{output}: {size / 1e6:.1f} MB for llama.cpp", markup=False, highlight=False)
+    megabytes = output.stat().st_size / 1e6
+    out.print(f"{output}: {megabytes:.1f} MB for llama.cpp", markup=False, highlight=False)
 
 
 @app.command()

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.foreign import write_coded
 from tests.support.tiny import TEXT, save_tiny
 from vqllm import api
 from vqllm.errors import CheckpointError, ModelError, RecipeError
-from vqllm.export.tensors import row_order
+from vqllm.export import container
+from vqllm.export.tensors import Place, row_order
 from vqllm.models.load import load
 
 NAMES = {
@@ -98,6 +100,26 @@ def test_a_file_holds_the_model(
         assert np.square(error).mean() < 0.1 * np.square(W_RC).mean(), theirs
 
 
+def test_weights_that_another_tool_coded_are_converted_dense(
+    text: Path, converter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, convert = tmp_path / "awq", container.convert
+    write_coded(folder, "awq")
+
+    def of_dense(converter: Path, folder: Path, name: str, output: Path) -> None:
+        assert "quantization_config" not in (folder / "config.json").read_text()
+        assert name.endswith("awq")
+        convert(converter, folder, name, output)
+
+    monkeypatch.setattr(container, "convert", of_dense)
+    options = {"calibration": text, "sequences": 4, "converter": converter}
+    api.export_gguf(folder, tmp_path / "out.gguf", type="Q8_0", **options)
+    reader: Any = gguf.GGUFReader(tmp_path / "out.gguf")
+    types = {own.name: own.tensor_type.name for own in reader.tensors}
+    assert types["blk.1.ffn_up.weight"] == "Q8_0"
+    assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out.gguf"]
+
+
 def test_rows_of_another_matrix_are_not_taken(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
     writer.add_tensor("a.weight", np.arange(64, dtype=np.float32).reshape(2, 32))
@@ -107,10 +129,10 @@ def test_rows_of_another_matrix_are_not_taken(tmp_path: Path) -> None:
     writer.close()
     tensor = gguf.GGUFReader(tmp_path / "a.gguf").tensors[0]
     W_RC = torch.arange(64).reshape(2, 32).half()
-    order_R = row_order(tensor, W_RC.flip(0))
+    order_R = row_order(Place(tensor), W_RC.flip(0))
     assert order_R is not None
     assert order_R.tolist() == [1, 0]
-    assert row_order(tensor, W_RC + 1) is None
+    assert row_order(Place(tensor), W_RC + 1) is None
 
 
 def test_what_bad_input_gets(model: Path, tmp_path: Path) -> None:

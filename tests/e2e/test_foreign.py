@@ -1,6 +1,7 @@
 """Checkpoints of other tools go wherever an ordinary model goes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from vqllm.checkpoint.convert import convert_checkpoint
 from vqllm.checkpoint.reader import Checkpoint
 from vqllm.cli import app
 from vqllm.errors import CheckpointError, ModelError
+from vqllm.evaluation.resident import resident_bytes
 from vqllm.models.load import load
 
 METHODS = list(CONFIGS)
@@ -134,6 +136,62 @@ def test_convert_keeps_every_weight(coded: dict[str, Coded], method: str, tmp_pa
     tokens = torch.arange(12)[None]
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, own(tokens).logits, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"), [("quip#", "one Hadamard transform"), ("qtip", "no format of ours")]
+)
+def test_what_no_format_of_ours_holds_is_refused(
+    coded: dict[str, Coded], method: str, reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        convert_checkpoint(coded[method][0], tmp_path / "own")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("method", "kind"), [("gptq", "mixtral"), ("awq", "qwen3_moe")])
+def test_experts_that_are_stored_one_by_one(method: str, kind: str, tmp_path: Path) -> None:
+    folder, output = tmp_path / "model", tmp_path / "own"
+    dense = write_coded(folder, method, kind)
+    # One expert is not coded: with the others it becomes a linear of its own.
+    tensors = load_file(folder / "model.safetensors")
+    left = next(name for name in dense if "layers.1" in name and "experts.2" in name)
+    prefix = left.removesuffix("weight")
+    tensors = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
+    save_file({**tensors, left: dense.pop(left).half()}, folder / "model.safetensors")
+    convert_checkpoint(folder, output)
+    checkpoint = Checkpoint.open(output)
+    assert len(checkpoint.linears) == len(dense)
+    model, _ = load(output, dtype="float32")
+    own, _ = load(folder, dtype="float32")
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, own(tokens).logits, rtol=2e-2, atol=2e-2)
+    vqllm.dequantize(folder, tmp_path / "dense", "float32")
+    stored = load_file(next((tmp_path / "dense").glob("*.safetensors")))
+    for name, weight in dense.items():
+        assert torch.equal(stored[name], weight)
+
+
+def test_a_head_of_its_own_is_used_though_config_json_says_it_is_the_embedding(
+    coded: dict[str, Coded], tmp_path: Path
+) -> None:
+    folder, dense = coded["exl3"]
+    tied = tmp_path / "model"
+    shutil.copytree(folder, tied)
+    config = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    convert_checkpoint(tied, tmp_path / "own")
+    for path in (tied, tmp_path / "own"):
+        model, _ = load(path, dtype="float32")
+        head = model.get_output_embeddings()
+        assert head is not None
+        torch.testing.assert_close(head.weight, dense["lm_head.weight"], rtol=1e-3, atol=1e-4)
+
+
+def test_memory_with_it_is_measured(coded: dict[str, Coded]) -> None:
+    found = resident_bytes(coded["gptq"][0])
+    assert found is None or found["loaded"] > found["imports"] > 0
 
 
 def test_what_cannot_be_converted_is_refused_with_advice(tmp_path: Path) -> None:

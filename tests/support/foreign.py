@@ -44,6 +44,11 @@ class Case:
         return 1e-6 * float(self.expected.abs().max())
 
 
+MIXTURES = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128},
+}
+"""Models whose experts are stored one by one, under other names than in memory or the same."""
 DATA = Path(__file__).parents[1] / "data" / "foreign"
 HELD = ("gptq", "awq", "compressed-tensors", "aqlm", "vptq", "exl3")
 
@@ -80,14 +85,17 @@ def linear_of(
     return module
 
 
-def write_coded(folder: Path, method: str, **changes: Any) -> dict[str, Tensor]:
-    """A tiny Llama whose linears are random codes of a format; returns its dense weights.
+def write_coded(
+    folder: Path, method: str, model: str = "llama", **changes: Any
+) -> dict[str, Tensor]:
+    """A tiny model whose linears are random codes of a format; returns its dense weights.
 
     Args:
+        model: "llama", or one of MIXTURES.
         changes: keys of its `quantization_config` that replace the usual ones.
     """
     sizes = SIZES if method == "exl3" else {"intermediate_size": 128}
-    save_tiny(folder, "llama", dtype=torch.float16, **sizes)
+    save_tiny(folder, model, dtype=torch.float16, **sizes | MIXTURES.get(model, {}))
     tensors = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     config, described = json.loads((folder / "config.json").read_text()), CONFIGS[method] | changes
@@ -120,7 +128,8 @@ def _without_linears(tensors: dict[str, Tensor], method: str) -> dict[str, tuple
     parts |= {"up_proj": "upgate_proj", "gate_proj": "upgate_proj"}
     found: dict[str, tuple[int, int]] = {}
     stored = [key for key in tensors if any(place in key for place in places)]
-    for key in [key for key in stored if tensors[key].dim() == 2]:
+    # Not norms, nor routers.
+    for key in [key for key in stored if tensors[key].dim() == 2 and len(tensors[key]) >= 32]:
         parent, dot, name = key.removesuffix(".weight").rpartition(".")
         name = f"{parent}{dot}{parts.get(name, name) if fused else name}"
         rows, cols = tensors.pop(key).shape

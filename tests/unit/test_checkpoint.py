@@ -536,13 +536,18 @@ def documented(key: str) -> tuple[str, list[dict[str, Any]]]:
     return page, [example[key] for example in examples if key in example]
 
 
-def test_the_documented_codec_is_a_format() -> None:
-    _, [codec] = documented("codec")
-    layout = formats.from_dict(codec).layout(64, 4)
-    assert {name: list(t.shape) for name, t in layout.items()} == {
-        "codes": [1, 1, 32],
-        "scale": [1],
-        "table": [64, 1],
+def test_the_documented_codecs_are_formats() -> None:
+    _, codecs = documented("codec")
+    layouts = {
+        codec["format"]: {
+            name: list(tensor.shape)
+            for name, tensor in formats.from_dict(codec).layout(64, 16).items()
+        }
+        for codec in codecs
+    }
+    assert layouts == {
+        "trellis-v2": {"codes": [1, 4, 32], "scale": [1], "table": [64, 1]},
+        "trellis-v3": {"codes": [4, 1, 40], "scale": [1]},
     }
 
 

@@ -48,10 +48,14 @@ def to_gguf_rows(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 def write_gguf(
-    file: Path, pre: str = "smollm", split_count: int = 1, without: str | None = None
+    file: Path,
+    pre: str = "smollm",
+    split_count: int = 1,
+    without: str | None = None,
+    model: torch.nn.Module | None = None,
 ) -> Path:
     """A llama of two layers with the tiny tokenizer, written by the gguf package alone."""
-    model = llama()
+    model = model or llama()
     config = model.config
     writer = gguf.GGUFWriter(str(file), "llama")
     writer.add_context_length(config.max_position_embeddings)

@@ -10,6 +10,7 @@ from vqllm._version import __version__
 from vqllm.checkpoint import atomic, writer
 from vqllm.checkpoint.file_names import FileNames
 from vqllm.checkpoint.format import QuantizationConfig, shard_name
+from vqllm.checkpoint.merged_experts import linears_of_experts
 from vqllm.checkpoint.new_folder import Made, new_folder, num_bytes, split
 from vqllm.checkpoint.shards import natural_order
 from vqllm.checkpoint.side_files import copy_files
@@ -52,8 +53,9 @@ def convert_checkpoint(folder: str | Path, output: str | Path) -> Path:
             f"{', '.join(METHODS)}. Quantize a dense model instead."
         )
     source = SourceTensors.open(folder)
-    names = _names_in_model(stored.coded.modules, source)
-    specs = {name: _spec(module) for name, module in stored.coded.modules.items()}
+    experts = linears_of_experts(source)
+    names = _names_in_model(stored.coded.modules, source, experts)
+    specs = {name: _spec(stored.coded.modules[name]) for name in names}
     file_names = FileNames(source.blueprint, names.values())
     prefixes = {name: file_names.prefix(names[name], spec) for name, spec in specs.items()}
     layers = tuple(f"{name}." for name in layer_names(source.blueprint.model))
@@ -66,17 +68,24 @@ def convert_checkpoint(folder: str | Path, output: str | Path) -> Path:
         producer={"vqllm": __version__},
         source={"model": local_paths.name_of(str(folder.absolute()))},
     )
-    made = _made(stored, source, specs, prefixes)
+    # With experts apart, those that are not coded are linears of their own in the files too.
+    moved = {key: file_names.of(name) for key, name in experts.items() if file_names.is_apart(name)}
+    made = _made(stored, source, specs, prefixes, moved)
     with new_folder(output, num_bytes(made), "converted model") as partial_folder:
         _write(folder, made, partial_folder, config)
     return output
 
 
-def _names_in_model(modules: Mapping[str, CodedModule], source: SourceTensors) -> dict[str, str]:
+def _names_in_model(
+    modules: Mapping[str, CodedModule], source: SourceTensors, experts: Mapping[str, str]
+) -> dict[str, str]:
     """The linear of the model that each coded module is.
 
+    Args:
+        experts: names of experts' weights in the model by those in the files.
+
     Raises:
-        CheckpointError: it is a part of a tensor of the model, such as one of all experts.
+        CheckpointError: it is a part of a tensor of the model in a way that is not known.
     """
     parts, origins = source.blueprint.parts, source.blueprint.conversions.origins
     alone = {
@@ -86,7 +95,7 @@ def _names_in_model(modules: Mapping[str, CodedModule], source: SourceTensors) -
     }
     found = {}
     for module in modules:
-        name = alone.get(f"{module}.weight")
+        name = alone.get(f"{module}.weight") or experts.get(f"{module}.weight")
         if name is None:
             raise CheckpointError(
                 f"{source.folder} cannot be converted: {module} is no linear of its own in "
@@ -110,9 +119,14 @@ def _made(
     source: SourceTensors,
     specs: Mapping[str, LinearSpec],
     prefixes: Mapping[str, str],
+    moved: Mapping[str, str],
 ) -> list[Made]:
     """All tensors of the result. Stored ones that the model has no place for, such as biases of
-    zeros that some tools write, are left out."""
+    zeros that some tools write, are left out.
+
+    Args:
+        moved: the names of stored tensors that have other ones in the result.
+    """
     assert stored.coded is not None
     made = []
     for name, spec in specs.items():
@@ -122,7 +136,8 @@ def _made(
     left_out = {f"{name}.weight" for name in specs} | set(source.unused())
     for key, header in stored.tensors.items():
         if key not in left_out:
-            made.append(Made({key: header.num_bytes}, partial(_stored, stored, key)))
+            name = moved.get(key, key)
+            made.append(Made({name: header.num_bytes}, partial(_stored, stored, key, name)))
     return sorted(made, key=lambda own: natural_order(next(iter(own.sizes))))
 
 
@@ -136,8 +151,8 @@ def _packed(module: CodedModule, prefix: str) -> dict[str, Tensor]:
     return {f"{prefix}.{key}": value for key, value in tensors.items()}
 
 
-def _stored(stored: StoredFolder, key: str) -> dict[str, Tensor]:
-    return {key: stored.read(key)}
+def _stored(stored: StoredFolder, key: str, name: str) -> dict[str, Tensor]:
+    return {name: stored.read(key)}
 
 
 def _write(source: Path, made: Sequence[Made], folder: Path, config: QuantizationConfig) -> None:

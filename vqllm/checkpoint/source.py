@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from vqllm.checkpoint.shards import DTYPE_NAMES, StoredTensor
 from vqllm.checkpoint.stored import StoredFolder
 from vqllm.hf.blueprint import Blueprint
 
@@ -44,6 +45,10 @@ class SourceTensors:
     def files_of(self, name: str) -> tuple[str, ...]:
         """Names in the files of the stored tensors that a parameter is made of."""
         return self._origins[self.blueprint.origin(name)].keys
+
+    def shape_in_files(self, key: str) -> tuple[int, ...]:
+        """The shape of a stored tensor, or of the dense one where another tool coded it."""
+        return self._stored[key].shape
 
     def is_decoded(self, name: str) -> bool:
         """Whether a parameter's stored form is one of few bits, as an original was released in."""
@@ -96,6 +101,21 @@ class SourceTensors:
         if names is None:
             return sum(tensor.num_bytes for tensor in self._stored.values())
         return sum(map(self._bytes_of, names))
+
+    def described(self, name: str) -> StoredTensor:
+        """Dtype, shape and bytes of a parameter as a checkpoint has it that stores it dense."""
+        origin = self._origins[self.blueprint.origin(name)]
+        first = self._stored[origin.keys[0]]
+        if name not in self.blueprint.parts and not origin.patterns:
+            return first
+        value = self.blueprint.model.get_parameter(name)
+        dtype = DTYPE_NAMES.get(value.dtype, first.dtype)
+        num_bytes = value.nbytes if self.is_decoded(name) else self._bytes_of(name)
+        return StoredTensor(dtype, tuple(value.shape), num_bytes)
+
+    def described_unused(self) -> dict[str, StoredTensor]:
+        """The same of the tensors that the model has no place for, by name in the files."""
+        return {key: self._stored[key] for key in self.unused()}
 
     def _bytes_of(self, name: str) -> int:
         if name not in self:

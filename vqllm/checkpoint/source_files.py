@@ -31,6 +31,11 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has weights in the form that is read."""
+    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+
+
 def weight_map(folder: Path) -> dict[str, Path]:
     """The file of every tensor of a model folder.
 

@@ -25,6 +25,16 @@ def peak_resident() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def available() -> int | None:
+    """Bytes that the system could give without swapping; None where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
+
+
 def restart_peak() -> bool:
     """Let `peak_resident` count from here on. False where the system cannot, as outside Linux."""
     try:

@@ -73,7 +73,7 @@ class Parcel:
 def join(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """The bytes of all tensors in one buffer, uint8."""
     forms = [Form.of(tensor) for tensor in tensors]
-    buffer = torch.zeros(sum(f.padded_bytes for f in forms), dtype=torch.uint8, device=device)
+    buffer = torch.empty(sum(f.padded_bytes for f in forms), dtype=torch.uint8, device=device)
     start = 0
     for tensor, form in zip(tensors, forms):
         own = tensor.detach().permute(form.order).contiguous().reshape(-1).view(torch.uint8)

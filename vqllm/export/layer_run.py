@@ -2,12 +2,12 @@
 
     measure H of q, k, v ─► code them ─► measure H of o ─► code it ─► gate, up ─► down ─► next layer
 
-The layer runs with the decoded weights of what is coded. One H is in memory at a time.
+The layer runs with the decoded weights of what is coded.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,49 +16,50 @@ from vqllm.calibration.hessian import InputGroup, InputHessian
 from vqllm.calibration.layer_calibrator import LayerCalibrator
 from vqllm.calibration.layer_stream import LayerStream
 from vqllm.core import linalg, metrics
+from vqllm.core.listing import listed
 from vqllm.core.progress import Progress
-from vqllm.core.protocols import JSON
 from vqllm.errors import NumericalError
-from vqllm.export.native_rounding import NativeMatrix, round_matrix
+from vqllm.export.coded_layers import Coded, CodedLayers, decoded
+from vqllm.export.native_rounding import round_matrix
 from vqllm.export.native_types import NativeType
 from vqllm.hf.decoder_layers import linears_of
 from vqllm.quantization.checks import check_finite
+from vqllm.quantization.layer import HESSIAN_BYTES, in_stages
 from vqllm.quantization.loaded_layer import install
+
+logger = logging.getLogger(__name__)
 
 ACTIVATION_BYTES = 4 << 30
 
 
-@dataclass(frozen=True)
-class Coded:
-    """A linear by its full name."""
-
-    name: str
-    matrix: NativeMatrix
-    record: JSON
-
-
-def coded_linears(
+def code_layers(
     stream: LayerStream,
     tokens_SL: Tensor,
     types: Mapping[str, NativeType],
-    scratch: Path,
+    expert_shrinkage: float,
+    run: CodedLayers,
     progress: Progress,
-) -> Iterator[Coded]:
-    """Code linears in the order of the layers.
+) -> None:
+    """Code the layers of a model that are not finished in the folder of a run.
 
     Args:
         stream: the unquantized model.
         tokens_SL: calibration sequences, int64.
         types: of the linears that are coded, by full name.
-        scratch: a folder for hidden states that do not fit in memory.
+        expert_shrinkage: of the Hessians of experts.
 
     Raises:
         NumericalError: weights or activations that are not finite; names the linear.
     """
-    calibrator = LayerCalibrator(stream, tokens_SL, ACTIVATION_BYTES, scratch)
-    progress.layers(len(stream), 0)
+    calibrator = LayerCalibrator(
+        stream, tokens_SL, ACTIVATION_BYTES, run.scratch, shrinkage=expert_shrinkage
+    )
+    num = len(stream)
+    progress.layers(num, run.num_finished)
     try:
-        for index, name in enumerate(stream.names):
+        # All of them, since the inputs of a layer are outputs of those before it.
+        for index in range(num if run.num_finished < num else 0):
+            name = stream.names[index]
             with stream.layer(index) as module:
                 found = linears_of(module, name, stream.shared)
                 linears = {own: linear for own, linear in found.items() if own in types}
@@ -66,46 +67,78 @@ def coded_linears(
                 weights = {own: linear.weight.data for own, linear in linears.items()}
                 stream.cast(index)
                 calibrator.begin(linears)
-                records = []
-                for coded in _layer(calibrator, index, module, linears, weights, types):
-                    progress.linear(coded.record)
-                    records.append(coded.record)
-                    yield coded
-                if index + 1 < len(stream):
+                if index < run.num_finished:
+                    for own, W_hat_RC in run.decoded(index):
+                        install(linears[own], "weight", W_hat_RC)
+                else:
+                    task = _Layer(calibrator, index, module, linears, weights, types)
+                    run.write_layer(index, _told(task.coded(), progress))
+                if index + 1 < num:
                     calibrator.advance(index)
-            progress.layer(index, records)
+            progress.layer(index, run.records(index))
     finally:
         calibrator.close()
 
 
-def _layer(
-    calibrator: LayerCalibrator,
-    index: int,
-    module: nn.Module,
-    linears: Mapping[str, nn.Linear],
-    weights: Mapping[str, Tensor],
-    types: Mapping[str, NativeType],
-) -> Iterator[Coded]:
-    """Code the linears of a loaded layer, input group by input group."""
-    unfinished = dict(linears)
-    for group in calibrator.groups(index, linears) if linears else ():
-        [hessian] = calibrator.hessians(index, linears, [group])
+def _told(coded: Iterator[Coded], progress: Progress) -> Iterator[Coded]:
+    for own in coded:
+        progress.linear(own.record)
+        yield own
+
+
+@dataclass
+class _Layer:
+    """A loaded layer that is coded."""
+
+    calibrator: LayerCalibrator
+    index: int
+    module: nn.Module
+    linears: Mapping[str, nn.Linear]
+    weights: dict[str, Tensor]
+    """theirs, as stored, until they are coded"""
+    types: Mapping[str, NativeType]
+
+    def coded(self) -> Iterator[Coded]:
+        """Code the linears input group by input group; those of all experts that read one input
+        together."""
+        unfinished, unreached = dict(self.linears), []
+        groups = self.calibrator.groups(self.index, self.linears) if self.linears else []
+        for stage in in_stages(groups):
+            for chunk in self.calibrator.chunks(self.linears, stage, HESSIAN_BYTES):
+                waiting = self.calibrator.hessians(self.index, self.linears, chunk)[::-1]
+                for group in chunk:
+                    hessian = waiting.pop()
+                    unreached += group.names if hessian.num_tokens == 0 else ()
+                    yield from self._group(group, hessian)
+                    del hessian
+            for group in stage:
+                for name in group.names:
+                    del unfinished[name]
+            if unfinished:
+                self.calibrator.settle(self.module, unfinished.values())
+        if unreached:
+            logger.warning(
+                "no calibration token reached %d linears of a layer (%s): they are rounded for the "
+                "inputs of the others",
+                *(len(unreached), listed(unreached)),
+            )
+
+    def _group(self, group: InputGroup, hessian: InputHessian) -> Iterator[Coded]:
         H_CC = _matrix(hessian, group)
         for name in group.names:
-            W_RC = weights[name].float()
+            W_RC = self.weights.pop(name).float()
             if not bool(torch.isfinite(W_RC).all()):
                 raise NumericalError(f"{name} has weights that are NaN or infinite.")
+            native = self.types[name]
             try:
-                matrix = round_matrix(types[name], W_RC, H_CC)
+                matrix = round_matrix(native, W_RC, H_CC)
             except NumericalError as error:
                 raise NumericalError(f"{name}: {error}") from error
-            install(linears[name], "weight", matrix.W_hat_RC)
-            del unfinished[name]
             record = {"name": name, "proxy_loss": metrics.proxy_loss(W_RC, matrix.W_hat_RC, H_CC)}
-            yield Coded(name, matrix, record)
-        del hessian, H_CC
-        if unfinished:
-            calibrator.settle(module, unfinished.values())
+            blocks_RB = matrix.blocks_RB.cpu()
+            # As the blocks are decoded when the run goes on.
+            install(self.linears[name], "weight", decoded(blocks_RB, native.name))
+            yield Coded(name, native.name, blocks_RB, record)
 
 
 def _matrix(hessian: InputHessian, group: InputGroup) -> Tensor:

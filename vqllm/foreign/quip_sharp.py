@@ -32,7 +32,16 @@ import torch
 from torch import Tensor
 
 from vqllm.foreign import quip_codes
-from vqllm.foreign.base import FLOATS, Options, Part, Rows, Shape, Stored
+from vqllm.foreign.base import (
+    FLOATS,
+    CannotHoldError,
+    Options,
+    Packed,
+    Part,
+    Rows,
+    Shape,
+    Stored,
+)
 from vqllm.foreign.rotated import Around, RotatedFormat, rotation
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "upgate_proj": ("up_proj", "gate_proj")}
@@ -158,6 +167,12 @@ class QuipSharp(RotatedFormat):
 
     def describe(self, module: Stored, shape: Shape) -> str:
         return f"{self.codebook.name.upper()}, {self.codebook.bits} bits"
+
+    def pack(self, module: Stored, shape: Shape) -> Packed:
+        raise CannotHoldError(
+            "q, k and v of QuIP#, and up and gate, are one matrix behind one Hadamard transform of "
+            "all their outputs, which linears of their own cannot share"
+        )
 
     def inner_rows(self, module: Stored, shape: Shape) -> Rows:
         codewords, scale = self._codewords(module, shape), float(module.read("Wscale"))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vqllm.checkpoint.format import INDEX, SINGLE
-from vqllm.checkpoint.source_files import stored_tensors, weight_map
+from vqllm.checkpoint.source_files import has_weights, stored_tensors, weight_map
 from vqllm.checkpoint.stored import coded_folder
 from vqllm.core import json_text, path_names
 from vqllm.core.listing import listed
@@ -82,7 +82,7 @@ def resolve(
         )
     elif not path.is_dir():
         path, hub_id = _from_hub(name, trust_remote_code), name
-    if path.is_dir() and not has_safetensors(path) and bin_weights.files_of(path):
+    if path.is_dir() and not has_weights(path) and bin_weights.files_of(path):
         path = bin_weights.convert(path, allow_bin)
     check_folder(path, trust_remote_code=trust_remote_code)
     return ResolvedModel(name, path, hub_id)
@@ -162,7 +162,7 @@ def _check_code(path: Path, config: dict[str, Any], trust_remote_code: bool) -> 
 def _check_weights(path: Path, config: dict[str, Any]) -> None:
     """Raise ModelError unless there are safetensors files, of dense weights or of a method that
     config.json names."""
-    if not has_safetensors(path):
+    if not has_weights(path):
         if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
             raise ModelError(
                 f"{path} has its weights as pickles, under names that are not read. Load "
@@ -182,11 +182,6 @@ def _check_weights(path: Path, config: dict[str, Any]) -> None:
         weight_map(path)
     else:
         _check_dtypes(path, config)
-
-
-def has_safetensors(path: Path) -> bool:
-    """Whether a folder has weights in the form that is read."""
-    return (path / SINGLE).is_file() or (path / INDEX).is_file()
 
 
 def _check_dtypes(path: Path, config: dict[str, Any]) -> None:

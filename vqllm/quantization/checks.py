@@ -60,7 +60,11 @@ def check_model(
     own = loading.skeleton(source, trust_remote_code=trust_remote_code)
     loading.check_tensors(source, own, stored)
     loading.load_tokenizer(source, trust_remote_code=trust_remote_code)
-    tensors = SourceTensors.open(source, trust_remote_code)
+    return check_selection(SourceTensors.open(source, trust_remote_code), name, recipe)
+
+
+def check_selection(tensors: SourceTensors, name: str, recipe: Recipe) -> Checked:
+    """The part of `check_model` that looks at the model and no files, with its errors."""
     model = tensors.blueprint.model
     names = layer_names(model)
     say_other_lists(name, model, names)

@@ -78,9 +78,9 @@ class EmbeddingAndHead:
         if kept is None:
             progress.phase("input embedding")
             counts_R = torch.bincount(tokens_SL.flatten(), minlength=matrix.spec.rows) + 1
-            made = quantize_rows(
-                matrix, self._reader(matrix), self._stream.device, weight_R=counts_R
-            )
+            reader, device = self._reader(matrix), self._stream.device
+            processes = self._run.processes
+            made = quantize_rows(matrix, reader, device, weight_R=counts_R, processes=processes)
             kept = self._done[EMBEDDING] = self._run.save_packed(EMBEDDING, made)
         weight = self._stream.model.get_submodule(kept.name).weight
         tensors = {name: tensor.to(weight.device) for name, tensor in kept.tensors.items()}
@@ -102,7 +102,8 @@ class EmbeddingAndHead:
         progress.phase("output head")
         H_CC, num_tokens = self._hessian
         reader = self._reader(self._head)
-        made = quantize_rows(self._head, reader, self._stream.device, H_CC, num_tokens)
+        device, processes = self._stream.device, self._run.processes
+        made = quantize_rows(self._head, reader, device, H_CC, num_tokens, processes=processes)
         self._done[HEAD] = self._run.save_packed(HEAD, made)
         self._hessian = None
 

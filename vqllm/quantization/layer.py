@@ -60,10 +60,10 @@ def quantize_layer(
     """
     layer, trainer = task.layer, task.trainer
     groups = calibrator.groups(layer.index, layer.linears)
-    stages = _stages(groups) if recipe.hessian.refresh == "group" else [groups]
+    in_order = in_stages(groups) if recipe.hessian.refresh == "group" else [groups]
     results: list[PackedMatrix] = []
     unfinished = dict(layer.linears)
-    for stage in stages:
+    for stage in in_order:
         done: list[PackedMatrix] = []
         for chunk in calibrator.chunks(layer.linears, stage, HESSIAN_BYTES):
             done += _quantize_groups(task, chunk, calibrator, recipe)
@@ -98,7 +98,7 @@ def _warn_of_unreached(results: list[PackedMatrix]) -> None:
         )
 
 
-def _stages(groups: list[InputGroup]) -> list[list[InputGroup]]:
+def in_stages(groups: list[InputGroup]) -> list[list[InputGroup]]:
     """The groups one by one; those of all experts that read one input together, since none of them
     changes what another reads."""
     return [

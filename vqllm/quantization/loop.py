@@ -21,10 +21,9 @@ from vqllm.core.progress import Progress
 from vqllm.core.protocols import JSON
 from vqllm.errors import ModelError
 from vqllm.hf.decoder_layers import linears_of
-from vqllm.plan.cuts import divided
 from vqllm.plan.job import Job
 from vqllm.plan.not_quantized import why_not_quantized
-from vqllm.plan.packed_spec import stored_spec
+from vqllm.plan.specs import planned_specs
 from vqllm.quantization.checks import Checked, check_finite, check_model, say_what_stays
 from vqllm.quantization.embeddings import EmbeddingAndHead
 from vqllm.quantization.layer import LayerTask, quantize_layer
@@ -133,13 +132,8 @@ class _Loop:
 
     def _planned_specs(self) -> dict[str, LinearSpec]:
         """How each linear of the layers will be stored."""
-        specs = {}
-        for name, (rows, cols) in self._selection.shapes.items():
-            allocated = self._allocation.get(name)
-            codec = self._recipe.codec if allocated is None else allocated.codec
-            recipe = divided(self._recipe, self._selection.cuts.get(name))
-            specs[name] = stored_spec(rows, cols, recipe.with_codec(codec))
-        return specs
+        codecs = {name: allocated.codec for name, allocated in self._allocation.items()}
+        return planned_specs(self._selection, self._recipe, codecs)
 
     def quantize_embedding(self) -> None:
         """An embedding that is not tied comes first: the layers see its decoded rows."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vqllm.checkpoint.packed_matrix import LinearRecord, PackedMatrix, bit_fields
 from vqllm.core import linalg, metrics, rng, threads
+from vqllm.core.distributed import Processes
 from vqllm.core.protocols import JSON, Codec, State
 from vqllm.core.tiles import to_tiles
 from vqllm.errors import NumericalError
@@ -58,6 +59,7 @@ def quantize_rows(
     H_CC: Tensor | None = None,
     num_tokens: int = 0,
     weight_R: Tensor | None = None,
+    processes: Processes | None = None,
 ) -> PackedMatrix:
     """Quantize a matrix block by block. A pure function of its arguments.
 
@@ -70,17 +72,24 @@ def quantize_rows(
             errors count alike in all features.
         num_tokens: how many tokens H was measured on.
         weight_R: importance of the rows for what is fitted; None for equal.
+        processes: those that code some of the blocks each; all of them call this.
     """
+    processes = processes or Processes()
     spec, name = matrix.spec, matrix.names[0]
     coder = _Coder.fit(matrix, read_rows, device, H_CC, weight_R)
-    errors = _Errors(coder.H_CC)
-    parts: list[dict[str, Tensor]] = []
-    for start, stop in coder.blocks:
-        W_RC = _rows(name, read_rows, start, stop, device)
-        encoded = coder.encode(W_RC, None if weight_R is None else weight_R[start:stop])
-        packed_RC = spec.format.decode(encoded.tensors, *W_RC.shape)
-        errors.add(W_RC, packed_RC, coder, encoded.entropy)
-        parts.append(encoded.tensors)
+    coded: dict[int, tuple[dict[str, Tensor], _Errors]] = {}
+    for number, (start, stop) in enumerate(coder.blocks):
+        if number % processes.size == processes.rank:
+            W_RC = _rows(name, read_rows, start, stop, device)
+            encoded = coder.encode(W_RC, None if weight_R is None else weight_R[start:stop])
+            packed_RC = spec.format.decode(encoded.tensors, *W_RC.shape)
+            coded[number] = encoded.tensors, _Errors.of(W_RC, packed_RC, coder, encoded.entropy)
+    for others in processes.exchange(coded):
+        coded |= others
+    parts = [coded[number][0] for number in range(len(coder.blocks))]
+    errors = _Errors()
+    for number in range(len(coder.blocks)):
+        errors = errors + coded[number][1]
     tensors = with_transforms(_joined(parts, spec), coder.states)
     numel = spec.rows * spec.cols
     bits = bit_fields(spec)
@@ -208,22 +217,39 @@ def _fits_blocks(codec: Codec, spec: LinearSpec, read_rows: ReadRows) -> bool:
     return len(kinds) <= 1 and None not in kinds
 
 
+Sums = tuple[float, float]
+"""Of errors, and of what they are errors of."""
+
+
+@dataclass(frozen=True)
 class _Errors:
-    """Sums over the blocks of a matrix, for its line of the report."""
+    """Sums over blocks of a matrix, for its line of the report."""
 
-    def __init__(self, H_CC: Tensor) -> None:
-        self.H_CC = H_CC
-        self.entropy = 0.0
-        self.coded = self.plain = self.weighed = (0.0, 0.0)
+    entropy: float = 0.0
+    coded: Sums = (0.0, 0.0)
+    plain: Sums = (0.0, 0.0)
+    weighed: Sums = (0.0, 0.0)
 
-    def add(self, W_RC: Tensor, packed_RC: Tensor, coder: _Coder, entropy: float) -> None:
-        """Take up a block: as it was, and as its packed tensors decode in the transformed basis."""
-        self.entropy += entropy
+    @classmethod
+    def of(cls, W_RC: Tensor, packed_RC: Tensor, coder: _Coder, entropy: float) -> "_Errors":
+        """Those of a block: as it was, and as its packed tensors decode in the transformed
+        basis."""
         transformed_RC = coder.transformed(W_RC)
-        self.coded = _add(self.coded, packed_RC - transformed_RC, transformed_RC)
         E_RC = coder.own_basis(packed_RC) - W_RC
-        self.plain = _add(self.plain, E_RC, W_RC)
-        self.weighed = _add(self.weighed, E_RC, W_RC, self.H_CC)
+        return cls(
+            entropy,
+            _sums(packed_RC - transformed_RC, transformed_RC),
+            _sums(E_RC, W_RC),
+            _sums(E_RC, W_RC, coder.H_CC),
+        )
+
+    def __add__(self, other: "_Errors") -> "_Errors":
+        return _Errors(
+            self.entropy + other.entropy,
+            _added(self.coded, other.coded),
+            _added(self.plain, other.plain),
+            _added(self.weighed, other.weighed),
+        )
 
     def fields(self, bits: float, numel: int) -> JSON:
         """Of the matrix's record."""
@@ -239,12 +265,14 @@ class _Errors:
         }
 
 
-def _add(
-    sums: tuple[float, float], E_RC: Tensor, W_RC: Tensor, H_CC: Tensor | None = None
-) -> tuple[float, float]:
-    """`sums` with tr(E H Eᵀ) and tr(W H Wᵀ) added; H is the identity by default."""
+def _sums(E_RC: Tensor, W_RC: Tensor, H_CC: Tensor | None = None) -> Sums:
+    """tr(E H Eᵀ) and tr(W H Wᵀ); H is the identity by default."""
     error, signal = (
         float(threads.total((A_RC if H_CC is None else A_RC @ H_CC).double() * A_RC))
         for A_RC in (E_RC, W_RC)
     )
-    return sums[0] + error, sums[1] + signal
+    return error, signal
+
+
+def _added(a: Sums, b: Sums) -> Sums:
+    return a[0] + b[0], a[1] + b[1]

@@ -7,7 +7,7 @@ chooses one by bits.
 """
 
 from vqllm.recipes.loading import from_dict, load, load_tuning, tuning_from_dict
-from vqllm.recipes.presets import BITS, PRESETS, best
+from vqllm.recipes.presets import BITS, LEAST, MOST, PRESETS, best, for_rate, spread
 from vqllm.recipes.schema import Recipe, TuningRecipe, fields_of
 from vqllm.recipes.sections import Calibration, SkippedKind, Stages
 from vqllm.recipes.shipped import available, available_tuning
@@ -15,6 +15,8 @@ from vqllm.recipes.yaml_text import NOT_YAML, parse_yaml
 
 __all__ = [
     "BITS",
+    "LEAST",
+    "MOST",
     "NOT_YAML",
     "PRESETS",
     "Calibration",
@@ -26,9 +28,11 @@ __all__ = [
     "available_tuning",
     "best",
     "fields_of",
+    "for_rate",
     "from_dict",
     "load",
     "load_tuning",
     "parse_yaml",
+    "spread",
     "tuning_from_dict",
 ]

@@ -39,6 +39,8 @@ class QuantizeArguments(_Arguments):
     output: str | Path
     recipe: str | Path | Recipe | None = None
     bits: float | None = None
+    size: int | str | None = None
+    kl: float | None = None
     preset: str | None = None
     calibration: list[str] | None = None
     seed: int | None = None
@@ -50,6 +52,37 @@ class QuantizeArguments(_Arguments):
     eval_windows: int | None = None
     trust_remote_code: bool = False
     allow_bin: bool = False
+
+
+@dataclass(frozen=True)
+class PlanArguments(_Arguments):
+    """Those of `vqllm.plan`."""
+
+    FUNCTION: ClassVar[str] = "plan"
+
+    model: str | Path
+    recipe: str | Path | Recipe | None = None
+    bits: float | None = None
+    size: int | str | None = None
+    kl: float | None = None
+    preset: str | None = None
+    calibration: list[str] | None = None
+    seed: int | None = None
+    changes: tuple[str, ...] = ()
+    device: str | None = None
+    compute_dtype: str | None = None
+    evaluate: bool = True
+    eval_text: str | Path | None = None
+    eval_windows: int | None = None
+    measure: bool = True
+    trust_remote_code: bool = False
+    allow_bin: bool = False
+
+    def of_run(self, output: str | Path) -> QuantizeArguments:
+        """The arguments of the run that is planned."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        del own["measure"]
+        return QuantizeArguments(output=output, **own)
 
 
 @dataclass(frozen=True)

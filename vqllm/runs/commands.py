@@ -26,6 +26,7 @@ from vqllm.runs.compare.run import Plan
 from vqllm.runs.compare.run import run as run_comparison
 from vqllm.runs.devices import device_of, dtype_of
 from vqllm.runs.measure import Windows, text_windows
+from vqllm.runs.targets import Aim, run_to_kl
 from vqllm.runs.teacher_check import teacher_of
 from vqllm.runs.tuning_job import TuningJob
 
@@ -40,26 +41,51 @@ def quantize(given: QuantizeArguments, command: str | None, progress: Progress) 
     command = command or given.call()
     processes = Processes.started(device_of(given.device))
     with processes.watched(), processes.quiet():
-        job, model = processes.in_turn(lambda: _quantize_job(given))
-        check_agreement(job, processes)
-        evaluate = given.evaluate and _is_measurable(given, job.source)
-        windows = None
-        if evaluate:  # only the first process measures
-            windows = processes.on_first(lambda: _windows(given, job.source))
-        own = progress if processes.is_first else NoProgress()
-        shared = (windows, evaluate, command, own)
-        if job.recipe.tune is not None:
-            return quantize_and_tune.run(job, model, *shared, processes=processes)
-        return quantization.run(job, *shared, hub_id=model.hub_id, processes=processes)
+        recipe, model = processes.in_turn(lambda: _asked(given))
+
+        def run(recipe: Recipe) -> Summary | None:
+            return _run(given, recipe, model, command, progress, processes)
+
+        if given.size is None and given.kl is None:
+            return run(recipe)
+        aim = Aim(
+            given,
+            job_of(given, recipe, model),
+            lambda name, changes: named_recipe(given, name, changes),
+            progress,
+            processes=processes,
+        )
+        return run(aim.recipe()) if given.kl is None else run_to_kl(aim, run)
 
 
-def _quantize_job(given: QuantizeArguments) -> tuple[Job, ResolvedModel]:
+def _asked(given: QuantizeArguments) -> tuple[Recipe, ResolvedModel]:
     _check_windows(given.eval_text, given.eval_windows)
     recipe = recipe_of(given)
     model = models.resolve(
         given.model, trust_remote_code=given.trust_remote_code, allow_bin=given.allow_bin
     )
-    return _job(given, recipe, model), model
+    return recipe, model
+
+
+def _run(
+    given: QuantizeArguments,
+    recipe: Recipe,
+    model: ResolvedModel,
+    command: str,
+    progress: Progress,
+    processes: Processes,
+) -> Summary | None:
+    """The run of a recipe."""
+    job = job_of(given, recipe, model)
+    check_agreement(job, processes)
+    evaluate = given.evaluate and _is_measurable(given, job.source)
+    windows = None
+    if evaluate:  # only the first process measures
+        windows = processes.on_first(lambda: windows_of(given, job.source))
+    shared = (windows, evaluate, command, progress if processes.is_first else NoProgress())
+    if job.recipe.tune is not None:
+        return quantize_and_tune.run(job, model, *shared, processes=processes)
+    return quantization.run(job, *shared, hub_id=model.hub_id, processes=processes)
 
 
 def _is_measurable(given: QuantizeArguments, source: Path) -> bool:
@@ -89,7 +115,7 @@ def tune(given: TuneArguments, command: str | None, progress: Progress) -> Summa
         device=device_of(given.device),
         trust_remote_code=given.trust_remote_code,
     )
-    windows = _windows(given, job.teacher.path) if given.evaluate else None
+    windows = windows_of(given, job.teacher.path) if given.evaluate else None
     return tuning.run(job, windows, given.evaluate, command, progress)
 
 
@@ -113,14 +139,14 @@ def compare(given: CompareArguments, command: str | None, progress: Progress) ->
     jobs, commands = {}, {}
     for member in members:
         own = member_of(member.origin, member.changes, member.name)
-        jobs[member.name] = _job(own, member.recipe, model)
+        jobs[member.name] = job_of(own, member.recipe, model)
         commands[member.name] = own.call()
     plan = Plan(
         model=model,
         output=Path(given.output),
         jobs=jobs,
         repeated=repeated,
-        windows=_windows(given, model.path),
+        windows=windows_of(given, model.path),
         commands=commands,
         command=command or given.call(),
         keep_checkpoints=given.keep_checkpoints,
@@ -135,17 +161,36 @@ def recipe_of(given: QuantizeArguments) -> Recipe:
         RecipeError: there is no such recipe, or arguments exclude each other.
     """
     recipe = given.recipe
-    if recipe is not None and (given.bits is not None or given.preset is not None):
-        raise RecipeError("give a recipe, or a number of bits and a preset, not both.")
+    targets = {"bits": given.bits, "size": given.size, "kl": given.kl}
+    named = [key for key, value in targets.items() if value is not None]
+    if recipe is not None and (named or given.preset is not None):
+        raise RecipeError(
+            "give a recipe, or a number of bits (or a size, or a KL divergence) and a preset, not "
+            "both."
+        )
+    if len(named) > 1:
+        raise RecipeError(f"{' and '.join(named)} exclude each other: give one of them.")
+    if given.preset == "fast" and named and named != ["bits"]:
+        raise RecipeError(
+            f"{named[0]} with the preset fast: it codes all linears alike, so that its rates are "
+            f"few. Take {', '.join(p for p in recipes.PRESETS if p != 'fast')}."
+        )
     if isinstance(recipe, Recipe):
-        chosen = recipe
         if given.changes:
             raise RecipeError("changes apply to recipes by name or file; change the object itself.")
-    else:
-        if recipe is None:
-            bits = DEFAULT_BITS if given.bits is None else given.bits
-            recipe = recipes.best(bits, given.preset or "balanced")
-        chosen = recipes.load(recipe, given.changes)
+        return _with_arguments(given, recipe)
+    if recipe is not None:
+        return named_recipe(given, recipe, ())
+    bits = DEFAULT_BITS if given.bits is None else given.bits
+    return named_recipe(given, *recipes.for_rate(bits, given.preset or "balanced"))
+
+
+def named_recipe(given: QuantizeArguments, name: str | Path, changes: tuple[str, ...]) -> Recipe:
+    """A recipe by name or file, with these changes, then those of the arguments."""
+    return _with_arguments(given, recipes.load(name, (*changes, *given.changes)))
+
+
+def _with_arguments(given: QuantizeArguments, chosen: Recipe) -> Recipe:
     # Arguments that stand in place of keys.
     values = chosen.to_dict()
     if given.calibration is not None:
@@ -181,7 +226,8 @@ def _tuning_recipe(given: TuneArguments) -> TuningRecipe:
     return recipes.tuning_from_dict(values, chosen.name)
 
 
-def _job(given: QuantizeArguments, recipe: Recipe, model: ResolvedModel) -> Job:
+def job_of(given: QuantizeArguments, recipe: Recipe, model: ResolvedModel) -> Job:
+    """The run of a recipe that the arguments mean."""
     return Job(
         source=model.path,
         model=model.name,
@@ -214,7 +260,7 @@ def _check_windows(text: str | Path | None, number: int | None) -> None:
         raise EvaluationError("a number of windows is of a text: pass --eval-text FILE as well.")
 
 
-def _windows(
+def windows_of(
     given: QuantizeArguments | TuneArguments | CompareArguments, source: Path
 ) -> Windows | None:
     """What is measured on, if it is a text. It is read before the long part: a text that cannot be

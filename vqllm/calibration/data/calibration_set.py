@@ -58,7 +58,7 @@ def calibration_sequences(
             device_map=str(device),
         )
         # As many sequences at once as their caches fit; the samples do not depend on it.
-        most = _sequences_in_cache(model.config.get_text_config(), length)
+        most = sequences_in_cache(model.config.get_text_config(), length)
         tokens_SL = generate_samples(
             model,
             tokenizer,
@@ -87,7 +87,7 @@ def check_length(config: Any, length: int, key: str = "calibration.length") -> N
     logger.warning("%s: it was not trained on such positions", message)
 
 
-def _sequences_in_cache(config: Any, length: int) -> int:
+def sequences_in_cache(config: Any, length: int) -> int:
     """How many sequences' caches, two bytes a value, fit into CACHE_BYTES; at least one."""
     width = config.hidden_size  # also where a model has states in place of heads
     if heads := getattr(config, "num_attention_heads", None):

@@ -21,12 +21,12 @@ from vqllm.checkpoint.format import (
     spec_to_dict,
 )
 from vqllm.checkpoint.packed_matrix import LinearRecord, PackedMatrix
+from vqllm.checkpoint.planned_size import tensor_bytes
 from vqllm.checkpoint.resume.journal import ROUNDED, WORK, FinishedLayer, identity
 from vqllm.checkpoint.resume.run_folder import RunFolder
 from vqllm.checkpoint.side_files import copy_files
 from vqllm.checkpoint.source import SourceTensors
 from vqllm.core import local_paths
-from vqllm.core.bits import count
 from vqllm.errors import CheckpointError, NumericalError
 from vqllm_kernels.linear import LinearSpec
 
@@ -137,10 +137,7 @@ class LayerWriter(RunFolder):
         self._tensors, self._layer_names = tensors, layer_names
         self._names = FileNames(tensors.blueprint, planned)
         if self.num_finished == 0:
-            packed = sum(count(spec.layout()).total for spec in planned.values()) // 8
-            replaced = self._tensors.num_bytes(f"{name}.weight" for name in (*planned, *tied))
-            needed = self._tensors.num_bytes() - replaced + packed
-            atomic.check_space(self._output, needed)
+            atomic.check_space(self._output, tensor_bytes(tensors, planned, tied))
 
     def write_layer(
         self,
