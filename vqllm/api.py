@@ -23,6 +23,7 @@ from vqllm.report.summary import Summary
 from vqllm.runs import commands
 from vqllm.runs.arguments import (
     CompareArguments,
+    ExportArguments,
     PlanArguments,
     QuantizeArguments,
     TuneArguments,
@@ -30,7 +31,6 @@ from vqllm.runs.arguments import (
 )
 from vqllm.runs.compare.result import ComparisonResult
 from vqllm.runs.devices import device_of
-from vqllm.runs.export_gguf import ExportArguments
 from vqllm.runs.export_gguf import run as run_export
 from vqllm.runs.measure import text_label
 from vqllm.runs.plan import plan as plan_of

@@ -106,7 +106,7 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(
     layers = []
     with monkeypatch.context() as patch:
         patch.setattr("vqllm.export.container.convert", None)  # its file is kept
-        patch.setattr("vqllm.runs.export_gguf.sequences_of", None)  # and so are the sequences
+        patch.setattr("vqllm.runs.gguf_run.sequences_of", None)  # and so are the sequences
         patch.setattr("vqllm.runs.mixed_types.MixedTypes.choose", None)  # and the types
         patch.setattr(
             CodedLayers,

@@ -148,6 +148,25 @@ class CompareArguments(_Arguments):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportArguments:
+    """Those of `vqllm.api.export_gguf`."""
+
+    model: str | Path
+    output: str | Path
+    type: str | None = None
+    mix: str | Sequence[str] | None = None
+    size: str | int | None = None
+    calibration: list[str] | None = None
+    sequences: int | None = None
+    seed: int = 0
+    converter: str | Path | None = None
+    device: str | None = None
+    compute_dtype: str | None = None
+    trust_remote_code: bool = False
+    allow_bin: bool = False
+
+
 def source_names(sources: str | Path | Iterable[str | Path] | None) -> list[str] | None:
     """Calibration sources as recipes have them."""
     if sources is None:
