@@ -6,6 +6,8 @@ Source: arXiv 2406.11235, and lib/codebook/bitshift.py of Cornell-RelaxML/qtip.
 import torch
 from torch import Tensor
 
+from vqllm_kernels.trellis import reference
+
 TABLES = ("lut", "quantlut", "quantlut_sym")
 """Modes that have a table."""
 MODES = ("1mad", "2mad", "3inst", *TABLES)
@@ -34,26 +36,19 @@ def values(mode: str, state_bits: int, table_bits: int, table: Tensor | None) ->
 
 
 def _one_mad(state: Tensor) -> Tensor:
-    return _byte_sum(state * 34038481 + 76625530 & _WORD)
+    return _scaled(reference.byte_sums("1mad", state) + 512)
 
 
 def _two_mads(state: Tensor) -> Tensor:
     first = state * 264435761 + 1013904223 & _WORD
-    return _byte_sum((first * 1664525 >> 32) + first & _WORD)
+    word = (first * 1664525 >> 32) + first & _WORD
+    return _scaled(torch.stack([word >> shift & 255 for shift in (0, 8, 16, 24)]).sum(0)[:, None])
 
 
 def _three_instructions(state: Tensor) -> Tensor:
-    # Sign, the lowest bits of the exponent and the mantissa of two float16, around 0x3B60.
-    masked = (state * 89226354 + 64248484 & 0x8FFF8FFF) ^ 0x3B603B60
-    return (_float16(masked >> 16 & 0xFFFF) + _float16(masked & 0xFFFF)).float()[:, None]
+    return reference.raw_values("3inst", state).float()
 
 
-def _byte_sum(word: Tensor) -> Tensor:
-    total = torch.stack([word >> shift & 255 for shift in (0, 8, 16, 24)]).sum(0)
-    return ((total - 510).float() / _UNIT)[:, None]
-
-
-def _float16(patterns: Tensor) -> Tensor:
-    """Numbers from their bits."""
-    signed = torch.where(patterns >= 1 << 15, patterns - (1 << 16), patterns)
-    return signed.to(torch.int16).view(torch.float16)
+def _scaled(sums: Tensor) -> Tensor:
+    """Values of sums of four bytes."""
+    return (sums - 510).float() / _UNIT
