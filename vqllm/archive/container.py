@@ -83,17 +83,20 @@ def archive(folder: str | Path, output: str | Path) -> Archived:
         raise CheckpointError(
             f"{folder} holds an unfinished run. Repeat its command to finish it, then archive it."
         )
-    checksums.compare(folder, read_index(folder))
+    index = read_index(folder)
+    checksums.compare(folder, index)
     names = _files_of(folder)
     before = sum((folder / name).stat().st_size for name in names)
     kinds: dict[str, list[int]] = {}
-    known: tensors.Known = {}
+    coded: tensors.Known = {}
     with _new_file(output, before) as partial, zipfile.ZipFile(partial, "w") as made:
-        about = {name: _about(folder / name) for name in names}
+        # Those in the index were just compared with their files.
+        known = index.checksums
+        about = {name: _about(folder / name, known.get(name)) for name in names}
         _write(made, ABOUT, _json({"format": FORMAT, "version": VERSION, "files": about}))
         for name in names:
             if name.endswith(".safetensors"):
-                _count(_add_tensors(made, folder / name, name, known), kinds)
+                _count(_add_tensors(made, folder / name, name, coded), kinds)
             else:
                 _write(made, f"files/{name}", (folder / name).read_bytes())
     pairs = {kind: (own[0], own[1]) for kind, own in kinds.items()}
@@ -137,8 +140,8 @@ def _files_of(folder: Path) -> list[str]:
     return found
 
 
-def _about(path: Path) -> JSON:
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+def _about(path: Path, digest: str | None) -> JSON:
+    return {"bytes": path.stat().st_size, "sha256": digest or sha256_of(path)}
 
 
 def _json(values: JSON) -> bytes:
