@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from vqllm.allocation.gradient_statistics import needs_gradients
 from vqllm.allocation.sensitivity import FEWEST_TOKENS, TOKENS_PER_FEATURE
-from vqllm.calibration.data.calibration_set import HELD_OUT_TOKENS, MIN_HELD_OUT
+from vqllm.calibration.data.calibration_set import held_out_of
 from vqllm.calibration.saliency import BLOCK
 from vqllm.core.protocols import OutputRounding
 from vqllm.forecast.measure import Measured
@@ -58,8 +58,7 @@ class Scope:
         calibration = job.recipe.calibration
         config = checked.tensors.blueprint.model.config.get_text_config()
         num, length = calibration.num_sequences, calibration.length
-        held_out = max(MIN_HELD_OUT, min(HELD_OUT_TOKENS // length, num // 4))
-        number, window = windows or (held_out, length)
+        number, window = windows or (held_out_of(num, length), length)
         return cls(
             layers=len(layer_names(checked.tensors.blueprint.model)),
             tokens=num * length,

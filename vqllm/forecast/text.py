@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from vqllm.calibration.data.calibration_set import (
-    HELD_OUT_TOKENS,
-    MIN_HELD_OUT,
     SELF,
     calibration_sequences,
+    held_out_of,
     sequences_in_cache,
 )
 from vqllm.calibration.data.self_samples import generate_samples
@@ -91,7 +90,7 @@ def _sampled(job: Job, num: int, length: int) -> FewText:
     )
     loading = time.perf_counter() - start
     wanted = job.recipe.calibration.num_sequences
-    wanted += max(MIN_HELD_OUT, min(HELD_OUT_TOKENS // length, wanted // 4))
+    wanted += held_out_of(wanted, length)
     together = min(wanted, sequences_in_cache(model.config.get_text_config(), length))
 
     def sample(num: int, steps: int) -> Tensor:
