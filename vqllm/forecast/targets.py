@@ -5,7 +5,7 @@ size, embedding and head are items of the same allocation as the linears: what t
 against what their bits save.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -134,7 +134,7 @@ class Targets:
         recipe = self.recipe_of(*wide)
         ends = self._ends(recipe)
         # What no choice changes: the files with everything at its first option, without that.
-        first = self._with_ends(recipe, {matrix.names: options[0] for matrix, options in ends})
+        first = _with_ends(recipe, [(matrix, options[0]) for matrix, options in ends])
         picked, _, spent = self._allocated(first, 0)
         codecs = {own: first.codecs[number] for own, number in picked.items()}
         files = sizes(self.checked, first, codecs).files.files
@@ -151,19 +151,19 @@ class Targets:
         if least > budget:
             return int(fixed + least / 8) + 1
         picks = allocate(every, budget)
-        chosen = {
-            matrix.names: options[pick]
-            for (matrix, options), pick in zip(ends, picks[len(items) :])
-        }
+        chosen = [
+            (matrix, options[pick]) for (matrix, options), pick in zip(ends, picks[len(items) :])
+        ]
         bits = sum(item.costs[pick] for item, pick in zip(every[: len(items)], picks))
         numel = sum(rows * cols for rows, cols in self.checked.selection.shapes.values())
-        left = budget - sum(option.bits for option in chosen.values())
+        outside_bits = sum(option.bits for _, option in chosen)
+        left = budget - outside_bits
         loss = sum(item.losses[pick] for item, pick in zip(every, picks))
         # All that is left, so that a run with other sensitivities can use it too.
         rate = min(left, sum(max(item.costs) for item in every[: len(items)])) / numel
         rate = int(rate * 1e6) / 1e6
-        final = self._with_ends(self.recipe_of(*recipes.spread(listed, rate, self.preset)), chosen)
-        used = fixed + (bits + sum(option.bits for option in chosen.values())) / 8
+        final = _with_ends(self.recipe_of(*recipes.spread(listed, rate, self.preset)), chosen)
+        used = fixed + (bits + outside_bits) / 8
         return Offer(final, loss, int(used))
 
     def _items(self, recipe: Recipe) -> dict[str, tuple[Item, tuple[int, ...]]]:
@@ -204,6 +204,7 @@ class Targets:
         """Embedding and head with their options, the fewest bits first; none where the model's
         cannot be stored so."""
         found: dict[tuple[str, ...], tuple[Matrix, list[_Option]]] = {}
+        units: dict[tuple[str, ...], float] = {}
         for rate in END_RATES:
             part = _end_part(rate)
             own = recipe_with(recipe, {"embeddings": part, "head": part})
@@ -213,7 +214,9 @@ class Targets:
                 return []
             for matrix in matrices:
                 spec = tuned_specs({"": matrix.spec}, own)[""]
-                loss = self._unit(matrix) * error_of(matrix.recipe.codec)
+                if matrix.names not in units:
+                    units[matrix.names] = self._unit(matrix)
+                loss = units[matrix.names] * error_of(matrix.recipe.codec)
                 bits = count(spec.layout()).total
                 found.setdefault(matrix.names, (matrix, []))[1].append(_Option(part, bits, loss))
         for matrix, known in found.values():
@@ -226,13 +229,6 @@ class Targets:
             return matrix.spec.rows * matrix.spec.cols
         return unit_loss(self.checked, matrix, self.found)
 
-    def _with_ends(self, recipe: Recipe, chosen: Mapping[tuple[str, ...], "_Option"]) -> Recipe:
-        parts = {}
-        for matrix, _ in self._ends(recipe):
-            for key in matrix.keys:
-                parts[key] = chosen[matrix.names].part
-        return recipe_with(recipe, parts)
-
 
 @dataclass(frozen=True)
 class _Option:
@@ -242,6 +238,10 @@ class _Option:
     """the recipe's key; None leaves it as it is"""
     bits: int
     loss: float
+
+
+def _with_ends(recipe: Recipe, chosen: Sequence[tuple[Matrix, _Option]]) -> Recipe:
+    return recipe_with(recipe, {key: own.part for matrix, own in chosen for key in matrix.keys})
 
 
 def recipe_with(recipe: Recipe, values: Mapping[str, object]) -> Recipe:
