@@ -14,11 +14,12 @@ from tests.support.params import slow, slow_but
 from tests.support.tiny import ARCHITECTURES, DIFFERENT, save_tiny
 from vqllm.calibration import passes as passes_module
 from vqllm.calibration import saliency as saliency_module
-from vqllm.calibration.gradients import Choice, Findings, GradientPass, Visitor, draw
+from vqllm.calibration.gradients import Choice, GradientPass, draw
 from vqllm.calibration.layer_calibrator import LayerCalibrator
 from vqllm.calibration.layer_calls import States
 from vqllm.calibration.layer_stream import LayerStream
 from vqllm.calibration.saliency import OutputHessians, TokenWeights, unpack
+from vqllm.calibration.visitors import Findings, Visitor
 from vqllm.core import rng
 from vqllm.errors import ModelError, NumericalError
 from vqllm.hf.decoder_layers import linears_of

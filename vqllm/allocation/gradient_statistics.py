@@ -16,9 +16,10 @@ from vqllm.allocation.choose_codecs import Allocated, choose_codecs
 from vqllm.allocation.distortion import gaussian_mse
 from vqllm.allocation.expected_loss import expected_losses
 from vqllm.allocation.sensitivity import Sensitivity
-from vqllm.calibration.gradients import Findings, GradientPass, Visitor
+from vqllm.calibration.gradients import GradientPass
 from vqllm.calibration.layer_calls import States
 from vqllm.calibration.saliency import OutputHessians, TokenWeights
+from vqllm.calibration.visitors import Findings, Visitor
 from vqllm.checkpoint.resume.shared_run import SharedRun
 from vqllm.core.progress import Progress
 from vqllm.core.protocols import OutputRounding

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from vqllm.calibration.gradients import Findings, Visitor
+from vqllm.calibration.visitors import Findings, Visitor
 from vqllm.core import linalg, threads
 
 logger = logging.getLogger(__name__)

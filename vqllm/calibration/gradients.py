@@ -18,10 +18,10 @@ Kim et al., "GuidedQuant", arXiv 2505.07004.
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,8 @@ from vqllm.calibration.activation_store import StatesStore
 from vqllm.calibration.layer_calls import States
 from vqllm.calibration.layer_stream import LayerStream
 from vqllm.calibration.passes import batch_size, batches
-from vqllm.calibration.shares import Share, spread
+from vqllm.calibration.shares import Share
+from vqllm.calibration.visitors import Calls, Findings, Record, Visitor
 from vqllm.core import rng
 from vqllm.core.distributed import Processes
 from vqllm.errors import ModelError, NumericalError
@@ -53,74 +54,6 @@ FORWARD = 0.1
 """Rough share of the forward pass in the time of both; the visitors run in the backward pass."""
 
 Choice = Callable[[Mapping[str, nn.Linear]], Mapping[str, nn.Linear]]
-
-Findings = dict[str, Tensor]
-"""The result of a visitor for the linears of a layer, by full name."""
-
-
-class Record(Protocol):
-    """Stores the findings, and how far the pass has come."""
-
-    def last(self) -> tuple[int, States | None] | None:
-        """The layer that was finished last, in an earlier run if there was one, and the gradient in
-        its input; None if none was."""
-        ...
-
-    def finish(self, index: int, found: Mapping[str, Findings], gradient: States | None) -> None:
-        """Layer `index` is done.
-
-        Args:
-            found: the findings of the visitors, by their names.
-            gradient: in the input of that layer, a tensor for each of its tensors of floating
-                point; None for layer 0, which ends the pass.
-        """
-        ...
-
-
-class Visitor:
-    """Receives inputs and gradients of all linears, layer by layer, the last layer first.
-
-    Several processes run some of the sequences each. A linear belongs to one of them, which adds up
-    what all have seen of it; where `is_local`, all add up what they have seen themselves.
-    """
-
-    is_local = False
-
-    def begin(self, linears: Mapping[str, nn.Linear]) -> None:
-        """A layer comes next, with these linears by full name, as the model stores them."""
-
-    def share(self, roles: Mapping[str, str]) -> None:
-        """The layer that comes next has experts: what their linears have in common by full name,
-        for a visitor that cannot keep something large for each of them."""
-
-    def keep(self, names: Collection[str]) -> None:
-        """Of the layer that has begun, these linears are those of this process."""
-
-    def cost(self, linear: nn.Linear) -> float:
-        """What a linear costs its process, in multiplications."""
-        return 0.0
-
-    def part_of(self, name: str, rows: slice, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        """What `add` needs of a call of a linear; arguments as of `visit`."""
-        return ()
-
-    def add(self, name: str, part: tuple[Tensor, ...]) -> None:
-        """Add up what `part_of` gave."""
-
-    def visit(self, name: str, rows: slice, x: Tensor, g: Tensor) -> None:
-        """A call of a linear.
-
-        Args:
-            name: its full name.
-            rows: the sequences of the batch.
-            x, g: its input [.., C] and the gradients in its outputs, [.., R]; where both have the
-                leading axes [S, L], they are those of the batch.
-        """
-        self.add(name, self.part_of(name, rows, x, g))
-
-    def finish(self) -> Findings:
-        """The findings of the layer, after all its batches."""
-        return {}
 
 
 class GradientPass:
@@ -364,63 +297,6 @@ class GradientPass:
         budget_bytes = self._budget_bytes // num_layers
         path = self._folder / f"{name}.bin"
         return StatesStore(self._share.num_held(len(self._tokens)), states, budget_bytes, path)
-
-
-class Calls:
-    """The calls of a layer's linears, on their way to those that add them up."""
-
-    def __init__(
-        self,
-        visitors: Sequence[Visitor],
-        linears: Mapping[str, nn.Linear],
-        roles: Mapping[str, str],
-        processes: Processes,
-    ) -> None:
-        """Args:
-        visitors: for which the layer has begun.
-        roles: of linears of experts. Those of one role may be added up together.
-        """
-        self._visitors, self._processes = visitors, processes
-        costs: dict[str, float] = {}
-        for name, linear in linears.items():
-            key = roles.get(name, name)
-            costs[key] = costs.get(key, 0.0) + sum(visitor.cost(linear) for visitor in visitors)
-        ranks = dict(zip(costs, spread([*costs.values()], processes.size)))
-        self._owners = {name: ranks[roles.get(name, name)] for name in linears}
-        for visitor in visitors:
-            visitor.keep([name for name, rank in self._owners.items() if rank == processes.rank])
-        self._new()
-
-    def add(self, name: str, rows: slice, x: Tensor, g: Tensor) -> None:
-        """A call, as of `Visitor.visit`."""
-        if self._processes.size == 1:
-            for visitor in self._visitors:
-                visitor.visit(name, rows, x, g)
-            return
-        parts = []
-        for visitor in self._visitors:
-            if visitor.is_local:
-                visitor.visit(name, rows, x, g)
-            else:  # copies, since what goes backward next may write into this memory
-                part = visitor.part_of(name, rows, x, g)
-                parts.append(tuple(tensor.clone() for tensor in part))
-        self._outgoing[self._owners[name]].append((name, parts))
-
-    def deliver(self) -> None:
-        """Let those that add them up have the calls so far."""
-        if self._processes.size == 1:
-            return
-        adding = [visitor for visitor in self._visitors if not visitor.is_local]
-        for calls in self._processes.deliver(self._outgoing):
-            for name, parts in calls:
-                for visitor, part in zip(adding, parts):
-                    visitor.add(name, part)
-        self._new()
-
-    def _new(self) -> None:
-        self._outgoing: list[list[tuple[str, list[tuple[Tensor, ...]]]]] = [
-            [] for _ in range(self._processes.size)
-        ]
 
 
 def watched(

@@ -21,7 +21,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from vqllm.calibration.gradients import WITHOUT, Findings, Visitor
+from vqllm.calibration.gradients import WITHOUT
+from vqllm.calibration.visitors import Findings, Visitor
 from vqllm.core import linalg, threads
 from vqllm.core.distributed import Processes
 from vqllm.errors import NumericalError

@@ -12,9 +12,9 @@ from pathlib import Path
 from torch import Tensor
 
 from vqllm.allocation.sensitivity import Sensitivity
-from vqllm.calibration.gradients import Findings, GradientPass
-from vqllm.calibration.layer_calls import States
+from vqllm.calibration.gradients import GradientPass
 from vqllm.calibration.layer_stream import LayerStream
+from vqllm.calibration.visitors import KeptFindings
 from vqllm.core import linalg, threads
 from vqllm.core.progress import Progress
 from vqllm.errors import NumericalError
@@ -58,7 +58,7 @@ class Pass:
             tokens_SL.numel(),
             0.0,
         )
-        record = _Record()
+        record = KeptFindings()
         progress.phase("gradients of the predictions")
         passed.run(
             lambda linears: {name: linear for name, linear in linears.items() if name in offered},
@@ -67,20 +67,8 @@ class Pass:
             progress.share,
         )
         # A linear that no token reached costs nothing in any type.
-        return {name: record.losses.get(name) or [0.0] * len(offered[name]) for name in offered}
-
-
-class _Record:
-    """Keeps what the visitor finds."""
-
-    def __init__(self) -> None:
-        self.losses: dict[str, list[float]] = {}
-
-    def last(self) -> None:
-        return None
-
-    def finish(self, index: int, found: Mapping[str, Findings], gradient: States | None) -> None:
-        self.losses |= {name: own.tolist() for name, own in found["loss"].items()}
+        found = {name: own.tolist() for name, own in record.found.get("loss", {}).items()}
+        return {name: found.get(name) or [0.0] * len(offered[name]) for name in offered}
 
 
 def _losses(name: str, W_RC: Tensor, hessians: tuple[Tensor, Tensor], types: Types) -> list[float]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from vqllm.allocation.gradient_statistics import needs_gradients
-from vqllm.calibration.gradients import Findings, GradientPass, Visitor
-from vqllm.calibration.layer_calls import States
+from vqllm.calibration.gradients import GradientPass
 from vqllm.calibration.saliency import OutputHessians, TokenWeights
+from vqllm.calibration.visitors import Findings, KeptFindings, Visitor
 from vqllm.core import memory
 from vqllm.core.progress import Progress
 from vqllm.core.protocols import OutputRounding
@@ -59,7 +59,7 @@ def measure_gradients(
         visitors["outputs"] = Timed(Only(prefix, OutputHessians(recipe.hessian.power)))
     if recipe.hessian.weights == "output":
         visitors["weights"] = Timed(Only(prefix, TokenWeights(tokens, recipe.hessian.power)))
-    ends, record = EndStatistics(), _Record()
+    ends, record = EndStatistics(), KeptFindings()
     opened = 0.0
 
     def open_stream():
@@ -152,17 +152,3 @@ class Only(Visitor):
     def finish(self) -> Findings:
         """As the visitor."""
         return self._visitor.finish() if self._is_on else {}
-
-
-class _Record:
-    """The findings of a pass that is never stopped."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, Findings] = {}
-
-    def last(self) -> tuple[int, States | None] | None:
-        return None
-
-    def finish(self, index: int, found: Mapping[str, Findings], gradient: States | None) -> None:
-        for kind, own in found.items():
-            self.found.setdefault(kind, {}).update(own)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vqllm.allocation.distortion import gaussian_mse
 from vqllm.allocation.expected_loss import expected_losses
 from vqllm.allocation.sensitivity import FEWEST_TOKENS, TOKENS_PER_FEATURE, Sensitivity
-from vqllm.calibration.gradients import Findings, Visitor
+from vqllm.calibration.visitors import Findings, Visitor
 from vqllm.core.protocols import Codec
 from vqllm.plan.cuts import divided
 from vqllm.plan.selection import Selection
