@@ -70,6 +70,11 @@ def allocate(items: Sequence[Item], budget: float) -> list[int]:
     return [hull[at] for hull, at in zip(hulls, place)]
 
 
+def allocate_or_least(items: Sequence[Item], budget: float) -> list[int]:
+    """The same; a budget below the cheapest options is raised to them."""
+    return allocate(items, max(budget, sum(min(item.costs) for item in items)))
+
+
 def _hull(item: Item) -> list[int]:
     """The options on the lower convex hull, from the cheapest to that of least loss."""
     options = sorted(range(len(item.costs)), key=lambda o: (item.costs[o], item.losses[o], o))

@@ -5,13 +5,14 @@ bits that each codec takes (`vqllm/plan/costs.py`)          ─┴► the choice
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from vqllm.allocation.budget import Item, allocate
+from vqllm.allocation.budget import Item, allocate_or_least
 from vqllm.core.listing import listed
 from vqllm.core.protocols import Codec
 from vqllm.plan.costs import options
@@ -33,6 +34,29 @@ class Allocated:
     """nats a token that errors in this linear alone add to the KL divergence of the predictions"""
 
 
+def linear_items(
+    selection: Selection, recipe: Recipe, loss_of: Callable[[str, int, int], float]
+) -> tuple[list[Item], list[tuple[int, ...]]]:
+    """The linears that are to be quantized, in their order, with the codecs that each may get: the
+    bits that it takes there, and its loss. A codec that would make it larger is none.
+
+    Args:
+        loss_of: nats a token, of a linear's full name, the number of a codec in the recipe's list,
+            and the bits that it takes.
+
+    Returns:
+        the items, and by option the numbers of the codecs.
+    """
+    costs_of = cache(lambda shape, limit: options(shape, recipe, limit))
+    items, numbers = [], []
+    for name, shape in selection.shapes.items():
+        costs = costs_of(shape, selection.limits[name])
+        losses = tuple(loss_of(name, number, cost) for number, cost in costs.items())
+        items.append(Item(tuple(costs.values()), losses))
+        numbers.append(tuple(costs))
+    return items, numbers
+
+
 def choose_codecs(
     selection: Selection, losses: Mapping[str, Tensor], recipe: Recipe
 ) -> dict[str, Tensor]:
@@ -47,19 +71,14 @@ def choose_codecs(
     """
     allocation = recipe.allocation
     assert allocation is not None, "asked for"
-    # Options of a linear: the bits that each codec takes, and the loss expected with it. A codec
-    # that would make it larger is none. For a linear that no token reached, or whose outputs have
-    # no gradient, the loss is 0 with each codec, so it gets the cheapest.
-    shapes, items, numbers = selection.shapes, [], []
-    for name, shape in shapes.items():
-        costs = options(shape, recipe, selection.limits[name])
-        known = losses[name].tolist() or [0.0] * len(allocation.codecs)
-        items.append(Item(tuple(costs.values()), tuple(known[number] for number in costs)))
-        numbers.append(tuple(costs))
-    # A budget below the cheapest codecs is raised to them.
+    # For a linear that no token reached, or whose outputs have no gradient, the loss is 0 with each
+    # codec, so it gets the cheapest.
+    nothing = [0.0] * len(allocation.codecs)
+    known = {name: losses[name].tolist() or nothing for name in selection.shapes}
+    items, numbers = linear_items(selection, recipe, lambda name, number, _: known[name][number])
+    shapes = selection.shapes
     numel = sum(rows * cols for rows, cols in shapes.values())
-    least = sum(min(item.costs) for item in items)
-    picks = allocate(items, max(allocation.bits * numel, least))
+    picks = allocate_or_least(items, allocation.bits * numel)
     spent = sum(item.costs[pick] for item, pick in zip(items, picks))
     expected = sum(item.losses[pick] for item, pick in zip(items, picks))
     logger.info(

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vqllm.allocation.budget import Item, allocate
+from vqllm.allocation.budget import allocate_or_least
+from vqllm.allocation.choose_codecs import linear_items
 from vqllm.checkpoint.planned_size import PlannedSize, planned_size
 from vqllm.core.bits import BitCount, count
 from vqllm.core.coverage import ParameterCounts
 from vqllm.core.protocols import Codec
 from vqllm.hf.decoder_layers import layer_names
-from vqllm.plan.costs import options
 from vqllm.plan.not_quantized import why_not_quantized
 from vqllm.plan.selection import Selection
 from vqllm.plan.specs import planned_specs, tuned_specs
@@ -75,15 +75,10 @@ def codecs_by_size(selection: Selection, recipe: Recipe) -> dict[str, Codec]:
     cost: all weights count alike. Their number of bits is that of a run up to a few linears."""
     if recipe.allocation is None:
         return {}
-    items, numbers = [], []
-    for name, shape in selection.shapes.items():
-        costs = options(shape, recipe, selection.limits[name])
-        numel = shape[0] * shape[1]
-        losses = tuple(numel * 4.0 ** (-cost / numel) for cost in costs.values())
-        items.append(Item(tuple(costs.values()), losses))
-        numbers.append(tuple(costs))
-    numel = sum(rows * cols for rows, cols in selection.shapes.values())
-    least = sum(min(item.costs) for item in items)
-    picks = allocate(items, max(recipe.allocation.bits * numel, least))
+    numels = {name: rows * cols for name, (rows, cols) in selection.shapes.items()}
+    items, numbers = linear_items(
+        selection, recipe, lambda name, _, cost: numels[name] * 4.0 ** (-cost / numels[name])
+    )
+    picks = allocate_or_least(items, recipe.allocation.bits * sum(numels.values()))
     codecs = recipe.allocation.codecs
     return {name: codecs[own[pick]] for name, own, pick in zip(selection.shapes, numbers, picks)}

@@ -7,12 +7,10 @@ against what their bits save.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-
-from torch import Tensor
 
 from vqllm import recipes
-from vqllm.allocation.budget import Item, allocate
+from vqllm.allocation.budget import Item, allocate, allocate_or_least
+from vqllm.allocation.choose_codecs import linear_items
 from vqllm.core.bits import count
 from vqllm.core.protocols import JSON
 from vqllm.errors import ModelError, RecipeError
@@ -20,7 +18,6 @@ from vqllm.forecast.divergence import kappa_of, unit_loss
 from vqllm.forecast.gradients import PassMeasured
 from vqllm.forecast.quality import error_of
 from vqllm.forecast.sizes import sizes
-from vqllm.plan.costs import options
 from vqllm.plan.job import Job
 from vqllm.plan.specs import tuned_specs
 from vqllm.quantization import embeddings as outside
@@ -141,12 +138,12 @@ class Targets:
         fixed = files - (spent + sum(options[0].bits for _, options in ends)) / 8
         fixed += HEADER_SLACK * len(self.checked.selection.shapes)
         budget = 8 * (target - fixed)
-        items = self._items(recipe)
+        items, _ = self._items(recipe)
         own = [
             Item(tuple(o.bits for o in options), tuple(o.loss for o in options))
             for _, options in ends
         ]
-        every = [*(item for item, _ in items.values()), *own]
+        every = [*items, *own]
         least = sum(min(item.costs) for item in every)
         if least > budget:
             return int(fixed + least / 8) + 1
@@ -154,50 +151,42 @@ class Targets:
         chosen = [
             (matrix, options[pick]) for (matrix, options), pick in zip(ends, picks[len(items) :])
         ]
-        bits = sum(item.costs[pick] for item, pick in zip(every[: len(items)], picks))
+        bits = sum(item.costs[pick] for item, pick in zip(items, picks))
         numel = sum(rows * cols for rows, cols in self.checked.selection.shapes.values())
         outside_bits = sum(option.bits for _, option in chosen)
         left = budget - outside_bits
         loss = sum(item.losses[pick] for item, pick in zip(every, picks))
         # All that is left, so that a run with other sensitivities can use it too.
-        rate = min(left, sum(max(item.costs) for item in every[: len(items)])) / numel
+        rate = min(left, sum(max(item.costs) for item in items)) / numel
         rate = int(rate * 1e6) / 1e6
         final = _with_ends(self.recipe_of(*recipes.spread(listed, rate, self.preset)), chosen)
         used = fixed + (bits + outside_bits) / 8
         return Offer(final, loss, int(used))
 
-    def _items(self, recipe: Recipe) -> dict[str, tuple[Item, tuple[int, ...]]]:
-        """Each linear with the codecs that it may get: bits and losses, and the codecs' numbers."""
+    def _items(self, recipe: Recipe) -> tuple[list[Item], list[tuple[int, ...]]]:
+        """The linears as `linear_items` has them."""
         selection = self.checked.selection
-        table: Mapping[str, Tensor] | None = None
         if self.found is not None:
             table = self.found.losses.table(selection, recipe.codecs)
-        costs_of = cache(lambda shape, limit: options(shape, recipe, limit))
-        items = {}
-        for name, shape in selection.shapes.items():
-            costs = costs_of(shape, selection.limits[name])
-            if table is not None:
-                losses = tuple(float(table[name][number]) for number in costs)
-            else:
-                numel = shape[0] * shape[1]
-                losses = tuple(numel * error_of(recipe.codecs[number]) for number in costs)
-            items[name] = Item(tuple(costs.values()), losses), tuple(costs)
-        return items
+            return linear_items(selection, recipe, lambda name, n, _: float(table[name][n]))
+        errors = [error_of(codec) for codec in recipe.codecs]
+        numels = {name: rows * cols for name, (rows, cols) in selection.shapes.items()}
+        return linear_items(selection, recipe, lambda name, n, _: numels[name] * errors[n])
 
     def _allocated(self, recipe: Recipe, budget: float | None) -> tuple[dict[str, int], float, int]:
         """The codecs of linears by number within a budget of bits (None: the recipe's; raised to
         the least that is possible), their loss, and the bits that they take."""
         assert recipe.allocation is not None, "of a spread recipe"
-        items = self._items(recipe)
-        numel = sum(rows * cols for rows, cols in self.checked.selection.shapes.values())
-        least = sum(min(item.costs) for item, _ in items.values())
-        wanted = recipe.allocation.bits * numel if budget is None else budget
-        picks = allocate([item for item, _ in items.values()], max(wanted, least))
-        chosen = list(zip(items.items(), picks))
+        items, numbers = self._items(recipe)
+        shapes = self.checked.selection.shapes
+        numel = sum(rows * cols for rows, cols in shapes.values())
+        picks = allocate_or_least(
+            items, recipe.allocation.bits * numel if budget is None else budget
+        )
         return (
-            {name: numbers[pick] for (name, (_, numbers)), pick in chosen},
-            sum(item.losses[pick] for (_, (item, _)), pick in chosen),
-            sum(item.costs[pick] for (_, (item, _)), pick in chosen),
+            {name: own[pick] for name, own, pick in zip(shapes, numbers, picks)},
+            sum(item.losses[pick] for item, pick in zip(items, picks)),
+            sum(item.costs[pick] for item, pick in zip(items, picks)),
         )
 
     def _ends(self, recipe: Recipe) -> list[tuple[Matrix, list["_Option"]]]:
