@@ -102,15 +102,15 @@ def test_views_are_exact_or_do_not_apply(item_bytes: int, is_float: bool) -> Non
 
 @pytest.mark.parametrize("by", ["rows", "columns", "groups"])
 def test_values_of_two_widths_take_what_their_entropies_say(by: str) -> None:
-    """Half of the rows, columns or groups are wide, the others narrow; a single histogram takes
-    what the mixture says."""
+    """A fifth of the rows, columns or groups are wide, the others narrow; a single histogram takes
+    what the mixture says. Classes of equal size, with which the search begins, do not fit."""
     generator = np.random.default_rng(2)
-    wide = generator.random((512, 16)) < 0.5
+    wide = generator.random((512, 16)) < 0.2
     if by == "rows":
         wide[:] = wide[:, :1]
     spread = np.repeat(wide, 64, axis=1)
     if by == "columns":
-        spread[:] = generator.random(1024) < 0.5
+        spread[:] = generator.random(1024) < 0.2
     sigma = np.where(spread, 3.0, 0.6)
     symbols = np.clip(np.rint(8 + sigma * generator.normal(size=sigma.shape)), 0, 15)
     symbols = symbols.astype(np.uint16)

@@ -15,6 +15,7 @@ from tests.support.params import slow, slow_but
 from tests.support.tiny import tiny_tokenizer
 from vqllm.calibration.data import cut_sequences as sources
 from vqllm.calibration.data import text_sources as texts
+from vqllm.calibration.data.calibration_set import held_out_of
 from vqllm.calibration.data.cut_sequences import load_tokens
 from vqllm.calibration.data.text_sources import open_source
 from vqllm.errors import CalibrationError
@@ -431,3 +432,9 @@ def test_blank_text_is_refused(blank: str, tmp_path: Path) -> None:
     (tmp_path / "blank.txt").write_text(blank * 9000, encoding="utf-8")
     with pytest.raises(CalibrationError, match=r"blank\.txt is blank where sequences were taken"):
         load_tokens(tmp_path / "blank.txt", TOKENIZER, 4, 16, seed=0)
+
+
+def test_sequences_held_out() -> None:
+    """A quarter of those that are calibrated on, 8192 tokens at most, 16 sequences at least."""
+    cases = {(512, 128): 64, (128, 128): 32, (16, 128): 16, (1024, 2048): 16}
+    assert {case: held_out_of(*case) for case in cases} == cases
