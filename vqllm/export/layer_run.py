@@ -24,7 +24,7 @@ from vqllm.export.native_rounding import round_matrix
 from vqllm.export.native_types import NativeType
 from vqllm.hf.decoder_layers import linears_of
 from vqllm.quantization.checks import check_finite
-from vqllm.quantization.layer import HESSIAN_BYTES, in_stages
+from vqllm.quantization.layer import in_stages, measured_groups
 from vqllm.quantization.loaded_layer import install
 
 logger = logging.getLogger(__name__)
@@ -101,21 +101,13 @@ class _Layer:
     def coded(self) -> Iterator[Coded]:
         """Code the linears input group by input group; those of all experts that read one input
         together."""
-        unfinished, unreached = dict(self.linears), []
+        unreached = []
         groups = self.calibrator.groups(self.index, self.linears) if self.linears else []
-        for stage in in_stages(groups):
-            for chunk in self.calibrator.chunks(self.linears, stage, HESSIAN_BYTES):
-                waiting = self.calibrator.hessians(self.index, self.linears, chunk)[::-1]
-                for group in chunk:
-                    hessian = waiting.pop()
-                    unreached += group.names if hessian.num_tokens == 0 else ()
-                    yield from self._group(group, hessian)
-                    del hessian
-            for group in stage:
-                for name in group.names:
-                    del unfinished[name]
-            if unfinished:
-                self.calibrator.settle(self.module, unfinished.values())
+        of_layer = self.calibrator, self.index, self.module, self.linears
+        for group, hessian in measured_groups(*of_layer, in_stages(groups)):
+            unreached += group.names if hessian.num_tokens == 0 else ()
+            yield from self._group(group, hessian)
+            del hessian
         if unreached:
             logger.warning(
                 "no calibration token reached %d linears of a layer (%s): they are rounded for the "

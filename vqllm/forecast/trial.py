@@ -22,7 +22,7 @@ from vqllm.plan.job import Job
 from vqllm.plan.packed_spec import transformed
 from vqllm.quantization.checks import Checked
 from vqllm.quantization.encode import fit
-from vqllm.quantization.layer import HESSIAN_BYTES, in_stages
+from vqllm.quantization.layer import in_stages, measured_groups
 from vqllm.quantization.linear import Statistics, quantize_group
 from vqllm.quantization.loaded_layer import install
 from vqllm.recipes import Recipe
@@ -131,20 +131,17 @@ class _Tried:
     ) -> None:
         """Measure every input group as a run does, and round a linear of each shape."""
         calibrator = self.calibrator
-        in_order = in_stages(calibrator.groups(index, linears))
-        unfinished, self.trial.num_stages = dict(linears), len(in_order)
-        for stage in in_order:
-            for chunk in calibrator.chunks(linears, stage, HESSIAN_BYTES):
-                with self.clock.running("passes"):
-                    hessians = calibrator.hessians(index, linears, chunk)
-                for group, hessian in zip(chunk, hessians):
-                    if hessian.is_known:
-                        self._round_group(group, hessian, linears, weights)
-            for name in (name for group in stage for name in group.names):
-                del unfinished[name]
-            if unfinished:
-                with self.clock.running("passes"):
-                    calibrator.settle(module, unfinished.values())
+        stages = in_stages(calibrator.groups(index, linears))
+        self.trial.num_stages = len(stages)
+        measured = measured_groups(calibrator, index, module, linears, stages)
+        while True:
+            with self.clock.running("passes"):
+                found = next(measured, None)
+            if found is None:
+                break
+            group, hessian = found
+            if hessian.is_known:
+                self._round_group(group, hessian, linears, weights)
 
     def _round_group(
         self,

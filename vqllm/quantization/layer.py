@@ -8,7 +8,7 @@ inputs that it will really have.
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -105,6 +105,33 @@ def in_stages(groups: list[InputGroup]) -> list[list[InputGroup]]:
         list(own)
         for _, own in itertools.groupby(groups, key=lambda group: group.side or group.names)
     ]
+
+
+def measured_groups(
+    calibrator: LayerCalibrator,
+    index: int,
+    module: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    stages: list[list[InputGroup]],
+) -> Iterator[tuple[InputGroup, InputHessian]]:
+    """The input groups of a loaded layer with their H. Each comes with the weights that whoever
+    takes them has installed in the groups of the stages before it.
+
+    Args:
+        index: of the layer, `module`.
+        linears: those whose H are wanted, by full name.
+        stages: their groups, as `in_stages` has them.
+    """
+    unfinished = dict(linears)
+    for stage in stages:
+        for chunk in calibrator.chunks(linears, stage, HESSIAN_BYTES):
+            waiting = calibrator.hessians(index, linears, chunk)[::-1]
+            for group in chunk:
+                yield group, waiting.pop()
+        for name in (name for group in stage for name in group.names):
+            del unfinished[name]
+        if unfinished:
+            calibrator.settle(module, unfinished.values())
 
 
 def _quantize_groups(
