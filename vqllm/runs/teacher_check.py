@@ -24,7 +24,11 @@ def teacher_of(checkpoint: Checkpoint) -> str:
             f"{checkpoint.folder} does not say which model it was made from: pass it with "
             "--teacher."
         )
-    return originals.recall(checkpoint.folder) or source["model"]
+    # A part of a run has the place itself, which an equal checkpoint noted elsewhere may not share.
+    named = source["model"]
+    if Path(named).is_absolute() and Path(named).exists():
+        return named
+    return originals.recall(checkpoint.folder) or named
 
 
 def check_folders(folder: Path, teacher: Path, trust_remote_code: bool) -> None:
